@@ -1,0 +1,199 @@
+"""Embeddings, transformer layers, encoder (DeBERTa, section 3; the convolution is DeBERTa v2's).
+
+Shapes: B batch, L length, h hidden, E embedding width. `input_mask` is bool [B, L], true at real tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from DeBERTa.config import ModelConfig
+from DeBERTa.model.attention import DisentangledSelfAttention, relative_slots
+from DeBERTa.model.sharing import SharedTables, make_table
+
+ACTIVATION = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class EncoderOutput(NamedTuple):
+    """`hidden_states`: the output of every layer, `num_hidden_layers` tensors [B, L, h]; `embeddings` [B, L, h]."""
+
+    hidden_states: tuple[torch.Tensor, ...]
+    embeddings: torch.Tensor
+
+    @property
+    def last_layer_input(self) -> torch.Tensor:
+        return self.hidden_states[-2] if len(self.hidden_states) > 1 else self.embeddings
+
+
+class Embeddings(nn.Module):
+    """Word, and where configured position and type embeddings, projected, normalised, masked, dropped out."""
+
+    def __init__(self, config: ModelConfig, sharing: str) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.word_embeddings = make_table(sharing, config.vocab_size, width)
+        self.position_embeddings = make_table(sharing, config.max_position_embeddings, width)
+        self.position_biased_input = config.position_biased_input
+        self.max_positions = config.max_position_embeddings
+        if config.type_vocab_size > 0:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.has_types = config.type_vocab_size > 0
+        project = width != config.hidden_size
+        self.embed_proj = nn.Linear(width, config.hidden_size, bias=False) if project else nn.Identity()
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        shared: SharedTables | None,
+    ) -> torch.Tensor:
+        """[B, L, h]. Raises ValueError when L exceeds `max_position_embeddings` and positions are added."""
+        word_base, position_base = shared if shared is not None else (None, None)
+        x = self.word_embeddings(input_ids, word_base)
+        if self.position_biased_input:
+            x = x + self.position_embeddings(self.position_ids(input_ids), position_base)
+        if self.has_types:
+            x = x + self.token_type_embeddings(
+                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            )
+        x = self.LayerNorm(self.embed_proj(x))
+        return self.dropout(x * input_mask.unsqueeze(-1).to(x.dtype))
+
+    def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [1, L]"""
+        length = input_ids.size(1)
+        if length > self.max_positions:
+            raise ValueError(
+                f"a sequence of {length} tokens needs max_position_embeddings >= {length}, "
+                f"but the model config has {self.max_positions}"
+            )
+        return torch.arange(length, device=input_ids.device).unsqueeze(0)
+
+
+class AddNorm(nn.Module):
+    """dense, dropout, add the residual, LayerNorm"""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self = DisentangledSelfAttention(config)
+        self.output = AddNorm(config, config.num_attention_heads * config.head_size)
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATION[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(x))
+
+
+class Layer(nn.Module):
+    """One transformer layer, post-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = AddNorm(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        query_states: torch.Tensor,
+        input_mask: torch.Tensor,
+        rel_embeddings: torch.Tensor | None,
+        slots: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Keys and values come from `hidden_states`, queries and the residual from `query_states`; both [B, L, h]."""
+        context = self.attention.self(hidden_states, query_states, input_mask, rel_embeddings, slots)
+        x = self.attention.output(context, query_states)
+        return self.output(self.intermediate(x), x)
+
+
+class ConvLayer(nn.Module):
+    """Adds n-gram context from the embeddings to the first layer's output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kernel = config.conv_kernel_size
+        self.conv = nn.Conv1d(config.hidden_size, config.hidden_size, kernel, padding=kernel // 2)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.activation = ACTIVATION[config.conv_act]
+
+    def forward(self, embeddings: torch.Tensor, layer_0: torch.Tensor, input_mask: torch.Tensor) -> torch.Tensor:
+        mask = input_mask.unsqueeze(-1)
+        x = self.conv(embeddings.transpose(1, 2)).transpose(1, 2).masked_fill(~mask, 0)
+        x = self.LayerNorm(layer_0 + self.activation(self.dropout(x)))
+        return x * mask.to(x.dtype)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        if config.relative_attention:
+            self.rel_embeddings = nn.Embedding(2 * config.position_span, config.hidden_size)
+        self.normalise_positions = config.norm_rel_ebd == "layer_norm"
+        if self.normalise_positions:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
+
+    def relative_positions(self, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The relative-position table [2 * span, h] and its rows for each pair, int64 [L, L]; None without."""
+        if not self.config.position_terms:
+            return None, None
+        table = self.rel_embeddings.weight
+        slots = relative_slots(length, self.config, table.device)
+        return (self.LayerNorm(table) if self.normalise_positions else table), slots
+
+    def forward(self, embeddings: torch.Tensor, input_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output of each layer, [B, L, h]."""
+        rel_embeddings, slots = self.relative_positions(embeddings.size(1))
+        hidden_states, outputs = embeddings, []
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, hidden_states, input_mask, rel_embeddings, slots)
+            if self.conv is not None and not outputs:
+                hidden_states = self.conv(embeddings, hidden_states, input_mask)
+            outputs.append(hidden_states)
+        return tuple(outputs)
+
+
+class Deberta(nn.Module):
+    """Embeddings and encoder: the backbone both heads stand on. `sharing` is the kind of embedding tables."""
+
+    def __init__(self, config: ModelConfig, sharing: str) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config, sharing)
+        self.encoder = Encoder(config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        shared: SharedTables | None = None,
+    ) -> EncoderOutput:
+        """`input_ids` int64 [B, L]; `input_mask` [B, L], non-zero at real tokens; `shared`: the generator's tables."""
+        input_mask = input_mask > 0
+        embeddings = self.embeddings(input_ids, input_mask, token_type_ids, shared)
+        return EncoderOutput(self.encoder(embeddings, input_mask), embeddings)

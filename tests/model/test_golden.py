@@ -1,0 +1,94 @@
+"""Golden figures: what the published implementation computes, forward and backward (see tests/golden/README.md)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FORWARD, GRADIENT = 1e-5, 1e-4  # float32 rounding over a few layers; gradients relative to each tensor's norm
+
+
+class Golden:
+    def __init__(self, name: str) -> None:
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
+        self.config = json.loads(str(self.arrays["config"]))
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[key])
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): self[k] for k in self.arrays.files if k.startswith(prefix)}
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self["in/input_ids"], self["in/input_mask"], self["in/labels"]
+
+
+def assert_forward(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Absolute error, relative where values exceed 1."""
+    error = (actual.detach() - expected).abs() / expected.abs().clamp(min=1)
+    assert actual.shape == expected.shape
+    assert error.max() <= FORWARD, f"largest error {error.max():.2e}"
+
+
+def assert_gradients(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Every gradient the published code has, and no other that is not zero.
+
+    A bias added to every key shifts all scores of a query alike, so its true gradient is zero and what both codes hold
+    is rounding (norms below 1e-7, against 0.02 and more elsewhere): norms are taken as at least 1e-3.
+    """
+    for name, parameter in model.named_parameters():
+        actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        wanted = expected.get(name, torch.zeros_like(parameter))
+        error = (actual - wanted).norm() / wanted.norm().clamp(min=1e-3)
+        assert error <= GRADIENT, f"{name}: relative error {error:.2e}"
+    assert set(expected) <= {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["mlm_bert", "mlm_deberta", "mlm_v1", "mlm_conv"])
+def test_masked_language_model(name):
+    golden = Golden(name)
+    model = MaskedLanguageModel(ModelConfig.from_dict(golden.config)).eval()
+    model.load_state_dict(golden.group("generator/"), strict=True)
+    input_ids, input_mask, labels = golden.inputs()
+    real = input_mask > 0
+
+    hidden_states = model.deberta(input_ids, input_mask).hidden_states
+    assert len(hidden_states) == golden.config["num_hidden_layers"]
+    for layer, actual in enumerate(hidden_states):
+        assert_forward(actual[real], golden[f"out/generator_hidden_{layer}"][real])
+
+    out = model(input_ids, input_mask, labels)
+    assert_forward(out.logits, golden["out/mlm_logits"])
+    assert_forward(out.loss, golden["out/mlm_loss_per_token"])
+    assert torch.equal(out.labels, labels[labels > 0])
+    out.loss.mean().backward()
+    assert_gradients(model, golden.group("grad_generator/"))
+
+
+def test_replaced_token_detection():
+    golden = Golden("rtd_gdes")
+    model = RTDModel(RTDConfig.from_dict(golden.config)).eval()
+    model.generator.load_state_dict(golden.group("generator/"), strict=True)
+    model.discriminator.load_state_dict(golden.group("discriminator/"), strict=True)
+    input_ids, input_mask, labels = golden.inputs()
+
+    out = model.generator(input_ids, input_mask, labels)
+    assert_forward(out.logits, golden["out/mlm_logits"])
+    out.loss.mean().backward()
+    assert_gradients(model.generator, golden.group("grad_generator/"))
+    model.zero_grad()
+
+    out = model.discriminate(golden["in/corrupted_ids"], input_mask, labels)
+    real = input_mask > 0
+    assert_forward(out.logits[real], golden["out/rtd_logits"][real])
+    assert torch.equal(out.labels, golden["out/rtd_labels"])
+    assert_forward(out.loss, golden["out/rtd_loss_per_token"])
+    assert_forward(out.loss.mean(), golden["out/rtd_loss"])
+    out.loss.mean().backward()
+    assert_gradients(model.discriminator, golden.group("grad_discriminator/"))
+    assert all(parameter.grad is None for parameter in model.generator.parameters())
