@@ -263,7 +263,7 @@ class TrainConfig:
         "auto: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, else fp32",
         ("auto", "fp32", "bf16", "fp16"),
     )
-    fp16: bool = _flag(False, "published name: mixed precision of the best kind the hardware has (as --precision auto)")
+    fp16: bool | None = _flag(None, "published name: True means --precision auto, False means --precision fp32")
 
     dump_interval: int = _flag(10000, "steps between checkpoints; each is followed by an evaluation")
     keep_last: int = _flag(3, "checkpoints to keep")
@@ -298,8 +298,8 @@ class TrainConfig:
             raise ConfigError(f"--lr_schedule_ends is a proportion of the peak, in [0, 1], not {self.lr_schedule_ends}")
         if self.learning_rate <= 0 or self.discriminator_learning_rate < 0:
             raise ConfigError("--learning_rate must be positive and --discriminator_learning_rate not negative")
-        if self.fp16 and self.precision == "fp32":
-            raise ConfigError("--fp16 True contradicts --precision fp32: give one of them")
+        if self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"):
+            raise ConfigError(f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them")
         for name in ("init_generator", "init_discriminator"):
             if self.task_name == "MLM" and getattr(self, name):
                 raise ConfigError(f"--{name} belongs to --task_name RTD; MLM starts from --init_model")

@@ -1,0 +1,153 @@
+"""Batches as a pure function of (seed, step, rank): the same command always sees the same data in the same order.
+
+Shapes: B sequences of this rank, L tokens of the longest of them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import TokenStore
+from DeBERTa.data.tokenizer import Tokenizer
+
+LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: matrix kernels like it
+ORDER, MASKS = 0, 1  # independent streams of random numbers under one seed
+
+
+class Batch(NamedTuple):
+    """int64 [B, L] each; `labels` hold the original id where masked, 0 elsewhere. Counts are of this rank's part."""
+
+    input_ids: torch.Tensor
+    input_mask: torch.Tensor
+    labels: torch.Tensor
+    masked_tokens: int
+    real_tokens: int
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Consecutive parts for gradient accumulation."""
+        pieces = zip(*(tensor.chunk(parts) for tensor in self[:3]), strict=True)
+        return [Batch(ids, mask, labels, int((labels > 0).sum()), int(mask.sum())) for ids, mask, labels in pieces]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return Batch(*tensors, self.masked_tokens, self.real_tokens)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Who reads what: `rank` of `world_size` takes its part of every global batch of `batch_size` sequences."""
+
+    seed: int
+    batch_size: int
+    max_seq_length: int
+    rank: int = 0
+    world_size: int = 1
+
+
+class TrainingBatches(Dataset):
+    """Item `step` is this rank's batch of that optimiser step (from 0), for ever: epoch after epoch, reshuffled.
+
+    An epoch is one pass over all lines in random order; a batch may hold the end of one epoch and the start of the
+    next, so that no line is lost or repeated.
+    """
+
+    def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
+        self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
+        self._orders: dict[int, np.ndarray] = {}
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The order of all lines in `epoch`; the last two epochs asked for are kept."""
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0]))
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = generator.permutation(len(self.store))
+        return self._orders[epoch]
+
+    def line_numbers(self, step: int) -> np.ndarray:
+        """Lines of this rank's part of the global batch of `step`, int64 [B]."""
+        positions = step * self.plan.batch_size + self._rows()
+        epochs, offsets = np.divmod(positions, len(self.store))
+        return np.array([self._epoch_order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+
+    def _rows(self) -> np.ndarray:
+        """Rows of the global batch that belong to this rank."""
+        rank, world = self.plan.rank, self.plan.world_size
+        size = self.plan.batch_size
+        return np.arange(size * rank // world, size * (rank + 1) // world)
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = self._rows()
+        uniforms = mask_uniforms(self.plan, step, int(rows[0]), len(rows))
+        sequences = [self.store.line(int(line)) for line in self.line_numbers(step)]
+        return make_batch(sequences, self.tokenizer, self.masker, uniforms, self.plan.max_seq_length)
+
+
+class EvaluationBatches(Dataset):
+    """Every line once, in file order, with masks that depend on the seed and the line only."""
+
+    def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
+        self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
+
+    def __len__(self) -> int:
+        return -(-len(self.store) // self.plan.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = index * self.plan.batch_size
+        lines = range(first, min(first + self.plan.batch_size, len(self.store)))
+        uniforms = mask_uniforms(self.plan, 0, first, len(lines))
+        sequences = [self.store.line(line) for line in lines]
+        return make_batch(sequences, self.tokenizer, self.masker, uniforms, self.plan.max_seq_length)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a step's dropout and sampling: independent numbers for every (seed, step, rank), below 2^63."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def mask_uniforms(plan: BatchPlan, step: int, first_row: int, rows: int) -> np.ndarray:
+    """float64 [rows, draws] for rows `first_row` onwards of a global batch: any slicing gives the same numbers."""
+    draws = Masker.draws_per_line(plan.max_seq_length)
+    counter = [first_row * draws // 4, 0, step, 0]
+    return np.random.Generator(np.random.Philox(key=[plan.seed, MASKS], counter=counter)).random((rows, draws))
+
+
+def make_batch(
+    sequences: list[np.ndarray], tokenizer: Tokenizer, masker: Masker, uniforms: np.ndarray, max_seq_length: int
+) -> Batch:
+    """[CLS] tokens [SEP] of each sequence (at most `max_seq_length - 2` ids), padded to the longest, masked."""
+    longest = max(len(sequence) for sequence in sequences) + 2
+    length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_seq_length)
+    ids = np.full((len(sequences), length), tokenizer.pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    ids[:, 0] = tokenizer.cls_id
+    for row, sequence in enumerate(sequences):
+        end = len(sequence) + 1
+        ids[row, 1:end] = sequence
+        ids[row, end] = tokenizer.sep_id
+        mask[row, : end + 1] = 1
+    masked = masker(ids, uniforms)
+    return Batch(
+        torch.from_numpy(masked.input_ids),
+        torch.from_numpy(mask),
+        torch.from_numpy(masked.labels),
+        int((masked.labels > 0).sum()),
+        int(mask.sum()),
+    )
+
+
+def load_batches(dataset: Dataset, indices: range, workers: int) -> DataLoader:
+    """Batches in order, prepared ahead by `workers` processes."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )

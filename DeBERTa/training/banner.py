@@ -1,0 +1,75 @@
+"""What a run says of itself before it starts, and keeps in `environment.json`."""
+
+import platform
+import sys
+
+import numpy as np
+import torch
+
+from DeBERTa import __version__
+from DeBERTa.model.pretraining import RTDModel, backbone_parameters, embedding_parameters
+from DeBERTa.training.loop import Run
+from DeBERTa.training.optimizer import warmup_steps
+
+
+def banner(run: Run, first_step: int) -> str:
+    """What is about to happen, for a person."""
+    config, training = run.config, run.training
+    store = run.train_batches.store
+    steps = f"{training.total_steps:,}, warm-up {warmup_steps(config, training.total_steps):,}"
+    tokens = config.train_batch_size * config.max_seq_length
+    parts = f", in {config.accumulative_update} parts" if config.accumulative_update > 1 else ""
+    held_out = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
+    rows = {
+        "run": str(run.run_dir),
+        "task": _task(run),
+        "device": f"{device_name(training.device)}, precision {training.precision}, 1 process",
+        "batch": f"{config.train_batch_size} sequences of {config.max_seq_length}{parts}: {tokens:,} tokens a step",
+        "steps": steps + (f"; going on from step {first_step:,}" if first_step else ""),
+        "parameters": f"{_sizes(run)} (M = 2^20)",
+        "data": f"{config.data_dir}: {store.num_tokens:,} tokens in {len(store):,} lines; "
+        + (", ".join(held_out) or "no validation split"),
+    }
+    return "\n".join(f"{name:>10}  {value}" for name, value in rows.items())
+
+
+def _task(run: Run) -> str:
+    if not isinstance(run.model, RTDModel):
+        return "masked language modelling"
+    order = "decoupled" if run.training.decoupled else "joint"
+    return f"replaced token detection, {run.model.config.embedding_sharing.upper()}, {order} updates"
+
+
+def _sizes(run: Run) -> str:
+    """Backbone and word embedding of each model."""
+    model = run.model
+    if isinstance(model, RTDModel):
+        parts = {"generator": model.generator, "discriminator": model.discriminator}
+    else:
+        parts = {"model": model}
+    return ", ".join(
+        f"{name} {backbone_parameters(part) / 2**20:.1f}M + {embedding_parameters(part) / 2**20:.1f}M embedding"
+        for name, part in parts.items()
+    )
+
+
+def environment(device: torch.device) -> dict:
+    """What ran where: command, versions, machine."""
+    return {
+        "command": sys.argv,
+        "deberta": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return f"CPU ({model}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,118 @@
+"""What a person sees of a run: the console, and `metrics.jsonl` in the run's folder."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import ujson
+from tqdm import tqdm
+
+Sums = dict[str, torch.Tensor]  # numbers that add up over parts and steps, on the device: losses and counts
+
+
+def add(sums: Sums, more: Sums) -> None:
+    """Add `more` to `sums` in place; new names start at zero."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def mean_losses(sums: Sums) -> dict[str, float]:
+    """Losses and accuracies per target from sums named `*loss`, `*correct`, `*targets`; reads the device once."""
+    values = dict(zip(sums, torch.stack([v.detach().double() for v in sums.values()]).tolist(), strict=True))
+    means = {}
+    for name, value in values.items():
+        if name.endswith("targets"):
+            continue
+        if name.endswith(("loss", "correct")):
+            value /= max(values[name.replace("loss", "targets").replace("correct", "targets")], 1)
+        means[name.replace("correct", "accuracy")] = value
+    return means
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, with "step" and "kind" ("train" or the split evaluated)."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped."""
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        self._file.write(ujson.dumps({"step": step, "kind": kind, **values}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; infinity for one cut short by a crash."""
+    try:
+        return ujson.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Progress:
+    """One line on the terminal: losses, discriminator accuracy, tokens a second, time to go.
+
+    A terminal gets a bar that is redrawn; a file or pipe gets a line each logging interval.
+    """
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self.first_step, self.total_steps = first_step, total_steps
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit="step", disable=None, dynamic_ncols=True
+        )
+        self._started = time.monotonic()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, step: int, metrics: dict) -> None:
+        """`metrics` of the interval that ends at `step`."""
+        text = describe(metrics)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+            return
+        each = (time.monotonic() - self._started) / (step - self.first_step)
+        left = duration(each * (self.total_steps - step))
+        print(f"step {step}/{self.total_steps}  {text}  {left} to go", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+SHOWN = (
+    ("loss", "loss {:.3f}"),
+    ("accuracy", "accuracy {:.1%}"),
+    ("perplexity", "perplexity {:.1f}"),
+    ("generator_loss", "generator loss {:.3f}"),
+    ("generator_accuracy", "accuracy {:.1%}"),
+    ("discriminator_loss", "discriminator loss {:.4f}"),
+    ("discriminator_accuracy", "accuracy {:.1%}"),
+    ("discriminator_precision", "precision {:.1%}"),
+    ("discriminator_recall", "recall {:.1%}"),
+    ("discriminator_auc", "ROC AUC {:.3f}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+)
+
+
+def describe(metrics: dict) -> str:
+    """The main figures of `metrics` on one line."""
+    return "  ".join(form.format(metrics[name]) for name, form in SHOWN if name in metrics)

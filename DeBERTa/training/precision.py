@@ -1,0 +1,45 @@
+"""Number formats: what `--precision` means on this hardware, and the autocast and loss scaler that go with it."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from DeBERTa.config import ConfigError, TrainConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(config: TrainConfig, device: torch.device) -> str:
+    """The precision to use: fp32, bf16 or fp16.
+
+    "auto" takes bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not, and fp32
+    elsewhere. Raises `ConfigError` for bf16 on a GPU without it.
+    """
+    has_bf16 = hardware_has_bf16(device)
+    if config.precision == "auto":
+        if config.fp16 is False:
+            return "fp32"
+        if has_bf16:
+            return "bf16"
+        return "fp16" if device.type == "cuda" else "fp32"
+    if config.precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ConfigError("--precision bf16: this GPU has no bfloat16 arithmetic; use --precision fp16 or auto")
+    return config.precision
+
+
+def hardware_has_bf16(device: torch.device) -> bool:
+    """Native bfloat16: Ampere or newer GPUs; CPUs with AMX or AVX-512 bfloat16 instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Context in which matrix products run in `precision`."""
+    return torch.autocast(device.type, dtype=DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
+
+
+def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Scales losses for fp16; passes everything through unchanged otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

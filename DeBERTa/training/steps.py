@@ -1,0 +1,158 @@
+"""One optimiser step: what is computed, in which order, and what is updated.
+
+A batch may be cut into parts to need less memory (`accumulative_update`). Losses are sums over the part divided by the
+target count of the whole batch, so that the parts' gradients add up to those of the uncut batch.
+"""
+
+import torch
+from torch import nn
+
+from DeBERTa.config import TrainConfig
+from DeBERTa.data.dataset import Batch
+from DeBERTa.model.pretraining import MaskedLanguageModel, MaskedLMOutput, RTDModel, corrupt
+from DeBERTa.training.metrics import Sums, add
+from DeBERTa.training.optimizer import build_optimizer, schedule, set_learning_rate, warmup_steps
+from DeBERTa.training.precision import autocast, loss_scaler
+
+
+class TrainingStep:
+    """What both tasks share: precision, learning rate, update."""
+
+    def __init__(self, config: TrainConfig, precision: str, device: torch.device, total_steps: int) -> None:
+        self.config, self.precision, self.device = config, precision, device
+        self.total_steps = total_steps
+        self.scaler = loss_scaler(precision, device)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def learning_rate(self, update: int) -> float:
+        """Set every optimiser's rate for update number `update` (from 1); returns the factor on the peaks."""
+        warmup = warmup_steps(self.config, self.total_steps)
+        factor = schedule(update, self.total_steps, warmup, self.config.lr_schedule_ends)
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, factor)
+        return factor
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self, *optimizers: torch.optim.Optimizer) -> torch.Tensor:
+        """Clip the gradient of all parameters of `optimizers` as one vector, step, clear. Returns its norm."""
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        limit = self.config.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class MaskedLMStep(TrainingStep):
+    """Masked language modelling (DeBERTa, section 3.2; BERT, section 3.1)."""
+
+    def __init__(
+        self, model: MaskedLanguageModel, config: TrainConfig, precision: str, device: torch.device, total_steps: int
+    ) -> None:
+        super().__init__(config, precision, device, total_steps)
+        self.model = model
+        self.optimizers["model"] = build_optimizer(model.named_parameters(), config.learning_rate, config)
+
+    def __call__(self, batch: Batch) -> Sums:
+        targets = max(batch.masked_tokens, 1)
+        sums: Sums = {}
+        for part in batch.split(self.config.accumulative_update):
+            part = part.to(self.device)
+            with autocast(self.precision, self.device):
+                out = self.model(part.input_ids, part.input_mask, part.labels)
+            self.backward(out.loss.sum() / targets)
+            add(sums, masked_lm_sums(out, ""))
+        sums["grad_norm"] = self.update(self.optimizers["model"])
+        self.scaler.update()
+        return sums
+
+
+class ReplacedTokenStep(TrainingStep):
+    """Replaced token detection (ELECTRA; DeBERTaV3, section 3).
+
+    Decoupled: the generator's update comes first; the discriminator then sees the tokens sampled before that update
+    and, where tables are shared, the generator's updated ones. Joint: one backward pass of mlm + lambda * rtd. Under ES
+    both losses train one table, so that the update is always joint.
+    """
+
+    def __init__(
+        self, model: RTDModel, config: TrainConfig, precision: str, device: torch.device, total_steps: int
+    ) -> None:
+        super().__init__(config, precision, device, total_steps)
+        self.model = model
+        self.decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
+        peak = config.discriminator_learning_rate or config.learning_rate
+        self.optimizers["generator"] = build_optimizer(
+            model.generator.named_parameters(), config.learning_rate, config
+        )
+        self.optimizers["discriminator"] = build_optimizer(model.discriminator.named_parameters(), peak, config)
+
+    def __call__(self, batch: Batch) -> Sums:
+        step = self._decoupled if self.decoupled else self._joint
+        sums = step(batch)
+        self.scaler.update()
+        return sums
+
+    def _decoupled(self, batch: Batch) -> Sums:
+        sums: Sums = {}
+        parts = [part.to(self.device) for part in batch.split(self.config.accumulative_update)]
+        corrupted = []
+        for part in parts:
+            loss, corrupted_ids = self._generate(part, sums)
+            self.backward(loss / max(batch.masked_tokens, 1))
+            corrupted.append(corrupted_ids)
+        sums["generator_grad_norm"] = self.update(self.optimizers["generator"])
+        for part, corrupted_ids in zip(parts, corrupted, strict=True):
+            loss = self._discriminate(part, corrupted_ids, sums)
+            self.backward(self.config.rtd_lambda * loss / batch.real_tokens)
+        sums["discriminator_grad_norm"] = self.update(self.optimizers["discriminator"])
+        return sums
+
+    def _joint(self, batch: Batch) -> Sums:
+        sums: Sums = {}
+        for part in batch.split(self.config.accumulative_update):
+            part = part.to(self.device)
+            mlm_loss, corrupted_ids = self._generate(part, sums)
+            rtd_loss = self._discriminate(part, corrupted_ids, sums)
+            self.backward(
+                mlm_loss / max(batch.masked_tokens, 1) + self.config.rtd_lambda * rtd_loss / batch.real_tokens
+            )
+        sums["grad_norm"] = self.update(*self.optimizers.values())
+        return sums
+
+    def _generate(self, part: Batch, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
+        """The generator's summed loss, and the ids with its samples in place of the masks."""
+        with autocast(self.precision, self.device):
+            out = self.model.generator(part.input_ids, part.input_mask, part.labels)
+        add(sums, masked_lm_sums(out, "generator_"))
+        return out.loss.sum(), corrupt(part.input_ids, part.labels, out.logits)
+
+    def _discriminate(self, part: Batch, corrupted_ids: torch.Tensor, sums: Sums) -> torch.Tensor:
+        """The discriminator's summed loss."""
+        with autocast(self.precision, self.device):
+            out = self.model.discriminate(corrupted_ids, part.input_mask, part.labels)
+        loss = out.loss.sum()
+        correct = (out.logits[part.input_mask > 0] > 0) == (out.labels > 0)
+        add(
+            sums,
+            {
+                "discriminator_loss": loss.detach(),
+                "discriminator_correct": correct.sum(),
+                "discriminator_targets": torch.tensor(out.labels.numel(), device=self.device),
+            },
+        )
+        return loss
+
+
+def masked_lm_sums(out: MaskedLMOutput, prefix: str) -> Sums:
+    """Summed loss, correct predictions and target count of a `MaskedLMOutput`."""
+    return {
+        f"{prefix}loss": out.loss.detach().sum(),
+        f"{prefix}correct": (out.logits.detach().argmax(-1) == out.labels).sum(),
+        f"{prefix}targets": torch.tensor(out.labels.numel(), device=out.loss.device),
+    }
