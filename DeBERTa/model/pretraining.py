@@ -124,11 +124,17 @@ class RTDModel(nn.Module):
         return state
 
 
+@torch.no_grad()
 def corrupt(input_ids: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """`input_ids` [B, L] with a sample from softmax(`logits` [M, V]) at each position where `labels` > 0."""
-    with torch.no_grad():
-        samples = torch.multinomial(torch.softmax(logits.float(), dim=-1), 1).squeeze(-1)
-        return input_ids.masked_scatter(labels > 0, samples)
+    """`input_ids` [B, L] with a sample from softmax(`logits` [M, V]) at each position where `labels` > 0.
+
+    One uniform number a position picks the sample from the cumulative distribution; `torch.multinomial` would draw one
+    for every word of the vocabulary.
+    """
+    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
+    point = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+    samples = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.size(-1) - 1)
+    return input_ids.masked_scatter(labels > 0, samples)
 
 
 def backbone_parameters(model: nn.Module) -> int:

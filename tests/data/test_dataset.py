@@ -1,0 +1,122 @@
+"""Batches: a pure function of (seed, step, rank), every line once an epoch, any cut into ranks the same data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches, load_batches, step_seed
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+
+PLAN = BatchPlan(seed=7, batch_size=24, max_seq_length=64)
+
+
+@pytest.fixture(scope="module")
+def store(prepared, tokenizer):
+    return open_store(prepared / "train.txt", tokenizer, max_tokens=62)
+
+
+@pytest.fixture(scope="module")
+def masker(tokenizer):
+    return Masker(tokenizer, 3, always_mask=False)
+
+
+def training(store, tokenizer, masker, **changes) -> TrainingBatches:
+    return TrainingBatches(store, tokenizer, masker, dataclasses.replace(PLAN, **changes))
+
+
+def originals(batch) -> torch.Tensor:
+    return torch.where(batch.labels > 0, batch.labels, batch.input_ids)
+
+
+def test_layout(store, tokenizer, masker):
+    batches = training(store, tokenizer, masker)
+    batch = batches[3]
+    for row, line in zip(originals(batch), batches.line_numbers(3), strict=True):
+        assert row[0] == tokenizer.cls_id and row[63] == tokenizer.sep_id
+        assert row[1:63].tolist() == store.line(line).tolist()
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.masked_tokens == (batch.labels > 0).sum()
+    assert batch.real_tokens == batch.input_mask.sum() == 24 * 64
+
+
+def test_every_line_once_an_epoch_even_across_batches(store, tokenizer, masker):
+    batches = training(store, tokenizer, masker, batch_size=32)  # 600 lines: epochs end within batches
+    seen = np.concatenate([batches.line_numbers(step) for step in range(75)])
+    epochs = seen[:2400].reshape(4, 600)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(600))
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_pure_function_of_seed_and_step(store, tokenizer, masker):
+    forwards, backwards = training(store, tokenizer, masker), training(store, tokenizer, masker)
+    first = [forwards[step] for step in (0, 30, 60)]
+    again = [backwards[step] for step in (60, 30, 0)][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+    other_seed = training(store, tokenizer, masker, seed=8)[0]
+    assert not torch.equal(originals(first[0]), originals(other_seed))
+
+
+def test_a_line_is_masked_anew_in_each_epoch(store, tokenizer, masker):
+    batches = training(store, tokenizer, masker)  # 25 batches of 24 are one epoch
+    first_epoch = {}
+    for step in range(25):
+        first_epoch |= dict(zip(batches.line_numbers(step).tolist(), batches[step].labels, strict=True))
+    second_epoch = zip(batches.line_numbers(25).tolist(), batches[25].labels, strict=True)
+    assert all(not torch.equal(first_epoch[line], labels) for line, labels in second_epoch)
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_cut_the_same_global_batch(store, tokenizer, masker, world_size):
+    whole = training(store, tokenizer, masker)[11]
+    parts = [training(store, tokenizer, masker, rank=r, world_size=world_size)[11] for r in range(world_size)]
+    for name in ("input_ids", "input_mask", "labels"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
+
+
+def test_parts_for_accumulation_add_up(store, tokenizer, masker):
+    whole = training(store, tokenizer, masker)[2]
+    parts = whole.split(4)
+    assert [len(part.input_ids) for part in parts] == [6] * 4
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+    assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
+    assert sum(part.real_tokens for part in parts) == whole.real_tokens
+
+
+def test_worker_processes_change_nothing(store, tokenizer, masker):
+    batches = training(store, tokenizer, masker)
+    for alone, prepared in zip(
+        load_batches(batches, range(4, 10), 0), load_batches(batches, range(4, 10), 2), strict=True
+    ):
+        assert torch.equal(alone.input_ids, prepared.input_ids)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40, 64])
+def test_evaluation_sees_every_line_once_with_masks_of_its_own(prepared, tokenizer, masker, batch_size):
+    store = open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
+    plan = dataclasses.replace(PLAN, batch_size=batch_size)
+    batches = list(EvaluationBatches(store, tokenizer, masker, plan))
+    rows = torch.cat([originals(batch) for batch in batches])
+    assert len(rows) == len(store) == 40
+    assert all(row[1:63].tolist() == store.line(i).tolist() for i, row in enumerate(rows))
+    one = EvaluationBatches(store, tokenizer, masker, dataclasses.replace(PLAN, batch_size=40))[0]
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), one.labels)
+
+
+def test_short_lines_are_padded_to_the_longest_of_the_batch(tmp_path, tokenizer, masker):
+    (tmp_path / "train.txt").write_text("▁the ▁of\n▁the " + "s " * 19 + "\n", encoding="utf-8")
+    store = open_store(tmp_path / "train.txt", tokenizer, max_tokens=62)
+    batch = EvaluationBatches(store, tokenizer, masker, PLAN)[0]
+    assert batch.input_mask.sum(1).tolist() == [4, 22]
+    assert batch.input_ids.shape == (2, 24)  # 22, up to a multiple of 8
+    assert (batch.input_ids[0, 4:] == tokenizer.pad_id).all()
+
+
+def test_seeds_of_steps_differ():
+    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 1000

@@ -1,0 +1,120 @@
+"""Where the gradients go under GDES, ES and NES, in decoupled and joint training (DeBERTaV3, section 3.3)."""
+
+import pytest
+import torch
+
+from DeBERTa import RTDConfig, RTDModel
+from DeBERTa.model.pretraining import corrupt
+from DeBERTa.training.steps import ReplacedTokenStep, TrainingStep
+from tests.conftest import tiny_rtd
+from tests.training.batches import random_batch, train_config
+
+
+def make(sharing: str) -> RTDModel:
+    torch.manual_seed(0)
+    config = tiny_rtd(sharing)
+    for part in ("generator", "discriminator"):
+        # Positions reach the input, so that the position tables get gradients too; no dropout, so that losses repeat.
+        config[part] |= {"position_biased_input": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return RTDModel(RTDConfig.from_dict(config))
+
+
+def tables(model: RTDModel) -> dict[str, torch.Tensor]:
+    """The embedding tables there are, by owner and name."""
+    return {name: p for name, p in model.named_parameters() if "_embeddings." in name and "rel_" not in name}
+
+
+def losses(model: RTDModel) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = random_batch()
+    out = model.generator(batch.input_ids, batch.input_mask, batch.labels)
+    corrupted_ids = corrupt(batch.input_ids, batch.labels, out.logits)
+    return out.loss.mean(), model.discriminate(corrupted_ids, batch.input_mask, batch.labels).loss.mean()
+
+
+def reached(loss: torch.Tensor, model: RTDModel) -> set[str]:
+    """Tables with a gradient that is not exactly zero."""
+    found = tables(model)
+    gradients = torch.autograd.grad(loss, list(found.values()), allow_unused=True)
+    return {name for name, g in zip(found, gradients, strict=True) if g is not None and torch.count_nonzero(g)}
+
+
+def both(owner: str, name: str) -> set[str]:
+    return {f"{owner}.deberta.embeddings.{table}_embeddings.{name}" for table in ("word", "position")}
+
+
+@pytest.mark.parametrize(
+    ("sharing", "mlm_tables", "rtd_tables"),
+    [
+        ("gdes", both("generator", "weight"), both("discriminator", "_weight")),
+        ("es", both("generator", "weight"), both("generator", "weight")),
+        ("nes", both("generator", "weight"), both("discriminator", "weight")),
+    ],
+)
+def test_tables_each_loss_reaches(sharing, mlm_tables, rtd_tables):
+    model = make(sharing)
+    mlm_loss, rtd_loss = losses(model)
+    assert set(tables(model)) == mlm_tables | rtd_tables
+    assert reached(mlm_loss, model) == mlm_tables
+    assert reached(rtd_loss, model) == rtd_tables
+
+
+def test_gdes_starts_at_the_generators_table_and_follows_it():
+    model = make("gdes")
+    word = model.discriminator.deberta.embeddings.word_embeddings
+    ids = torch.arange(10)
+    base = model.shared_tables().word
+    assert torch.equal(word(ids, base), base[:10])
+    with torch.no_grad():
+        word._weight[3] += 1.0
+        base[5] += 2.0
+    assert torch.equal(word(ids, base), word.full(base)[:10])
+    assert torch.equal(word(ids, base)[3], base[3] + 1.0)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("sharing", ["gdes", "es", "nes"])
+def test_gradients_at_the_update(sharing, decoupled, monkeypatch):
+    """What each update sees: the gradients the optimisers step on equal those of the losses taken one by one."""
+    model = make(sharing)
+    config = train_config(task_name="RTD", decoupled_training=decoupled, learning_rate=1e-30, max_grad_norm=0.0)
+    training = ReplacedTokenStep(model, config, "fp32", torch.device("cpu"), total_steps=10)
+    assert training.decoupled == (decoupled and sharing != "es")
+    training.learning_rate(1)
+    seen: dict[str, torch.Tensor] = {}
+    update = TrainingStep.update
+
+    def record(self, *optimizers):
+        mine = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        found = {n: p.grad.clone() for n, p in tables(model).items() if id(p) in mine and p.grad is not None}
+        assert not seen.keys() & found.keys(), "a table is updated once in a step"
+        seen.update(found)
+        return update(self, *optimizers)
+
+    monkeypatch.setattr(TrainingStep, "update", record)
+    torch.manual_seed(1)
+    training(random_batch())
+
+    torch.manual_seed(1)
+    mlm_loss, rtd_loss = losses(model)
+    found = tables(model)
+    alone = [torch.autograd.grad(loss, list(found.values()), allow_unused=True) for loss in (mlm_loss, rtd_loss)]
+    for name, mlm, rtd in zip(found, *alone, strict=True):
+        parts = [g for g in (mlm, None if rtd is None else config.rtd_lambda * rtd) if g is not None]
+        torch.testing.assert_close(seen[name], sum(parts), atol=1e-6, rtol=1e-4)
+        assert (len(parts) == 2) == (sharing == "es")
+
+
+def test_standalone_discriminator_shares_nothing():
+    """The saved discriminator gives the same logits as the one that shares tables."""
+    from DeBERTa import ReplacedTokenDetectionModel
+
+    for sharing in ("gdes", "es", "nes"):
+        model = make(sharing)
+        with torch.no_grad():
+            for parameter in tables(model).values():
+                parameter += 0.1 * torch.randn_like(parameter)
+        batch = random_batch()
+        alone = ReplacedTokenDetectionModel(model.config.discriminator)
+        alone.load_state_dict(model.standalone_discriminator(), strict=True)
+        expected = model.discriminate(batch.input_ids, batch.input_mask, batch.labels).logits
+        torch.testing.assert_close(alone(batch.input_ids, batch.input_mask, batch.labels).logits, expected)

@@ -1,0 +1,71 @@
+"""Every shipped config and preset: sizes as promised, scripts that refuse wrong names."""
+
+import subprocess
+
+import pytest
+import torch
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.config import read_json
+from DeBERTa.model.pretraining import backbone_parameters, embedding_parameters
+from tests.conftest import ROOT
+
+CONFIGS = ROOT / "experiments" / "language_model"
+M = 2**20
+
+
+def build(name: str) -> torch.nn.Module:
+    values = read_json(CONFIGS / name)
+    with torch.device("meta"):
+        if "generator" in values:
+            return RTDModel(RTDConfig.from_dict(values))
+        return MaskedLanguageModel(ModelConfig.from_dict(values))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.json")))
+def test_every_config_builds(name):
+    model = build(name)
+    parts = [model] if isinstance(model, MaskedLanguageModel) else [model.generator, model.discriminator]
+    assert all(part.config.head_size == 64 for part in parts)
+    if isinstance(model, RTDModel):
+        assert 2 * model.config.generator.num_hidden_layers == model.config.discriminator.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "backbone", "embedding"),
+    [
+        ("rtd_xsmall.json", 12, 256, 9, 32),
+        ("rtd_base.json", 12, 768, 81, 96),
+        ("rtd_large.json", 24, 1024, 288, 128),
+    ],
+)
+def test_promised_sizes(name, layers, hidden, backbone, embedding):
+    """Backbone exactly as promised. The promise counts 128 * 1024 rows of the word table; there are 128100."""
+    model = build(name).discriminator
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (layers, hidden)
+    assert backbone_parameters(model) == backbone * M
+    assert embedding_parameters(model) == 128100 * hidden
+    assert embedding * M == 128 * 1024 * hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden"), [("rtd_xsmall_continue.json", 12, 384), ("rtd_small.json", 6, 768)]
+)
+def test_public_checkpoint_sizes(name, layers, hidden):
+    config = RTDConfig.from_json(CONFIGS / name).discriminator
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (layers, hidden, 128100)
+
+
+@pytest.mark.parametrize("script", ["mlm.sh", "rtd.sh"])
+@pytest.mark.parametrize("arguments", [[], ["no-such-model"]])
+def test_no_name_or_a_wrong_one(script, arguments):
+    result = subprocess.run([ROOT / script, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert not result.stdout
+    assert "usage" in result.stderr and "deberta" in result.stderr
+
+
+def test_continue_asks_for_weights():
+    result = subprocess.run([ROOT / "rtd.sh", "deberta-v3-base-continue"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--init_generator" in result.stderr and "--init_discriminator" in result.stderr

@@ -1,0 +1,82 @@
+"""Evaluation figures against naive counts."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.training.evaluation import detection_metrics, evaluate, roc_auc
+from tests.conftest import tiny_model, tiny_rtd
+
+
+def naive_auc(scores, replaced):
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[replaced] for b in scores[~replaced]]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_counts_pairs(seed):
+    generator = np.random.default_rng(seed)
+    scores = np.round(generator.normal(size=120), 1).astype(np.float32)  # rounding makes ties
+    replaced = generator.random(120) < 0.2
+    assert roc_auc(scores, replaced) == pytest.approx(naive_auc(scores, replaced), abs=1e-12)
+
+
+def test_auc_extremes():
+    scores, replaced = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])
+    assert roc_auc(scores, replaced) == 1.0
+    assert roc_auc(-scores, replaced) == 0.0
+    assert roc_auc(np.zeros(4), replaced) == 0.5
+    assert roc_auc(scores, np.zeros(4, bool)) == 0.5
+
+
+def test_precision_and_recall():
+    scores = np.array([2.0, 1.0, -1.0, 3.0, -2.0, -3.0])
+    replaced = np.array([True, False, True, True, False, False])
+    metrics = detection_metrics(scores, replaced)
+    assert metrics["discriminator_accuracy"] == pytest.approx(4 / 6)
+    assert metrics["discriminator_precision"] == pytest.approx(2 / 3)
+    assert metrics["discriminator_recall"] == pytest.approx(2 / 3)
+    assert metrics["discriminator_replaced"] == pytest.approx(3 / 6)
+
+
+@pytest.fixture(scope="module")
+def store(prepared, tokenizer):
+    return open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
+
+
+def batches(store, tokenizer, rtd, size):
+    return EvaluationBatches(store, tokenizer, Masker(tokenizer, 1, always_mask=rtd), BatchPlan(1, size, 64))
+
+
+def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
+    torch.manual_seed(0)
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3}))
+    results = [
+        evaluate(model, list(batches(store, tokenizer, False, size)), "fp32", torch.device("cpu"), seed=1)
+        for size in (7, 40)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    model.eval()
+    with torch.no_grad():
+        whole = batches(store, tokenizer, False, 40)[0]
+        out = model(whole.input_ids, whole.input_mask, whole.labels)
+    assert results[0]["loss"] == pytest.approx(F.cross_entropy(out.logits, out.labels).item(), rel=1e-5)
+    assert results[0]["accuracy"] == pytest.approx((out.logits.argmax(-1) == out.labels).float().mean().item())
+    assert results[0]["perplexity"] == pytest.approx(np.exp(results[0]["loss"]))
+
+
+def test_detector_is_repeatable_and_keeps_the_mode(store, tokenizer):
+    torch.manual_seed(0)
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
+    data = list(batches(store, tokenizer, True, 16))
+    first, second = (evaluate(model, data, "fp32", torch.device("cpu"), seed=4) for _ in range(2))
+    assert first == second
+    assert model.training
+    assert first["generator_loss"] == pytest.approx(np.log(2008), rel=0.01)
+    # A fresh generator hardly ever samples the original: nearly all masked tokens are replaced.
+    assert first["discriminator_replaced"] == pytest.approx(0.15 * 62 / 64, rel=0.1)
