@@ -87,13 +87,14 @@ def run(config: TrainConfig) -> None:
     tokenizer = Tokenizer(config.vocab_path)
     model_config = load_model_config(config, tokenizer)
     masker = Masker(tokenizer, 1 if config.task_name == "RTD" else config.max_ngram, config.task_name == "RTD")
+    train_store = open_split(config, "train", tokenizer) if config.do_train else None
     evaluation = open_evaluation(config, tokenizer, masker)
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
-    if config.do_train:
+    if train_store is not None:
         plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length)
-        batches = TrainingBatches(open_split(config, "train", tokenizer), tokenizer, masker, plan)
+        batches = TrainingBatches(train_store, tokenizer, masker, plan)
         total_steps = number_of_steps(config, batches)
         step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
         this_run = Run(config, model, step_class(model, config, precision, device, total_steps), batches, evaluation)

@@ -1,0 +1,224 @@
+"""`python -m DeBERTa.train` as people run it: what a run leaves behind, going on, and errors in one sentence."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel
+from tests.conftest import ROOT, tiny_model, tiny_rtd
+
+
+def train(*flags, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "DeBERTa.train", *map(str, flags)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def flags(prepared, tmp_path):
+    """Flags of a quick run as a dict; `command` makes them a list."""
+    (tmp_path / "rtd.json").write_text(json.dumps(tiny_rtd()))
+    (tmp_path / "mlm.json").write_text(json.dumps(tiny_model()))
+    return {
+        "task_name": "RTD",
+        "model_config": tmp_path / "rtd.json",
+        "data_dir": prepared,
+        "vocab_path": prepared / "spm.model",
+        "output_dir": tmp_path / "run",
+        "do_train": True,
+        "max_seq_length": 64,
+        "num_training_steps": 6,
+        "dump_interval": 3,
+        "log_interval": 2,
+        "warmup": 2,
+        "train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "workers": 0,
+    }
+
+
+def command(values: dict) -> list:
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_refused(result: subprocess.CompletedProcess, *named: str) -> None:
+    """One sentence on stderr, exit status 1, no traceback."""
+    assert result.returncode == 1, result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for name in named:
+        assert str(name) in message, message
+
+
+def test_rtd_run_leaves_models_metrics_and_settings(flags):
+    result = train(*command(flags), "--do_eval")
+    assert result.returncode == 0, result.stderr
+    for word in ("replaced token detection, GDES", "precision fp32", "8 sequences of 64", "512 tokens a step", "to go"):
+        assert word in result.stderr
+    run = flags["output_dir"]
+    lines = read_metrics(run)
+    assert [(line["step"], line["kind"]) for line in lines] == [
+        (1, "train"), (2, "train"), (3, "valid"), (4, "train"), (6, "train"), (6, "valid")
+    ]  # fmt: skip
+    for line in lines:
+        assert line["generator_loss"] > 0 and line["discriminator_loss"] > 0 and "discriminator_accuracy" in line
+    assert {"discriminator_auc", "discriminator_precision", "discriminator_recall"} <= lines[-1].keys()
+    assert json.loads((run / "config.json").read_text())["train"]["num_training_steps"] == 6
+    assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert json.loads((run / "evaluation.json").read_text()).keys() == {"valid", "test"}
+
+    generator = MaskedLanguageModel(ModelConfig.from_json(run / "generator" / "config.json"))
+    generator.load_state_dict(load_file(run / "generator" / "model.safetensors"), strict=True)
+    discriminator = ReplacedTokenDetectionModel(ModelConfig.from_json(run / "discriminator" / "config.json"))
+    discriminator.load_state_dict(load_file(run / "discriminator" / "model.safetensors"), strict=True)
+    saved = load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
+    residual = saved["discriminator.deberta.embeddings.word_embeddings._weight"]
+    assert torch.count_nonzero(residual)
+    torch.testing.assert_close(
+        discriminator.deberta.embeddings.word_embeddings.weight,
+        saved["generator.deberta.embeddings.word_embeddings.weight"] + residual,
+    )
+
+
+def test_mlm_run_and_evaluation_of_its_checkpoint(flags):
+    flags |= {"task_name": "MLM", "model_config": flags["model_config"].with_name("mlm.json"), "max_ngram": 3}
+    result = train(*command(flags), "--do_eval", "--accumulative_update", 2)
+    assert result.returncode == 0, result.stderr
+    run = flags["output_dir"]
+    trained = json.loads((run / "evaluation.json").read_text())
+    del flags["do_train"]
+    (run / "evaluation.json").unlink()
+    result = train(*command(flags), "--do_eval")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "evaluation.json").read_text()) == trained
+    assert read_metrics(run)[-1]["loss"] == trained["valid"]["loss"]
+
+
+@pytest.mark.parametrize("task", ["MLM", "RTD"])
+def test_same_command_goes_on_from_the_last_checkpoint(flags, task, tmp_path):
+    """A run that lost everything after step 3 ends with the weights of one that did not, bit for bit."""
+    flags |= {"task_name": task, "model_config": tmp_path / f"{task.lower()}.json"}
+    assert train(*command(flags)).returncode == 0
+    whole = flags["output_dir"]
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    result = train(*command(flags | {"output_dir": cut}))
+    assert result.returncode == 0, result.stderr
+    assert "going on from step 3" in result.stderr
+    name = Path("checkpoints") / "step-00000006" / "model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    timings = ("tokens_per_second",)
+    both = [[{k: v for k, v in line.items() if k not in timings} for line in read_metrics(run)] for run in (whole, cut)]
+    # The interval that was cut logs its first step too, and its means start after the checkpoint.
+    assert [line for line in both[1] if line["step"] not in (4,)] == [line for line in both[0] if line["step"] != 4]
+
+
+def test_only_the_newest_checkpoints_are_kept(flags):
+    assert train(*command(flags | {"dump_interval": 1, "keep_last": 2})).returncode == 0
+    assert len(list((flags["output_dir"] / "checkpoints").iterdir())) == 2
+
+
+def test_another_run_in_the_same_folder_is_refused(flags):
+    assert train(*command(flags)).returncode == 0
+    before = (flags["output_dir"] / "config.json").read_bytes()
+    assert_refused(train(*command(flags | {"learning_rate": 2e-3, "seed": 1})), "learning_rate", "seed", "--tag")
+    assert (flags["output_dir"] / "config.json").read_bytes() == before
+    assert train(*command(flags | {"workers": 1, "log_interval": 1})).returncode == 0
+
+
+def test_wrong_vocabulary_size(flags, tmp_path):
+    values = tiny_rtd()
+    for part in ("generator", "discriminator"):
+        values[part]["vocab_size"] = 128100
+    flags["model_config"].write_text(json.dumps(values))
+    assert_refused(train(*command(flags)), "2001 tokens", "vocab_size 128100", "--vocab_size 2008")
+    assert train(*command(flags), "--vocab_size", 2008, "--num_training_steps", 1).returncode == 0
+    shutil.rmtree(flags["output_dir"])
+    assert_refused(train(*command(flags), "--vocab_size", 2000), "2001 tokens", "vocab_size 2000")
+
+
+def test_unknown_config_key(flags):
+    flags["model_config"].write_text(json.dumps(tiny_rtd() | {"generator": tiny_model() | {"hiden_size": 3}}))
+    assert_refused(train(*command(flags)), "'hiden_size'", flags["model_config"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data_dir": "no/such/folder"}, ("no/such/folder", "prepare_data.py")),
+        ({"vocab_path": "no.model"}, ("no.model",)),
+        ({"model_config": "no.json"}, ("no.json",)),
+        ({"max_seq_length": 32}, ("train.txt", "62", "--max_seq_length 32")),
+        ({"max_seq_length": 65}, ("--max_seq_length 65", "max_position_embeddings 64")),
+        ({"init_generator": "no.bin", "init_discriminator": "no.bin"}, ("no.bin",)),
+        ({"init_generator": "no.bin"}, ("--init_discriminator",)),
+        ({"task_name": "MLM"}, ("rtd.json", "unknown key")),
+        ({"output_dir": "/proc/no-run"}, ("/proc/no-run", "--output_dir")),
+    ],
+)
+def test_refusals(flags, change, named):
+    assert_refused(train(*command(flags | change)), *named)
+
+
+def test_empty_data_folder(flags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(train(*command(flags | {"data_dir": tmp_path / "empty"})), tmp_path / "empty", "prepare_data.py")
+    (tmp_path / "empty" / "train.txt").touch()
+    assert_refused(train(*command(flags | {"data_dir": tmp_path / "empty"})), "train.txt")
+
+
+def test_checkpoint_with_other_shapes(flags, tmp_path):
+    config = ModelConfig.from_dict(tiny_model() | {"intermediate_size": 48, "num_hidden_layers": 1})
+    torch.save(MaskedLanguageModel(config).state_dict(), tmp_path / "generator.bin")
+    torch.save(ReplacedTokenDetectionModel(config).state_dict(), tmp_path / "discriminator.bin")
+    weights = {"init_generator": tmp_path / "generator.bin", "init_discriminator": tmp_path / "discriminator.bin"}
+    result = train(*command(flags | weights))
+    assert_refused(result, tmp_path / "generator.bin", "intermediate.dense.weight", "[48, 32]", "[64, 32]")
+
+
+def test_not_a_number_stops_the_run(flags):
+    """A learning rate that blows the weights up ends in a sentence that names step and loss; the checkpoint stays."""
+    result = train(*command(flags | {"learning_rate": 1e30, "num_training_steps": 40, "warmup": 0}))
+    assert_refused(result, "step", "loss is nan", "--learning_rate")
+
+
+def test_wrong_flags_are_usage_errors(flags):
+    assert train("--no_such_flag").returncode == 2
+    assert train(*command(flags | {"task_name": "GPT"})).returncode == 2
+    result = train("--help")
+    assert result.returncode == 0
+    for flag in ("--train_batch_size", "--lr_schedule_ends", "default: 256", "sequences an optimiser step"):
+        assert flag in result.stdout
+
+
+def test_published_spellings_still_work(flags):
+    """`--max_seq_len`, `--dump`, `--fp16 True` and a bare `--do_train`, as published scripts write them."""
+    for name in ("max_seq_length", "dump_interval", "do_train", "precision"):
+        del flags[name]
+    result = train(*command(flags), "--do_train", "--max_seq_len", 64, "--dump", 3, "--fp16", "False")
+    assert result.returncode == 0, result.stderr
+    assert "precision fp32" in result.stderr
+
+
+def test_several_processes_are_refused_for_now(flags):
+    assert_refused(train(*command(flags), WORLD_SIZE="2"), "WORLD_SIZE")
