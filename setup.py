@@ -15,7 +15,7 @@ setup(
     install_requires=[
         "torch>=2.13,<3",
         "numpy>=2.0,<3",
-        "sentencepiece>=0.2.1,<0.3",
+        "sentencepiece>=0.2.3,<0.3",
         "safetensors>=0.5,<1",
         "tqdm>=4.66,<5",
         "ujson>=5.10,<7",

@@ -86,9 +86,7 @@ class ModelConfig:
         hints = typing.get_type_hints(cls)
         for name, value in values.items():
             _check_type(name, value, hints[name], where)
-        missing = [
-            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values
-        ]
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise ConfigError(f"{where}: missing {', '.join(missing)}")
         config = cls(**values)

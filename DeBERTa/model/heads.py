@@ -80,5 +80,3 @@ class ReplacedTokenHead(nn.Module):
         """Logits [B, L] from hidden states [B, L, h]."""
         x = self.LayerNorm(hidden_states[:, :1] + hidden_states)
         return self.classifier(self.activation(self.dense(x))).squeeze(-1)
-
-

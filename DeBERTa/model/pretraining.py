@@ -145,5 +145,3 @@ def backbone_parameters(model: nn.Module) -> int:
 def embedding_parameters(model: nn.Module) -> int:
     """Numbers in the word embedding tables, residuals included."""
     return sum(p.numel() for name, p in model.named_parameters() if ".word_embeddings." in name)
-
-

@@ -87,9 +87,7 @@ class ReplacedTokenStep(TrainingStep):
         self.model = model
         self.decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
         peak = config.discriminator_learning_rate or config.learning_rate
-        self.optimizers["generator"] = build_optimizer(
-            model.generator.named_parameters(), config.learning_rate, config
-        )
+        self.optimizers["generator"] = build_optimizer(model.generator.named_parameters(), config.learning_rate, config)
         self.optimizers["discriminator"] = build_optimizer(model.discriminator.named_parameters(), peak, config)
 
     def __call__(self, batch: Batch) -> Sums:

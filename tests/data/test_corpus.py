@@ -1,0 +1,214 @@
+"""Downloads against a real local server, archives, and the splits of the bundled sample."""
+
+import hashlib
+import http.server
+import lzma
+import re
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from DeBERTa.data import corpus
+from DeBERTa.data.corpus import DataError, Download, DownloadError, fetch, sample, wikitext_103
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
+CONTENT = bytes(range(256)) * 20_000  # 5 MB
+NOBODY = "http://127.0.0.1:9/nothing"  # the port of the discard service, where nothing listens
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.content`; the path says how it misbehaves. Refuses the user agent of urllib, as real hosts do."""
+
+    def do_GET(self):
+        content = self.server.content
+        self.server.ranges.append((self.path, self.headers.get("Range")))
+        if self.path == "/forbidden" or self.headers["User-Agent"].startswith("Python-urllib"):
+            self.send_error(403)
+            return
+        start = 0
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if match and self.path != "/without-ranges":
+            start = int(match[1])
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        body = content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        cut_off = (self.path == "/cut" and start < 4_000_000) or self.path == "/cut-at-once"
+        self.wfile.write(body[: (2_000_000 if self.path == "/cut" else 0)] if cut_off else body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.content = CONTENT
+        running.ranges = []
+        running.address = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def download(*urls: str, content: bytes | None = CONTENT) -> Download:
+    return Download("the file", urls, hashlib.sha256(content).hexdigest() if content is not None else None)
+
+
+def test_fetches_and_then_needs_no_network(server, tmp_path):
+    destination = tmp_path / "new" / "file"
+    assert fetch(download(server.address + "/plain"), destination) == destination
+    assert destination.read_bytes() == CONTENT
+    assert [path.name for path in destination.parent.iterdir()] == ["file"]
+    fetch(download(NOBODY), destination)
+    assert len(server.ranges) == 1
+
+
+def test_the_next_address_is_tried(server, tmp_path):
+    fetch(download(NOBODY, server.address + "/forbidden", server.address + "/plain"), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_cut_connection_goes_on_where_it_ended(server, tmp_path):
+    fetch(download(server.address + "/cut"), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.ranges == [("/cut", None), ("/cut", "bytes=2000000-"), ("/cut", "bytes=4000000-")]
+
+
+def test_an_earlier_run_is_resumed(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT[:3_000_000])
+    fetch(download(server.address + "/plain"), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.ranges == [("/plain", "bytes=3000000-")]
+    assert not (tmp_path / "file.part").exists()
+
+
+@pytest.mark.parametrize("left", [CONTENT[:3_000_000], CONTENT + b"more", b"of another file" * 1000])
+@pytest.mark.parametrize("path", ["/plain", "/without-ranges"])
+def test_clean_restart(server, tmp_path, left, path):
+    """Servers without ranges, answers 416, and beginnings of another file."""
+    (tmp_path / "file.part").write_bytes(left)
+    fetch(download(server.address + path), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_wrong_file_is_not_kept(server, tmp_path):
+    with pytest.raises(DownloadError, match="another SHA-256"):
+        fetch(download(server.address + "/plain", content=b"something else"), tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_file_without_known_hash_is_not_kept_for_good(server, tmp_path):
+    with pytest.raises(DownloadError, match="ended after 2000000 of 5120000 bytes"):
+        fetch(download(server.address + "/cut", content=None), tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    fetch(download(server.address + "/plain", content=None), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_wrong_file_at_the_destination_is_named_and_left(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(DownloadError, match="remove it") as error:
+        fetch(download(server.address + "/plain"), tmp_path / "file")
+    assert str(tmp_path / "file") in str(error.value)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_the_error_names_every_address_and_the_place(server, tmp_path):
+    urls = (NOBODY, server.address + "/forbidden", server.address + "/cut-at-once", server.address + "/plain")
+    with pytest.raises(DownloadError) as error:
+        fetch(download(*urls, content=b"something else"), tmp_path / "file")
+    message = str(error.value)
+    for url, reason in zip(urls, ("refused", "HTTP 403", "ended after 0", "another SHA-256"), strict=True):
+        assert re.search(f"{re.escape(url)}: .*{reason}", message)
+    assert f"Put the file at {tmp_path / 'file'}" in message
+
+
+def test_the_vocabulary_must_be_one(server, monkeypatch, cache):
+    monkeypatch.setattr(corpus.DEBERTA_V3_VOCABULARY, "urls", (server.address + "/plain",))
+    server.content = b"<html>please log in</html>"
+    with pytest.raises(DownloadError, match="not a SentencePiece model"):
+        corpus.deberta_v3_vocabulary()
+    server.content = (GOLDEN / "spm.model").read_bytes()
+    assert corpus.deberta_v3_vocabulary() == cache / "deberta-v3-base" / "spm.model"
+    assert corpus.deberta_v3_vocabulary().read_bytes() == server.content
+
+
+def archive(path: Path, **texts: str) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as container:
+        for split, text in texts.items():
+            container.writestr(f"wikitext-103/wiki.{split}.tokens", text)
+        container.writestr("wikitext-103/../../evil.txt", "no")
+        container.writestr("wikitext-103/README", "no")
+    return path
+
+
+def test_wikitext_given_by_hand(tmp_path, cache):
+    texts = wikitext_103(archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
+    assert [texts[split].read_text() for split in ("train", "valid", "test")] == ["1\n", "2\n", "3\n"]
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    folder = "cache/wikitext-103/text/"
+    members = {folder + f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
+    assert files == {"a.zip", folder + "source.json", *members}
+
+    times = {path: path.stat().st_mtime_ns for path in texts.values()}
+    assert wikitext_103(tmp_path / "a.zip") == wikitext_103() == texts
+    assert {path: path.stat().st_mtime_ns for path in texts.values()} == times
+
+    wikitext_103(archive(tmp_path / "b.zip", train="4\n", valid="5\n", test="6\n"))
+    assert texts["train"].read_text() == "4\n"
+
+
+def test_wikitext_fetched(server, tmp_path, monkeypatch):
+    server.content = archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n").read_bytes()
+    monkeypatch.setattr(corpus.WIKITEXT_103, "urls", (server.address + "/plain",))
+    with pytest.raises(DownloadError, match="another SHA-256"):
+        wikitext_103()
+    monkeypatch.setattr(corpus.WIKITEXT_103, "sha256", hashlib.sha256(server.content).hexdigest())
+    assert wikitext_103()["test"].read_text() == "3\n"
+
+
+def test_archives_that_are_not_wikitext(tmp_path):
+    with pytest.raises(DataError, match=r"no wikitext-103/wiki\.test\.tokens"):
+        wikitext_103(archive(tmp_path / "a.zip", train="1", valid="2"))
+    (tmp_path / "b.zip").write_bytes(b"not a zip file")
+    with pytest.raises(DataError, match="not a complete zip file"):
+        wikitext_103(tmp_path / "b.zip")
+    whole = archive(tmp_path / "c.zip", train="1" * 10_000, valid="2", test="3").read_bytes()
+    (tmp_path / "c.zip").write_bytes(whole.replace(whole[60:70], b"0123456789"))
+    with pytest.raises(DataError, match="not a complete zip file"):
+        wikitext_103(tmp_path / "c.zip")
+    with pytest.raises(DataError, match="There is no archive"):
+        wikitext_103(tmp_path / "d.zip")
+    assert not list(tmp_path.rglob("*.tokens"))
+
+
+def test_splits_of_the_sample():
+    texts = sample()
+    parts = {split: path.read_text() for split, path in texts.items()}
+    titles = {split: re.findall(r"^ = (.*) = $", part, re.MULTILINE) for split, part in parts.items()}
+    assert {split: len(found) for split, found in titles.items()} == {"train": 213, "valid": 10, "test": 10}
+    assert titles["train"][0].startswith("1790")
+    assert titles["test"][-1].startswith("2021")
+    assert all(part.startswith(" = ") for part in parts.values())
+    assert "".join(parts.values()).encode() == lzma.decompress(corpus.SAMPLE.read_bytes())
+    times = {path: path.stat().st_mtime_ns for path in texts.values()}
+    assert {path: path.stat().st_mtime_ns for path in sample().values()} == times

@@ -1,0 +1,164 @@
+"""Vocabularies: the ids they must have, the kinds of pieces, and training one."""
+
+import hashlib
+import io
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from DeBERTa.data.tokenizer import (
+    CONTINUES_WORD,
+    PUNCTUATION,
+    SPECIAL,
+    STARTS_WORD,
+    Tokenizer,
+    VocabularyError,
+    split_at_spaces,
+    train_vocabulary,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
+TEXT = (GOLDEN / "input.txt").read_text().splitlines()
+DEBERTA_IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+DEBERTA_NAMES = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+
+
+def other_vocabulary(path: Path, **options) -> Path:
+    """A vocabulary trained without going through the project."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT), model_writer=model, vocab_size=300, minloglevel=2, **options
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_ids_of_the_golden_vocabulary():
+    tokenizer = Tokenizer(GOLDEN / "spm.model")
+    ids = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id, tokenizer.mask_id)
+    assert ids == (0, 1, 2, 3, 2000)
+    assert tokenizer.special_ids == set(ids)
+    assert len(tokenizer) == len(tokenizer.pieces) == 2001
+    assert tokenizer.pieces[2000] == "[MASK]"
+    assert all(tokenizer.piece_to_id[piece] == index for index, piece in enumerate(tokenizer.pieces))
+    assert tokenizer.fingerprint == hashlib.sha256((GOLDEN / "spm.model").read_bytes()).hexdigest()
+
+
+def test_a_mask_piece_of_the_file_is_used(tmp_path):
+    path = other_vocabulary(tmp_path / "m", user_defined_symbols=["[MASK]"], **DEBERTA_IDS, **DEBERTA_NAMES)
+    tokenizer = Tokenizer(path)
+    assert len(tokenizer) == 300
+    assert tokenizer.pieces[tokenizer.mask_id] == "[MASK]"
+    assert tokenizer.pieces.count("[MASK]") == 1
+
+
+def test_both_ways_to_encode_agree_with_sentencepiece():
+    tokenizer = Tokenizer(GOLDEN / "spm.model")
+    lines = [*TEXT[:50], "", "a\tb", "NUL \x00 and \u2028 inside", "漢字 ß [MASK] [UNK]"]
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "spm.model"))
+    expected = [plain.encode_as_ids(line) for line in lines]
+    assert tokenizer.encode_lines(lines) == expected
+    flat = tokenizer.encode_utf8([line.encode() for line in lines])
+    assert flat.dtype == np.int32
+    assert flat.tolist() == [index for ids in expected for index in ids]
+    assert tokenizer.encode_utf8([]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "No such file"), (b"", "is empty"), (b"not a model\n", "not a SentencePiece model")],
+)
+def test_files_that_are_no_vocabulary(tmp_path, content, complaint):
+    path = tmp_path / "spm.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VocabularyError, match=complaint) as error:
+        Tokenizer(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_ids_are_refused(tmp_path):
+    path = other_vocabulary(tmp_path / "m")
+    with pytest.raises(VocabularyError, match=r"<unk> <s> </s>.*\[PAD\] \[CLS\] \[SEP\] \[UNK\].*--train_vocab"):
+        Tokenizer(path)
+
+
+def test_pieces_with_spaces_are_refused(tmp_path):
+    path = other_vocabulary(tmp_path / "m", user_defined_symbols=["of the"], **DEBERTA_IDS, **DEBERTA_NAMES)
+    with pytest.raises(VocabularyError, match="contain a space"):
+        Tokenizer(path)
+
+
+def test_piece_kinds():
+    tokenizer = Tokenizer(GOLDEN / "spm.model")
+    kinds = tokenizer.piece_kinds
+    assert kinds.dtype == np.int8
+    assert kinds.shape == (2001,)
+    examples = {"[PAD]": SPECIAL, "[UNK]": SPECIAL, "[MASK]": SPECIAL, "▁the": STARTS_WORD, "▁": STARTS_WORD}
+    examples |= {"ing": CONTINUES_WORD, "s": CONTINUES_WORD, ",": PUNCTUATION, ".": PUNCTUATION, "-": PUNCTUATION}
+    for piece, kind in examples.items():
+        assert kinds[tokenizer.piece_to_id[piece]] == kind, piece
+    for piece, kind in zip(tokenizer.pieces, kinds, strict=True):
+        body = piece.removeprefix("▁")
+        marks = [(33 <= ord(c) < 127 and not c.isalnum()) or unicodedata.category(c).startswith("P") for c in body]
+        if kind == PUNCTUATION:
+            assert marks and all(marks)
+        elif kind != SPECIAL:
+            assert not marks or not all(marks)
+            assert (kind == STARTS_WORD) == piece.startswith("▁")
+
+
+def test_training_gives_the_ids_and_the_same_file_each_time(tmp_path):
+    train_vocabulary(iter(TEXT), 400, tmp_path / "new" / "a.model")
+    train_vocabulary(iter(TEXT), 400, tmp_path / "b.model")
+    assert len(Tokenizer(tmp_path / "new" / "a.model")) == 401
+    assert (tmp_path / "new" / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.model"]
+
+
+def test_training_on_one_long_line(tmp_path):
+    line = " ".join(TEXT)
+    assert len(line) > 15_000  # SentencePiece alone would drop it and find no text
+    train_vocabulary([line], 400, tmp_path / "a.model")
+    assert "▁the" in Tokenizer(tmp_path / "a.model").pieces
+
+
+@pytest.mark.parametrize(
+    ("sentences", "size", "complaint"),
+    [
+        (["hello you"], 500, "too little text"),
+        (["hello you"], 6, "ask for more"),
+        (["hello you"], 3, "too small"),
+        ([], 500, "no text"),
+    ],
+)
+def test_training_that_cannot_work(tmp_path, sentences, size, complaint):
+    with pytest.raises(VocabularyError, match=complaint):
+        train_vocabulary(sentences, size, tmp_path / "a.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_the_text_come_through_training(tmp_path):
+    def sentences():
+        yield "hello"
+        raise ZeroDivisionError("in the text")
+
+    with pytest.raises(ZeroDivisionError, match="in the text"):
+        train_vocabulary(sentences(), 100, tmp_path / "a.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_split_at_spaces():
+    assert split_at_spaces(b"one two three", 7) == [b"one two", b"three"]
+    assert split_at_spaces(b"", 4) == [b""]
+    words = b"word " * 1000 + b"x" * 500
+    parts = split_at_spaces(words, 64)
+    assert max(map(len, parts)) <= 64
+    assert b"".join(parts).replace(b" ", b"") == words.replace(b" ", b"")
+    without_spaces = ("漢字" * 100).encode()
+    parts = split_at_spaces(without_spaces, 64)
+    assert max(map(len, parts)) <= 64
+    assert "".join(part.decode() for part in parts) == "漢字" * 100
