@@ -126,6 +126,8 @@ class ModelConfig:
                 raise ConfigError(f"{where}: pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none")
         if self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
             raise ConfigError(f"{where}: conv_kernel_size must be odd to keep the length, not {self.conv_kernel_size}")
+        if self.conv_kernel_size and self.num_hidden_layers < 2:
+            raise ConfigError(f"{where}: conv_kernel_size needs at least 2 layers: it stands between the first two")
         if self.relative_attention and self.position_buckets == 1:
             raise ConfigError(f"{where}: position_buckets must be at least 2, or below 1 for none")
 

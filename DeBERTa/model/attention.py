@@ -1,14 +1,18 @@
 """Disentangled attention (DeBERTa, section 3.1).
 
-Shapes: B batch, L keys, Q queries, H heads, D head size, h hidden, S rows of the relative-position table.
+Shapes: B batch, L keys, M queries, H heads, D head size, h hidden, S rows of the relative-position table,
+W = 2L - 1 distances.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
+from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
+from DeBERTa.model.dropout import Dropout
 
 
 def relative_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
@@ -27,12 +31,32 @@ def relative_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -
     return torch.where(distances.abs() <= mid, distances, distances.sign() * far)
 
 
-def relative_slots(length: int, config: ModelConfig, device: torch.device | None = None) -> torch.Tensor:
-    """Row of the relative-position table for each (query, key) pair: int64 [L, L], values in [0, 2 * span)."""
-    positions = torch.arange(length, device=device)
-    buckets = relative_buckets(positions[:, None] - positions, config.position_buckets, config.max_distance)
+def relative_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Row of the relative-position table for each distance: int64, values in [0, 2 * span)."""
     span = config.position_span
+    buckets = relative_buckets(distances, config.position_buckets, config.max_distance)
     return (buckets + span).clamp(0, 2 * span - 1)
+
+
+class RelativePositions(NamedTuple):
+    """Relative positions of sequences of one length.
+
+    `table` [S', h]: the rows of the table that can occur; `rows` int64 [W]: which of them belongs to each distance,
+    from L - 1 down to -(L - 1).
+    """
+
+    table: torch.Tensor
+    rows: torch.Tensor
+
+
+class Keys(NamedTuple):
+    """What queries attend to: keys and values [B, H, L, D]; bool mask [B, L]; position keys and queries [H, W, D]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    input_mask: torch.Tensor
+    key_table: torch.Tensor | None
+    query_table: torch.Tensor | None
 
 
 class DisentangledSelfAttention(nn.Module):
@@ -56,54 +80,78 @@ class DisentangledSelfAttention(nn.Module):
                 self.pos_key_proj = nn.Linear(config.hidden_size, width)
             if "p2c" in self.terms:
                 self.pos_query_proj = nn.Linear(config.hidden_size, width)
-        self.position_dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.position_dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
+        self.scale = 1 / math.sqrt(self.head_size * (1 + len(self.terms)))
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[..., L, H * D] -> [..., H, L, D]"""
-        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-3, -2)
+        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-3, -2).contiguous()
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        query_states: torch.Tensor,
-        input_mask: torch.Tensor,
-        rel_embeddings: torch.Tensor | None,
-        slots: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Context [B, L, H * D] of `query_states` [B, L, h] over keys and values from `hidden_states` [B, L, h].
+    def keys(self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None) -> Keys:
+        """Everything but the queries, from `hidden_states` [B, L, h] and `input_mask` bool [B, L].
 
-        `input_mask` is bool [B, L], true at real tokens; a padded query gets a zero context. `rel_embeddings` [S, h]
-        and `slots` int64 [L, L] are needed only with relative attention.
+        `positions` is needed only with relative attention; its table is projected once for all sequences.
         """
-        q_BHLD = self.split_heads(self.query_proj(query_states))
-        k_BHLD = self.split_heads(self.key_proj(hidden_states))
-        v_BHLD = self.split_heads(self.value_proj(hidden_states))
-        scale = 1 / math.sqrt(self.head_size * (1 + len(self.terms)))
-        scores_BHLL = (q_BHLD * scale) @ k_BHLD.transpose(-1, -2)
+        key_table = query_table = None
         if self.terms:
-            scores_BHLL = scores_BHLL + self._position_scores(q_BHLD, k_BHLD, rel_embeddings, slots) * scale
+            table = self.position_dropout(positions.table)
+            if "c2p" in self.terms:
+                project = self.key_proj if self.share_att_key else self.pos_key_proj
+                key_table = self.split_heads(project(table)[positions.rows])
+            if "p2c" in self.terms:
+                project = self.query_proj if self.share_att_key else self.pos_query_proj
+                # Ordered upwards: see `distance_view`.
+                query_table = self.split_heads(project(table)[positions.rows.flip(0)] * self.scale)
+        k, v = self.split_heads(self.key_proj(hidden_states)), self.split_heads(self.value_proj(hidden_states))
+        return Keys(k, v, input_mask, key_table, query_table)
 
-        pairs_B1LL = (input_mask[:, :, None] & input_mask[:, None, :]).unsqueeze(1)
-        scores_BHLL = scores_BHLL.masked_fill(~pairs_B1LL, torch.finfo(scores_BHLL.dtype).min)
-        probs_BHLL = torch.softmax(scores_BHLL, dim=-1, dtype=torch.float32).masked_fill(~pairs_B1LL, 0)
-        probs_BHLL = self.dropout(probs_BHLL.to(v_BHLD.dtype))
-        return (probs_BHLL @ v_BHLD).transpose(1, 2).flatten(2)
+    def forward(self, query_states: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """Context [B, L, H * D] of a query at every position, from `query_states` [B, L, h]; zero at padding."""
+        q = self.split_heads(self.query_proj(query_states) * self.scale)
+        if q.device.type == "cpu":
+            p = self.dropout.p if self.training else 0.0
+            context = BlockedAttention.apply(q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p)
+        else:
+            context = self._attend(q, keys, self.position_scores(q, keys), keys.input_mask)
+        return context.transpose(1, 2).flatten(2)
 
-    def _position_scores(
-        self, q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, rel_embeddings: torch.Tensor, slots: torch.Tensor
+    def position_scores(self, q: torch.Tensor, keys: Keys) -> list[torch.Tensor]:
+        """The position terms in use, each [B, H, L, L], for queries `q` [B, H, L, D] at all positions."""
+        terms = []
+        if keys.key_table is not None:
+            terms.append(distance_view(q @ keys.key_table.transpose(1, 2)))
+        if keys.query_table is not None:
+            terms.append(distance_view(keys.k @ keys.query_table.transpose(1, 2)).transpose(2, 3))
+        return terms
+
+    def selected_position_keys(self, keys: Keys, at: torch.Tensor) -> torch.Tensor | None:
+        """The p2c term for queries at positions `at` int64 [B, M] only, [B, H, M, L]: it does not depend on queries."""
+        if keys.query_table is None:
+            return None
+        every = distance_view(keys.k @ keys.query_table.transpose(1, 2)).transpose(2, 3)
+        return every.gather(2, at[:, None, :, None].expand(-1, every.size(1), -1, every.size(3)))
+
+    def selected(
+        self, query_states: torch.Tensor, at: torch.Tensor, keys: Keys, position_keys: torch.Tensor | None
     ) -> torch.Tensor:
-        """Sum of the position terms in use, unscaled: [B, H, L, L]."""
-        table = self.position_dropout(rel_embeddings)
-        index = slots.expand(*q_BHLD.shape[:2], -1, -1)
-        scores = []
-        if "c2p" in self.terms:
-            project = self.key_proj if self.share_att_key else self.pos_key_proj
-            key_HSD = self.split_heads(project(table))
-            scores.append((q_BHLD @ key_HSD.transpose(-1, -2)).gather(-1, index))
-        if "p2c" in self.terms:
-            project = self.query_proj if self.share_att_key else self.pos_query_proj
-            query_HSD = self.split_heads(project(table))
-            by_key = (k_BHLD @ query_HSD.transpose(-1, -2)).gather(-1, index.transpose(-1, -2))
-            scores.append(by_key.transpose(-1, -2))
-        return sum(scores)
+        """Context [B, M, H * D] of `query_states` [B, M, h] at positions `at` int64 [B, M], all of them real tokens."""
+        q = self.split_heads(self.query_proj(query_states) * self.scale)
+        terms = [] if position_keys is None else [position_keys]
+        if keys.key_table is not None:
+            length = keys.k.size(2)
+            product = q @ keys.key_table.transpose(1, 2)
+            columns = (length - 1 - at)[:, :, None] + torch.arange(length, device=at.device)
+            terms.append(product.gather(3, columns[:, None].expand(-1, q.size(1), -1, -1)))
+        return self._attend(q, keys, terms, None).transpose(1, 2).flatten(2)
+
+    def _attend(
+        self, q: torch.Tensor, keys: Keys, terms: list[torch.Tensor], query_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Context [B, H, M, D], zero where `query_mask` [B, M] is false."""
+        scores = sum(terms, q @ keys.k.transpose(2, 3))
+        scores = scores.masked_fill(~keys.input_mask[:, None, None], torch.finfo(scores.dtype).min)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        if query_mask is not None:
+            probs = probs * query_mask[:, None, :, None]
+        return self.dropout(probs) @ keys.v

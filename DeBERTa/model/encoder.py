@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.model.attention import DisentangledSelfAttention, relative_slots
+from DeBERTa.model.attention import DisentangledSelfAttention, Keys, RelativePositions, relative_slots
+from DeBERTa.model.dropout import Dropout
 from DeBERTa.model.sharing import SharedTables, make_table
 
 ACTIVATION = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -21,10 +22,6 @@ class EncoderOutput(NamedTuple):
 
     hidden_states: tuple[torch.Tensor, ...]
     embeddings: torch.Tensor
-
-    @property
-    def last_layer_input(self) -> torch.Tensor:
-        return self.hidden_states[-2] if len(self.hidden_states) > 1 else self.embeddings
 
 
 class Embeddings(nn.Module):
@@ -43,7 +40,7 @@ class Embeddings(nn.Module):
         project = width != config.hidden_size
         self.embed_proj = nn.Linear(width, config.hidden_size, bias=False) if project else nn.Identity()
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -82,10 +79,10 @@ class AddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+        return self.LayerNorm(self.dropout.add(residual, self.dense(x)))
 
 
 class Attention(nn.Module):
@@ -115,17 +112,37 @@ class Layer(nn.Module):
         self.output = AddNorm(config, config.intermediate_size)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        query_states: torch.Tensor,
-        input_mask: torch.Tensor,
-        rel_embeddings: torch.Tensor | None,
-        slots: torch.Tensor | None,
+        self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
-        """Keys and values come from `hidden_states`, queries and the residual from `query_states`; both [B, L, h]."""
-        context = self.attention.self(hidden_states, query_states, input_mask, rel_embeddings, slots)
-        x = self.attention.output(context, query_states)
+        """[B, L, h] from [B, L, h]."""
+        keys = self.attention.self.keys(hidden_states, input_mask, positions)
+        return self.finish(self.attention.self(hidden_states, keys), hidden_states)
+
+    def finish(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What follows the attention, at any positions."""
+        x = self.attention.output(context, residual)
         return self.output(self.intermediate(x), x)
+
+    def selected(
+        self,
+        query_states: torch.Tensor,
+        at: torch.Tensor,
+        hidden_states: torch.Tensor,
+        input_mask: torch.Tensor,
+        positions: RelativePositions | None,
+        passes: int,
+    ) -> torch.Tensor:
+        """This layer's output [B, M, h] at positions `at` int64 [B, M] only, applied `passes` times.
+
+        Queries and the residual start as `query_states` [B, M, h] and are replaced by the output; keys and values
+        always come from `hidden_states` [B, L, h] and are projected once.
+        """
+        attention = self.attention.self
+        keys: Keys = attention.keys(hidden_states, input_mask, positions)
+        position_keys = attention.selected_position_keys(keys, at)
+        for _ in range(passes):
+            query_states = self.finish(attention.selected(query_states, at, keys, position_keys), query_states)
+        return query_states
 
 
 class ConvLayer(nn.Module):
@@ -136,7 +153,7 @@ class ConvLayer(nn.Module):
         kernel = config.conv_kernel_size
         self.conv = nn.Conv1d(config.hidden_size, config.hidden_size, kernel, padding=kernel // 2)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATION[config.conv_act]
 
     def forward(self, embeddings: torch.Tensor, layer_0: torch.Tensor, input_mask: torch.Tensor) -> torch.Tensor:
@@ -158,20 +175,23 @@ class Encoder(nn.Module):
             self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
 
-    def relative_positions(self, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The relative-position table [2 * span, h] and its rows for each pair, int64 [L, L]; None without."""
+    def relative_positions(self, length: int) -> RelativePositions | None:
+        """The rows of the table that sequences of `length` can need, normalised; None without relative attention."""
         if not self.config.position_terms:
-            return None, None
-        table = self.rel_embeddings.weight
-        slots = relative_slots(length, self.config, table.device)
-        return (self.LayerNorm(table) if self.normalise_positions else table), slots
+            return None
+        slots = relative_slots(torch.arange(length - 1, -length, -1), self.config)
+        first = int(slots[-1])
+        table = self.rel_embeddings.weight[first : int(slots[0]) + 1]
+        rows = (slots - first).to(table.device)
+        return RelativePositions(self.LayerNorm(table) if self.normalise_positions else table, rows)
 
-    def forward(self, embeddings: torch.Tensor, input_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The output of each layer, [B, L, h]."""
-        rel_embeddings, slots = self.relative_positions(embeddings.size(1))
+    def forward(
+        self, embeddings: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None, layers: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of the first `layers` layers, [B, L, h] each."""
         hidden_states, outputs = embeddings, []
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, hidden_states, input_mask, rel_embeddings, slots)
+        for layer in self.layer[:layers]:
+            hidden_states = layer(hidden_states, input_mask, positions)
             if self.conv is not None and not outputs:
                 hidden_states = self.conv(embeddings, hidden_states, input_mask)
             outputs.append(hidden_states)
@@ -196,4 +216,5 @@ class Deberta(nn.Module):
         """`input_ids` int64 [B, L]; `input_mask` [B, L], non-zero at real tokens; `shared`: the generator's tables."""
         input_mask = input_mask > 0
         embeddings = self.embeddings(input_ids, input_mask, token_type_ids, shared)
-        return EncoderOutput(self.encoder(embeddings, input_mask), embeddings)
+        positions = self.encoder.relative_positions(input_ids.size(1))
+        return EncoderOutput(self.encoder(embeddings, input_mask, positions, len(self.encoder.layer)), embeddings)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.model.encoder import ACTIVATION, Deberta, EncoderOutput
+from DeBERTa.model.encoder import ACTIVATION, Deberta
 
 
 class LMHead(nn.Module):
@@ -27,10 +27,11 @@ class LMHead(nn.Module):
 
 
 class EnhancedMaskDecoder(nn.Module):
-    """Hidden states the head reads (DeBERTa, section 3.2), and the head.
+    """The last layer at the masked positions (DeBERTa, section 3.2), and the head.
 
-    With `position_biased_input` these are the last layer's. Otherwise absolute positions enter here: the last layer
-    runs twice with its keys and values from its own input H, and queries that start as H + position embeddings.
+    With `position_biased_input` the last layer is applied as usual. Otherwise absolute positions enter here: it is
+    applied twice with keys and values from its own input H, and queries that start as H + position embeddings. Either
+    way only masked positions are read, so that queries, feed-forward and head are computed for these alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,31 +40,32 @@ class EnhancedMaskDecoder(nn.Module):
         self.lm_head = LMHead(config)
 
     def decode(
-        self, deberta: Deberta, encoded: EncoderOutput, input_ids: torch.Tensor, input_mask: torch.Tensor
+        self, deberta: Deberta, input_ids: torch.Tensor, input_mask: torch.Tensor, masked: torch.Tensor
     ) -> torch.Tensor:
-        """[B, L, h]"""
-        if self.position_biased_input:
-            return encoded.hidden_states[-1]
-        keys = encoded.last_layer_input
+        """[M, h]: hidden states at the positions where bool `masked` [B, L] is true, in row-major order."""
         embeddings, encoder = deberta.embeddings, deberta.encoder
-        positions = embeddings.embed_proj(embeddings.position_embeddings(embeddings.position_ids(input_ids)))
-        rel_embeddings, slots = encoder.relative_positions(input_ids.size(1))
-        queries = keys + positions
-        for _ in range(2):
-            queries = encoder.layer[-1](keys, queries, input_mask > 0, rel_embeddings, slots)
-        return queries
+        real = input_mask > 0
+        positions = encoder.relative_positions(input_ids.size(1))
+        embedded = embeddings(input_ids, real, None, None)
+        # The last layer's input; with a single layer that is the embeddings.
+        hidden_states = (embedded, *encoder(embedded, real, positions, len(encoder.layer) - 1))[-1]
+        counts = masked.sum(1)
+        # Masked positions first, in order; lines with fewer of them are filled up with positions that are not read.
+        at = torch.argsort(~masked, dim=1, stable=True)[:, : int(counts.max())]
+        queries = hidden_states.gather(1, at[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        if not self.position_biased_input:
+            absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
+            queries = queries + embeddings.embed_proj(absolute)[0][at]
+        passes = 1 if self.position_biased_input else 2
+        decoded = encoder.layer[-1].selected(queries, at, hidden_states, real, positions, passes)
+        return decoded[torch.arange(at.size(1), device=at.device) < counts[:, None]]
 
     def forward(
-        self,
-        deberta: Deberta,
-        encoded: EncoderOutput,
-        input_ids: torch.Tensor,
-        input_mask: torch.Tensor,
-        masked: torch.Tensor,
+        self, deberta: Deberta, input_ids: torch.Tensor, input_mask: torch.Tensor, masked: torch.Tensor
     ) -> torch.Tensor:
         """Logits [M, V] at the positions where bool `masked` [B, L] is true, in row-major order."""
-        hidden = self.decode(deberta, encoded, input_ids, input_mask)
-        return self.lm_head(hidden[masked], deberta.embeddings.word_embeddings.full())
+        hidden = self.decode(deberta, input_ids, input_mask, masked)
+        return self.lm_head(hidden, deberta.embeddings.word_embeddings.full())
 
 
 class ReplacedTokenHead(nn.Module):

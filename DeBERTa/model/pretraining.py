@@ -56,8 +56,7 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor) -> MaskedLMOutput:
         """int64 [B, L] each; `labels` hold the original id where a token is masked and 0 elsewhere."""
         masked = labels > 0
-        encoded = self.deberta(input_ids, input_mask)
-        logits = self.lm_predictions(self.deberta, encoded, input_ids, input_mask, masked)
+        logits = self.lm_predictions(self.deberta, input_ids, input_mask, masked)
         targets = labels[masked]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
