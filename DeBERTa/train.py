@@ -32,6 +32,7 @@ from DeBERTa.training.checkpoint import (
 )
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.loop import NotFiniteError, Run, resume, train
+from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
@@ -84,6 +85,8 @@ def run(config: TrainConfig) -> None:
     refuse_many_processes()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
     model_config = load_model_config(config, tokenizer)
     masker = Masker(tokenizer, 1 if config.task_name == "RTD" else config.max_ngram, config.task_name == "RTD")

@@ -20,10 +20,13 @@ class LMHead(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.embedding_width, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    def transform(self, hidden_Mh: torch.Tensor) -> torch.Tensor:
+        """What is compared with every word of the table, [M, E]."""
+        return self.LayerNorm(self.activation(self.dense(hidden_Mh)))
+
     def forward(self, hidden_Mh: torch.Tensor, word_table_VE: torch.Tensor) -> torch.Tensor:
         """Logits [M, V]."""
-        x_ME = self.LayerNorm(self.activation(self.dense(hidden_Mh)))
-        return nn.functional.linear(x_ME, word_table_VE, self.bias)
+        return nn.functional.linear(self.transform(hidden_Mh), word_table_VE, self.bias)
 
 
 class EnhancedMaskDecoder(nn.Module):
@@ -59,13 +62,6 @@ class EnhancedMaskDecoder(nn.Module):
         passes = 1 if self.position_biased_input else 2
         decoded = encoder.layer[-1].selected(queries, at, hidden_states, real, positions, passes)
         return decoded[torch.arange(at.size(1), device=at.device) < counts[:, None]]
-
-    def forward(
-        self, deberta: Deberta, input_ids: torch.Tensor, input_mask: torch.Tensor, masked: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits [M, V] at the positions where bool `masked` [B, L] is true, in row-major order."""
-        hidden = self.decode(deberta, input_ids, input_mask, masked)
-        return self.lm_head(hidden, deberta.embeddings.word_embeddings.full())
 
 
 class ReplacedTokenHead(nn.Module):

@@ -13,6 +13,7 @@ from DeBERTa.config import ModelConfig, RTDConfig
 from DeBERTa.model.encoder import Deberta
 from DeBERTa.model.heads import EnhancedMaskDecoder, ReplacedTokenHead
 from DeBERTa.model.sharing import SharedTables
+from DeBERTa.model.vocabulary import MaskedLoss, vocabulary_loss
 
 
 class MaskedLMOutput(NamedTuple):
@@ -56,9 +57,20 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor) -> MaskedLMOutput:
         """int64 [B, L] each; `labels` hold the original id where a token is masked and 0 elsewhere."""
         masked = labels > 0
-        logits = self.lm_predictions(self.deberta, input_ids, input_mask, masked)
+        hidden = self.lm_predictions.decode(self.deberta, input_ids, input_mask, masked)
+        logits = self.lm_predictions.lm_head(hidden, self.tables().word)
         targets = labels[masked]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
+
+    def masked_loss(
+        self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, sample: bool
+    ) -> MaskedLoss:
+        """What training needs of `forward`, without ever holding the logits; with `sample`, a draw for each mask."""
+        masked = labels > 0
+        hidden = self.lm_predictions.decode(self.deberta, input_ids, input_mask, masked)
+        head, targets = self.lm_predictions.lm_head, labels[masked]
+        uniforms = torch.rand(len(targets), device=targets.device) if sample else None
+        return vocabulary_loss(head.transform(hidden), self.tables().word, head.bias, targets, uniforms)
 
     def tables(self) -> SharedTables:
         embeddings = self.deberta.embeddings
@@ -123,16 +135,8 @@ class RTDModel(nn.Module):
         return state
 
 
-@torch.no_grad()
-def corrupt(input_ids: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """`input_ids` [B, L] with a sample from softmax(`logits` [M, V]) at each position where `labels` > 0.
-
-    One uniform number a position picks the sample from the cumulative distribution; `torch.multinomial` would draw one
-    for every word of the vocabulary.
-    """
-    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
-    point = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
-    samples = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.size(-1) - 1)
+def corrupt(input_ids: torch.Tensor, labels: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """`input_ids` [B, L] with `samples` int64 [M] at the positions where `labels` > 0, in row-major order."""
     return input_ids.masked_scatter(labels > 0, samples)
 
 

@@ -47,11 +47,12 @@ def evaluate(model: nn.Module, batches: DataLoader, precision: str, device: torc
         batch = batch.to(device)
         with autocast(precision, device):
             if not isinstance(model, RTDModel):
-                add(sums, masked_lm_sums(model(batch.input_ids, batch.input_mask, batch.labels), ""))
+                out = model.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=False)
+                add(sums, masked_lm_sums(out, ""))
                 continue
-            out = model.generator(batch.input_ids, batch.input_mask, batch.labels)
+            out = model.generator.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=True)
             add(sums, masked_lm_sums(out, "generator_"))
-            corrupted_ids = corrupt(batch.input_ids, batch.labels, out.logits)
+            corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
             found = model.discriminate(corrupted_ids, batch.input_mask, batch.labels)
         targets = torch.tensor(found.labels.numel(), device=device)
         add(sums, {"discriminator_loss": found.loss.sum(), "discriminator_targets": targets})

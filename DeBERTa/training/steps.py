@@ -9,7 +9,8 @@ from torch import nn
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import Batch
-from DeBERTa.model.pretraining import MaskedLanguageModel, MaskedLMOutput, RTDModel, corrupt
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel, corrupt
+from DeBERTa.model.vocabulary import MaskedLoss
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.optimizer import build_optimizer, schedule, set_learning_rate, warmup_steps
 from DeBERTa.training.precision import autocast, loss_scaler
@@ -64,7 +65,7 @@ class MaskedLMStep(TrainingStep):
         for part in batch.split(self.config.accumulative_update):
             part = part.to(self.device)
             with autocast(self.precision, self.device):
-                out = self.model(part.input_ids, part.input_mask, part.labels)
+                out = self.model.masked_loss(part.input_ids, part.input_mask, part.labels, sample=False)
             self.backward(out.loss.sum() / targets)
             add(sums, masked_lm_sums(out, ""))
         sums["grad_norm"] = self.update(self.optimizers["model"])
@@ -126,9 +127,9 @@ class ReplacedTokenStep(TrainingStep):
     def _generate(self, part: Batch, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
         """The generator's summed loss, and the ids with its samples in place of the masks."""
         with autocast(self.precision, self.device):
-            out = self.model.generator(part.input_ids, part.input_mask, part.labels)
+            out = self.model.generator.masked_loss(part.input_ids, part.input_mask, part.labels, sample=True)
         add(sums, masked_lm_sums(out, "generator_"))
-        return out.loss.sum(), corrupt(part.input_ids, part.labels, out.logits)
+        return out.loss.sum(), corrupt(part.input_ids, part.labels, out.samples)
 
     def _discriminate(self, part: Batch, corrupted_ids: torch.Tensor, sums: Sums) -> torch.Tensor:
         """The discriminator's summed loss."""
@@ -147,10 +148,10 @@ class ReplacedTokenStep(TrainingStep):
         return loss
 
 
-def masked_lm_sums(out: MaskedLMOutput, prefix: str) -> Sums:
-    """Summed loss, correct predictions and target count of a `MaskedLMOutput`."""
+def masked_lm_sums(out: MaskedLoss, prefix: str) -> Sums:
+    """Summed loss, correct predictions and target count."""
     return {
         f"{prefix}loss": out.loss.detach().sum(),
-        f"{prefix}correct": (out.logits.detach().argmax(-1) == out.labels).sum(),
-        f"{prefix}targets": torch.tensor(out.labels.numel(), device=out.loss.device),
+        f"{prefix}correct": out.correct.sum(),
+        f"{prefix}targets": torch.tensor(out.loss.numel(), device=out.loss.device),
     }

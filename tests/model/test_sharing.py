@@ -26,8 +26,8 @@ def tables(model: RTDModel) -> dict[str, torch.Tensor]:
 
 def losses(model: RTDModel) -> tuple[torch.Tensor, torch.Tensor]:
     batch = random_batch()
-    out = model.generator(batch.input_ids, batch.input_mask, batch.labels)
-    corrupted_ids = corrupt(batch.input_ids, batch.labels, out.logits)
+    out = model.generator.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=True)
+    corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
     return out.loss.mean(), model.discriminate(corrupted_ids, batch.input_mask, batch.labels).loss.mean()
 
 

@@ -1,0 +1,147 @@
+"""The fast paths of attention against the formula pair by pair: values and all gradients."""
+
+import pytest
+import torch
+
+from DeBERTa import MaskedLanguageModel, ModelConfig
+from DeBERTa.model import blocked_attention
+from DeBERTa.model.attention import relative_slots
+from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
+from DeBERTa.model.encoder import Encoder
+from tests.conftest import tiny_model
+from tests.model.reference_attention import reference_context, slot
+from tests.training.batches import random_batch
+
+LENGTH = 20
+VARIANTS = [
+    {"pos_att_type": terms, "position_buckets": buckets, "share_att_key": shared}
+    for terms in ("c2p", "p2c", "p2c|c2p", "none")
+    for buckets, shared in ((8, True), (-1, True), (8, False))
+]
+
+
+def make(variant: dict) -> tuple[Encoder, ModelConfig]:
+    torch.manual_seed(0)
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 1}
+    config = ModelConfig.from_dict(tiny_model() | {"max_position_embeddings": 16} | plain | variant)
+    encoder = Encoder(config)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return encoder, config
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    mask = torch.ones(3, LENGTH, dtype=torch.bool)
+    mask[1, 13:], mask[2, 1:] = False, False
+    return torch.randn(3, LENGTH, 32, requires_grad=True), torch.randn(3, LENGTH, 32, requires_grad=True), mask
+
+
+def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Values to 1e-5, gradients to 1e-5 of the largest one: those of key biases are sums that cancel."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(ours)
+    actual, expected = (
+        torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True, materialize_grads=True)
+        for out in (ours, theirs)
+    )
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["blocked", "plain"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_position(variant, path):
+    encoder, config = make(variant)
+    attention = encoder.layer[0].attention.self
+    hidden, queries, mask = inputs()
+    positions = encoder.relative_positions(LENGTH)
+    keys = attention.keys(hidden, mask, positions)
+    if path == "blocked":
+        ours = attention(queries, keys)
+    else:  # what other devices run
+        q = attention.split_heads(attention.query_proj(queries) * attention.scale)
+        ours = attention._attend(q, keys, attention.position_scores(q, keys), mask).transpose(1, 2).flatten(2)
+    table = encoder.LayerNorm(encoder.rel_embeddings.weight)
+    theirs = reference_context(attention, queries, hidden, mask, table, config)
+    assert torch.count_nonzero(ours[~mask]) == 0
+    assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_selected_positions(variant):
+    encoder, config = make(variant)
+    attention = encoder.layer[0].attention.self
+    hidden, queries, mask = inputs()
+    at = torch.tensor([[2, 5, 19], [0, 12, 3], [0, 0, 0]])
+    rows = torch.arange(3)[:, None]
+    keys = attention.keys(hidden, mask, encoder.relative_positions(LENGTH))
+    ours = attention.selected(queries[rows, at], at, keys, attention.selected_position_keys(keys, at))
+    table = encoder.LayerNorm(encoder.rel_embeddings.weight)
+    theirs = reference_context(attention, queries, hidden, mask, table, config)[rows, at]
+    assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+
+
+def test_dropout_on_probabilities(monkeypatch):
+    """With the masks known, value and gradients are those of the formula with dropped, scaled probabilities."""
+    encoder, config = make({"attention_probs_dropout_prob": 0.3})
+    attention = encoder.layer[0].attention.self.train()
+    hidden, queries, mask = inputs()
+    drawn = []
+
+    def recorded(out, p):
+        drawn.append(torch.bernoulli(torch.full_like(out, 1 - p)))
+        return out.copy_(drawn[-1])
+
+    monkeypatch.setattr(blocked_attention, "keep_mask", recorded)
+    ours = attention(queries, attention.keys(hidden, mask, encoder.relative_positions(LENGTH)))
+    table = encoder.LayerNorm(encoder.rel_embeddings.weight)
+    drop = torch.stack(drawn) / 0.7
+    assert 0.6 < drop.count_nonzero() / drop.numel() < 0.8
+    theirs = reference_context(attention, queries, hidden, mask, table, config, drop)
+    assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+
+
+def test_gradient_against_finite_differences():
+    torch.manual_seed(3)
+    shapes = ((2, 2, 5, 3),) * 3 + ((2, 9, 3),) * 2
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    assert torch.autograd.gradcheck(lambda *t: BlockedAttention.apply(*t, mask, 0.0), tensors)
+
+
+def test_distance_view():
+    product = torch.arange(2 * 4 * 7).view(2, 4, 7)
+    view = distance_view(product)
+    for row in range(4):
+        for column in range(4):
+            assert torch.equal(view[:, row, column], product[:, row, 3 - row + column])
+
+
+@pytest.mark.parametrize(("buckets", "positions"), [(256, 512), (16, 64), (8, 24), (-1, 12), (2, 64), (6, 5)])
+def test_slots(buckets, positions):
+    """All distances, within and beyond the table."""
+    values = tiny_model() | {"position_buckets": buckets, "max_relative_positions": positions}
+    config = ModelConfig.from_dict(values)
+    distances = torch.arange(-2 * positions, 2 * positions + 1)
+    expected = [slot(int(distance), config) for distance in distances]
+    assert relative_slots(distances, config).tolist() == expected
+
+
+def test_last_layer_at_masked_positions_only():
+    """The decoder equals two applications of the whole last layer, read at the masked positions."""
+    torch.manual_seed(4)
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3})).eval()
+    batch = random_batch()
+    masked = batch.labels > 0
+    ours = model.lm_predictions.decode(model.deberta, batch.input_ids, batch.input_mask, masked)
+
+    out = model.deberta(batch.input_ids, batch.input_mask)
+    positions = model.deberta.encoder.relative_positions(32)
+    layer = model.deberta.encoder.layer[-1]
+    keys = layer.attention.self.keys(out.hidden_states[-2], batch.input_mask > 0, positions)
+    queries = out.hidden_states[-2] + model.deberta.embeddings.position_embeddings.weight[:32]
+    for _ in range(2):
+        queries = layer.finish(layer.attention.self(queries, keys), queries)
+    torch.testing.assert_close(ours, queries[masked], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,86 @@
+"""Loss, samples and gradients in chunks against the plain softmax over the whole vocabulary."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from DeBERTa.model.vocabulary import vocabulary_loss
+
+ROWS, WIDTH, WORDS = 37, 16, 250
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    x, table, bias = torch.randn(ROWS, WIDTH), torch.randn(WORDS, WIDTH), torch.randn(WORDS)
+    return [t.requires_grad_() for t in (x, table, bias)]
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 250, 1000])
+def test_loss_and_gradients(head, chunk):
+    targets = torch.randint(0, WORDS, (ROWS,))
+    weights = torch.rand(ROWS)  # the gradient need not be the same for every row
+    logits = F.linear(*head)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    actual = vocabulary_loss(*head, targets, chunk=chunk)
+    torch.testing.assert_close(actual.loss, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(actual.correct, logits.argmax(1) == targets)
+    assert actual.samples is None
+    ours = torch.autograd.grad((actual.loss * weights).sum(), head)
+    theirs = torch.autograd.grad((expected * weights).sum(), head)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_large_logits_do_not_overflow(head):
+    x, table, bias = (t.detach() for t in head)
+    targets = torch.randint(0, WORDS, (ROWS,))
+    expected = F.cross_entropy(F.linear(x * 100, table, bias), targets, reduction="none")
+    actual = vocabulary_loss(x * 100, table, bias, targets, torch.rand(ROWS), chunk=64)
+    torch.testing.assert_close(actual.loss, expected)
+    assert (actual.samples >= 0).all() and (actual.samples < WORDS).all()
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 1000])
+def test_samples_follow_the_distribution(chunk):
+    """Chi-square of 200,000 samples against the exact softmax."""
+    torch.manual_seed(1)
+    count, words = 200_000, 100
+    x, table, bias = torch.randn(1, WIDTH), torch.randn(words, WIDTH) * 0.5, torch.randn(words)
+    expected = torch.softmax(F.linear(x, table, bias)[0].double(), -1) * count
+    targets = torch.zeros(count, dtype=torch.long)
+    samples = vocabulary_loss(x.expand(count, -1), table, bias, targets, torch.rand(count), chunk).samples
+    observed = torch.bincount(samples, minlength=words)
+    usual = expected >= 5
+    statistic = ((observed - expected) ** 2 / expected)[usual].sum()
+    assert statistic < 148.2  # 0.1 % of true samples exceed this with 99 degrees of freedom
+
+
+def test_samples_are_the_inverse_of_the_cumulative_distribution(head):
+    """The same uniform numbers pick the same words for every chunk size, those of one pass over all words."""
+    x, table, bias = (t.detach() for t in head)
+    targets, uniforms = torch.zeros(ROWS, dtype=torch.long), torch.rand(ROWS)
+    cumulative = torch.softmax(F.linear(x, table, bias).double(), -1).cumsum(1)
+    expected = torch.searchsorted(cumulative, uniforms.double()[:, None], right=True).squeeze(1)
+    for chunk in (16, 250):
+        assert torch.equal(vocabulary_loss(x, table, bias, targets, uniforms, chunk).samples, expected)
+
+
+def test_bfloat16_is_near_float32(head):
+    """Logits are rounded to 8 bits, so that losses of about 10 agree to some hundredths and gradients to a few %."""
+    targets = torch.randint(0, WORDS, (ROWS,))
+    x, table, bias = head
+    full = vocabulary_loss(x, table, bias, targets)
+    low = vocabulary_loss(x.bfloat16(), table, bias, targets)
+    assert low.loss.dtype == torch.float32
+    torch.testing.assert_close(low.loss, full.loss, atol=0.1, rtol=0.01)
+    ours, theirs = (torch.autograd.grad(out.loss.mean(), table)[0] for out in (low, full))
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_no_rows(head):
+    x, table, bias = head
+    out = vocabulary_loss(x[:0], table, bias, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    assert out.loss.shape == (0,) and out.samples.shape == (0,)
+    assert torch.count_nonzero(torch.autograd.grad(out.loss.sum(), table)[0]) == 0
