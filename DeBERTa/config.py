@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -111,6 +112,9 @@ class ModelConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{where}: {name} must lie in [0, 1), not {getattr(self, name)}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{where}: {name} must be positive, not {getattr(self, name)}")
         if not self.attention_head_size and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"{where}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -282,9 +286,26 @@ class TrainConfig:
         for name in ("dump_interval", "keep_last", "log_interval"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("workers", "seed", "vocab_size", "num_training_steps", "warmup", "weight_decay", "max_grad_norm"):
+        for name, value in self.to_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"--{name} must be a finite number, not {value}")
+        not_negative = (
+            "workers",
+            "seed",
+            "vocab_size",
+            "num_training_steps",
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+        )
+        for name in (*not_negative, "epsilon", "rtd_lambda"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
         if self.max_seq_length < 3:
             raise ConfigError(f"--max_seq_length must be at least 3 ([CLS], a token, [SEP]), not {self.max_seq_length}")
         if self.train_batch_size % self.accumulative_update:

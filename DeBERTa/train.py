@@ -34,6 +34,7 @@ from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.loop import NotFiniteError, Run, resume, train
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
+from DeBERTa.training.optimizer import warmup_steps
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, VocabularyError, NotFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -61,7 +65,7 @@ def parse_flags(argv: Sequence[str] | None) -> TrainConfig:
     hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         text = field.metadata["help"].replace("%", "%%")
-        shown = f"{text} (default: {field.default!r})" if field.default not in ("", None) else text
+        shown = f"{text} (default: {'none' if field.default in ('', None) else field.default})"
         kind = hints[field.name]
         if kind is bool or isinstance(kind, types.UnionType):
             form = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
@@ -102,8 +106,13 @@ def run(config: TrainConfig) -> None:
         step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
         this_run = Run(config, model, step_class(model, config, precision, device, total_steps), batches, evaluation)
         data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
+        resolved = {
+            "num_training_steps": total_steps,
+            "warmup": warmup_steps(config, total_steps),
+            "precision": precision,
+        }
         first_step = open_run_folder(
-            this_run, {"train": config.to_dict(), "model": model_config.to_dict(), "data": data}
+            this_run, {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
         )
         print(banner(this_run, first_step), file=sys.stderr)
         train(this_run, first_step)
@@ -121,8 +130,8 @@ def run(config: TrainConfig) -> None:
 
 def refuse_many_processes() -> None:
     """One process trains alone; several set-ups of one job must not train several models in silence."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE is above 1, but this version trains in one process: unset WORLD_SIZE and RANK")
+    if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
+        raise ConfigError("WORLD_SIZE is not 1, but this version trains in one process: unset WORLD_SIZE and RANK")
 
 
 def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig | RTDConfig:
@@ -140,17 +149,20 @@ def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig 
             part["vocab_size"] = config.vocab_size
     model_config = (RTDConfig if config.task_name == "RTD" else ModelConfig).from_dict(values, str(path))
 
-    first = model_config.generator if config.task_name == "RTD" else model_config
-    if not len(tokenizer) <= first.vocab_size <= len(tokenizer) + SPARE_ROWS:
+    models = [model_config]
+    if isinstance(model_config, RTDConfig):
+        models = [model_config.generator, model_config.discriminator]
+    rows = models[0].vocab_size
+    if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
         fitting = -(-len(tokenizer) // 8) * 8
         raise ConfigError(
             f"the vocabulary {tokenizer.path} has {len(tokenizer)} tokens, but the model config {path} has "
-            f"vocab_size {first.vocab_size}; give the right --vocab_path, or --vocab_size {fitting} for a new model"
+            f"vocab_size {rows}; give the right --vocab_path, or --vocab_size {fitting} for a new model"
         )
-    if config.max_seq_length > first.max_position_embeddings:
+    positions = min(model.max_position_embeddings for model in models)
+    if config.max_seq_length > positions:
         raise ConfigError(
-            f"--max_seq_length {config.max_seq_length} exceeds max_position_embeddings "
-            f"{first.max_position_embeddings} of {path}"
+            f"--max_seq_length {config.max_seq_length} exceeds max_position_embeddings {positions} of {path}"
         )
     return model_config
 

@@ -40,15 +40,15 @@ set_up_python() {
   imports_all "$PYTHON" "$@" || die "installed, but not importable: $*; remove $venv and try again"
 }
 
-# flag_value NAME DEFAULT ARGUMENT...: the last value of --NAME among the arguments.
+# flag_value NAME DEFAULT ARGUMENT...: the last value of --NAME, which may be shortened, among the arguments.
 flag_value() {
-  local name=$1 value=$2
+  local name=$1 value=$2 flag
   shift 2
   while (($#)); do
-    case $1 in
-      --"$name") value=${2-} ;;
-      --"$name"=*) value=${1#*=} ;;
-    esac
+    flag=${1%%=*}
+    if [[ $flag == --?* && --$name == "$flag"* ]]; then
+      if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2-}; fi
+    fi
     shift
   done
   echo "$value"
@@ -77,6 +77,10 @@ train() {
   local cache=${DEBERTA_CACHE:-$HOME/.cache/DeBERTa}
 
   set_up_python "$ROOT/requirements.txt"
+  export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+  [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || exec "$PYTHON" -m DeBERTa.train --help
+  # Wrong flags are told before anything is fetched or prepared.
+  "$PYTHON" -c 'import sys; from DeBERTa.train import parse_flags; parse_flags(sys.argv[1:])' "$@" || exit
   if [[ -z $(flag_value data_dir "" "$@") ]]; then
     case $data in
       sample)
@@ -91,6 +95,6 @@ train() {
     esac
     preset+=(--data_dir "$cache/$data/$length")
   fi
-  PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m DeBERTa.train --task_name "$task" --tag "$name" \
+  exec "$PYTHON" -m DeBERTa.train --task_name "$task" --tag "$name" \
     --do_train --max_seq_length "$length" "${preset[@]}" "$@"
 }

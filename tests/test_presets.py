@@ -1,6 +1,10 @@
 """Every shipped config and preset: sizes as promised, scripts that refuse wrong names."""
 
+import functools
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +73,15 @@ def test_continue_asks_for_weights():
     result = subprocess.run([ROOT / "rtd.sh", "deberta-v3-base-continue"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--init_generator" in result.stderr and "--init_discriminator" in result.stderr
+
+
+def test_wrong_flags_are_told_before_anything_is_prepared(tmp_path):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"DEBERTA_CACHE": str(tmp_path), "PATH": path}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False, env=environment)
+    for script, name in (("rtd.sh", "deberta-v3-base"), ("mlm.sh", "bert-tiny")):
+        result = run([ROOT / script, name, "--lerning_rate", "3"])
+        assert result.returncode == 2 and "--lerning_rate" in result.stderr
+    result = run([ROOT / "rtd.sh", "deberta-v3-tiny", "--help"])
+    assert result.returncode == 0 and "--train_batch_size" in result.stdout
+    assert not list(tmp_path.iterdir())

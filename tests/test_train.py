@@ -76,12 +76,13 @@ def test_rtd_run_leaves_models_metrics_and_settings(flags):
     run = flags["output_dir"]
     lines = read_metrics(run)
     assert [(line["step"], line["kind"]) for line in lines] == [
-        (1, "train"), (2, "train"), (3, "valid"), (4, "train"), (6, "train"), (6, "valid")
+        (1, "train"), (2, "train"), (3, "train"), (3, "valid"), (4, "train"), (6, "train"), (6, "valid")
     ]  # fmt: skip
     for line in lines:
         assert line["generator_loss"] > 0 and line["discriminator_loss"] > 0 and "discriminator_accuracy" in line
     assert {"discriminator_auc", "discriminator_precision", "discriminator_recall"} <= lines[-1].keys()
-    assert json.loads((run / "config.json").read_text())["train"]["num_training_steps"] == 6
+    settings = json.loads((run / "config.json").read_text())["train"]
+    assert (settings["num_training_steps"], settings["warmup"], settings["precision"]) == (6, 2, "fp32")
     assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert json.loads((run / "evaluation.json").read_text()).keys() == {"valid", "test"}
@@ -127,10 +128,36 @@ def test_same_command_goes_on_from_the_last_checkpoint(flags, task, tmp_path):
     assert "going on from step 3" in result.stderr
     name = Path("checkpoints") / "step-00000006" / "model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    timings = ("tokens_per_second",)
-    both = [[{k: v for k, v in line.items() if k not in timings} for line in read_metrics(run)] for run in (whole, cut)]
-    # The interval that was cut logs its first step too, and its means start after the checkpoint.
-    assert [line for line in both[1] if line["step"] not in (4,)] == [line for line in both[0] if line["step"] != 4]
+    assert without_timing(cut) == without_timing(whole)
+
+
+def without_timing(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run)]
+
+
+def test_an_evaluation_cut_off_is_made_up_for(flags):
+    """Stopped after the last checkpoint but before its evaluation: the same command evaluates, and only that."""
+    assert train(*command(flags)).returncode == 0
+    metrics = flags["output_dir"] / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert train(*command(flags)).returncode == 0
+    assert metrics.read_text() == whole
+    assert train(*command(flags)).returncode == 0
+    assert metrics.read_text() == whole
+
+
+def test_logged_losses_are_of_the_interval_and_unscaled(flags, tmp_path):
+    """A line is the mean of the steps since the line before, weighted by targets; lambda is not in it."""
+    every, third = flags | {"log_interval": 1}, flags | {"log_interval": 5, "output_dir": tmp_path / "third"}
+    for values in (every, third):
+        assert train(*command(values | {"dump_interval": 6})).returncode == 0
+    steps = {line["step"]: line for line in read_metrics(every["output_dir"]) if line["kind"] == "train"}
+    interval = next(line for line in read_metrics(third["output_dir"]) if line["step"] == 5)
+    for name in ("generator_loss", "discriminator_loss"):
+        mean = sum(steps[step][name] for step in (2, 3, 4, 5)) / 4
+        assert interval[name] == pytest.approx(mean, rel=2e-3)  # the number of masks differs a little from step to step
+    assert steps[1]["discriminator_loss"] == pytest.approx(0.693, abs=0.05)  # ln 2 at the start, not lambda times it
 
 
 def test_only_the_newest_checkpoints_are_kept(flags):
@@ -174,6 +201,9 @@ def test_unknown_config_key(flags):
         ({"init_generator": "no.bin"}, ("--init_discriminator",)),
         ({"task_name": "MLM"}, ("rtd.json", "unknown key")),
         ({"output_dir": "/proc/no-run"}, ("/proc/no-run", "--output_dir")),
+        ({"learning_rate": "nan"}, ("--learning_rate", "finite")),
+        ({"adam_beta1": 1.5}, ("--adam_beta1",)),
+        ({"rtd_lambda": -1}, ("--rtd_lambda",)),
     ],
 )
 def test_refusals(flags, change, named):
@@ -196,10 +226,42 @@ def test_checkpoint_with_other_shapes(flags, tmp_path):
     assert_refused(result, tmp_path / "generator.bin", "intermediate.dense.weight", "[48, 32]", "[64, 32]")
 
 
-def test_not_a_number_stops_the_run(flags):
-    """A learning rate that blows the weights up ends in a sentence that names step and loss; the checkpoint stays."""
-    result = train(*command(flags | {"learning_rate": 1e30, "num_training_steps": 40, "warmup": 0}))
-    assert_refused(result, "step", "loss is nan", "--learning_rate")
+def test_not_a_number_stops_the_run_and_keeps_the_checkpoints(flags):
+    """Weights that blow up between two lines of the log never replace a good checkpoint."""
+    flags |= {"learning_rate": 1e30, "num_training_steps": 40, "warmup": 0, "log_interval": 100, "dump_interval": 4}
+    result = train(*command(flags))
+    assert_refused(result, "step", "diverged", "--learning_rate", "--tag")
+    assert not list((flags["output_dir"]).glob("checkpoints/*"))
+    # A run with one good checkpoint, from which it diverges.
+    flags |= {"learning_rate": 1e-3, "output_dir": flags["output_dir"].with_name("second"), "num_training_steps": 8}
+    assert train(*command(flags)).returncode == 0
+    shutil.rmtree(flags["output_dir"] / "checkpoints" / "step-00000008")
+    good = flags["output_dir"] / "checkpoints" / "step-00000004" / "optimizer.pt"
+    state = torch.load(good, weights_only=True)
+    for moments in state["optimizers"]["generator"]["state"].values():
+        moments["exp_avg"].fill_(float("nan"))
+    torch.save(state, good)
+    before = {path: path.read_bytes() for path in good.parent.iterdir()}
+    assert_refused(train(*command(flags)), "step 8", "diverged")
+    assert [path.name for path in (flags["output_dir"] / "checkpoints").iterdir()] == ["step-00000004"]
+    assert {path: path.read_bytes() for path in good.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_torn_checkpoint(flags, name):
+    assert train(*command(flags)).returncode == 0
+    path = flags["output_dir"] / "checkpoints" / "step-00000006" / name
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(train(*command(flags)), path)
+
+
+def test_evaluation_of_a_checkpoint_of_another_model(flags):
+    assert train(*command(flags)).returncode == 0
+    values = tiny_rtd()
+    values["discriminator"]["intermediate_size"] = 48
+    flags["model_config"].write_text(json.dumps(values))
+    del flags["do_train"]
+    assert_refused(train(*command(flags), "--do_eval"), "step-00000006", "[64, 32]", "[48, 32]")
 
 
 def test_wrong_flags_are_usage_errors(flags):

@@ -251,7 +251,10 @@ def _is_split(texts: dict[str, Path], record: Path, fingerprint: str) -> bool:
     """Whether the texts are there and were made from the file of this SHA-256."""
     if not record.is_file() or not all(text.is_file() for text in texts.values()):
         return False
-    return json.loads(record.read_text())["sha256"] == fingerprint
+    try:
+        return json.loads(record.read_text())["sha256"] == fingerprint
+    except ValueError:
+        return False
 
 
 def _extract(archive: Path, destinations: dict[str, Path]) -> None:

@@ -36,6 +36,7 @@ from DeBERTa.data.token_store import TokenStoreWriter, ids_folder, matches, read
 from DeBERTa.data.tokenizer import Tokenizer, VocabularyError, train_vocabulary
 
 BLOCKS_AHEAD = 2  # blocks in flight for each process, so that none waits for the writer
+WARN_UNKNOWN, MAX_UNKNOWN = 0.05, 0.2  # shares of [UNK]
 MIN_SEQ_LENGTH = 3  # [CLS], one piece, [SEP]
 
 
@@ -87,8 +88,9 @@ def prepare(
     for path, what in ((source, "input"), (vocabulary, "vocabulary")):
         if output.exists() and path.exists() and output.samefile(path):
             raise DataError(f"The output {output} is also the {what}; give it another name.")
-    if output.is_dir():
-        raise DataError(f"The output {output} is a folder; give a file name.")
+    output = output.resolve()  # a link stays one; what it points to is replaced
+    if output.exists() and not output.is_file():
+        raise DataError(f"The output {output} is a folder or a device; give a file name.")
     text = TextFile(source)
     if not vocabulary.is_file():
         raise VocabularyError(f"There is no vocabulary {vocabulary}.")
@@ -108,7 +110,9 @@ def prepare(
             encoder = _Encoder(vocabulary)
             chunks = _encoded(text, encoder, errors, workers or usable_cores(), block_bytes)
             with contextlib.closing(chunks):  # ends the processes at once if writing fails
-                input_bytes, text_sha256 = _write(label, text, chunks, encoder, max_seq_length - 2, file, store)
+                written = _write(label, text, chunks, encoder, max_seq_length - 2, file, store)
+                input_bytes, text_sha256, unknown = written
+            _check_unknown(unknown, store.num_tokens, source, vocabulary)
             file.flush()
             os.fsync(file.fileno())
             partial_path(output).replace(output)
@@ -164,9 +168,12 @@ def _write(
     width: int,
     file: BinaryIO,
     store: TokenStoreWriter,
-) -> tuple[int, str]:
-    """Write the encoded chunks as lines of `width` pieces; returns bytes of input and SHA-256 of the output."""
-    input_bytes = 0
+) -> tuple[int, str, int]:
+    """Write the encoded chunks as lines of `width` pieces.
+
+    Returns bytes of input, SHA-256 of the output, and how many pieces are [UNK].
+    """
+    input_bytes = unknown = 0
     digest = hashlib.sha256()
 
     def put(data: bytes | memoryview) -> None:
@@ -184,13 +191,23 @@ def _write(
             ends = np.arange(seen // width + 1, (seen + len(ids)) // width + 1) * width
             store.append(ids, ends)
             input_bytes += block_bytes
+            unknown += int(np.count_nonzero(ids == encoder.tokenizer.unk_id))
             bar.update(text.position() - bar.n)
     if store.num_tokens == 0:
         raise DataError(f"{text.path} has no text.")
     put(b"\n")
     if store.num_tokens % width:
         store.append(np.empty(0, np.int32), np.array([store.num_tokens]))
-    return input_bytes, digest.hexdigest()
+    return input_bytes, digest.hexdigest(), unknown
+
+
+def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) -> None:
+    """A vocabulary of another script or language is never silent: above 5 % [UNK] a warning, above 20 % an error."""
+    told = f"{unknown / tokens:.1%} of the pieces of {source} are [UNK]: the vocabulary {vocabulary} does not fit"
+    if tokens >= 1000 and unknown > MAX_UNKNOWN * tokens:
+        raise VocabularyError(f"{told}; --train_vocab trains one on the text.")
+    if unknown > WARN_UNKNOWN * tokens:
+        print(f"warning: {told} well; --train_vocab trains one on the text", file=sys.stderr)
 
 
 class _Encoder:
@@ -299,7 +316,10 @@ def trained_vocabulary(source: Path, size: int, path: Path, errors: str = "stric
 def _is_trained(source: Path, size: int, path: Path, record: Path) -> bool:
     if not path.is_file() or not record.is_file():
         return False
-    made = json.loads(record.read_text())
+    try:
+        made = json.loads(record.read_text())
+    except ValueError:
+        return False
     if made["pieces"] != size or made["vocabulary"] != file_sha256(path):
         return False
     return _identity(source).items() <= made.items() or made["text"] == file_sha256(source)

@@ -31,24 +31,34 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a readable weights file ({reason})") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+        raise ConfigError(
+            f"{path}: {_what_instead(path)}, not a weights file that can be read; fetch it again"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ConfigError(f"{path}: expected a state dict of tensors")
     return state
 
 
+def _what_instead(path: Path) -> str:
+    """The usual wrong downloads."""
+    beginning = path.read_bytes()[:64].lstrip()
+    if beginning.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    return "a web page" if beginning.startswith(b"<") else "torn or foreign data"
+
+
 def load_masked_lm(model: MaskedLanguageModel, path: str) -> None:
     """Load an MLM model or a generator. Raises `ConfigError` on missing, extra or misshapen weights."""
-    _load(model, read_weights(path), path)
+    load_strictly(model, read_weights(path), path)
 
 
 def load_rtd(model: RTDModel, generator_path: str, discriminator_path: str) -> None:
-    """Load generator and discriminator so that each starts exactly as published.
+    """Load generator and discriminator; under GDES and NES each starts exactly as published.
 
     GDES: the discriminator's table comes whole (`weight`) or as a residual (`_weight`); from a whole one the residual
-    becomes `E_D - E_G`. Where a file holds both, the whole table counts. NES takes whole tables, ES none.
+    becomes `E_D - E_G`. Where a file holds both, the whole table counts. NES takes whole tables; under ES there is one
+    table, the generator's, and the discriminator's is not used.
     """
     load_masked_lm(model.generator, generator_path)
     state = read_weights(discriminator_path)
@@ -78,10 +88,10 @@ def load_rtd(model: RTDModel, generator_path: str, discriminator_path: str) -> N
                 whole = model.discriminator.deberta.embeddings.position_embeddings.full().detach()
             if whole is not None:
                 state[f"{key}.weight"] = whole
-    _load(model.discriminator, state, discriminator_path)
+    load_strictly(model.discriminator, state, discriminator_path)
 
 
-def _load(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Strict loading, apart from heads the model does not have and buffers older code saved."""
     expected = model.state_dict()
     foreign = tuple(head for head in HEADS if not any(name.startswith(head) for name in expected))

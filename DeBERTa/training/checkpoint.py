@@ -13,15 +13,18 @@ from a generator seeded by (seed, step, rank).
 """
 
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 
 import torch
 import ujson
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from DeBERTa.config import ConfigError
+from DeBERTa.hub.published import load_strictly, read_weights
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.steps import TrainingStep
 
@@ -32,7 +35,8 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-????????"))
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, training: TrainingStep, keep_last: int) -> Path:
@@ -57,15 +61,19 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, training: Traini
 
 
 def load_model(run_dir: Path, step: int, model: nn.Module) -> None:
-    """Restore the weights in place."""
-    model.load_state_dict(load_file(checkpoint_path(run_dir, step) / "model.safetensors"), strict=True)
+    """Restore the weights in place. Raises `ConfigError` for a torn file, or one of another model."""
+    path = checkpoint_path(run_dir, step) / "model.safetensors"
+    load_strictly(model, read_weights(path), path)
 
 
 def load_checkpoint(run_dir: Path, step: int, model: nn.Module, training: TrainingStep) -> None:
     """Restore weights, optimisers and scaler in place."""
     load_model(run_dir, step, model)
     path = checkpoint_path(run_dir, step) / "optimizer.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+        raise ConfigError(f"{path} cannot be read; remove {path.parent} to go on from the one before") from None
     for name, optimizer in training.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     training.scaler.load_state_dict(state["scaler"])

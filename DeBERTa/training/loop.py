@@ -1,10 +1,10 @@
 """The training loop: batches in order, a step each, and what is logged, saved and evaluated on the way."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +17,7 @@ from DeBERTa.training.steps import TrainingStep
 
 
 class NotFiniteError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """A loss or a weight became NaN or infinite."""
 
 
 @dataclass
@@ -46,17 +46,20 @@ def resume(run: Run) -> int:
 def train(run: Run, first_step: int) -> None:
     """Train from update `first_step` to the end.
 
-    Writes `metrics.jsonl` after the first step and every `log_interval`, and a checkpoint followed by an evaluation
-    every `dump_interval` steps and at the end. Raises `NotFiniteError` when a logged loss is not finite.
+    Writes `metrics.jsonl` after the first step, every `log_interval` and at checkpoints; a checkpoint followed by an
+    evaluation every `dump_interval` steps and at the end. Raises `NotFiniteError` when the loss of such an interval or
+    a weight to be saved is not finite: what is on disk stays good.
     """
     config, training = run.config, run.training
     total_steps = training.total_steps
     log = MetricsLog(run.run_dir / "metrics.jsonl", first_step)
     progress = Progress(first_step, total_steps)
     batches = load_batches(run.train_batches, range(first_step, total_steps), config.workers)
-    interval, interval_started, tokens = {}, time.monotonic(), 0
-    run.model.train()
     try:
+        if first_step and not log.has(first_step, "valid"):  # stopped between the checkpoint and its evaluation
+            validate(run, first_step, log, progress)
+        interval, interval_started, tokens = {}, time.monotonic(), 0
+        run.model.train()
         for step, batch in enumerate(batches, start=first_step + 1):
             torch.manual_seed(step_seed(config.seed, step, run.train_batches.plan.rank))
             factor = training.learning_rate(step)
@@ -64,29 +67,33 @@ def train(run: Run, first_step: int) -> None:
             tokens += batch.real_tokens
             progress.advance()
 
-            if step == first_step + 1 or step % config.log_interval == 0 or step == total_steps:
+            save = step % config.dump_interval == 0 or step == total_steps
+            if save or step == 1 or step % config.log_interval == 0:
                 metrics = mean_losses(interval)
-                check_finite(metrics, step)
+                check_finite({k: v for k, v in metrics.items() if k.endswith("loss")}, step, run.run_dir)
                 seconds = time.monotonic() - interval_started
                 metrics |= {"learning_rate": config.learning_rate * factor, "tokens_per_second": tokens / seconds}
                 log.write(step, "train", metrics)
                 progress.show(step, metrics)
                 interval, interval_started, tokens = {}, time.monotonic(), 0
-
-            if step % config.dump_interval == 0 or step == total_steps:
-                paused = time.monotonic()
+            if save:
+                check_finite(weight_norms(run.model), step, run.run_dir)
                 saved = save_checkpoint(run.run_dir, step, run.model, training, config.keep_last)
                 progress.say(f"step {step}: saved {saved}")
-                validation = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
-                for split, metrics in evaluate_splits(
-                    run.model, validation, config, training.precision, training.device
-                ).items():
-                    log.write(step, split, metrics)
-                    progress.say(f"step {step}: {split}  {describe(metrics)}")
-                interval_started += time.monotonic() - paused
+                validate(run, step, log, progress)
+                interval_started = time.monotonic()
     finally:
         progress.close()
         log.close()
+
+
+def validate(run: Run, step: int, log: MetricsLog, progress: Progress) -> None:
+    """Evaluate on the validation split, if there is one, and log it under `step`."""
+    splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
+    training = run.training
+    for split, metrics in evaluate_splits(run.model, splits, run.config, training.precision, training.device).items():
+        log.write(step, split, metrics)
+        progress.say(f"step {step}: {split}  {describe(metrics)}")
 
 
 def accumulate(interval: Sums, sums: Sums) -> None:
@@ -96,10 +103,17 @@ def accumulate(interval: Sums, sums: Sums) -> None:
     interval |= norms
 
 
-def check_finite(metrics: dict, step: int) -> None:
-    for name, value in metrics.items():
-        if name.endswith("loss") and not np.isfinite(value):
+def weight_norms(model: nn.Module) -> dict[str, float]:
+    parameters = dict(model.named_parameters())
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters.values()])).tolist()
+    return dict(zip(parameters, norms, strict=True))
+
+
+def check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
+    """Raise `NotFiniteError` naming the first of `values` that is NaN or infinite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise NotFiniteError(
-                f"step {step}: {name} is {value}; lower --learning_rate or raise --warmup, "
-                "and start again: training goes on from the last checkpoint"
+                f"step {step}: {name} is {value}, training has diverged; start anew with a lower --learning_rate or a "
+                f"longer --warmup under another --tag (the checkpoints in {run_dir} are from before)"
             )

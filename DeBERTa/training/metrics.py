@@ -1,5 +1,6 @@
 """What a person sees of a run: the console, and `metrics.jsonl` in the run's folder."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -42,15 +43,23 @@ class MetricsLog:
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped."""
+        kept: list[str] = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(path)
+        self._there = {(line["step"], line["kind"]) for line in map(ujson.loads, kept)}
         self._file = path.open("a", buffering=1)
 
+    def has(self, step: int, kind: str) -> bool:
+        """Whether an earlier run wrote this line."""
+        return (step, kind) in self._there
+
     def write(self, step: int, kind: str, values: dict) -> None:
-        self._file.write(ujson.dumps({"step": step, "kind": kind, **values}) + "\n")
+        """Add a line; what is not finite becomes null, which JSON can say."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(ujson.dumps({"step": step, "kind": kind, **finite}) + "\n")
 
     def close(self) -> None:
         self._file.close()

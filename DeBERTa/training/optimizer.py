@@ -1,34 +1,25 @@
 """AdamW with the published parameter groups, and the learning-rate schedule as a function of the step."""
 
-from collections.abc import Iterable
-
 import torch
+from torch import nn
 
 from DeBERTa.config import TrainConfig
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], peak: float, config: TrainConfig
-) -> torch.optim.AdamW:
-    """AdamW over named parameters; biases and LayerNorm weights are not decayed.
+def build_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over models, each with its peak learning rate; biases and LayerNorm weights are not decayed.
 
-    `peak` is the learning rate the schedule scales; it stays in each group under "peak".
+    The peak stays in each group under "peak", for the schedule to scale.
     """
-    decayed, plain = [], []
-    for name, parameter in parameters:
-        without = name.endswith("bias") or ".LayerNorm." in name
-        (plain if without else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay, "peak": peak},
-        {"params": plain, "weight_decay": 0.0, "peak": peak},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=peak,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
+    groups = []
+    for model, peak in models:
+        decayed, plain = [], []
+        for name, parameter in model.named_parameters():
+            without = name.endswith("bias") or ".LayerNorm." in name
+            (plain if without else decayed).append(parameter)
+        groups.append({"params": decayed, "weight_decay": config.weight_decay, "lr": peak, "peak": peak})
+        groups.append({"params": plain, "weight_decay": 0.0, "lr": peak, "peak": peak})
+    return torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.epsilon, fused=True)
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:

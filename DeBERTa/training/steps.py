@@ -36,16 +36,17 @@ class TrainingStep:
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def update(self, *optimizers: torch.optim.Optimizer) -> torch.Tensor:
-        """Clip the gradient of all parameters of `optimizers` as one vector, step, clear. Returns its norm."""
-        for optimizer in optimizers:
-            self.scaler.unscale_(optimizer)
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    def update(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Clip the gradient of all its parameters as one vector, step, clear. Returns the norm before clipping.
+
+        An fp16 gradient that overflowed leaves everything the optimiser holds unchanged.
+        """
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.config.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
         return norm
 
 
@@ -57,7 +58,7 @@ class MaskedLMStep(TrainingStep):
     ) -> None:
         super().__init__(config, precision, device, total_steps)
         self.model = model
-        self.optimizers["model"] = build_optimizer(model.named_parameters(), config.learning_rate, config)
+        self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
 
     def __call__(self, batch: Batch) -> Sums:
         targets = max(batch.masked_tokens, 1)
@@ -88,8 +89,11 @@ class ReplacedTokenStep(TrainingStep):
         self.model = model
         self.decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
         peak = config.discriminator_learning_rate or config.learning_rate
-        self.optimizers["generator"] = build_optimizer(model.generator.named_parameters(), config.learning_rate, config)
-        self.optimizers["discriminator"] = build_optimizer(model.discriminator.named_parameters(), peak, config)
+        parts = {"generator": (model.generator, config.learning_rate), "discriminator": (model.discriminator, peak)}
+        if self.decoupled:
+            self.optimizers = {name: build_optimizer([part], config) for name, part in parts.items()}
+        else:
+            self.optimizers = {"both": build_optimizer(list(parts.values()), config)}
 
     def __call__(self, batch: Batch) -> Sums:
         step = self._decoupled if self.decoupled else self._joint
@@ -121,7 +125,7 @@ class ReplacedTokenStep(TrainingStep):
             self.backward(
                 mlm_loss / max(batch.masked_tokens, 1) + self.config.rtd_lambda * rtd_loss / batch.real_tokens
             )
-        sums["grad_norm"] = self.update(*self.optimizers.values())
+        sums["grad_norm"] = self.update(self.optimizers["both"])
         return sums
 
     def _generate(self, part: Batch, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:

@@ -439,3 +439,25 @@ def test_a_vocabulary_for_prepared_text_is_checked_early(tmp_path):
     with pytest.raises(VocabularyError, match="not a SentencePiece model"):
         prepare(tmp_path / "i", tmp_path / "o", tmp_path / "v", 64)
     assert not (tmp_path / "o.part").exists()
+
+
+def test_a_vocabulary_of_another_script_is_never_silent(tmp_path, capsys):
+    text = tmp_path / "i.txt"
+    text.write_text("漢字 仮名 " * 1000, encoding="utf-8")
+    with pytest.raises(VocabularyError, match=r"50.0% of the pieces .*i\.txt are \[UNK\]"):
+        prepare(text, tmp_path / "o.txt", VOCABULARY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.txt"]
+    text.write_text("the 漢 of the and of the of and the " * 300, encoding="utf-8")
+    prepare(text, tmp_path / "o.txt", VOCABULARY)
+    assert "% of the pieces" in capsys.readouterr().err
+
+
+def test_output_that_is_not_a_file_and_links(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is a folder or a device"):
+        prepare(GOLDEN / "input.txt", tmp_path / "pipe", VOCABULARY, 64)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "o.txt").symlink_to(tmp_path / "elsewhere" / "o.txt")
+    prepare(GOLDEN / "input.txt", tmp_path / "o.txt", VOCABULARY, 64)
+    assert (tmp_path / "o.txt").is_symlink()
+    assert (tmp_path / "elsewhere" / "o.txt").read_bytes() == (GOLDEN / "expected_64.txt").read_bytes()

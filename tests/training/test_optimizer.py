@@ -13,7 +13,7 @@ from tests.training.batches import train_config
 
 def test_biases_and_layer_norms_are_not_decayed():
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
-    optimizer = build_optimizer(model.named_parameters(), 1e-3, train_config())
+    optimizer = build_optimizer([(model, 1e-3)], train_config())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
@@ -24,9 +24,11 @@ def test_biases_and_layer_norms_are_not_decayed():
 
 def test_update_is_adamw_of_the_paper():
     """Two updates of one weight against the formulas of Loshchilov and Hutter, algorithm 2."""
-    weight = torch.nn.Parameter(torch.tensor([[0.5]]))
+    model = torch.nn.Linear(1, 1, bias=False)
+    weight = model.weight
+    torch.nn.init.constant_(weight, 0.5)
     config = train_config(adam_beta1=0.8, adam_beta2=0.95, epsilon=1e-4, weight_decay=0.1)
-    optimizer = build_optimizer([("dense.weight", weight)], 0.01, config)
+    optimizer = build_optimizer([(model, 0.01)], config)
     x, m, v = 0.5, 0.0, 0.0
     for t, gradient in ((1, 0.3), (2, -0.7)):
         weight.grad = torch.tensor([[gradient]])

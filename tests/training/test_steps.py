@@ -149,6 +149,26 @@ def test_fp16_scales_the_loss_and_recovers_from_overflow():
     assert not torch.equal(before["lm_predictions.lm_head.bias"], model.lm_predictions.lm_head.bias)
 
 
+@pytest.mark.parametrize("broken", ["generator", "discriminator"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("sharing", "decoupled"), [("es", True), ("gdes", False), ("gdes", True)])
+def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, value, broken):
+    """A joint update is left out whole; decoupled ones one by one."""
+    model = rtd_model(sharing)
+    config = train_config(task_name="RTD", decoupled_training=decoupled)
+    training = ReplacedTokenStep(model, config, "fp16", CPU, total_steps=10)
+    training.learning_rate(1)
+    training.scaler.scale(torch.zeros(1))
+    training.scaler.update(16.0)
+    name = f"{broken}.deberta.encoder.layer.0.output.dense.weight"
+    dict(model.named_parameters())[name].register_hook(lambda gradient: gradient + value)
+    before = state(model)
+    training(random_batch())
+    changed = {key.split(".")[0] for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == ({"generator", "discriminator"} - {broken} if training.decoupled else set())
+    assert training.scaler.get_scale() < 16.0
+
+
 def test_corrupted_ids():
     """Samples go to the masked positions in row-major order; nothing else changes."""
     ids = torch.arange(12).view(2, 6)
