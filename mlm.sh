@@ -19,7 +19,7 @@ case $name in
     data=${DATA:-sample}
     length=128
     preset=(--model_config "${name/-/_}.json" --num_training_steps 400 --dump_interval 200 --log_interval 20
-      --warmup 40 --learning_rate 2e-3 --train_batch_size 32)
+      --warmup 40 --learning_rate 2e-3 --train_batch_size 48)
     [[ $name == bert-tiny ]] || preset+=(--max_ngram 3)
     ;;
   *) usage ./mlm.sh "${NAMES[@]}" ;;

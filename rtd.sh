@@ -29,7 +29,7 @@ case $name in
     data=${DATA:-sample}
     length=128
     preset=(--model_config rtd_tiny.json --num_training_steps 400 --dump_interval 200 --log_interval 20
-      --warmup 40 --learning_rate 2e-3 --train_batch_size 32)
+      --warmup 40 --learning_rate 2e-3 --train_batch_size 48)
     ;;
   *) usage ./rtd.sh "${NAMES[@]}" ;;
 esac
