@@ -145,3 +145,18 @@ def test_last_layer_at_masked_positions_only():
     for _ in range(2):
         queries = layer.finish(layer.attention.self(queries, keys), queries)
     torch.testing.assert_close(ours, queries[masked], atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_on_positions_is_drawn_in_each_layer():
+    """Each layer drops other elements of the relative-position table, and only in training."""
+    torch.manual_seed(5)
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"hidden_dropout_prob": 0.4}))
+    tables = []
+    for layer in model.deberta.encoder.layer:
+        layer.attention.self.position_dropout.register_forward_hook(lambda _m, _i, out: tables.append(out.detach()))
+    batch = random_batch()
+    model.deberta(batch.input_ids, batch.input_mask)
+    first, second = (table == 0 for table in tables)
+    assert 0.3 < first.float().mean() < 0.5 and not torch.equal(first, second)
+    model.eval().deberta(batch.input_ids, batch.input_mask)
+    assert torch.equal(tables[2], tables[3]) and torch.count_nonzero(tables[2] == 0) == 0
