@@ -222,7 +222,15 @@ def is_running(process: int) -> bool:
 def start_and_wait_for_output(text: Path, output: Path) -> subprocess.Popen:
     arguments = command("-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", "2")
     pipe = subprocess.PIPE
-    process = subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        # A shell that runs tests in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     partial = output.with_name(output.name + ".part")
     while not partial.exists() or partial.stat().st_size == 0:
         assert process.poll() is None, process.stderr.read()
