@@ -55,7 +55,7 @@ def make_batch(size: int, length: int, seed: int) -> Batch:
         masked = torch.randperm(length - 2, generator=generator)[: int(0.15 * length)] + 1
         labels[row, masked] = ids[row, masked]
         ids[row, masked] = MASK_ID
-    return Batch(ids, torch.ones_like(ids), labels, int((labels > 0).sum()), ids.numel())
+    return Batch.of(ids, torch.ones_like(ids), labels, torch.rand(ids.shape, generator=generator).double())
 
 
 def ours(config_name: str, precision: str):

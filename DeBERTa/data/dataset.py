@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step, rank): the same command always sees the same data in the same order.
 
-Shapes: B sequences of this rank, L tokens of the longest of them.
+Shapes: B sequences of this rank, L tokens of the longest of them, M masked tokens, P of them in the fullest sequence.
 """
 
 from dataclasses import dataclass
@@ -15,26 +15,59 @@ from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: matrix kernels like it
-ORDER, MASKS = 0, 1  # independent streams of random numbers under one seed
+ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
+
+
+class MaskedPositions(NamedTuple):
+    """Where the masked tokens are, row by row in order: found where batches are made, so that no step waits for it.
+
+    `at` int64 [B, P]: their positions in each sequence, filled up with others where a sequence has fewer; `slots` int64
+    [M]: which entries of the flattened `at` are masked tokens; `flat` int64 [M]: their places in a flattened [B, L].
+    """
+
+    at: torch.Tensor
+    slots: torch.Tensor
+    flat: torch.Tensor
+
+    @staticmethod
+    def of(labels: torch.Tensor) -> "MaskedPositions":
+        """Of `labels` [B, L], non-zero where masked."""
+        masked = labels > 0
+        counts = masked.sum(1, keepdim=True)
+        most = int(counts.max()) if len(labels) else 0
+        at = torch.argsort(~masked, dim=1, stable=True)[:, :most]
+        there = torch.arange(most, device=labels.device) < counts
+        return MaskedPositions(at, there.flatten().nonzero().squeeze(1), masked.flatten().nonzero().squeeze(1))
 
 
 class Batch(NamedTuple):
-    """int64 [B, L] each; `labels` hold the original id where masked, 0 elsewhere. Counts are of this rank's part."""
+    """int64 [B, L]: `labels` hold the original id where masked, 0 elsewhere. `uniforms` float64 [B, L] in [0, 1) draw
+    the samples at masked positions. `real_tokens` counts those of this part."""
 
     input_ids: torch.Tensor
     input_mask: torch.Tensor
     labels: torch.Tensor
-    masked_tokens: int
+    uniforms: torch.Tensor
+    masked: MaskedPositions
     real_tokens: int
 
+    @staticmethod
+    def of(input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor) -> "Batch":
+        """A batch of host tensors."""
+        return Batch(input_ids, input_mask, labels, uniforms, MaskedPositions.of(labels), int(input_mask.sum()))
+
+    @property
+    def masked_tokens(self) -> int:
+        return len(self.masked.flat)
+
     def split(self, parts: int) -> list["Batch"]:
-        """Consecutive parts for gradient accumulation."""
-        pieces = zip(*(tensor.chunk(parts) for tensor in self[:3]), strict=True)
-        return [Batch(ids, mask, labels, int((labels > 0).sum()), int(mask.sum())) for ids, mask, labels in pieces]
+        """Consecutive parts for gradient accumulation, before they go to a device."""
+        return [Batch.of(*part) for part in zip(*(tensor.chunk(parts) for tensor in self[:4]), strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return Batch(*tensors, self.masked_tokens, self.real_tokens)
+        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
+        masked = MaskedPositions(*(tensor.to(device, non_blocking=True) for tensor in self.masked))
+        return Batch(*tensors, masked, self.real_tokens)
 
 
 @dataclass(frozen=True)
@@ -80,14 +113,12 @@ class TrainingBatches(Dataset):
         return np.arange(size * rank // world, size * (rank + 1) // world)
 
     def __getitem__(self, step: int) -> Batch:
-        rows = self._rows()
-        uniforms = mask_uniforms(self.plan, step, int(rows[0]), len(rows))
         sequences = [self.store.line(int(line)) for line in self.line_numbers(step)]
-        return make_batch(sequences, self.tokenizer, self.masker, uniforms, self.plan.max_seq_length)
+        return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(self._rows()[0]))
 
 
 class EvaluationBatches(Dataset):
-    """Every line once, in file order, with masks that depend on the seed and the line only."""
+    """Every line once, in file order, with masks and samples that depend on the seed and the line only."""
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
         self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
@@ -100,27 +131,31 @@ class EvaluationBatches(Dataset):
             raise IndexError(index)
         first = index * self.plan.batch_size
         lines = range(first, min(first + self.plan.batch_size, len(self.store)))
-        uniforms = mask_uniforms(self.plan, 0, first, len(lines))
-        sequences = [self.store.line(line) for line in lines]
-        return make_batch(sequences, self.tokenizer, self.masker, uniforms, self.plan.max_seq_length)
+        return make_batch([self.store.line(line) for line in lines], self.tokenizer, self.masker, self.plan, 0, first)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of a step's dropout and sampling: independent numbers for every (seed, step, rank), below 2^63."""
+    """Seed of a step's dropout: independent numbers for every (seed, step, rank), below 2^63."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def mask_uniforms(plan: BatchPlan, step: int, first_row: int, rows: int) -> np.ndarray:
-    """float64 [rows, draws] for rows `first_row` onwards of a global batch: any slicing gives the same numbers."""
-    draws = Masker.draws_per_line(plan.max_seq_length)
+def row_uniforms(plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int) -> np.ndarray:
+    """float64 [rows, draws] in [0, 1) for rows `first_row` onwards of a global batch: any cut gives the same numbers.
+
+    `draws` must be a multiple of 4, the block size of numpy's Philox.
+    """
     counter = [first_row * draws // 4, 0, step, 0]
-    return np.random.Generator(np.random.Philox(key=[plan.seed, MASKS], counter=counter)).random((rows, draws))
+    return np.random.Generator(np.random.Philox(key=[plan.seed, stream], counter=counter)).random((rows, draws))
 
 
 def make_batch(
-    sequences: list[np.ndarray], tokenizer: Tokenizer, masker: Masker, uniforms: np.ndarray, max_seq_length: int
+    sequences: list[np.ndarray], tokenizer: Tokenizer, masker: Masker, plan: BatchPlan, step: int, first_row: int
 ) -> Batch:
-    """[CLS] tokens [SEP] of each sequence (at most `max_seq_length - 2` ids), padded to the longest, masked."""
+    """[CLS] tokens [SEP] of each sequence (at most `max_seq_length - 2` ids), padded to the longest, masked.
+
+    `first_row`: the first sequence's row in the global batch of `step`.
+    """
+    max_seq_length = plan.max_seq_length
     longest = max(len(sequence) for sequence in sequences) + 2
     length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_seq_length)
     ids = np.full((len(sequences), length), tokenizer.pad_id, dtype=np.int64)
@@ -131,14 +166,12 @@ def make_batch(
         ids[row, 1:end] = sequence
         ids[row, end] = tokenizer.sep_id
         mask[row, : end + 1] = 1
-    masked = masker(ids, uniforms)
-    return Batch(
-        torch.from_numpy(masked.input_ids),
-        torch.from_numpy(mask),
-        torch.from_numpy(masked.labels),
-        int((masked.labels > 0).sum()),
-        int(mask.sum()),
-    )
+    rows = len(sequences)
+    masks = row_uniforms(plan, MASKS, Masker.draws_per_line(max_seq_length), step, first_row, rows)
+    samples = row_uniforms(plan, SAMPLES, -(-max_seq_length // 4) * 4, step, first_row, rows)[:, :length]
+    masked = masker(ids, masks)
+    arrays = (masked.input_ids, mask, masked.labels, np.ascontiguousarray(samples))
+    return Batch.of(*map(torch.from_numpy, arrays))
 
 
 def load_batches(dataset: Dataset, indices: range, workers: int) -> DataLoader:

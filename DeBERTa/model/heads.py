@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
+from DeBERTa.data.dataset import MaskedPositions
 from DeBERTa.model.encoder import ACTIVATION, Deberta
 
 
@@ -43,25 +44,22 @@ class EnhancedMaskDecoder(nn.Module):
         self.lm_head = LMHead(config)
 
     def decode(
-        self, deberta: Deberta, input_ids: torch.Tensor, input_mask: torch.Tensor, masked: torch.Tensor
+        self, deberta: Deberta, input_ids: torch.Tensor, input_mask: torch.Tensor, masked: MaskedPositions
     ) -> torch.Tensor:
-        """[M, h]: hidden states at the positions where bool `masked` [B, L] is true, in row-major order."""
+        """[M, h]: hidden states at the masked positions, in row-major order."""
         embeddings, encoder = deberta.embeddings, deberta.encoder
         real = input_mask > 0
         positions = encoder.relative_positions(input_ids.size(1))
         embedded = embeddings(input_ids, real, None, None)
         # The last layer's input; with a single layer that is the embeddings.
         hidden_states = (embedded, *encoder(embedded, real, positions, len(encoder.layer) - 1))[-1]
-        counts = masked.sum(1)
-        # Masked positions first, in order; lines with fewer of them are filled up with positions that are not read.
-        at = torch.argsort(~masked, dim=1, stable=True)[:, : int(counts.max())]
-        queries = hidden_states.gather(1, at[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        queries = hidden_states.gather(1, masked.at[:, :, None].expand(-1, -1, hidden_states.size(2)))
         if not self.position_biased_input:
             absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
-            queries = queries + embeddings.embed_proj(absolute)[0][at]
+            queries = queries + embeddings.embed_proj(absolute)[0][masked.at]
         passes = 1 if self.position_biased_input else 2
-        decoded = encoder.layer[-1].selected(queries, at, hidden_states, real, positions, passes)
-        return decoded[torch.arange(at.size(1), device=at.device) < counts[:, None]]
+        decoded = encoder.layer[-1].selected(queries, masked.at, hidden_states, real, positions, passes)
+        return decoded.flatten(0, 1).index_select(0, masked.slots)
 
 
 class ReplacedTokenHead(nn.Module):

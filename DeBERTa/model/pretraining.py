@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from DeBERTa.config import ModelConfig, RTDConfig
+from DeBERTa.data.dataset import Batch, MaskedPositions
 from DeBERTa.model.encoder import Deberta
 from DeBERTa.model.heads import EnhancedMaskDecoder, ReplacedTokenHead
 from DeBERTa.model.sharing import SharedTables
@@ -22,6 +23,13 @@ class MaskedLMOutput(NamedTuple):
     loss: torch.Tensor
     logits: torch.Tensor
     labels: torch.Tensor
+
+
+class DetectionLoss(NamedTuple):
+    """Sums over the real positions: `loss` float32, `correct` int64 (found out rightly at logit 0)."""
+
+    loss: torch.Tensor
+    correct: torch.Tensor
 
 
 class ReplacedTokenOutput(NamedTuple):
@@ -56,20 +64,17 @@ class MaskedLanguageModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor) -> MaskedLMOutput:
         """int64 [B, L] each; `labels` hold the original id where a token is masked and 0 elsewhere."""
-        masked = labels > 0
+        masked = MaskedPositions.of(labels)
         hidden = self.lm_predictions.decode(self.deberta, input_ids, input_mask, masked)
         logits = self.lm_predictions.lm_head(hidden, self.tables().word)
-        targets = labels[masked]
+        targets = labels.flatten()[masked.flat]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
-    def masked_loss(
-        self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, sample: bool
-    ) -> MaskedLoss:
+    def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
         """What training needs of `forward`, without ever holding the logits; with `sample`, a draw for each mask."""
-        masked = labels > 0
-        hidden = self.lm_predictions.decode(self.deberta, input_ids, input_mask, masked)
-        head, targets = self.lm_predictions.lm_head, labels[masked]
-        uniforms = torch.rand(len(targets), device=targets.device) if sample else None
+        hidden = self.lm_predictions.decode(self.deberta, batch.input_ids, batch.input_mask, batch.masked)
+        head, targets = self.lm_predictions.lm_head, batch.labels.flatten()[batch.masked.flat]
+        uniforms = batch.uniforms.flatten()[batch.masked.flat] if sample else None
         return vocabulary_loss(head.transform(hidden), self.tables().word, head.bias, targets, uniforms)
 
     def tables(self) -> SharedTables:
@@ -99,12 +104,28 @@ class ReplacedTokenDetectionModel(nn.Module):
         A position counts as replaced where a masked token was filled with another one than the original. `shared`:
         the generator's tables, needed under GDES and ES.
         """
-        encoded = self.deberta(input_ids, input_mask, shared=shared)
-        logits = self.mask_predictions(encoded.hidden_states[-1])
+        logits = self.logits(input_ids, input_mask, shared)
         real = input_mask > 0
-        replaced = ((labels > 0) & (labels != input_ids))[real].float()
+        replaced = was_replaced(input_ids, labels)[real].float()
         loss = F.binary_cross_entropy_with_logits(logits[real].float(), replaced, reduction="none")
         return ReplacedTokenOutput(loss, logits, replaced)
+
+    def detection_loss(
+        self,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        labels: torch.Tensor,
+        shared: SharedTables | None = None,
+    ) -> DetectionLoss:
+        """What training needs of `forward`: padding is weighted away, so that no size depends on the data."""
+        logits = self.logits(input_ids, input_mask, shared).float()
+        real, replaced = input_mask > 0, was_replaced(input_ids, labels)
+        loss = F.binary_cross_entropy_with_logits(logits, replaced.float(), weight=real.float(), reduction="sum")
+        return DetectionLoss(loss, (((logits > 0) == replaced) & real).sum())
+
+    def logits(self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None) -> torch.Tensor:
+        """[B, L]; above 0: taken for replaced."""
+        return self.mask_predictions(self.deberta(input_ids, input_mask, shared=shared).hidden_states[-1])
 
 
 class RTDModel(nn.Module):
@@ -125,6 +146,12 @@ class RTDModel(nn.Module):
         """The discriminator on `corrupted_ids` [B, L], with the generator's tables as they are now."""
         return self.discriminator(corrupted_ids, input_mask, labels, self.shared_tables())
 
+    def detection_loss(
+        self, corrupted_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
+    ) -> DetectionLoss:
+        """The same, as training needs it."""
+        return self.discriminator.detection_loss(corrupted_ids, input_mask, labels, self.shared_tables())
+
     @torch.no_grad()
     def standalone_discriminator(self) -> dict[str, torch.Tensor]:
         """The discriminator's state dict with whole tables under `weight`, as a model that shares nothing."""
@@ -133,6 +160,11 @@ class RTDModel(nn.Module):
         for name, base in zip(("word_embeddings", "position_embeddings"), shared or (None, None), strict=True):
             state[f"deberta.embeddings.{name}.weight"] = getattr(embeddings, name).full(base)
         return state
+
+
+def was_replaced(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """bool [B, L]: where a masked token was filled with another one than the original."""
+    return (labels > 0) & (labels != input_ids)
 
 
 def corrupt(input_ids: torch.Tensor, labels: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.dataset import EvaluationBatches, load_batches, step_seed
+from DeBERTa.data.dataset import EvaluationBatches, load_batches
 from DeBERTa.model.pretraining import RTDModel, corrupt
 from DeBERTa.training.metrics import Sums, add, mean_losses
 from DeBERTa.training.precision import autocast
-from DeBERTa.training.steps import masked_lm_sums
+from DeBERTa.training.steps import count, masked_lm_sums
 
 
 def evaluate_splits(
@@ -24,37 +24,35 @@ def evaluate_splits(
             load_batches(batches, range(len(batches)), config.workers),
             precision,
             device,
-            step_seed(config.seed, 0, batches.plan.rank),
         )
         for split, batches in splits.items()
     }
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: DataLoader, precision: str, device: torch.device, seed: int) -> dict:
+def evaluate(model: nn.Module, batches: DataLoader, precision: str, device: torch.device) -> dict:
     """Metrics of `model` (MLM or RTD) over `batches`, in evaluation mode (no dropout).
 
     MLM: loss (nats a masked token), perplexity, accuracy. RTD: the same for the generator; for the discriminator loss
     (nats a token), accuracy, precision and recall of "replaced" at logit 0, and ROC AUC, on tokens sampled from the
-    generator with `seed`. The model's mode is restored.
+    generator. The model's mode is restored.
     """
     was_training = model.training
     model.eval()
-    torch.manual_seed(seed)
     sums: Sums = {}
     scores, replaced = [], []
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
         batch = batch.to(device)
         with autocast(precision, device):
             if not isinstance(model, RTDModel):
-                out = model.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=False)
+                out = model.masked_loss(batch, sample=False)
                 add(sums, masked_lm_sums(out, ""))
                 continue
-            out = model.generator.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=True)
+            out = model.generator.masked_loss(batch, sample=True)
             add(sums, masked_lm_sums(out, "generator_"))
             corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
             found = model.discriminate(corrupted_ids, batch.input_mask, batch.labels)
-        targets = torch.tensor(found.labels.numel(), device=device)
+        targets = count(found.labels.numel(), device)
         add(sums, {"discriminator_loss": found.loss.sum(), "discriminator_targets": targets})
         scores.append(found.logits[batch.input_mask > 0].float().cpu().numpy())
         replaced.append(found.labels.bool().cpu().numpy())

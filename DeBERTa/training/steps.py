@@ -66,7 +66,7 @@ class MaskedLMStep(TrainingStep):
         for part in batch.split(self.config.accumulative_update):
             part = part.to(self.device)
             with autocast(self.precision, self.device):
-                out = self.model.masked_loss(part.input_ids, part.input_mask, part.labels, sample=False)
+                out = self.model.masked_loss(part, sample=False)
             self.backward(out.loss.sum() / targets)
             add(sums, masked_lm_sums(out, ""))
         sums["grad_norm"] = self.update(self.optimizers["model"])
@@ -131,25 +131,23 @@ class ReplacedTokenStep(TrainingStep):
     def _generate(self, part: Batch, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
         """The generator's summed loss, and the ids with its samples in place of the masks."""
         with autocast(self.precision, self.device):
-            out = self.model.generator.masked_loss(part.input_ids, part.input_mask, part.labels, sample=True)
+            out = self.model.generator.masked_loss(part, sample=True)
         add(sums, masked_lm_sums(out, "generator_"))
         return out.loss.sum(), corrupt(part.input_ids, part.labels, out.samples)
 
     def _discriminate(self, part: Batch, corrupted_ids: torch.Tensor, sums: Sums) -> torch.Tensor:
         """The discriminator's summed loss."""
         with autocast(self.precision, self.device):
-            out = self.model.discriminate(corrupted_ids, part.input_mask, part.labels)
-        loss = out.loss.sum()
-        correct = (out.logits[part.input_mask > 0] > 0) == (out.labels > 0)
+            out = self.model.detection_loss(corrupted_ids, part.input_mask, part.labels)
         add(
             sums,
             {
-                "discriminator_loss": loss.detach(),
-                "discriminator_correct": correct.sum(),
-                "discriminator_targets": torch.tensor(out.labels.numel(), device=self.device),
+                "discriminator_loss": out.loss.detach(),
+                "discriminator_correct": out.correct,
+                "discriminator_targets": count(part.real_tokens, self.device),
             },
         )
-        return loss
+        return out.loss
 
 
 def masked_lm_sums(out: MaskedLoss, prefix: str) -> Sums:
@@ -157,5 +155,10 @@ def masked_lm_sums(out: MaskedLoss, prefix: str) -> Sums:
     return {
         f"{prefix}loss": out.loss.detach().sum(),
         f"{prefix}correct": out.correct.sum(),
-        f"{prefix}targets": torch.tensor(out.loss.numel(), device=out.loss.device),
+        f"{prefix}targets": count(out.loss.numel(), out.loss.device),
     }
+
+
+def count(number: int, device: torch.device) -> torch.Tensor:
+    """A number known to the host as a tensor, without waiting for the device."""
+    return torch.full((), number, device=device)

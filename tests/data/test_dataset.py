@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches, load_batches, step_seed
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, MaskedPositions, TrainingBatches, load_batches, step_seed
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 
@@ -74,7 +74,7 @@ def test_a_line_is_masked_anew_in_each_epoch(store, tokenizer, masker):
 def test_ranks_cut_the_same_global_batch(store, tokenizer, masker, world_size):
     whole = training(store, tokenizer, masker)[11]
     parts = [training(store, tokenizer, masker, rank=r, world_size=world_size)[11] for r in range(world_size)]
-    for name in ("input_ids", "input_mask", "labels"):
+    for name in ("input_ids", "input_mask", "labels", "uniforms"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
 
@@ -86,6 +86,23 @@ def test_parts_for_accumulation_add_up(store, tokenizer, masker):
     assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
     assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
     assert sum(part.real_tokens for part in parts) == whole.real_tokens
+
+
+def test_masked_positions():
+    labels = torch.tensor([[0, 5, 0, 7, 0], [0, 0, 0, 0, 0], [0, 0, 6, 0, 0]])
+    at, slots, flat = MaskedPositions.of(labels)
+    assert at.shape == (3, 2) and at[0].tolist() == [1, 3] and at[2, 0] == 2
+    assert slots.tolist() == [0, 1, 4]
+    assert labels.flatten()[flat].tolist() == [5, 7, 6]
+    assert [len(tensor.flatten()) for tensor in MaskedPositions.of(torch.zeros_like(labels))] == [0, 0, 0]
+
+
+def test_sampling_numbers_are_uniform_and_differ_by_step_and_row(store, tokenizer, masker):
+    batches = training(store, tokenizer, masker)
+    numbers = torch.stack([batches[step].uniforms for step in range(25)])
+    assert numbers.unique().numel() == numbers.numel() == 25 * 24 * 64
+    observed = torch.histc(numbers, 20, 0, 1)
+    assert ((observed - 1920) ** 2 / 1920).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
 
 
 def test_worker_processes_change_nothing(store, tokenizer, masker):
@@ -106,6 +123,7 @@ def test_evaluation_sees_every_line_once_with_masks_of_its_own(prepared, tokeniz
     assert all(row[1:63].tolist() == store.line(i).tolist() for i, row in enumerate(rows))
     one = EvaluationBatches(store, tokenizer, masker, dataclasses.replace(PLAN, batch_size=40))[0]
     assert torch.equal(torch.cat([batch.labels for batch in batches]), one.labels)
+    assert torch.equal(torch.cat([batch.uniforms for batch in batches]), one.uniforms)
 
 
 def test_short_lines_are_padded_to_the_longest_of_the_batch(tmp_path, tokenizer, masker):

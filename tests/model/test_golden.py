@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.data.dataset import Batch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FORWARD, GRADIENT = 1e-5, 1e-4  # float32 rounding over a few layers; gradients relative to each tensor's norm
@@ -75,7 +76,7 @@ def test_masked_language_model(name):
 
     # The path that training takes.
     model.zero_grad()
-    trained = model.masked_loss(input_ids, input_mask, labels, sample=False)
+    trained = model.masked_loss(Batch.of(input_ids, input_mask, labels, torch.rand(labels.shape)), sample=False)
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
     trained.loss.mean().backward()
@@ -102,5 +103,14 @@ def test_replaced_token_detection():
     assert_forward(out.loss, golden["out/rtd_loss_per_token"])
     assert_forward(out.loss.mean(), golden["out/rtd_loss"])
     out.loss.mean().backward()
+    assert_gradients(model.discriminator, golden.group("grad_discriminator/"))
+    assert all(parameter.grad is None for parameter in model.generator.parameters())
+
+    # The path that training takes.
+    model.zero_grad()
+    trained = model.detection_loss(golden["in/corrupted_ids"], input_mask, labels)
+    assert_forward(trained.loss / real.sum(), golden["out/rtd_loss"])
+    assert trained.correct == ((golden["out/rtd_logits"] > 0)[real] == (golden["out/rtd_labels"] > 0)).sum()
+    (trained.loss / real.sum()).backward()
     assert_gradients(model.discriminator, golden.group("grad_discriminator/"))
     assert all(parameter.grad is None for parameter in model.generator.parameters())

@@ -26,7 +26,7 @@ def tables(model: RTDModel) -> dict[str, torch.Tensor]:
 
 def losses(model: RTDModel) -> tuple[torch.Tensor, torch.Tensor]:
     batch = random_batch()
-    out = model.generator.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=True)
+    out = model.generator.masked_loss(batch, sample=True)
     corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
     return out.loss.mean(), model.discriminate(corrupted_ids, batch.input_mask, batch.labels).loss.mean()
 

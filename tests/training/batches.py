@@ -19,7 +19,8 @@ def random_batch(rows: int = 4, length: int = 32, vocabulary: int = 2000, seed: 
     masked[:, 0] = False
     masked[:, 1] = True
     labels = torch.where(masked, ids, 0)
-    return Batch(torch.where(masked, vocabulary, ids), mask, labels, int(masked.sum()), int(mask.sum()))
+    uniforms = torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    return Batch.of(torch.where(masked, vocabulary, ids), mask, labels, uniforms)
 
 
 def train_config(**values) -> TrainConfig:

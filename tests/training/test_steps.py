@@ -60,7 +60,7 @@ def test_decoupled_step_by_hand():
                 p -= rate * (g / (g.abs() + 1e-6) + decay * p)
 
     torch.manual_seed(5)
-    out = by_hand.generator.masked_loss(batch.input_ids, batch.input_mask, batch.labels, sample=True)
+    out = by_hand.generator.masked_loss(batch, sample=True)
     corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
     optimise(by_hand.generator, out.loss.mean(), 1e-2 * 0.9)
     found = by_hand.discriminate(corrupted_ids, batch.input_mask, batch.labels)
