@@ -134,8 +134,7 @@ def test_last_layer_at_masked_positions_only():
     torch.manual_seed(4)
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3})).eval()
     batch = random_batch()
-    masked = batch.labels > 0
-    ours = model.lm_predictions.decode(model.deberta, batch.input_ids, batch.input_mask, masked)
+    ours = model.lm_predictions.decode(model.deberta, batch.input_ids, batch.input_mask, batch.masked)
 
     out = model.deberta(batch.input_ids, batch.input_mask)
     positions = model.deberta.encoder.relative_positions(32)
@@ -144,7 +143,7 @@ def test_last_layer_at_masked_positions_only():
     queries = out.hidden_states[-2] + model.deberta.embeddings.position_embeddings.weight[:32]
     for _ in range(2):
         queries = layer.finish(layer.attention.self(queries, keys), queries)
-    torch.testing.assert_close(ours, queries[masked], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, queries[batch.labels > 0], atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_on_positions_is_drawn_in_each_layer():
