@@ -1,27 +1,39 @@
 """Disentangled attention on a CPU: one sequence at a time, so that scores stay in the cache, with its own backward.
 
-Shapes: B batch, H heads, L length, D head size, W = 2L - 1 distances.
+Shapes: B batch, H heads, L length, D head size, W = 2L - 1 distances, T rows of a block.
 
 The position terms are products with one table row per *distance*, [L, W]. Where `c2p[i, w]` belongs to distance
 `i - j`, row i of the [L, L] scores is a stretch of row i of the product that starts one element earlier than that of
 row i - 1: a strided view, where the published code gathers. Its backward pass is a copy into the same view of a buffer
-of zeros, where the published code scatters.
+of zeros, where the published code scatters. T rows need only L + T - 1 of the distances, so that blocks of rows save
+up to half of the product.
 """
+
+from collections.abc import Iterator
 
 import torch
 
 from DeBERTa.model.dropout import keep_mask
 
+ROWS = 256  # of a block: fewer save more of the products, but make them slower (measured for 128, 256, 512)
+
 
 def distance_view(product: torch.Tensor) -> torch.Tensor:
-    """View [..., L, L] of contiguous `product` [..., L, W]: element (r, c) is `product[r, L - 1 - r + c]`.
+    """View [..., T, L] of contiguous `product` [..., T, L + T - 1]: element (r, c) is `product[r, T - 1 - r + c]`.
 
-    With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and columns c as keys, that is the
-    entry of distance r - c; ordered upwards, rows as keys and columns as queries, that of distance c - r.
+    For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and columns c
+    as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as queries, that of c - r.
     """
-    length, width = product.shape[-2:]
+    rows, width = product.shape[-2:]
     outer = product.stride()[:-2]
-    return product.as_strided((*product.shape[:-1], length), (*outer, width - 1, 1), length - 1)
+    return product.as_strided((*product.shape[:-1], width - rows + 1), (*outer, width - 1, 1), rows - 1)
+
+
+def row_blocks(length: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of each block, and the rows of the table [W, D] that they need."""
+    for first in range(0, length, ROWS):
+        last = min(first + ROWS, length)
+        yield slice(first, last), slice(length - last, 2 * length - 1 - first)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -37,20 +49,21 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_table, query_table, input_mask, p):
         batch, heads, length, _ = q.shape
-        width = 2 * length - 1
         scores = q.new_empty(heads, length, length)
-        product = q.new_empty(heads, length, width)
-        dropped = torch.empty_like(scores) if p else None
+        other = torch.empty_like(scores)
         kept = q.new_empty(batch, heads, length, length)
         context = torch.empty_like(v)
         for b in range(batch):
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
             if key_table is not None:
-                torch.bmm(q[b], key_table.transpose(1, 2), out=product)
-                scores += distance_view(product)
+                for rows, table in row_blocks(length):
+                    scores[:, rows] += distance_view(q[b, :, rows] @ key_table[:, table].transpose(1, 2))
             if query_table is not None:
-                torch.bmm(k[b], query_table.transpose(1, 2), out=product)
-                scores += distance_view(product).transpose(1, 2)
+                for rows, table in row_blocks(length):
+                    product = k[b, :, rows] @ query_table[:, table].transpose(1, 2)
+                    # Adding the transposed view would take four times as long as this copy.
+                    other[:, :, rows] = distance_view(product).transpose(1, 2)
+                scores += other
             padded = not bool(input_mask[b].all())
             if padded:
                 scores.masked_fill_(~input_mask[b], torch.finfo(scores.dtype).min)
@@ -58,7 +71,7 @@ class BlockedAttention(torch.autograd.Function):
             if padded:
                 probs *= input_mask[b][:, None]
             if p:
-                keep_mask(dropped, p).mul_(probs)
+                dropped = keep_mask(other, p).mul_(probs)
                 torch.bmm(dropped, v[b], out=context[b])
                 torch.sub(dropped, probs, alpha=0.5, out=kept[b])  # +-P/2, exact
             else:
@@ -76,12 +89,10 @@ class BlockedAttention(torch.autograd.Function):
         scale = 1 / (1 - ctx.p)
         grad = grad.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        by_query = by_key = dkey_table = dquery_table = None
-        if key_table is not None:
-            by_query, dkey_table = q.new_zeros(heads, length, 2 * length - 1), torch.zeros_like(key_table)
-        if query_table is not None:
-            by_key, dquery_table = q.new_zeros(heads, length, 2 * length - 1), torch.zeros_like(query_table)
+        dkey_table = None if key_table is None else torch.zeros_like(key_table)
+        dquery_table = None if query_table is None else torch.zeros_like(query_table)
         dprobs = q.new_empty(heads, length, length)
+        bands: dict[int, torch.Tensor] = {}  # zeros but for the view, by rows of a block
         for b in range(batch):
             probs = kept[b].clamp(min=0).mul_(2 * scale)  # dropped and scaled
             torch.bmm(probs.transpose(1, 2), grad[b], out=dv[b])
@@ -93,11 +104,27 @@ class BlockedAttention(torch.autograd.Function):
             torch.bmm(dscores, k[b], out=dq[b])
             torch.bmm(dscores.transpose(1, 2), q[b], out=dk[b])
             if key_table is not None:
-                distance_view(by_query).copy_(dscores)
-                dq[b].baddbmm_(by_query, key_table)
-                dkey_table.baddbmm_(by_query.transpose(1, 2), q[b])
+                _position_backward(dscores, q[b], key_table, dq[b], dkey_table, bands)
             if query_table is not None:
-                distance_view(by_key).copy_(dscores.transpose(1, 2))
-                dk[b].baddbmm_(by_key, query_table)
-                dquery_table.baddbmm_(by_key.transpose(1, 2), k[b])
+                _position_backward(dscores.transpose(1, 2), k[b], query_table, dk[b], dquery_table, bands)
         return dq, dk, dv, dkey_table, dquery_table, None, None
+
+
+def _position_backward(
+    dscores: torch.Tensor,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    dx: torch.Tensor,
+    dtable: torch.Tensor,
+    bands: dict[int, torch.Tensor],
+) -> None:
+    """Add the gradients of `x` [H, L, D] and `table` [H, W, D] to `dx` and `dtable`; `dscores` [H, L, L], rows as x."""
+    heads, length, _ = x.shape
+    for rows, columns in row_blocks(length):
+        count = rows.stop - rows.start
+        if count not in bands:
+            bands[count] = x.new_zeros(heads, count, length + count - 1)
+        band = bands[count]
+        distance_view(band).copy_(dscores[:, rows])
+        dx[:, rows].baddbmm_(band, table[:, columns])
+        dtable[:, columns].baddbmm_(band.transpose(1, 2), x[:, rows])

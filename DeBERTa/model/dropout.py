@@ -1,28 +1,42 @@
 """Dropout whose random numbers cost little more than the mask.
 
 On a CPU the library's generator is the cost: 13 ns an element, many times that of a softmax. Here an element takes 16
-of the 64 bits of a word, so that p is exact to 2^-16. Each call seeds its own generator from PyTorch's: the same seed
-gives the same masks, also when a layer is computed again for gradient checkpointing. GPUs use the library's dropout.
+of the 64 bits of a word, so that p is exact to 2^-16. Words come in blocks, each from a generator of its own, drawn by
+two threads. Each call takes its seed from PyTorch's generator: the same seed gives the same masks, also when a layer is
+computed again for gradient checkpointing. GPUs use the library's dropout.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-CHUNK_WORDS = 1 << 13  # drawn and compared at once: they stay in the cache, and one thread does it without a barrier
+BLOCK_WORDS = 1 << 16
+SECOND_THREAD = ThreadPoolExecutor(1)  # numpy lets go of the interpreter while it draws
 
 
 def keep_mask(out: torch.Tensor, p: float) -> torch.Tensor:
     """Fill contiguous CPU tensor `out` with 0 (probability `p`, rounded to 2^-16) and 1; returns it."""
-    flat = out.view(-1)
-    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
+    seed = int(torch.randint(2**62, ()))
     # 16 random bits read as a signed number: a share of p lies below the threshold.
     threshold = round(p * 2**16) - 2**15
-    for part in flat.split(4 * CHUNK_WORDS):
-        drawn = generator.integers(0, 2**64, size=-(-part.numel() // 4), dtype=np.uint64).view(np.int16)
-        torch.ge(torch.from_numpy(drawn[: part.numel()]), threshold, out=part)
+    parts = out.view(-1).split(4 * BLOCK_WORDS)
+    words = [-(-part.numel() // 4) for part in parts]
+    odd = SECOND_THREAD.submit(_draw, seed, range(1, len(parts), 2), words) if len(parts) > 1 else None
+    drawn = _draw(seed, range(0, len(parts), 2), words)
+    if odd is not None:
+        drawn |= odd.result()
+    for block, part in enumerate(parts):
+        torch.ge(torch.from_numpy(drawn[block].view(np.int16)[: part.numel()]), threshold, out=part)
     return out
+
+
+def _draw(seed: int, blocks: range, words: list[int]) -> dict[int, np.ndarray]:
+    """Random words uint64 of some blocks."""
+    generators = {block: np.random.Generator(np.random.SFC64([seed, block])) for block in blocks}
+    return {b: generator.integers(0, 2**64, words[b], np.uint64) for b, generator in generators.items()}
 
 
 class Dropout(nn.Module):

@@ -51,7 +51,19 @@ class Embeddings(nn.Module):
     ) -> torch.Tensor:
         """[B, L, h]. Raises ValueError when L exceeds `max_position_embeddings` and positions are added."""
         word_base, position_base = shared if shared is not None else (None, None)
-        x = self.word_embeddings(input_ids, word_base)
+        words = self.word_embeddings(input_ids, word_base)
+        return self.embed(words, input_ids, input_mask, token_type_ids, position_base)
+
+    def embed(
+        self,
+        words: torch.Tensor,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        position_base: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What follows the lookup of `words` [B, L, E]."""
+        x = words
         if self.position_biased_input:
             x = x + self.position_embeddings(self.position_ids(input_ids), position_base)
         if self.has_types:

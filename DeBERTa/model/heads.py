@@ -44,13 +44,18 @@ class EnhancedMaskDecoder(nn.Module):
         self.lm_head = LMHead(config)
 
     def decode(
-        self, deberta: Deberta, input_ids: torch.Tensor, input_mask: torch.Tensor, masked: MaskedPositions
+        self,
+        deberta: Deberta,
+        words: torch.Tensor,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        masked: MaskedPositions,
     ) -> torch.Tensor:
-        """[M, h]: hidden states at the masked positions, in row-major order."""
+        """[M, h]: hidden states at the masked positions, in row-major order. `words` [B, L, E]: the rows of the ids."""
         embeddings, encoder = deberta.embeddings, deberta.encoder
         real = input_mask > 0
         positions = encoder.relative_positions(input_ids.size(1))
-        embedded = embeddings(input_ids, real, None, None)
+        embedded = embeddings.embed(words, input_ids, real, None, None)
         # The last layer's input; with a single layer that is the embeddings.
         hidden_states = (embedded, *encoder(embedded, real, positions, len(encoder.layer) - 1))[-1]
         queries = hidden_states.gather(1, masked.at[:, :, None].expand(-1, -1, hidden_states.size(2)))

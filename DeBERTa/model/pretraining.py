@@ -13,7 +13,7 @@ from DeBERTa.config import ModelConfig, RTDConfig
 from DeBERTa.data.dataset import Batch, MaskedPositions
 from DeBERTa.model.encoder import Deberta
 from DeBERTa.model.heads import EnhancedMaskDecoder, ReplacedTokenHead
-from DeBERTa.model.sharing import SharedTables
+from DeBERTa.model.sharing import SharedTables, TiedLookup
 from DeBERTa.model.vocabulary import MaskedLoss, vocabulary_loss
 
 
@@ -65,17 +65,19 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor) -> MaskedLMOutput:
         """int64 [B, L] each; `labels` hold the original id where a token is masked and 0 elsewhere."""
         masked = MaskedPositions.of(labels)
-        hidden = self.lm_predictions.decode(self.deberta, input_ids, input_mask, masked)
+        words = self.deberta.embeddings.word_embeddings(input_ids)
+        hidden = self.lm_predictions.decode(self.deberta, words, input_ids, input_mask, masked)
         logits = self.lm_predictions.lm_head(hidden, self.tables().word)
         targets = labels.flatten()[masked.flat]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
     def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
         """What training needs of `forward`, without ever holding the logits; with `sample`, a draw for each mask."""
-        hidden = self.lm_predictions.decode(self.deberta, batch.input_ids, batch.input_mask, batch.masked)
+        words, table = TiedLookup.apply(self.tables().word, batch.input_ids)
+        hidden = self.lm_predictions.decode(self.deberta, words, batch.input_ids, batch.input_mask, batch.masked)
         head, targets = self.lm_predictions.lm_head, batch.labels.flatten()[batch.masked.flat]
         uniforms = batch.uniforms.flatten()[batch.masked.flat] if sample else None
-        return vocabulary_loss(head.transform(hidden), self.tables().word, head.bias, targets, uniforms)
+        return vocabulary_loss(head.transform(hidden), table, head.bias, targets, uniforms)
 
     def tables(self) -> SharedTables:
         embeddings = self.deberta.embeddings

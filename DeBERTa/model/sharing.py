@@ -24,6 +24,24 @@ class SharedTables(NamedTuple):
     position: torch.Tensor
 
 
+class TiedLookup(torch.autograd.Function):
+    """Rows of a table, and the table itself for the product at the other end: one place where both gradients arrive.
+
+    `TiedLookup.apply(table [V, E], ids [...])` gives `table[ids]` [..., E] and `table`. Its backward adds the rows'
+    gradients to the table's where they are, without a second table of zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, drows, dtable):
+        (ids,) = ctx.saved_tensors
+        return dtable.index_put_((ids,), drows.to(dtable.dtype), accumulate=True), None
+
+
 class OwnTable(nn.Embedding):
     """A table of its own (a generator's, or NES)."""
 

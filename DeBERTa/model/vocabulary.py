@@ -1,10 +1,12 @@
 """Softmax over the vocabulary in chunks: loss, accuracy, samples and gradients without [M, V] logits.
 
-Shapes: M masked positions, E embedding width, V vocabulary, C words of a chunk, N chunks.
+Shapes: M masked positions, E embedding width, V vocabulary, C words of a chunk, N chunks, S groups of a chunk, G words
+of a group.
 
-The first pass over the vocabulary keeps the maximum and the sum of exponentials of every chunk. Loss and accuracy
-follow from these. A sample first picks its chunk by these sums, then the word within it, for which only the rows that
-fell into a chunk are computed again. The backward pass computes each chunk's logits again, for the gradients.
+The first pass over the vocabulary keeps the maximum of every chunk, and the sum of exponentials of every group: words
+of a chunk that are S apart, so that the sums are sums of columns. Loss and accuracy follow from these. A sample picks
+its chunk, then its group by these sums, then the word, for which only the logits of that group are computed again. The
+backward pass computes each chunk's logits again, for the gradients.
 """
 
 from typing import NamedTuple
@@ -13,6 +15,8 @@ import torch
 from torch.nn import functional as F
 
 CHUNK = 8192  # words: a chunk of some hundred rows stays in the cache, and the products are large enough to be fast
+GROUP = 32  # words
+SAMPLE_ROWS = 512  # sampled at once: they gather GROUP rows of the table each
 
 
 class MaskedLoss(NamedTuple):
@@ -35,6 +39,7 @@ def vocabulary_loss(
     """Cross entropy of softmax(`x_ME table_VE^T + bias_V`) at int64 `targets_M`.
 
     `uniforms_M` in [0, 1), if given, draws one sample a row. Products run in the type of `x_ME`, sums in float32.
+    `chunk` must be a multiple of GROUP.
     """
     loss, correct, samples = _ChunkedCrossEntropy.apply(x_ME, table_VE, bias_V, targets_M, uniforms_M, chunk)
     return MaskedLoss(loss, correct, samples if uniforms_M is not None else None)
@@ -43,73 +48,94 @@ def vocabulary_loss(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ME, table_VE, bias_V, targets_M, uniforms_M, chunk):
-        table, bias = table_VE.to(x_ME.dtype), bias_V.to(x_ME.dtype)
         largest, sums = [], []
         target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
-        for first in range(0, len(table), chunk):
-            logits_MC = F.linear(x_ME, table[first : first + chunk], bias[first : first + chunk]).float()
-            column = targets_M - first
-            here = (column >= 0) & (column < logits_MC.size(1))
-            found = logits_MC.gather(1, column.clamp(0, logits_MC.size(1) - 1)[:, None]).squeeze(1)
-            target_logits = torch.where(here, found, target_logits)
-            largest.append(logits_MC.amax(1))
-            sums.append(logits_MC.sub_(largest[-1][:, None]).exp_().sum(1))
-        largest_NM, sums_NM = torch.stack(largest), torch.stack(sums)
+        for first in range(0, len(table_VE), chunk):
+            logits_MC = _logits(x_ME, table_VE, bias_V, first, chunk)
+            column, here = _columns(targets_M, first, logits_MC)
+            target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
+            largest.append(logits_MC.amax(1).float())
+            exps_MC = torch.sub(logits_MC, largest[-1][:, None]).exp_()
+            if exps_MC.size(1) < chunk:
+                exps_MC = F.pad(exps_MC, (0, chunk - exps_MC.size(1)))
+            sums.append(exps_MC.view(-1, GROUP, chunk // GROUP).sum(1))
+        largest_NM, sums_NMS = torch.stack(largest), torch.stack(sums)
         top_M = largest_NM.amax(0)
-        weights_NM = (largest_NM - top_M).exp().double() * sums_NM
+        scales_NM = (largest_NM - top_M).double().exp()
+        weights_NM = scales_NM * sums_NMS.sum(2)
         log_total_M = weights_NM.sum(0).log().float() + top_M
         samples = torch.empty_like(targets_M)
         if uniforms_M is not None:
-            samples = _sample(x_ME, table, bias, weights_NM, top_M, uniforms_M, chunk)
+            samples = _sample(x_ME, table_VE, bias_V, weights_NM, sums_NMS, uniforms_M, chunk)
         correct = target_logits >= top_M
-        ctx.save_for_backward(x_ME, table, bias, targets_M, log_total_M)
-        ctx.chunk, ctx.types = chunk, (table_VE.dtype, bias_V.dtype)
+        ctx.save_for_backward(x_ME, table_VE, bias_V, targets_M, log_total_M)
+        ctx.chunk = chunk
         ctx.mark_non_differentiable(correct, samples)
         return log_total_M - target_logits, correct, samples
 
     @staticmethod
     def backward(ctx, grad_M, _correct, _samples):
-        x_ME, table, bias, targets_M, log_total_M = ctx.saved_tensors
+        x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
+        # |gradient| times the probability in one pass over the logits; the signs go to the rows of x.
+        shift_M1 = (log_total_M - grad_M.abs().log())[:, None]
+        sign_M = grad_M.sign()
+        signed_x_ME = x_ME * sign_M[:, None].to(x_ME.dtype)
         dx_ME = torch.zeros_like(x_ME, dtype=torch.float32)
-        dtable = torch.empty(table.shape, dtype=ctx.types[0], device=table.device)
-        dbias = torch.empty(bias.shape, dtype=ctx.types[1], device=bias.device)
-        for first in range(0, len(table), ctx.chunk):
+        dtable, dbias = torch.empty_like(table_VE), torch.empty_like(bias_V)
+        for first in range(0, len(table_VE), ctx.chunk):
             words = slice(first, first + ctx.chunk)
-            probs_MC = F.linear(x_ME, table[words], bias[words]).float()
-            probs_MC.sub_(log_total_M[:, None]).exp_().mul_(grad_M[:, None])
-            column = targets_M - first
-            here = (column >= 0) & (column < probs_MC.size(1))
-            index = column.clamp(0, probs_MC.size(1) - 1)[:, None]
-            probs_MC.scatter_add_(1, index, torch.where(here, -grad_M, 0.0)[:, None])
-            dbias[words] = probs_MC.sum(0)
-            probs_MC = probs_MC.to(x_ME.dtype)
-            dx_ME += probs_MC @ table[words]
-            dtable[words] = probs_MC.t() @ x_ME
-        return dx_ME.to(x_ME.dtype), dtable, dbias, None, None, None
+            logits_MC = _logits(x_ME, table_VE, bias_V, first, ctx.chunk)
+            dlogits_MC = torch.sub(logits_MC, shift_M1).exp_()
+            column, here = _columns(targets_M, first, logits_MC)
+            dlogits_MC.scatter_add_(1, column, torch.where(here, -grad_M.abs(), 0.0)[:, None])
+            dbias[words] = sign_M @ dlogits_MC
+            dlogits_MC = dlogits_MC.to(x_ME.dtype)
+            dx_ME += dlogits_MC @ table_VE[words].to(x_ME.dtype)
+            dtable[words] = dlogits_MC.t() @ signed_x_ME
+        return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
+
+
+def _logits(x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, first: int, chunk: int) -> torch.Tensor:
+    """[M, C] of the chunk that starts at word `first`, in the type of `x_ME`."""
+    words = slice(first, first + chunk)
+    return F.linear(x_ME, table_VE[words].to(x_ME.dtype), bias_V[words].to(x_ME.dtype))
+
+
+def _columns(targets_M: torch.Tensor, first: int, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each target in a chunk, int64 [M, 1] (any, where it is in another), and whether it is in it, [M]."""
+    column_M = targets_M - first
+    last = logits_MC.size(1) - 1
+    return column_M.clamp(0, last)[:, None], (column_M >= 0) & (column_M <= last)
 
 
 def _sample(
     x_ME: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor,
+    table_VE: torch.Tensor,
+    bias_V: torch.Tensor,
     weights_NM: torch.Tensor,
-    top_M: torch.Tensor,
+    sums_NMS: torch.Tensor,
     uniforms_M: torch.Tensor,
     chunk: int,
 ) -> torch.Tensor:
-    """One word a row, int64 [M]: its chunk by the chunks' total weights, then the word within the chunk."""
-    ends_MN = weights_NM.t().cumsum(1)
-    points_M = uniforms_M.double() * ends_MN[:, -1]
-    chosen_M = torch.searchsorted(ends_MN, points_M[:, None], right=True).squeeze(1).clamp(max=len(weights_NM) - 1)
-    points_M = points_M - (ends_MN - weights_NM.t()).gather(1, chosen_M[:, None]).squeeze(1)
-    samples = torch.empty_like(chosen_M)
-    for number in range(len(weights_NM)):
-        rows = torch.nonzero(chosen_M == number).squeeze(1)
-        if not len(rows):
-            continue
-        words = slice(number * chunk, (number + 1) * chunk)
-        logits = F.linear(x_ME[rows], table[words], bias[words]).float()
-        cumulative = logits.sub_(top_M[rows, None]).exp_().cumsum(1)
-        within = torch.searchsorted(cumulative, points_M[rows, None].float(), right=True).squeeze(1)
-        samples[rows] = number * chunk + within.clamp(max=cumulative.size(1) - 1)
-    return samples
+    """One word a row, int64 [M]: chunk, group and word, each with what the uniform number has left."""
+    chunk_M, rest_M = _pick(weights_NM.t(), uniforms_M.double())
+    group_M, rest_M = _pick(sums_NMS[chunk_M, torch.arange(len(x_ME), device=x_ME.device)], rest_M)
+    spaced_G = torch.arange(GROUP, device=x_ME.device) * (chunk // GROUP)
+    words_MG = (chunk_M * chunk + group_M)[:, None] + spaced_G
+    choices = []
+    for rows in torch.arange(len(x_ME), device=x_ME.device).split(SAMPLE_ROWS):
+        words_RG = words_MG[rows].clamp(max=len(table_VE) - 1)
+        logits_RG = (table_VE[words_RG].to(x_ME.dtype) @ x_ME[rows][:, :, None]).squeeze(2).float() + bias_V[words_RG]
+        weights_RG = torch.softmax(logits_RG.masked_fill(words_MG[rows] >= len(table_VE), float("-inf")), dim=1)
+        choices.append(_pick(weights_RG, rest_M[rows])[0])
+    return words_MG.gather(1, torch.cat(choices)[:, None]).squeeze(1) if choices else torch.empty_like(chunk_M)
+
+
+def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A column of `weights` [M, K] for each row, int64 [M], and where in it the number fell: uniform again, [M]."""
+    ends = weights.double().cumsum(1)
+    points = uniforms * ends[:, -1]
+    # Rounding can put a point at the very end, past the last column that has weight.
+    chosen = torch.searchsorted(ends, points[:, None], right=True).clamp(max=ends.size(1) - 1)
+    weight, end = weights.double().gather(1, chosen), ends.gather(1, chosen)
+    return chosen.squeeze(1), ((points[:, None] - (end - weight)) / weight).squeeze(1).clamp(0, 1)

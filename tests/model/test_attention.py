@@ -134,7 +134,8 @@ def test_last_layer_at_masked_positions_only():
     torch.manual_seed(4)
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3})).eval()
     batch = random_batch()
-    ours = model.lm_predictions.decode(model.deberta, batch.input_ids, batch.input_mask, batch.masked)
+    words = model.deberta.embeddings.word_embeddings(batch.input_ids)
+    ours = model.lm_predictions.decode(model.deberta, words, batch.input_ids, batch.input_mask, batch.masked)
 
     out = model.deberta(batch.input_ids, batch.input_mask)
     positions = model.deberta.encoder.relative_positions(32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model.vocabulary import vocabulary_loss
+from DeBERTa.model.vocabulary import GROUP, vocabulary_loss
 
 ROWS, WIDTH, WORDS = 37, 16, 250
 
@@ -16,10 +16,11 @@ def head():
     return [t.requires_grad_() for t in (x, table, bias)]
 
 
-@pytest.mark.parametrize("chunk", [1, 64, 250, 1000])
+@pytest.mark.parametrize("chunk", [32, 64, 256, 1024])
 def test_loss_and_gradients(head, chunk):
     targets = torch.randint(0, WORDS, (ROWS,))
-    weights = torch.rand(ROWS)  # the gradient need not be the same for every row
+    weights = torch.rand(ROWS) - 0.3  # the gradient need not be the same for every row, nor of one sign
+    weights[3] = 0
     logits = F.linear(*head)
     expected = F.cross_entropy(logits, targets, reduction="none")
     actual = vocabulary_loss(*head, targets, chunk=chunk)
@@ -41,7 +42,7 @@ def test_large_logits_do_not_overflow(head):
     assert (actual.samples >= 0).all() and (actual.samples < WORDS).all()
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 1000])
+@pytest.mark.parametrize("chunk", [32, 64, 1024])
 def test_samples_follow_the_distribution(chunk):
     """Chi-square of 200,000 samples against the exact softmax."""
     torch.manual_seed(1)
@@ -57,13 +58,17 @@ def test_samples_follow_the_distribution(chunk):
 
 
 def test_samples_are_the_inverse_of_the_cumulative_distribution(head):
-    """The same uniform numbers pick the same words for every chunk size, those of one pass over all words."""
+    """The numbers pick the words that one pass over all of them picks, chunk by chunk and group by group."""
     x, table, bias = (t.detach() for t in head)
-    targets, uniforms = torch.zeros(ROWS, dtype=torch.long), torch.rand(ROWS)
-    cumulative = torch.softmax(F.linear(x, table, bias).double(), -1).cumsum(1)
-    expected = torch.searchsorted(cumulative, uniforms.double()[:, None], right=True).squeeze(1)
-    for chunk in (16, 250):
-        assert torch.equal(vocabulary_loss(x, table, bias, targets, uniforms, chunk).samples, expected)
+    targets, uniforms = torch.zeros(ROWS, dtype=torch.long), torch.rand(ROWS, dtype=torch.float64)
+    probabilities = torch.softmax(F.linear(x, table, bias).double(), -1)
+    for chunk in (32, 64, 256):
+        chunks = torch.arange(1024).view(-1, GROUP, chunk // GROUP)  # groups are the columns of a chunk
+        order = chunks.transpose(1, 2).flatten()
+        order = order[order < WORDS]
+        place = torch.searchsorted(probabilities[:, order].cumsum(1), uniforms[:, None], right=True).squeeze(1)
+        samples = vocabulary_loss(x, table, bias, targets, uniforms, chunk).samples
+        assert torch.equal(samples, order[place])
 
 
 def test_bfloat16_is_near_float32(head):
