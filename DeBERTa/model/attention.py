@@ -84,12 +84,22 @@ class DisentangledSelfAttention(nn.Module):
         self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.scale = 1 / math.sqrt(self.head_size * (1 + len(self.terms)))
 
+    def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
+        """[B, H, L, D] of `x` [B, L, h] for each of this module's projections, in one product; queries are scaled."""
+        scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
+        weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
+        bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
+        joined = nn.functional.linear(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, self.head_size))
+        return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
+
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[..., L, H * D] -> [..., H, L, D]"""
         return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-3, -2).contiguous()
 
-    def keys(self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None) -> Keys:
-        """Everything but the queries, from `hidden_states` [B, L, h] and `input_mask` bool [B, L].
+    def with_positions(
+        self, k: torch.Tensor, v: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
+    ) -> Keys:
+        """Everything but the queries, from keys and values [B, H, L, D] and `input_mask` bool [B, L].
 
         `positions` is needed only with relative attention; its table is projected once for all sequences.
         """
@@ -103,12 +113,17 @@ class DisentangledSelfAttention(nn.Module):
                 project = self.query_proj if self.share_att_key else self.pos_query_proj
                 # Ordered upwards: see `distance_view`.
                 query_table = self.split_heads(project(table)[positions.rows.flip(0)] * self.scale)
-        k, v = self.split_heads(self.key_proj(hidden_states)), self.split_heads(self.value_proj(hidden_states))
         return Keys(k, v, input_mask, key_table, query_table)
 
-    def forward(self, query_states: torch.Tensor, keys: Keys) -> torch.Tensor:
-        """Context [B, L, H * D] of a query at every position, from `query_states` [B, L, h]; zero at padding."""
-        q = self.split_heads(self.query_proj(query_states) * self.scale)
+    def forward(
+        self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
+    ) -> torch.Tensor:
+        """Context [B, L, H * D] of every position of `hidden_states` [B, L, h]; zero at padding."""
+        q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
+        return self.attend(q, self.with_positions(k, v, input_mask, positions))
+
+    def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """Context [B, L, H * D] of a query [B, H, L, D] at every position; zero at padding."""
         if q.device.type == "cpu":
             p = self.dropout.p if self.training else 0.0
             context = BlockedAttention.apply(q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p)
@@ -136,7 +151,7 @@ class DisentangledSelfAttention(nn.Module):
         self, query_states: torch.Tensor, at: torch.Tensor, keys: Keys, position_keys: torch.Tensor | None
     ) -> torch.Tensor:
         """Context [B, M, H * D] of `query_states` [B, M, h] at positions `at` int64 [B, M], all of them real tokens."""
-        q = self.split_heads(self.query_proj(query_states) * self.scale)
+        (q,) = self.project(query_states, self.query_proj)
         terms = [] if position_keys is None else [position_keys]
         if keys.key_table is not None:
             length = keys.k.size(2)

@@ -3,6 +3,7 @@
 Shapes: B batch, L length, h hidden, E embedding width. `input_mask` is bool [B, L], true at real tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.model.attention import DisentangledSelfAttention, Keys, RelativePositions, relative_slots
+from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
 from DeBERTa.model.dropout import Dropout
 from DeBERTa.model.sharing import SharedTables, make_table
 
@@ -84,17 +85,49 @@ class Embeddings(nn.Module):
         return torch.arange(length, device=input_ids.device).unsqueeze(0)
 
 
-class AddNorm(nn.Module):
-    """dense, dropout, add the residual, LayerNorm"""
+class ActivatedLinear(torch.autograd.Function):
+    """`linear(activation(x))` that keeps `x` only and computes the activation again in its backward pass.
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
+    `x` [..., h]; `weight`, `bias` of the linear map, in any type: products run in that of `x`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation):
+        ctx.save_for_backward(x, weight)
+        ctx.activation, ctx.bias_type = activation, bias.dtype
+        return F.linear(activation(x), weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            activated = ctx.activation(x)
+        grad = grad.to(x.dtype)
+        (dx,) = torch.autograd.grad(activated, x, grad @ weight.to(x.dtype))
+        rows = grad.flatten(0, -2)
+        dweight = (rows.t() @ activated.detach().flatten(0, -2)).to(weight.dtype)
+        return dx, dweight, rows.sum(0).to(ctx.bias_type), None
+
+
+class AddNorm(nn.Module):
+    """dense, dropout, add the residual, LayerNorm; `activation`, if any, comes before."""
+
+    def __init__(
+        self, config: ModelConfig, width: int, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout.add(residual, self.dense(x)))
+        if self.activation is None:
+            x = self.dense(x)
+        else:
+            x = ActivatedLinear.apply(x, self.dense.weight, self.dense.bias, self.activation)
+        return self.LayerNorm(self.dropout.add(residual, x))
 
 
 class Attention(nn.Module):
@@ -108,10 +141,9 @@ class Intermediate(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATION[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.dense(x))
+        return self.dense(x)
 
 
 class Layer(nn.Module):
@@ -121,14 +153,13 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
-        self.output = AddNorm(config, config.intermediate_size)
+        self.output = AddNorm(config, config.intermediate_size, ACTIVATION[config.hidden_act])
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
         """[B, L, h] from [B, L, h]."""
-        keys = self.attention.self.keys(hidden_states, input_mask, positions)
-        return self.finish(self.attention.self(hidden_states, keys), hidden_states)
+        return self.finish(self.attention.self(hidden_states, input_mask, positions), hidden_states)
 
     def finish(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What follows the attention, at any positions."""
@@ -150,7 +181,8 @@ class Layer(nn.Module):
         always come from `hidden_states` [B, L, h] and are projected once.
         """
         attention = self.attention.self
-        keys: Keys = attention.keys(hidden_states, input_mask, positions)
+        k, v = attention.project(hidden_states, attention.key_proj, attention.value_proj)
+        keys = attention.with_positions(k, v, input_mask, positions)
         position_keys = attention.selected_position_keys(keys, at)
         for _ in range(passes):
             query_states = self.finish(attention.selected(query_states, at, keys, position_keys), query_states)

@@ -50,18 +50,25 @@ def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, inputs: list
         torch.testing.assert_close(a, b, atol=1e-5 * largest, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["blocked", "plain"])
+def keys_of(attention, hidden, mask, positions):
+    return attention.with_positions(
+        *attention.project(hidden, attention.key_proj, attention.value_proj), mask, positions
+    )
+
+
+@pytest.mark.parametrize("path", ["whole", "blocks", "plain"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_position(variant, path):
+def test_every_position(variant, path, monkeypatch):
     encoder, config = make(variant)
     attention = encoder.layer[0].attention.self
     hidden, queries, mask = inputs()
-    positions = encoder.relative_positions(LENGTH)
-    keys = attention.keys(hidden, mask, positions)
-    if path == "blocked":
-        ours = attention(queries, keys)
+    (q,) = attention.project(queries, attention.query_proj)
+    keys = keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH))
+    if path == "blocks":
+        monkeypatch.setattr(blocked_attention, "ROWS", 8)  # the last block is smaller
+    if path != "plain":
+        ours = attention.attend(q, keys)
     else:  # what other devices run
-        q = attention.split_heads(attention.query_proj(queries) * attention.scale)
         ours = attention._attend(q, keys, attention.position_scores(q, keys), mask).transpose(1, 2).flatten(2)
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     theirs = reference_context(attention, queries, hidden, mask, table, config)
@@ -76,7 +83,7 @@ def test_selected_positions(variant):
     hidden, queries, mask = inputs()
     at = torch.tensor([[2, 5, 19], [0, 12, 3], [0, 0, 0]])
     rows = torch.arange(3)[:, None]
-    keys = attention.keys(hidden, mask, encoder.relative_positions(LENGTH))
+    keys = keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH))
     ours = attention.selected(queries[rows, at], at, keys, attention.selected_position_keys(keys, at))
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     theirs = reference_context(attention, queries, hidden, mask, table, config)[rows, at]
@@ -95,7 +102,8 @@ def test_dropout_on_probabilities(monkeypatch):
         return out.copy_(drawn[-1])
 
     monkeypatch.setattr(blocked_attention, "keep_mask", recorded)
-    ours = attention(queries, attention.keys(hidden, mask, encoder.relative_positions(LENGTH)))
+    (q,) = attention.project(queries, attention.query_proj)
+    ours = attention.attend(q, keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH)))
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     drop = torch.stack(drawn) / 0.7
     assert 0.6 < drop.count_nonzero() / drop.numel() < 0.8
@@ -140,10 +148,11 @@ def test_last_layer_at_masked_positions_only():
     out = model.deberta(batch.input_ids, batch.input_mask)
     positions = model.deberta.encoder.relative_positions(32)
     layer = model.deberta.encoder.layer[-1]
-    keys = layer.attention.self.keys(out.hidden_states[-2], batch.input_mask > 0, positions)
+    attention = layer.attention.self
+    keys = keys_of(attention, out.hidden_states[-2], batch.input_mask > 0, positions)
     queries = out.hidden_states[-2] + model.deberta.embeddings.position_embeddings.weight[:32]
     for _ in range(2):
-        queries = layer.finish(layer.attention.self(queries, keys), queries)
+        queries = layer.finish(attention.attend(*attention.project(queries, attention.query_proj), keys), queries)
     torch.testing.assert_close(ours, queries[batch.labels > 0], atol=1e-5, rtol=1e-5)
 
 
