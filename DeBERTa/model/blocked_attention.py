@@ -49,10 +49,10 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_table, query_table, input_mask, p):
         batch, heads, length, _ = q.shape
-        scores = q.new_empty(heads, length, length)
-        other = torch.empty_like(scores)
         kept = q.new_empty(batch, heads, length, length)
         context = torch.empty_like(v)
+        scores = q.new_empty(heads, length, length)
+        other = torch.empty_like(scores)
         for b in range(batch):
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
             if key_table is not None:
