@@ -1,0 +1,220 @@
+"""Time from the command to the end of the first training step, and memory, on prepared texts of three sizes.
+
+    python benchmarks/start_up.py --json result.json [--tokens 1200000 12000000 120000000] [--rounds 3]
+
+Each text is lines of 510 random pieces of a vocabulary of 8000, trained on the bundled sample; 120 million tokens are
+the size of WikiText-103. Every start is a process of its own, which does what `python -m DeBERTa.train` does, with the
+same functions, batch 64 x 512, two workers, and the model of `rtd_tiny.json`:
+
+- a first start finds a text without ids and builds the id cache (prepare_data.py writes it along with the text);
+- a later start finds it. The files' pages are dropped from the system's cache before, so that they come from the disk.
+
+Parts of a later start: `imports` (from the start of the process; with `torch._dynamo`, which the first optimiser
+imports), `ids` (vocabulary, config, opening the store), `model` (building model and optimisers), `batch` (starting the
+workers until the first batch is there), `step`. `data` is imports, ids and batch together. `command` is a run of
+`python -m DeBERTa.train` until `metrics.jsonl` has the first step, as a check on the sum.
+
+Memory is anonymous memory of the process and its workers, shared pages counted once (Pss_Anon), after 50 batches and
+before the first step: what is mapped from the files is the system's cache, which it takes back when it needs to. Needs
+Linux; everything runs on the CPU.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks.prepare_data import descendants  # noqa: E402
+from DeBERTa.data.corpus import SAMPLE  # noqa: E402
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
+from DeBERTa.data.masking import Masker  # noqa: E402
+from DeBERTa.data.prepare import trained_vocabulary  # noqa: E402
+from DeBERTa.data.token_store import ids_folder  # noqa: E402
+from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer  # noqa: E402
+from DeBERTa.train import build_model, load_model_config, open_split, parse_flags  # noqa: E402
+from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
+from DeBERTa.training.precision import resolve_precision  # noqa: E402
+from DeBERTa.training.steps import ReplacedTokenStep  # noqa: E402
+
+PIECES_A_LINE = 510
+PARTS = ("imports", "ids", "model", "batch")
+
+
+def write_text(path: Path, tokenizer: Tokenizer, tokens: int) -> None:
+    """Lines of random pieces."""
+    generator = np.random.default_rng(0)
+    pieces = [piece.encode() for piece in tokenizer.pieces[:-1]]  # all but [MASK]
+    with path.open("wb") as file:
+        for _ in range(tokens // PIECES_A_LINE):
+            ids = generator.integers(len(SPECIAL_PIECES), len(pieces), PIECES_A_LINE).tolist()
+            file.write(b" ".join([pieces[i] for i in ids]) + b"\n")
+
+
+def flags(folder: Path) -> list[str]:
+    """Of one step of training in `folder`."""
+    return [
+        *("--task_name", "RTD", "--do_train", "--model_config", "rtd_tiny.json", "--vocab_size", "8064"),
+        *("--vocab_path", str(folder.parent / "spm.model"), "--data_dir", str(folder)),
+        *("--output_dir", str(folder / "run"), "--train_batch_size", "64", "--num_training_steps", "1"),
+    ]
+
+
+def first_start(folder: Path) -> dict[str, float]:
+    """Seconds and peak memory (MB) of building the id cache."""
+    config = parse_flags(flags(folder))
+    tokenizer = Tokenizer(config.vocab_path)
+    started = time.monotonic()
+    open_split(config, "train", tokenizer)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
+
+
+def later_start(folder: Path, started: float) -> dict[str, float]:
+    """Seconds of each part, and `memory_mb`. `started`: when the process was started, in monotonic time."""
+    importlib.import_module("torch._dynamo")
+    times = [started, time.monotonic()]
+    config = parse_flags(flags(folder))
+    device = torch.device("cpu")
+    precision = resolve_precision(config, device)
+    keep_freed_memory()
+    tokenizer = Tokenizer(config.vocab_path)
+    model_config = load_model_config(config, tokenizer)
+    masker = Masker(tokenizer, 1, always_mask=True)
+    store = open_split(config, "train", tokenizer)
+    times.append(time.monotonic())
+    training = ReplacedTokenStep(
+        build_model(config, model_config), config, precision, device, config.num_training_steps
+    )
+    times.append(time.monotonic())
+    plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length)
+    batches = TrainingBatches(store, tokenizer, masker, plan)
+    loader = iter(load_batches(batches, range(1_000_000), config.workers))
+    batch = next(loader)
+    times.append(time.monotonic())
+    for _ in range(50):
+        next(loader)
+    memory = anonymous_memory()
+    step_started = time.monotonic()
+    training.learning_rate(1)
+    training(batch)
+    step = time.monotonic() - step_started
+    seconds = {part: end - start for part, start, end in zip(PARTS, times[:-1], times[1:], strict=True)}
+    data = seconds["imports"] + seconds["ids"] + seconds["batch"]
+    return seconds | {"step": step, "data": data, "memory_mb": memory}
+
+
+def anonymous_memory() -> float:
+    """Of this process and all below it, in MB."""
+    kilobytes = 0
+    for process in descendants(os.getpid()):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Anon:"):
+                kilobytes += int(line.split()[1])
+    return kilobytes * 1024 / 1e6
+
+
+def command_start(folder: Path) -> float:
+    """Seconds until `python -m DeBERTa.train` has logged its first step."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    metrics = folder / "run" / "metrics.jsonl"
+    with tempfile.TemporaryFile() as output:
+        started = time.monotonic()
+        command = [sys.executable, "-m", "DeBERTa.train", *flags(folder)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+            while not (metrics.exists() and metrics.read_bytes()):
+                if process.poll() is not None:
+                    output.seek(0)
+                    raise SystemExit(output.read().decode())
+                time.sleep(0.01)
+            seconds = time.monotonic() - started
+    return seconds
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Have the system forget the pages of a prepared text and its ids."""
+    for path in (folder / "train.txt", *ids_folder(folder / "train.txt").iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_own_process(which: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", which, str(folder), str(time.monotonic())]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(folder: Path, tokens: int, tokenizer: Tokenizer, rounds: int) -> dict:
+    """All starts with a text of `tokens` tokens; medians of the later ones."""
+    folder.mkdir()
+    write_text(folder / "train.txt", tokenizer, tokens)
+    result = {"tokens": tokens, "text_mb": (folder / "train.txt").stat().st_size / 1e6}
+    result["first"] = in_own_process("first", folder)
+    runs = []
+    for _ in range(rounds):
+        drop_from_cache(folder)
+        runs.append(in_own_process("later", folder))
+        drop_from_cache(folder)
+        runs[-1]["command"] = command_start(folder)
+    result["later"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    result["runs"] = runs
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_200_000, 12_000_000, 120_000_000])
+    parser.add_argument("--rounds", type=int, default=3, help="later starts with each text")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build" / "benchmarks",
+        help="where the files are made (2 GB), and removed",
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--one", nargs=3, metavar=("WHICH", "FOLDER", "STARTED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        which, folder, started = arguments.one
+        print(json.dumps(first_start(Path(folder)) if which == "first" else later_start(Path(folder), float(started))))
+        return
+
+    results = []
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    seconds = [*PARTS, "step", "data", "command"]
+    columns = ["tokens", "text, MB", "first start, s", "its peak, MB", *seconds, "memory, MB"]
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        vocabulary = trained_vocabulary(SAMPLE, 8000, Path(folder) / "spm.model")
+        for tokens in arguments.tokens:
+            result = measure(Path(folder) / str(tokens), tokens, Tokenizer(vocabulary), arguments.rounds)
+            results.append(result)
+            later = result["later"]
+            row = [f"{tokens:,}", f"{result['text_mb']:.0f}", f"{result['first']['seconds']:.1f}"]
+            row += [f"{result['first']['peak_mb']:.0f}", *(f"{later[name]:.2f}" for name in seconds)]
+            print("| " + " | ".join([*row, f"{later['memory_mb']:.1f}"]) + " |", flush=True)
+    print("\nSeconds are of a later start, the median, unless they say otherwise.")
+    if arguments.json:
+        machine = {"processor": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "versions": versions, "texts": results}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
