@@ -22,40 +22,50 @@ from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
-from DeBERTa.training.checkpoint import (
-    check_same_run,
-    checkpoint_path,
-    load_model,
-    save_models,
-    saved_steps,
-    write_json,
-)
+from DeBERTa.training.checkpoint import SaveError, checkpoint_path, load_model, newest_whole, write_json
+from DeBERTa.training.distributed import any_process, is_main, total
 from DeBERTa.training.evaluation import evaluate_splits
+from DeBERTa.training.interval import Interval
 from DeBERTa.training.loop import NotFiniteError, Run, resume, train
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import warmup_steps
 from DeBERTa.training.precision import resolve_precision
+from DeBERTa.training.run_folder import check_room, open_run_folder, save_models
+from DeBERTa.training.signals import Interrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "experiments" / "language_model"
 SPARE_ROWS = 127  # a word table may have that many rows more than the vocabulary has pieces (128100 for 128001)
+WORKER_DIED = (
+    "a process that prepares batches died or was killed, perhaps because memory ran out (fewer --workers need less); "
+    "the same command goes on from the last checkpoint"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, 1 after an error told in one sentence, 2 for wrong usage."""
+    """Command line; returns the exit status: 0, 1 after an error told in one sentence, 2 for wrong usage.
+
+    After SIGINT 130 and after SIGTERM 143, as shells expect.
+    """
     config = parse_flags(argv)
     try:
-        run(config)
-    except (ConfigError, DataError, VocabularyError, NotFiniteError) as error:
+        with Signals() as signals:
+            run(config, signals)
+    except (ConfigError, DataError, VocabularyError, NotFiniteError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # what DataLoader says when one is no longer there
+            raise
+        print(f"error: {WORKER_DIED}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return error.status
     return 0
 
 
@@ -83,7 +93,7 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig, signals: Signals) -> None:
     """One run, from flags to final models or figures."""
     config.validate()
     refuse_many_processes()
@@ -104,18 +114,18 @@ def run(config: TrainConfig) -> None:
         batches = TrainingBatches(train_store, tokenizer, masker, plan)
         total_steps = number_of_steps(config, batches)
         step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
-        this_run = Run(config, model, step_class(model, config, precision, device, total_steps), batches, evaluation)
+        training = step_class(model, config, precision, device, total_steps)
         data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
         resolved = {
             "num_training_steps": total_steps,
             "warmup": warmup_steps(config, total_steps),
             "precision": precision,
         }
-        first_step = open_run_folder(
-            this_run, {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
-        )
+        settings = {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
+        this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
+        first_step = start_or_go_on(this_run)
         print(banner(this_run, first_step), file=sys.stderr)
-        train(this_run, first_step)
+        train(this_run, first_step, signals)
         folders = save_models(config.run_dir, model, tokenizer.path)
         print(f"final models: {', '.join(map(str, folders))}", file=sys.stderr)
     else:
@@ -208,11 +218,15 @@ def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> n
 
 def load_trained(config: TrainConfig, model: nn.Module) -> None:
     """For evaluation alone: the weights of the run's newest checkpoint, unless `--init_*` named others."""
-    steps = saved_steps(config.run_dir)
-    if steps and not (config.init_model or config.init_generator):
-        load_model(config.run_dir, steps[-1], model)
-        print(f"evaluating {checkpoint_path(config.run_dir, steps[-1])}", file=sys.stderr)
-    elif not (config.init_model or config.init_generator):
+    if config.init_model or config.init_generator:
+        return
+    step, damages = newest_whole(config.run_dir)
+    for damage in damages:
+        print(f"warning: damaged checkpoint: {damage}", file=sys.stderr)
+    if step:
+        load_model(config.run_dir, step, model)
+        print(f"evaluating {checkpoint_path(config.run_dir, step)}", file=sys.stderr)
+    else:
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
@@ -225,19 +239,25 @@ def describe_data(batches: TrainingBatches) -> dict:
     return {"train_sha256": store.text_sha256, "train_lines": len(store), "train_tokens": store.num_tokens}
 
 
-def open_run_folder(this_run: Run, settings: dict) -> int:
-    """Make the run's folder, or go on with the run in it: returns the updates done. Keeps settings and environment."""
-    run_dir = this_run.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if saved_steps(run_dir):
-            check_same_run(read_json(run_dir / "config.json"), settings, run_dir)
-        write_json(run_dir / "config.json", settings)
-        write_json(run_dir / "environment.json", environment(this_run.training.device))
-    except OSError as error:
-        reason = error.strerror
-        raise ConfigError(f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir") from None
-    return resume(this_run)
+def start_or_go_on(this_run: Run) -> int:
+    """Open the run's folder and load its newest whole checkpoint, if any; returns the updates done.
+
+    The first process looks and tells the others, which then fail with it.
+    """
+    config, device = this_run.config, this_run.training.device
+    step, problem = 0, None
+    if is_main():
+        try:
+            step = open_run_folder(config.run_dir, this_run.settings, environment(device), config.fresh)
+            check_room(config.run_dir, this_run.model)
+        except ConfigError as error:
+            problem = error
+    if any_process(problem is not None, device):
+        raise problem or ConfigError(f"the first process cannot use {config.run_dir}")
+    step = int(total(torch.tensor(float(step), dtype=torch.float64, device=device)))
+    if step:
+        resume(this_run, step)
+    return step
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from DeBERTa.model.vocabulary import MaskedLoss
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.optimizer import build_optimizer, schedule, set_learning_rate, warmup_steps
 from DeBERTa.training.precision import autocast, loss_scaler
+from DeBERTa.training.stability import Stability
 
 
 class TrainingStep:
@@ -24,6 +25,33 @@ class TrainingStep:
         self.total_steps = total_steps
         self.scaler = loss_scaler(precision, device)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.stability = Stability(config, device)
+
+    def __call__(self, batch: Batch) -> Sums:
+        """One step on this process's part of the batch: its sums, and the gradient norms under `*grad_norm`."""
+        self.stability.begin_step()
+        sums = self.step(batch)
+        self.scaler.update()
+        self.stability.end_step()
+        return sums
+
+    def step(self, batch: Batch) -> Sums:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on besides the weights and its number. Called in every process."""
+        return {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "stability": self.stability.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave. Called in every process."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.stability.load_state_dict(state["stability"])
 
     def learning_rate(self, update: int) -> float:
         """Set every optimiser's rate for update number `update` (from 1); returns the factor on the peaks."""
@@ -36,18 +64,23 @@ class TrainingStep:
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def update(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """Clip the gradient of all its parameters as one vector, step, clear. Returns the norm before clipping.
+    def update(self, name: str, sums: Sums, prefix: str, losses: tuple[str, ...]) -> bool:
+        """Clip the gradient of one optimiser's parameters as one vector, step, clear; whether the step was taken.
 
-        An fp16 gradient that overflowed leaves everything the optimiser holds unchanged.
+        The norm before clipping goes to `sums`. When it or one of `losses` is not finite in any process, all that the
+        optimiser holds is left unchanged in every process.
         """
+        optimizer = self.optimizers[name]
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.config.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        self.scaler.step(optimizer)
+        sums[f"{prefix}grad_norm"] = norm
+        taken = self.stability.allows(sums, losses, norm)
+        if taken:
+            self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return taken
 
 
 class MaskedLMStep(TrainingStep):
@@ -60,7 +93,7 @@ class MaskedLMStep(TrainingStep):
         self.model = model
         self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
 
-    def __call__(self, batch: Batch) -> Sums:
+    def step(self, batch: Batch) -> Sums:
         targets = max(batch.masked_tokens, 1)
         sums: Sums = {}
         for part in batch.split(self.config.accumulative_update):
@@ -69,8 +102,7 @@ class MaskedLMStep(TrainingStep):
                 out = self.model.masked_loss(part, sample=False)
             self.backward(out.loss.sum() / targets)
             add(sums, masked_lm_sums(out, ""))
-        sums["grad_norm"] = self.update(self.optimizers["model"])
-        self.scaler.update()
+        self.update("model", sums, "", ("loss",))
         return sums
 
 
@@ -80,6 +112,9 @@ class ReplacedTokenStep(TrainingStep):
     Decoupled: the generator's update comes first; the discriminator then sees the tokens sampled before that update
     and, where tables are shared, the generator's updated ones. Joint: one backward pass of mlm + lambda * rtd. Under ES
     both losses train one table, so that the update is always joint.
+
+    Decoupled, when the generator's update is left out (`Stability`), so is the discriminator's. The generator's update
+    comes before the discriminator's loss is known, and stands when the discriminator's is left out.
     """
 
     def __init__(
@@ -95,11 +130,8 @@ class ReplacedTokenStep(TrainingStep):
         else:
             self.optimizers = {"both": build_optimizer(list(parts.values()), config)}
 
-    def __call__(self, batch: Batch) -> Sums:
-        step = self._decoupled if self.decoupled else self._joint
-        sums = step(batch)
-        self.scaler.update()
-        return sums
+    def step(self, batch: Batch) -> Sums:
+        return self._decoupled(batch) if self.decoupled else self._joint(batch)
 
     def _decoupled(self, batch: Batch) -> Sums:
         sums: Sums = {}
@@ -109,11 +141,12 @@ class ReplacedTokenStep(TrainingStep):
             loss, corrupted_ids = self._generate(part, sums)
             self.backward(loss / max(batch.masked_tokens, 1))
             corrupted.append(corrupted_ids)
-        sums["generator_grad_norm"] = self.update(self.optimizers["generator"])
+        if not self.update("generator", sums, "generator_", ("generator_loss",)):
+            return sums
         for part, corrupted_ids in zip(parts, corrupted, strict=True):
             loss = self._discriminate(part, corrupted_ids, sums)
             self.backward(self.config.rtd_lambda * loss / batch.real_tokens)
-        sums["discriminator_grad_norm"] = self.update(self.optimizers["discriminator"])
+        self.update("discriminator", sums, "discriminator_", ("discriminator_loss",))
         return sums
 
     def _joint(self, batch: Batch) -> Sums:
@@ -125,7 +158,7 @@ class ReplacedTokenStep(TrainingStep):
             self.backward(
                 mlm_loss / max(batch.masked_tokens, 1) + self.config.rtd_lambda * rtd_loss / batch.real_tokens
             )
-        sums["grad_norm"] = self.update(self.optimizers["both"])
+        self.update("both", sums, "", ("generator_loss", "discriminator_loss"))
         return sums
 
     def _generate(self, part: Batch, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
