@@ -16,7 +16,7 @@ from tests.conftest import ROOT, tiny_model, tiny_rtd
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["DeBERTa.train"])
+CONTEXT.set_forkserver_preload(["DeBERTa.train", "torch._dynamo", "tests.conftest"])
 
 
 def tiny_flags(folder: Path, prepared: Path, task: str = "RTD", sharing: str = "gdes") -> dict:
@@ -54,6 +54,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from DeBERTa.train import main
 
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process started by a shell; ours is inherited here
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,0 +1,262 @@
+"""Checkpoints on disk: torn ones are found and passed over, old ones pruned, a full disk told in one sentence."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from DeBERTa.config import ConfigError
+from DeBERTa.training.checkpoint import (
+    FILES,
+    MANIFEST,
+    DamagedCheckpoint,
+    SaveError,
+    Snapshot,
+    check,
+    checkpoint_path,
+    copy_to_host,
+    newest_whole,
+    read_training,
+    saved_steps,
+    write_checkpoint,
+    write_manifest,
+)
+from DeBERTa.training.run_folder import check_room
+from DeBERTa.training.saving import Saver
+from DeBERTa.training.steps import ReplacedTokenStep
+from tests.runs import copy_run, final_files, run, tiny_flags
+from tests.training.batches import random_batch, train_config
+from tests.training.test_steps import CPU, rtd_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, prepared) -> dict:
+    """Flags of a run that has been: 6 steps, checkpoints at 2, 4 and 6."""
+    flags = tiny_flags(tmp_path_factory.mktemp("trained"), prepared)
+    status, output = run(flags)
+    assert status == 0, output
+    return flags
+
+
+@pytest.fixture
+def cut(trained, tmp_path) -> dict:
+    """A copy to be damaged: the flags that go on with it."""
+    return trained | {"output_dir": copy_run(trained["output_dir"], tmp_path / "run")}
+
+
+def damages(size: int) -> list[tuple[str, int | None]]:
+    """What may become of a file: cut to a length, or (None) deleted, or (negative) one byte flipped."""
+    lengths = [(f"cut to {percent} %", size * percent // 100) for percent in (0, 25, 50, 99)]
+    return [*lengths, ("first byte flipped", -size), ("last byte flipped", -1), ("deleted", None)]
+
+
+def damage(path: Path, length: int | None) -> None:
+    content = bytearray(path.read_bytes())
+    if length is None:
+        path.unlink()
+    elif length < 0:
+        content[length] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[:length])
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_any_damage_is_found(cut, name):
+    """Truncated, flipped or gone: the file is named, and the checkpoint before is taken."""
+    folder = checkpoint_path(cut["output_dir"], 6)
+    whole = (folder / name).read_bytes()
+    check(folder)
+    for kind, length in damages(len(whole)):
+        damage(folder / name, length)
+        with pytest.raises(DamagedCheckpoint, match=name):
+            check(folder)
+        step, found = newest_whole(cut["output_dir"])
+        assert (step, len(found)) == (4, 1), kind
+        assert str(folder / name) in str(found[0])
+        (folder / name).write_bytes(whole)
+    check(folder)
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_harmless(cut):
+    """A manifest that says the same in other words (a space for a line end) may pass; nothing else does."""
+    folder = checkpoint_path(cut["output_dir"], 6)
+    whole = (folder / MANIFEST).read_bytes()
+    entries = json.loads(whole)["files"]
+    for position in range(len(whole)):
+        content = bytearray(whole)
+        content[position] ^= 1
+        (folder / MANIFEST).write_bytes(content)
+        try:
+            check(folder)
+        except DamagedCheckpoint:
+            continue
+        assert json.loads(content)["files"] == entries, position
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_goes_on_from_the_one_before(cut, trained, name):
+    damage(checkpoint_path(cut["output_dir"], 6) / name, 10)
+    torn = (checkpoint_path(cut["output_dir"], 6) / name).read_bytes()
+    status, output = run(cut)
+    assert status == 0, output
+    assert f"warning: damaged checkpoint: {checkpoint_path(cut['output_dir'], 6) / name} has 10 bytes" in output
+    assert "going on from step 4" in output
+    assert final_files(cut["output_dir"]) == final_files(trained["output_dir"])
+    aside = cut["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
+    assert str(aside) in output
+    assert (aside / name).read_bytes() == torn
+
+
+def test_no_checkpoint_is_whole(cut, trained):
+    """Never started over in silence: what is wrong is named, nothing is touched; --fresh starts over, keeping all."""
+    run_dir = cut["output_dir"]
+    for step, name in ((2, "state.json"), (4, "optimizer.pt"), (6, "model.safetensors")):
+        damage(checkpoint_path(run_dir, step) / name, 10)
+    before = {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for more in ({}, {"do_train": False, "do_eval": True}):
+        status, output = run(cut | more)
+        assert status == 1
+        message = output.strip().splitlines()[-1]
+        assert message.startswith("error: none of the checkpoints") and "--fresh" in message
+        for part in ("step-00000002/state.json", "step-00000004/optimizer.pt", "step-00000006/model.safetensors"):
+            assert part in message
+        assert {p.relative_to(run_dir): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    for number in (1, 2):
+        status, output = run(cut | {"fresh": True})
+        assert status == 0, output
+        old = run_dir.with_name(f"run.old-{number}")
+        assert f"is now in {old}" in output
+        assert final_files(run_dir) == final_files(trained["output_dir"])
+    old = run_dir.with_name("run.old-1")
+    assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_passes_over_a_damaged_checkpoint_and_leaves_it(cut):
+    damage(checkpoint_path(cut["output_dir"], 6) / "model.safetensors", 10)
+    status, output = run(cut | {"do_train": False, "do_eval": True})
+    assert status == 0, output
+    assert "model.safetensors has 10 bytes" in output
+    assert f"evaluating {checkpoint_path(cut['output_dir'], 4)}" in output
+    assert saved_steps(cut["output_dir"]) == [2, 4, 6]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, prepared):
+    """Learning upside down after step 2 is not needed: the best is whatever the log says it is."""
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"dump_interval": 1, "keep_last": 2, "num_training_steps": 8}
+    flags |= {"learning_rate": 0.3, "warmup": 0}  # far too high, so that the best comes early
+    assert run(flags)[0] == 0
+    lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
+    best = min(losses, key=losses.get)
+    assert best < 7, losses
+    assert saved_steps(flags["output_dir"]) == [best, 7, 8]
+    recorded = json.loads((flags["output_dir"] / "checkpoints" / "best.json").read_text())
+    assert recorded == {"step": best, "checkpoint": f"step-{best:08d}", "loss": losses[best]}
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(cut, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint_path(cut["output_dir"], 6)
+    with (folder / "optimizer.pt").open("wb") as file:
+        torch.save({"training": Trap()}, file)
+    write_manifest(folder, 6)
+    with pytest.raises(ConfigError, match=r"optimizer\.pt cannot be read"):
+        read_training(cut["output_dir"], 6)
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ConfigError, match=r"optimizer\.pt cannot be read"):
+        read_training(cut["output_dir"], 6)
+    assert not Path("executed").exists()
+
+
+def snapshot_of(training: ReplacedTokenStep, step: int, copied: bool) -> Snapshot:
+    """The state as it is, copied or not."""
+    model, state = training.model.state_dict(), {"training": training.state_dict()}
+    return Snapshot(step, *map(copy_to_host, (model, state)) if copied else (model, state), {"step": step}, {})
+
+
+def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
+    """Training goes on while the thread writes; the files are those written at once, with nothing going on."""
+    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    training.learning_rate(1)
+    training(random_batch())
+    write_checkpoint(tmp_path / "at-once", snapshot_of(training, 1, copied=False), 3, None)
+    saver = Saver(tmp_path / "background", 3)
+    snapshot = snapshot_of(training, 1, copied=True)
+    weight = training.model.generator.lm_predictions.lm_head.bias
+    before = weight.detach().clone()
+    while not saved_steps(tmp_path / "background"):
+        if saver._writing is None:
+            saver.save(snapshot, best=None)
+        training(random_batch())
+    assert not torch.equal(before, weight)
+    assert saver.wait() == checkpoint_path(tmp_path / "background", 1)
+    for name in (*FILES, MANIFEST):
+        ours, theirs = (checkpoint_path(tmp_path / kind, 1) / name for kind in ("background", "at-once"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    saved = load_file(checkpoint_path(tmp_path / "background", 1) / "model.safetensors")
+    assert torch.equal(saved["generator.lm_predictions.lm_head.bias"], before)
+
+
+def test_one_save_at_a_time_and_its_error_at_the_next_opportunity(tmp_path):
+    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    for opportunity in ("save", "wait", "check"):
+        saver = Saver(tmp_path, 3)
+        saver.save(snapshot_of(training, 1, copied=True), None)
+        with pytest.raises(SaveError, match=r"step 1: .*checkpoints.*--output_dir"):
+            if opportunity == "save":
+                saver.save(snapshot_of(training, 2, copied=True), None)
+            elif opportunity == "wait":
+                saver.wait()
+            else:
+                while True:
+                    saver.check()
+
+
+def test_a_file_too_large_for_the_quota(tmp_path, prepared):
+    """The system refuses to write more than so many bytes to a file, as a quota or a full disk would."""
+    flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 8}
+    assert run(flags | {"dump_interval": 4}, DEBERTA_CRASH_AT="pruned@4")[0] == -9
+    before = {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()}
+    for largest in (100, 200_000, 700_000):
+        status, output = run(flags, LARGEST_FILE=str(largest))
+        assert status == 1, (largest, output)
+        message = output.strip().splitlines()[-1]
+        assert message.startswith("error: ") and "Traceback" not in output, output
+        if largest > 100:  # with less not even the settings can be written
+            for part in ("step 6: ", "File too large", "--output_dir", "free)", "goes on from step 4"):
+                assert part in message, message
+        assert saved_steps(flags["output_dir"]) == [4]
+        assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
+        assert {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()} == before
+    assert run(flags)[0] == 0
+
+
+def mounted(folder: Path, size: int) -> None:
+    """Put a file system of `size` bytes in `folder`; a machine that does not permit it fails the test."""
+    folder.mkdir()
+    assert os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}") == 0, "mounting is not permitted here"
+
+
+def test_room_is_asked_for_before_training(tmp_path, prepared):
+    """Both numbers and the flag, before the first step; the models' sizes are those of the files written."""
+    flags = tiny_flags(tmp_path, prepared)
+    model = rtd_model()
+    assert run(flags)[0] == 0
+    weights = sum(path.stat().st_size for path in flags["output_dir"].glob("*/model.safetensors"))
+    checkpoint = sum(path.stat().st_size for path in checkpoint_path(flags["output_dir"], 6).iterdir())
+    check_room(tmp_path, model)
+    free = shutil.disk_usage(tmp_path).free
+    shutil.disk_usage  # noqa: B018
+    assert free > weights + checkpoint
