@@ -3,7 +3,10 @@
 import json
 import os
 import pickle
-import shutil
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,10 +29,10 @@ from DeBERTa.training.checkpoint import (
     write_checkpoint,
     write_manifest,
 )
-from DeBERTa.training.run_folder import check_room
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
-from tests.runs import copy_run, final_files, run, tiny_flags
+from tests.conftest import ROOT
+from tests.runs import command, copy_run, final_files, run, tiny_flags
 from tests.training.batches import random_batch, train_config
 from tests.training.test_steps import CPU, rtd_model
 
@@ -229,34 +232,76 @@ def test_a_file_too_large_for_the_quota(tmp_path, prepared):
     flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 8}
     assert run(flags | {"dump_interval": 4}, DEBERTA_CRASH_AT="pruned@4")[0] == -9
     before = {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()}
-    for largest in (100, 200_000, 700_000):
-        status, output = run(flags, LARGEST_FILE=str(largest))
-        assert status == 1, (largest, output)
+    sizes = {path.name: len(content) for path, content in before.items()}
+    for name in ("model.safetensors", "optimizer.pt"):
+        status, output = run(flags, LARGEST_FILE=str(sizes[name] - 1000))
+        assert status == 1, (name, output)
         message = output.strip().splitlines()[-1]
-        assert message.startswith("error: ") and "Traceback" not in output, output
-        if largest > 100:  # with less not even the settings can be written
-            for part in ("step 6: ", "File too large", "--output_dir", "free)", "goes on from step 4"):
-                assert part in message, message
+        assert "Traceback" not in output, output
+        for part in ("error: step 6: ", "File too large", "--output_dir", "free)", "goes on from step 4"):
+            assert part in message, message
         assert saved_steps(flags["output_dir"]) == [4]
         assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
         assert {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()} == before
     assert run(flags)[0] == 0
 
 
-def mounted(folder: Path, size: int) -> None:
-    """Put a file system of `size` bytes in `folder`; a machine that does not permit it fails the test."""
-    folder.mkdir()
-    assert os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}") == 0, "mounting is not permitted here"
+ON_A_SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=2m tmpfs {disk}
+{train} --keep_last 100 && exit 9
+test ! -e {disk}/run/checkpoints
+mount -t tmpfs -o size=16m tmpfs {disk}
+{train} --keep_last 100 && exit 9
+ls -A {disk}/run/checkpoints
+rm -r {disk}/run/checkpoints/step-00000001 {disk}/run/checkpoints/step-00000002
+{train} --keep_last 1
+cp -r {disk}/run {copy}
+"""
 
 
-def test_room_is_asked_for_before_training(tmp_path, prepared):
-    """Both numbers and the flag, before the first step; the models' sizes are those of the files written."""
-    flags = tiny_flags(tmp_path, prepared)
-    model = rtd_model()
-    assert run(flags)[0] == 0
-    weights = sum(path.stat().st_size for path in flags["output_dir"].glob("*/model.safetensors"))
-    checkpoint = sum(path.stat().st_size for path in checkpoint_path(flags["output_dir"], 6).iterdir())
-    check_room(tmp_path, model)
-    free = shutil.disk_usage(tmp_path).free
-    shutil.disk_usage  # noqa: B018
-    assert free > weights + checkpoint
+def test_a_small_disk(tmp_path, prepared):
+    """Too small from the start: told before training, with both numbers and the flag. Full later: earlier checkpoints
+    stay whole, no half one stays, and with room the same command finishes with the bytes of an undisturbed run.
+
+    The disk is a real one, mounted in a name space of its own; where the system does not permit that, this test fails.
+    """
+    flags = tiny_flags(tmp_path, prepared) | {"dump_interval": 1, "num_training_steps": 12}
+    assert run(flags | {"keep_last": 1})[0] == 0
+    checkpoint = sum(path.stat().st_size for path in checkpoint_path(flags["output_dir"], 12).iterdir())
+    models = sum(path.stat().st_size for path in flags["output_dir"].glob("*/model.safetensors"))
+
+    (tmp_path / "disk").mkdir()
+    train = [sys.executable, "-m", "DeBERTa.train", *command(flags | {"output_dir": tmp_path / "disk" / "run"})]
+    names = {"disk": tmp_path / "disk", "copy": tmp_path / "copy", "train": shlex.join(train)}
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK.format(**names)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"unshare or mount not permitted, or the run failed: {done.stderr}"
+    assert "Traceback" not in done.stderr
+    early, late = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    free, one, final, needed = (float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early))
+    assert free < 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
+    assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes take a little, too
+    assert final == pytest.approx(models / 1e6, rel=0.1)
+    assert "No space left on device" in late and "--output_dir" in late
+    kept = done.stdout.split()
+    full = int(re.search(r"step (\d+): ", late)[1])
+    assert 4 < full < 12 and f"goes on from step {full - 1}" in late
+    assert kept == ["best.json", *(f"step-{step:08d}" for step in range(1, full))]
+    assert f"going on from step {full - 1}" in done.stderr
+    ours, theirs = final_files(tmp_path / "copy"), final_files(flags["output_dir"])
+    assert {name for name in theirs if ours[name] != theirs[name]} == set()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, prepared):
+    (tmp_path / "file").touch()
+    status, output = run(tiny_flags(tmp_path, prepared) | {"output_dir": tmp_path / "file" / "run"})
+    assert status == 1
+    assert output.strip().splitlines()[-1].startswith(f"error: cannot write the run's folder {tmp_path / 'file'}/run: ")
+    assert "Not a directory; give another --output_dir" in output

@@ -3,17 +3,24 @@
 import copy
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.training.checkpoint import checkpoint_path
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.signals import Signals
 from DeBERTa.training.stability import FEWEST, SIGMAS, WINDOW, Stability
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
-from tests.runs import CONTEXT, run, tiny_flags
+from tests.runs import CONTEXT, copy_run, final_files, run, tiny_flags
 from tests.training.batches import random_batch, train_config
 from tests.training.test_steps import CPU, mlm_model, rtd_model
 
@@ -198,9 +205,38 @@ def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
     assert "3 steps left out" in output
 
 
-def test_spikes_and_left_out_steps_survive_a_resume(tmp_path, prepared):
-    """Learning at a rate that makes losses jump; the log of a cut run is that of a whole one, spikes included."""
-    flags = tiny_flags(tmp_path, prepared, "MLM") | {"skip_spikes": True, "learning_rate": 1e-3, "seed": 3}
-    flags |= {"num_training_steps": 60, "dump_interval": 25, "log_interval": 7, "train_batch_size": 2}
+def write_data(folder: Path, tokenizer: Tokenizer, odd_line: int | None) -> None:
+    """800 lines that are all the same, but for one."""
+    folder.mkdir(exist_ok=True)
+    usual = " ".join(tokenizer.pieces[10:26])
+    odd = " ".join(tokenizer.pieces[1500:1516])
+    lines = [odd if number == odd_line else usual for number in range(800)]
+    (folder / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_a_spike_in_a_run(tmp_path, tokenizer):
+    """The step with the odd line is logged and left out, also when the run went on from shortly before it."""
+    write_data(tmp_path / "usual", tokenizer, None)
+    store = open_store(tmp_path / "usual" / "train.txt", tokenizer, 62, progress=False)
+    batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, False), BatchPlan(42, 4, 64))
+    write_data(tmp_path / "data", tokenizer, int(batches.line_numbers(179)[2]))
+    shutil.copy(tokenizer.path, tmp_path / "data" / "spm.model")
+    flags = tiny_flags(tmp_path, tmp_path / "data", "MLM") | {
+        "skip_spikes": True,
+        "learning_rate": 1e-2,
+        "keep_last": 9,
+    }
+    flags |= {"num_training_steps": 181, "dump_interval": 175, "log_interval": 90, "train_batch_size": 4}
     status, output = run(flags)
     assert status == 0, output
+    lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    (spike,) = [line for line in lines if line["kind"] == "spike"]
+    assert (spike["step"], spike["left_out"]) == (180, True)
+    assert spike["loss"] > spike["mean"] + 6 * spike["sigma"]
+    assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0, 0, 1, 1]
+    assert "step 180: update left out: a loss spike" in output
+    cut = copy_run(flags["output_dir"], tmp_path / "cut")
+    shutil.rmtree(checkpoint_path(cut, 181))
+    status, output = run(flags | {"output_dir": cut})
+    assert status == 0 and "going on from step 175" in output
+    assert final_files(cut) == final_files(flags["output_dir"])
