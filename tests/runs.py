@@ -70,8 +70,8 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
 class ForkedRun:
     """One run; its output goes to a file, or line by line to `lines` through a pipe."""
 
-    def __init__(self, values: dict, live: bool = False, **environment: str) -> None:
-        self.log = Path(values["output_dir"]).with_name(Path(values["output_dir"]).name + ".log")
+    def __init__(self, values: dict, live: bool = False, log: Path | None = None, **environment: str) -> None:
+        self.log = log or Path(values["output_dir"]).with_name(Path(values["output_dir"]).name + ".log")
         self.log.unlink(missing_ok=True)
         if live:
             os.mkfifo(self.log)

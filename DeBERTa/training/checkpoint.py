@@ -264,10 +264,16 @@ def record_best(run_dir: Path, evaluations: dict[int, dict]) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Write aside and rename, indented for people."""
+    """Write aside and rename, indented for people. Raises `OSError` naming the file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(_to_json(values))
-    temporary.replace(path)
+    try:
+        temporary.write_text(_to_json(values))
+        sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _to_json(values: dict) -> str:

@@ -10,6 +10,8 @@ import torch
 import ujson
 from tqdm import tqdm
 
+from DeBERTa.data.files import sync
+
 Sums = dict[str, torch.Tensor]  # numbers that add up over parts and steps, on the device: losses and counts
 
 
@@ -57,6 +59,7 @@ class MetricsLog:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
+            sync(temporary)
             temporary.replace(path)
         for line in map(ujson.loads, kept):
             self._remember(line["step"], line["kind"], line)

@@ -32,7 +32,7 @@ from DeBERTa.training.checkpoint import (
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import ROOT
-from tests.runs import command, copy_run, final_files, run, tiny_flags
+from tests.runs import ForkedRun, command, copy_run, final_files, run, tiny_flags
 from tests.training.batches import random_batch, train_config
 from tests.training.test_steps import CPU, rtd_model
 
@@ -150,9 +150,9 @@ def test_evaluation_passes_over_a_damaged_checkpoint_and_leaves_it(cut):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, prepared):
-    """Learning upside down after step 2 is not needed: the best is whatever the log says it is."""
+    """The best by validation loss stays when it is no longer among the newest."""
     flags = tiny_flags(tmp_path, prepared, "MLM") | {"dump_interval": 1, "keep_last": 2, "num_training_steps": 8}
-    flags |= {"learning_rate": 0.3, "warmup": 0}  # far too high, so that the best comes early
+    flags |= {"learning_rate": 0.1, "warmup": 8}  # too high in the end, so that the best comes early
     assert run(flags)[0] == 0
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
@@ -182,10 +182,9 @@ def test_nothing_in_a_checkpoint_is_executed(cut, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
-def snapshot_of(training: ReplacedTokenStep, step: int, copied: bool) -> Snapshot:
-    """The state as it is, copied or not."""
-    model, state = training.model.state_dict(), {"training": training.state_dict()}
-    return Snapshot(step, *map(copy_to_host, (model, state)) if copied else (model, state), {"step": step}, {})
+def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
+    state = {"training": training.state_dict()}
+    return Snapshot(step, copy_to_host(training.model.state_dict()), copy_to_host(state), {"step": step}, {})
 
 
 def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
@@ -193,9 +192,9 @@ def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
     training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
     training.learning_rate(1)
     training(random_batch())
-    write_checkpoint(tmp_path / "at-once", snapshot_of(training, 1, copied=False), 3, None)
+    write_checkpoint(tmp_path / "at-once", snapshot_of(training, 1), 3, None)
     saver = Saver(tmp_path / "background", 3)
-    snapshot = snapshot_of(training, 1, copied=True)
+    snapshot = snapshot_of(training, 1)
     weight = training.model.generator.lm_predictions.lm_head.bias
     before = weight.detach().clone()
     while not saved_steps(tmp_path / "background"):
@@ -216,10 +215,10 @@ def test_one_save_at_a_time_and_its_error_at_the_next_opportunity(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     for opportunity in ("save", "wait", "check"):
         saver = Saver(tmp_path, 3)
-        saver.save(snapshot_of(training, 1, copied=True), None)
+        saver.save(snapshot_of(training, 1), None)
         with pytest.raises(SaveError, match=r"step 1: .*checkpoints.*--output_dir"):
             if opportunity == "save":
-                saver.save(snapshot_of(training, 2, copied=True), None)
+                saver.save(snapshot_of(training, 2), None)
             elif opportunity == "wait":
                 saver.wait()
             else:
@@ -286,7 +285,7 @@ def test_a_small_disk(tmp_path, prepared):
     assert "Traceback" not in done.stderr
     early, late = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     free, one, final, needed = (float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early))
-    assert free < 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
+    assert free <= 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
     assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes take a little, too
     assert final == pytest.approx(models / 1e6, rel=0.1)
     assert "No space left on device" in late and "--output_dir" in late
@@ -301,7 +300,8 @@ def test_a_small_disk(tmp_path, prepared):
 
 def test_a_folder_that_cannot_be_made(tmp_path, prepared):
     (tmp_path / "file").touch()
-    status, output = run(tiny_flags(tmp_path, prepared) | {"output_dir": tmp_path / "file" / "run"})
+    flags = tiny_flags(tmp_path, prepared) | {"output_dir": tmp_path / "file" / "run"}
+    status, output = ForkedRun(flags, log=tmp_path / "log").finish()
     assert status == 1
     assert output.strip().splitlines()[-1].startswith(f"error: cannot write the run's folder {tmp_path / 'file'}/run: ")
     assert "Not a directory; give another --output_dir" in output
