@@ -269,6 +269,10 @@ class TrainConfig:
     )
     fp16: bool | None = _flag(None, "published name: True means --precision auto, False means --precision fp32")
 
+    nproc_per_node: int = _flag(0, "processes on this node; 0: one a GPU, or one on a machine without GPUs")
+    max_restarts: int = _flag(0, "times all processes start again from the last checkpoint after one was lost")
+    dist_timeout: int = _flag(600, "seconds to wait for other nodes and processes before giving up")
+
     dump_interval: int = _flag(10000, "steps between checkpoints; each is followed by an evaluation")
     keep_last: int = _flag(
         3, "newest checkpoints to keep, besides the best by validation loss (MLM: loss, RTD: discriminator_loss)"
@@ -290,7 +294,7 @@ class TrainConfig:
         for name in ("train_batch_size", "eval_batch_size", "accumulative_update", "max_ngram"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("dump_interval", "keep_last", "log_interval", "max_skipped_steps"):
+        for name in ("dump_interval", "keep_last", "log_interval", "max_skipped_steps", "dist_timeout"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name, value in self.to_dict().items():
@@ -298,6 +302,8 @@ class TrainConfig:
                 raise ConfigError(f"--{name} must be a finite number, not {value}")
         not_negative = (
             "workers",
+            "nproc_per_node",
+            "max_restarts",
             "seed",
             "vocab_size",
             "num_training_steps",

@@ -26,6 +26,7 @@ from DeBERTa.training.checkpoint import (
     set_aside,
     write_json,
 )
+from DeBERTa.training.distributed import LOGS
 
 
 def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
@@ -35,9 +36,13 @@ def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: boo
     other settings, or has checkpoints of which none is whole.
     """
     try:
-        if fresh and run_dir.exists() and any(run_dir.iterdir()):
+        # The logs of the processes stay: they are being written.
+        left = [path for path in run_dir.glob("*") if path.name != LOGS]
+        if fresh and left:
             old = unused_name(run_dir.with_name(run_dir.name + ".old"))
-            run_dir.rename(old)
+            old.mkdir()
+            for path in left:
+                path.rename(old / path.name)
             print(f"--fresh: what was in {run_dir} is now in {old}", file=sys.stderr)
         run_dir.mkdir(parents=True, exist_ok=True)
         step, damages = newest_whole(run_dir)
@@ -66,7 +71,8 @@ def remove_unfinished(run_dir: Path) -> None:
 
 FREE_TO_CHANGE = (
     "output_dir", "tag", "do_train", "do_eval", "workers", "eval_batch_size", "dump_interval", "keep_last",
-    "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps",
+    "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps", "nproc_per_node", "max_restarts",
+    "dist_timeout",
 )  # fmt: skip
 
 
@@ -74,7 +80,7 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
     """Raise `ConfigError` naming the settings in which the run in `run_dir` differs from the one asked for."""
     differing = []
     for section in ("train", "model", "data"):
-        old, new = _flat(saved.get(section, {})), _flat(current[section])
+        old, new = flat(saved.get(section, {})), flat(current[section])
         for key in sorted((old.keys() | new.keys()) - set(FREE_TO_CHANGE)):
             if old.get(key) != new.get(key):
                 differing.append(f"{key} ({old.get(key)} there, {new.get(key)} here)")
@@ -85,11 +91,12 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
         )
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, with dotted keys."""
+    result = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def check_room(run_dir: Path, model: nn.Module) -> None:
