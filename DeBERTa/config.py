@@ -270,6 +270,8 @@ class TrainConfig:
     fp16: bool | None = _flag(None, "published name: True means --precision auto, False means --precision fp32")
 
     nproc_per_node: int = _flag(0, "processes on this node; 0: one a GPU, or one on a machine without GPUs")
+    zero: int = _flag(0, "1: gradients and optimiser state are cut up between the processes (ZeRO)")
+    fsdp: bool = _flag(False, "weights are cut up too, and gathered layer by layer, for models that do not fit")
     max_restarts: int = _flag(0, "times all processes start again from the last checkpoint after one was lost")
     dist_timeout: int = _flag(600, "seconds to wait for other nodes and processes before giving up")
 
@@ -317,6 +319,8 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.zero not in (0, 1) or (self.zero and self.fsdp):
+            raise ConfigError("--zero is 0 or 1, and --fsdp contains it: give one of --zero 1 and --fsdp")
         if self.fresh and not self.do_train:
             raise ConfigError("--fresh starts training over: give --do_train too")
         if self.seed >= 2**63:

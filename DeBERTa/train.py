@@ -21,9 +21,10 @@ from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
-from DeBERTa.training.checkpoint import SaveError, checkpoint_path, load_model, newest_whole, write_json
+from DeBERTa.training.checkpoint import SaveError, checkpoint_path, newest_whole, read_model, write_json
 from DeBERTa.training.distributed import (
     from_all,
+    from_main,
     is_main,
     is_worker,
     local_rank,
@@ -32,13 +33,14 @@ from DeBERTa.training.distributed import (
     rank_log,
     world_size,
 )
-from DeBERTa.training.evaluation import evaluate_splits
+from DeBERTa.training.evaluation import evaluate_splits, outputs_of
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.loop import NotFiniteError, Run, resume, train
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import warmup_steps
+from DeBERTa.training.parallel import whole
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.run_folder import check_room, flat, open_run_folder, save_models
 from DeBERTa.training.signals import Interrupted, Signals
@@ -149,13 +151,19 @@ def run(config: TrainConfig, signals: Signals) -> None:
         first_step = start_or_go_on(this_run)
         say(banner(this_run, first_step))
         train(this_run, first_step, signals)
+        if config.zero or config.fsdp:  # a model of its own for the whole weights
+            weights = whole(model.state_dict())
+            model = build_model(
+                dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""), model_config
+            )
+            model.load_state_dict(weights)
         if is_main():
             folders = save_models(config.run_dir, model, tokenizer.path)
             say(f"final models: {', '.join(map(str, folders))}")
     else:
         load_trained(config, model)
     if config.do_eval:
-        results = evaluate_splits(model, evaluation, config, precision, device)
+        results = evaluate_splits(model, outputs_of(model), evaluation, config, precision, device)
         for split, metrics in results.items():
             say(f"{split}  {describe(metrics)}")
         if is_main():
@@ -273,17 +281,21 @@ def load_trained(config: TrainConfig, model: nn.Module) -> None:
     """For evaluation alone: the weights of the run's newest checkpoint, unless `--init_*` named others."""
     if config.init_model or config.init_generator:
         return
-    step, damages = newest_whole(config.run_dir)
-    for damage in damages:
-        print(f"warning: damaged checkpoint: {damage}", file=sys.stderr)
-    if step:
-        load_model(config.run_dir, step, model)
-        print(f"evaluating {checkpoint_path(config.run_dir, step)}", file=sys.stderr)
-    else:
+    weights = None
+    if is_main():  # nodes may have disks of their own
+        step, damages = newest_whole(config.run_dir)
+        for damage in damages:
+            say(f"warning: damaged checkpoint: {damage}")
+        if step:
+            weights = read_model(config.run_dir, step, model)
+            say(f"evaluating {checkpoint_path(config.run_dir, step)}")
+    weights = from_main(weights)
+    if weights is None:
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
         )
+    model.load_state_dict(weights)
 
 
 def describe_data(batches: TrainingBatches) -> dict:
@@ -305,7 +317,7 @@ def start_or_go_on(this_run: Run) -> int:
             check_room(config.run_dir, this_run.model)
         except ConfigError as error:
             problem = str(error)
-    step, problem = from_all((step, problem))[0]
+    step, problem = from_main((step, problem))
     if problem:
         raise ConfigError(problem)
     if step:

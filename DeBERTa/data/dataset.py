@@ -6,6 +6,7 @@ Shapes: B sequences of this rank, L tokens of the longest of them, M masked toke
 import ctypes
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
 
     def split(self, parts: int) -> list["Batch"]:
         """Consecutive parts for gradient accumulation, before they go to a device."""
-        return [Batch.of(*part) for part in zip(*(tensor.chunk(parts) for tensor in self[:4]), strict=True)]
+        return [Batch.of(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in self[:4]), strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
@@ -178,7 +179,7 @@ def make_batch(
     return Batch.of(*map(torch.from_numpy, arrays))
 
 
-def load_batches(dataset: Dataset, indices: range, workers: int) -> DataLoader:
+def load_batches(dataset: Dataset, indices: Sequence[int], workers: int) -> DataLoader:
     """Batches in order, prepared ahead by `workers` processes."""
     return DataLoader(
         dataset,

@@ -27,7 +27,7 @@ from torch import nn
 
 from DeBERTa.config import ConfigError
 from DeBERTa.data.files import file_sha256, sync, unused_name
-from DeBERTa.hub.published import load_strictly, read_weights
+from DeBERTa.hub.published import fitting, read_weights
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json")
 MANIFEST = "manifest.json"
@@ -222,10 +222,10 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def load_model(run_dir: Path, step: int, model: nn.Module) -> None:
-    """Restore the weights in place. Raises `ConfigError` for a torn file, or one of another model."""
+def read_model(run_dir: Path, step: int, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, by the model's names. Raises `ConfigError` for a torn file, or one of another model."""
     path = checkpoint_path(run_dir, step) / "model.safetensors"
-    load_strictly(model, read_weights(path), path)
+    return fitting(model, read_weights(path), path)
 
 
 def read_training(run_dir: Path, step: int) -> dict:

@@ -172,3 +172,12 @@ def from_all(value: object) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_main(value: object) -> object:
+    """The first process's `value`, in every process; any picklable object."""
+    if not is_distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]

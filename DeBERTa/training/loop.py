@@ -11,11 +11,12 @@ from torch import nn
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, load_batches, step_seed
-from DeBERTa.training.checkpoint import Snapshot, best_saved, copy_to_host, load_model, read_training, record_best
-from DeBERTa.training.distributed import any_process, is_main, world_size
+from DeBERTa.training.checkpoint import Snapshot, best_saved, copy_to_host, read_model, read_training, record_best
+from DeBERTa.training.distributed import any_process, from_main, is_main, world_size
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import MetricsLog, Progress, describe
+from DeBERTa.training.parallel import load_whole_weights, whole
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import Interrupted, Signals
 from DeBERTa.training.steps import TrainingStep
@@ -45,9 +46,13 @@ class Run:
 
 
 def resume(run: Run, step: int) -> None:
-    """Load the checkpoint of `step`: weights, optimisers, and what the next line of the log needs."""
-    load_model(run.run_dir, step, run.model)
-    state = read_training(run.run_dir, step)
+    """Load the checkpoint of `step`: weights, optimisers, and what the next line of the log needs.
+
+    The first process reads, for nodes may have disks of their own.
+    """
+    found = (read_model(run.run_dir, step, run.model), read_training(run.run_dir, step)) if is_main() else None
+    weights, state = from_main(found)
+    load_whole_weights(run.model, weights)
     run.training.load_state_dict(state["training"])
     run.interval.load_state_dict(state["interval"])
 
@@ -118,7 +123,7 @@ def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progres
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
     """The state after `step` updates, copied. Called in every process; the first one gets it."""
-    training, interval, weights = run.training.state_dict(), run.interval.state_dict(), run.model.state_dict()
+    training, interval, weights = run.training.state_dict(), run.interval.state_dict(), whole(run.model.state_dict())
     if not is_main():
         return None
     lines, batch_size = len(run.train_batches.store), run.config.train_batch_size
@@ -150,7 +155,7 @@ def validate(run: Run, step: int, log: MetricsLog, progress: Progress, signals: 
     splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
     training = run.training
     with signals.immediate():
-        results = evaluate_splits(run.model, splits, run.config, training.precision, training.device)
+        results = evaluate_splits(run.model, training.outputs, splits, run.config, training.precision, training.device)
     for split, metrics in results.items():
         log.write(step, split, metrics)
         progress.say(f"step {step}: {split}  {describe(metrics)}")
@@ -188,7 +193,7 @@ def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) ->
 
 def weight_norms(model: nn.Module) -> dict[str, float]:
     parameters = dict(model.named_parameters())
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters.values()])).tolist()
+    norms = torch.stack(whole(torch._foreach_norm([p.detach() for p in parameters.values()]))).tolist()
     return dict(zip(parameters, norms, strict=True))
 
 
