@@ -39,9 +39,9 @@ class TwoNodes:
         self.started.append(process)
         return process
 
-    def run(self, node: int, *command: str) -> None:
-        """A short command on a node, which must succeed."""
-        system("ip", "netns", "exec", self.names[node], *command)
+    def output(self, node: int, *command: str) -> str:
+        """What a short command on a node prints; it must succeed."""
+        return system("ip", "netns", "exec", self.names[node], *command)
 
     def processes(self, node: int) -> list[int]:
         """Ids of all processes on a node."""
@@ -51,23 +51,23 @@ class TwoNodes:
         """Pull the cable: packets are lost without an error."""
         for node in (0, 1):
             for chain in ("INPUT", "OUTPUT"):
-                self.run(node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP")
+                self.output(node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP")
 
     def mend(self) -> None:
         for node in (0, 1):
-            self.run(node, "iptables", "-F")
+            self.output(node, "iptables", "-F")
 
     def drop(self, share: float) -> None:
         """Lose that share of the packets that arrive, at random."""
         for node in (0, 1):
             rule = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
-            self.run(node, "iptables", "-A", "INPUT", "!", "-i", "lo", *rule)
+            self.output(node, "iptables", "-A", "INPUT", "!", "-i", "lo", *rule)
 
     def limit(self, rate: str) -> None:
         """Send no faster than `rate`, as tc writes it."""
         for node in (0, 1):
             shape = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
-            self.run(node, "tc", "qdisc", "add", "dev", "eth0", "root", *shape)
+            self.output(node, "tc", "qdisc", "add", "dev", "eth0", "root", *shape)
 
 
 @contextmanager

@@ -134,6 +134,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def nodes() -> int:
+    """Number of nodes of the run."""
+    return int(os.environ["GROUP_WORLD_SIZE"]) if is_worker() else 1
+
+
 def is_main() -> bool:
     """Whether this process writes the run's folder and talks."""
     return rank() == 0

@@ -8,18 +8,13 @@ The nodes talk through a key-value store that node 0 keeps: who is there, and wh
 more than one with `--max_restarts`; each begins with a roll call.
 """
 
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,33 +27,11 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 
 from DeBERTa.config import ConfigError, TrainConfig
 from DeBERTa.training.distributed import PeerLostError, is_worker, log_path
-from DeBERTa.training.network import check_host, interface_towards, wait_for_port
+from DeBERTa.training.network import interface_towards
+from DeBERTa.training.nodes import GRACE_SECONDS, POLL_SECONDS, Failure, Job, Nodes
 
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 5  # for processes to end after another one failed, and for nodes to hear of it
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # a process that was told to stop, and did
 MENDABLE = (PeerLostError.__name__, "")  # what another attempt may get past; "": the process was killed
-
-
-@dataclass(frozen=True)
-class Job:
-    """This node's part of a run: `processes` here, on node `node` of `nodes`, which meet at `address`:`port`."""
-
-    nodes: int
-    node: int
-    address: str
-    port: int
-    processes: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an attempt ended: one sentence, on which node, and whether it is worth another attempt."""
-
-    sentence: str
-    node: int
-    mendable: bool
-    is_cause: bool  # not merely the loss of a process that failed elsewhere
 
 
 def find_job(config: TrainConfig) -> Job | None:
@@ -179,148 +152,6 @@ def _set_environment(job: Job) -> str:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         return f" with OMP_NUM_THREADS={threads} each (none was set)"
     return ""
-
-
-class Nodes:
-    """What the nodes tell each other, in the store of node 0. One attempt at a time."""
-
-    def __init__(self, job: Job, timeout: int) -> None:
-        """Open or reach the store. Raises `ConfigError` when the port is taken, or unreachable for `timeout` s."""
-        self.job, self.timeout = job, timeout
-        self.failure: Failure | None = None  # set when another node has failed
-        self.store = self._open()
-        self.port = self.store.port
-        self.attempt = 0
-        if job.node == 0:
-            self.store.compare_set("attempt", "", "0")
-        else:
-            self.attempt = int(self._get("attempt"))
-
-    def _open(self) -> dist.TCPStore:
-        job, limit = self.job, timedelta(seconds=self.timeout)
-        check_host(job.address)
-        if job.node == 0:
-            try:
-                return dist.TCPStore(
-                    job.address, job.port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=limit
-                )
-            except dist.DistNetworkError as error:
-                if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-                    raise ConfigError(
-                        f"port {job.port} of this node is in use: end the process that has it, or export another "
-                        "MASTER_PORT on every node"
-                    ) from None
-                raise ConfigError(
-                    f"RANK is 0, but this node cannot be reached as MASTER_ADDR {job.address}: "
-                    "export the address of the node with RANK 0"
-                ) from None
-        wait_for_port(job.address, job.port, self.timeout)
-        return self._connect()
-
-    def _connect(self) -> dist.TCPStore:
-        limit = timedelta(seconds=self.timeout)
-        return dist.TCPStore(self.job.address, self.port if self.job.node == 0 else self.job.port, timeout=limit)
-
-    def roll_call(self) -> list[str]:
-        """Wait until every node is there; returns their host names. Raises `ConfigError` when one does not come."""
-        job, me = self.job, socket.gethostname()
-        self.failure = None
-        if self._add(f"rank-{job.node}") > 1:
-            sentence = f"two nodes have RANK {job.node}: {self._get(f'{self.attempt}/host-{job.node}')} and {me}"
-            if not self._there(range(job.nodes)):
-                self._publish(Failure(sentence, job.node, mendable=False, is_cause=True))
-                self.leave()
-            raise ConfigError(f"{sentence}; export another RANK on one of them")
-        self.store.set(f"{self.attempt}/host-{job.node}", me)
-        self.store.set(f"{self.attempt}/nodes-{job.node}", str(job.nodes))
-        deadline = time.monotonic() + self.timeout
-        while not self._there(range(job.nodes)):
-            self._refuse_failed()
-            if time.monotonic() > deadline:
-                missing = [str(node) for node in range(job.nodes) if not self._there([node])]
-                raise ConfigError(
-                    f"no node with RANK {', '.join(missing)} came within --dist_timeout {self.timeout} s: start the "
-                    f"same command there with WORLD_SIZE={job.nodes}"
-                )
-            time.sleep(POLL_SECONDS)
-        self._refuse_failed()
-        sizes = [int(self._get(f"{self.attempt}/nodes-{node}")) for node in range(job.nodes)]
-        if sizes.count(job.nodes) != job.nodes:
-            raise ConfigError(f"WORLD_SIZE differs between the nodes: {', '.join(map(str, sizes))} on node 0, 1, ...")
-        threading.Thread(target=self._watch, args=(self.attempt,), daemon=True).start()
-        return [self._get(f"{self.attempt}/host-{node}") for node in range(job.nodes)]
-
-    def _watch(self, attempt: int) -> None:
-        """In a thread, over a connection of its own: set `failure` once another node has failed or node 0 is gone."""
-        try:
-            store = self._connect()
-            while self.attempt == attempt and not store.check([f"{attempt}/failure"]):
-                time.sleep(POLL_SECONDS)
-            if self.attempt == attempt:
-                self.failure = Failure(**json.loads(store.get(f"{attempt}/failure")))
-        except dist.DistError:
-            time.sleep(GRACE_SECONDS)  # node 0 leaves first when the run was stopped or has failed here, too
-            sentence = f"node 0 ({self.job.address}) is gone; its own messages say why"
-            self.failure = Failure(sentence, 0, mendable=False, is_cause=False)
-
-    def agree(self, mine: Failure | None) -> Failure:
-        """Tell the others of this node's failure, unless another node's explains it; returns the one that counts.
-
-        `mine` is None when nothing failed here before another node did.
-        """
-        deadline = time.monotonic() + GRACE_SECONDS
-        patient = mine is not None and not mine.is_cause and self.job.nodes > 1
-        while self.failure is None and patient and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        if mine is not None and (mine.is_cause or self.failure is None):
-            self._publish(mine)
-            return mine
-        return self.failure
-
-    def _publish(self, failure: Failure) -> None:
-        """In a thread, with a limit: the store may be unreachable."""
-        key, value = f"{self.attempt}/failure", json.dumps(vars(failure))
-        self._bounded(lambda: self.store.compare_set(key, "", value))
-
-    def next_attempt(self) -> None:
-        """Move on to the attempt after this one, or to where the other nodes are already."""
-        before = self.attempt
-        self.store.compare_set("attempt", str(before), str(before + 1))
-        self.attempt = int(self._get("attempt"))
-
-    def leave(self) -> None:
-        """Node 0 stays a little, so that the others can read what happened."""
-        self._bounded(lambda: self._add("left"))
-        deadline = time.monotonic() + GRACE_SECONDS
-        while self.job.node == 0 and self.job.nodes > 1 and time.monotonic() < deadline:
-            if self.store.add(f"{self.attempt}/left", 0) >= self.job.nodes:
-                return
-            time.sleep(POLL_SECONDS)
-
-    def _bounded(self, call: Callable[[], object]) -> None:
-        def quietly() -> None:
-            try:
-                call()
-            except dist.DistError:  # node 0 has left: there is nobody to tell
-                return
-
-        thread = threading.Thread(target=quietly, daemon=True)
-        thread.start()
-        thread.join(GRACE_SECONDS)
-
-    def _refuse_failed(self) -> None:
-        if self.store.check([f"{self.attempt}/failure"]):
-            self.leave()
-            raise ConfigError(json.loads(self._get(f"{self.attempt}/failure"))["sentence"])
-
-    def _there(self, nodes: Sequence[int]) -> bool:
-        return self.store.check([f"{self.attempt}/nodes-{node}" for node in nodes])
-
-    def _add(self, name: str) -> int:
-        return self.store.add(f"{self.attempt}/{name}", 1)
-
-    def _get(self, key: str) -> str:
-        return self.store.get(key).decode()
 
 
 def run_attempt(
