@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -30,7 +30,7 @@ from DeBERTa.training.distributed import PeerLostError, is_worker, log_path
 from DeBERTa.training.network import interface_towards
 from DeBERTa.training.nodes import GRACE_SECONDS, POLL_SECONDS, Failure, Job, Nodes
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # a process that was told to stop, and did
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit status of a process that was told to stop, and did
 MENDABLE = (PeerLostError.__name__, "")  # what another attempt may get past; "": the process was killed
 
 
@@ -97,19 +97,23 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
             number = f"{job.processes} process{'es' if job.processes > 1 else ''}"
             console.say(f"{where}: starting {number}{said}; logs in {folder}")
             failures = run_attempt(nodes, config, arguments, console)
-            codes = [failure.exitcode for failure in failures.values()]
-            if nodes.failure is None and not codes:
+            if not failures and nodes.failure is None:
                 return 0
-            if codes and all(code in STOPPED for code in codes):
-                return max(codes)
             failure = nodes.agree(explain(failures, job, config))
-            if not failure.mendable or nodes.attempt >= config.max_restarts:
-                nodes.leave()
+            if failure.mendable and nodes.attempt < config.max_restarts:
+                nodes.next_attempt()
+                console.say(f"{failure.sentence}; restart {nodes.attempt} of {config.max_restarts}")
+                continue
+            nodes.leave()
+            if failure.status == 1:
                 raise ConfigError(failure.sentence)
-            nodes.next_attempt()
-            console.say(f"{failure.sentence}; restart {nodes.attempt} of {config.max_restarts}")
+            if failure.node != job.node:
+                console.say(failure.sentence)
+            return failure.status
     except SignalException as stop:
-        return 128 + stop.sigval
+        status = 128 + stop.sigval
+        nodes.agree(stopped(status, job))
+        return status
     except dist.DistError:
         raise ConfigError(f"node 0 ({job.address}) is gone; its own messages say why") from None
     finally:
@@ -197,6 +201,10 @@ class NodeAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
         self.failed = [process.pid for process in processes if process.poll()]
+        stopping = any(process.returncode in STOPPED for process in processes)
+        running = any(process.returncode is None for process in processes)
+        if stopping and running and all(process.returncode in (None, 0, *STOPPED) for process in processes):
+            return RunResult(state=WorkerState.HEALTHY)  # the others are about to stop too, perhaps after a save
         if self.failed or self.nodes.failure is not None:
             self._pcontext.close(timeout=GRACE_SECONDS)
         return super()._monitor_workers(worker_group)
@@ -227,6 +235,10 @@ def explain(failures: dict[int, ProcessFailure], job: Job, config: TrainConfig) 
     """What happened to this node's processes, in one sentence: to the one that failed, not to those that lost it."""
     if not failures:
         return None
+    codes = [failure.exitcode for failure in failures.values() if failure.exitcode in STOPPED]
+    failures = {rank: failure for rank, failure in failures.items() if failure.exitcode not in STOPPED}
+    if codes and all(map(_is_loss, failures.values())):
+        return stopped(max(codes), job)
     rank, failure = min(failures.items(), key=lambda item: (_is_loss(item[1]), item[1].timestamp))
     kind, sentence = _recorded(failure)
     where = f"node {job.node} ({socket.gethostname()}), rank {rank}" if job.nodes > 1 else f"rank {rank}"
@@ -249,6 +261,13 @@ TOLD = (
     "NotFiniteError",
     "SaveError",
 )  # sentences for people as they are
+
+
+def stopped(status: int, job: Job) -> Failure:
+    """The end of a run that was told to stop: not a failure, but the other nodes may take it for one."""
+    sentence = f"stopped by {signal.Signals(status - 128).name} on node {job.node} ({socket.gethostname()})"
+    sentence += "; the same command goes on from the last checkpoint"
+    return Failure(sentence, job.node, mendable=False, is_cause=True, status=status)
 
 
 def _recorded(failure: ProcessFailure) -> tuple[str, str]:

@@ -34,12 +34,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended: one sentence, on which node, and whether it is worth another attempt."""
+    """Why an attempt ended: one sentence, on which node, whether another attempt may help, the exit status."""
 
     sentence: str
     node: int
     mendable: bool
     is_cause: bool  # not merely the loss of a process that failed elsewhere
+    status: int = 1
 
 
 class Nodes:

@@ -47,7 +47,7 @@ def _enter(number: int, size: int, store: str, function: Callable, arguments: tu
 
 def make_step(case: str, **values: object) -> tuple[torch.nn.Module, TrainingStep]:
     """A tiny model without dropout, with tables large enough to tell their gradients apart, and its step."""
-    settings = {"task_name": "RTD", "learning_rate": 1e-2, "epsilon": 1e-3} | CASES[case] | values
+    settings = {"task_name": "RTD", "workers": 0, "learning_rate": 1e-2, "epsilon": 1e-3} | CASES[case] | values
     sharing = settings.pop("sharing", None)
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
     torch.manual_seed(7)
