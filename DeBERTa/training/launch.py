@@ -89,6 +89,7 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
     said = _set_environment(job)
+    nodes = None
     try:
         nodes = Nodes(job, config.dist_timeout)
         while True:
@@ -117,6 +118,8 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     except dist.DistError:
         raise ConfigError(f"node 0 ({job.address}) is gone; its own messages say why") from None
     finally:
+        if nodes is not None:
+            nodes.close()
         console.close()
 
 

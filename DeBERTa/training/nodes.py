@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -53,6 +54,7 @@ class Nodes:
         self.store = self._open()
         self.port = self.store.port
         self.attempt = 0
+        self._watching: threading.Thread | None = None
         if job.node == 0:
             self.store.compare_set("attempt", "", "0")
         else:
@@ -89,27 +91,31 @@ class Nodes:
         self.failure = None
         if self._add(f"rank-{job.node}") > 1:
             sentence = f"two nodes have RANK {job.node}: {self._get(f'{self.attempt}/host-{job.node}')} and {me}"
-            if not self._there(range(job.nodes)):
-                self._publish(Failure(sentence, job.node, mendable=False, is_cause=True))
-                self.leave()
-            raise ConfigError(f"{sentence}; export another RANK on one of them")
+            if self._there(range(job.nodes)):  # the others are complete without this one
+                raise ConfigError(sentence)
+            self._refuse(sentence)
         self.store.set(f"{self.attempt}/host-{job.node}", me)
         self.store.set(f"{self.attempt}/nodes-{job.node}", str(job.nodes))
         deadline = time.monotonic() + self.timeout
-        while not self._there(range(job.nodes)):
-            self._refuse_failed()
-            if time.monotonic() > deadline:
+        complete = False
+        while not complete:
+            complete = self._there(range(job.nodes))
+            if self.store.check([f"{self.attempt}/failure"]):
+                self.leave()
+                raise ConfigError(json.loads(self._get(f"{self.attempt}/failure"))["sentence"])
+            for node in filter(lambda node: self._there([node]), range(job.nodes)):
+                size = int(self._get(f"{self.attempt}/nodes-{node}"))
+                if size != job.nodes:
+                    self._refuse(f"WORLD_SIZE is {size} on node {node} and {job.nodes} on node {job.node}")
+            if not complete and time.monotonic() > deadline:
                 missing = [str(node) for node in range(job.nodes) if not self._there([node])]
                 raise ConfigError(
                     f"no node with RANK {', '.join(missing)} came within --dist_timeout {self.timeout} s: start the "
                     f"same command there with WORLD_SIZE={job.nodes}"
                 )
             time.sleep(POLL_SECONDS)
-        self._refuse_failed()
-        sizes = [int(self._get(f"{self.attempt}/nodes-{node}")) for node in range(job.nodes)]
-        if sizes.count(job.nodes) != job.nodes:
-            raise ConfigError(f"WORLD_SIZE differs between the nodes: {', '.join(map(str, sizes))} on node 0, 1, ...")
-        threading.Thread(target=self._watch, args=(self.attempt,), daemon=True).start()
+        self._watching = threading.Thread(target=self._watch, args=(self.attempt,), daemon=True)
+        self._watching.start()
         return [self._get(f"{self.attempt}/host-{node}") for node in range(job.nodes)]
 
     def _watch(self, attempt: int) -> None:
@@ -159,6 +165,12 @@ class Nodes:
                 return
             time.sleep(POLL_SECONDS)
 
+    def close(self) -> None:
+        """End the watching. A thread inside the store when Python ends would abort the process."""
+        self.attempt = -1
+        if self._watching is not None:
+            self._watching.join(2 * GRACE_SECONDS)
+
     def _bounded(self, call: Callable[[], object]) -> None:
         def quietly() -> None:
             try:
@@ -170,10 +182,11 @@ class Nodes:
         thread.start()
         thread.join(GRACE_SECONDS)
 
-    def _refuse_failed(self) -> None:
-        if self.store.check([f"{self.attempt}/failure"]):
-            self.leave()
-            raise ConfigError(json.loads(self._get(f"{self.attempt}/failure"))["sentence"])
+    def _refuse(self, sentence: str) -> NoReturn:
+        """End the roll call for all nodes."""
+        self._publish(Failure(sentence, self.job.node, mendable=False, is_cause=True))
+        self.leave()
+        raise ConfigError(sentence)
 
     def _there(self, nodes: Sequence[int]) -> bool:
         return self.store.check([f"{self.attempt}/nodes-{node}" for node in nodes])
