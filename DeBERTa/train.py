@@ -23,6 +23,8 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
 from DeBERTa.training.checkpoint import SaveError, checkpoint_path, newest_whole, read_model, write_json
 from DeBERTa.training.distributed import (
+    ToldError,
+    end_process,
     from_all,
     from_main,
     is_main,
@@ -87,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "DataLoader worker (pid" not in str(error):  # what DataLoader says when one is no longer there
             raise
         print(f"error: {WORKER_DIED}", file=sys.stderr)
+        return 1
+    except ToldError:
         return 1
     except Interrupted as error:
         print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -326,4 +330,4 @@ def start_or_go_on(this_run: Run) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -271,7 +271,3 @@ def test_published_spellings_still_work(flags):
     result = train(*command(flags), "--do_train", "--max_seq_len", 64, "--dump", 3, "--fp16", "False")
     assert result.returncode == 0, result.stderr
     assert "precision fp32" in result.stderr
-
-
-def test_several_processes_are_refused_for_now(flags):
-    assert_refused(train(*command(flags), WORLD_SIZE="2"), "WORLD_SIZE")

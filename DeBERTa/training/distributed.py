@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 class PeerLostError(RuntimeError):
     """Another process of the run died, was stopped, or cannot be reached; the message is one sentence."""
+
+
+class ToldError(Exception):
+    """An error that is in the log, and with the agent that started this process."""
 
 
 def is_worker() -> bool:
@@ -55,7 +59,10 @@ def process_group(timeout: int) -> Iterator[None]:
         yield
         return
     limit = timedelta(seconds=timeout)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        backend = "cpu:gloo,cuda:nccl"
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         # One store serves every attempt at the run: each needs keys of its own.
@@ -98,7 +105,20 @@ def rank_log(run_dir: Path) -> Iterator[None]:
     except Exception as error:
         traceback.print_exc(file=log)
         get_error_handler().record_exception(error)
-        raise SystemExit(1) from None
+        raise ToldError from error
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave with that exit status.
+
+    A process of many does so without Python's shutting down, during which threads of the communication libraries may
+    abort the process although all its work is done.
+    """
+    if is_worker():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class _Both:
