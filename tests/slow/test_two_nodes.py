@@ -19,7 +19,7 @@ from tests.nodes import TwoNodes, two_nodes
 
 STEPS = 20
 EXAMPLE = ["./rtd.sh", "deberta-v3-tiny"]
-FLAGS = ["--num_training_steps", STEPS, "--warmup", 5, "--log_interval", 1, "--precision", "fp32", "--workers", 0]
+FLAGS = ["--num_training_steps", STEPS, "--log_interval", 1, "--precision", "fp32", "--workers", 0]
 PATIENCE = 900  # seconds
 
 
