@@ -115,6 +115,8 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
         status = 128 + stop.sigval
         nodes.agree(stopped(status, job))
         return status
+    except KeyboardInterrupt:  # before there are processes
+        return 128 + signal.SIGINT
     except dist.DistError:
         raise ConfigError(f"node 0 ({job.address}) is gone; its own messages say why") from None
     finally:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from DeBERTa.config import ConfigError
 from DeBERTa.training.launch import find_job
@@ -239,9 +241,31 @@ def test_a_run_of_two_processes(flags):
     logs = {path.name: path.read_text() for path in (run.run_dir / "logs").glob("*.log")}
     assert logs.keys() == {"rank-0000.log", "rank-0001.log", "node-0000.log"}
     assert "step 6/6" in logs["rank-0000.log"]
-    kinds = [json.loads(line)["kind"] for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    kinds = [line["kind"] for line in metrics(run.run_dir)]
     assert (kinds.count("train"), kinds.count("valid")) == (5, 3)
     assert (run.run_dir / "generator" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", ["zero", "fsdp"])
+def test_a_model_cut_up_leaves_whole_checkpoints_and_models(flags, mode):
+    whole = Command(flags)
+    assert whole.finish() == 0, whole.printed.read_text()
+    cut = Command(flags | {mode: 1, "output_dir": f"{flags['output_dir']}-{mode}"})
+    assert cut.finish() == 0, cut.printed.read_text()
+    for name in ("checkpoints/step-00000006", "generator", "discriminator"):
+        ours, theirs = (load_file(run.run_dir / name / "model.safetensors") for run in (cut, whole))
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    for ours, theirs in zip(metrics(cut.run_dir), metrics(whole.run_dir), strict=True):
+        assert ours["generator_loss"] == pytest.approx(theirs["generator_loss"], rel=1e-4)
+        assert ours["discriminator_loss"] == pytest.approx(theirs["discriminator_loss"], rel=1e-4)
+    shutil.rmtree(cut.run_dir / "checkpoints" / "step-00000006")
+    alone = Command(flags | {"nproc_per_node": 1, "output_dir": cut.run_dir})
+    assert alone.finish() == 0, alone.printed.read_text()
+    assert "going on from step 4" in alone.printed.read_text()
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
