@@ -157,7 +157,7 @@ def _set_environment(job: Job) -> str:
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if job.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(len(os.sched_getaffinity(0)) // job.processes, 1)
+        threads = max(torch.get_num_threads() // job.processes, 1)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         return f" with OMP_NUM_THREADS={threads} each (none was set)"
     return ""

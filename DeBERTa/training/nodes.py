@@ -55,6 +55,7 @@ class Nodes:
         self.port = self.store.port
         self.attempt = 0
         self._watching: threading.Thread | None = None
+        self._unreachable = False  # the store did not answer
         if job.node == 0:
             self.store.compare_set("attempt", "", "0")
         else:
@@ -160,7 +161,7 @@ class Nodes:
         """Node 0 stays a little, so that the others can read what happened."""
         self._bounded(lambda: self._add("left"))
         deadline = time.monotonic() + GRACE_SECONDS
-        while self.job.node == 0 and self.job.nodes > 1 and time.monotonic() < deadline:
+        while self.job.node == 0 and self.job.nodes > 1 and not self._unreachable and time.monotonic() < deadline:
             if self.store.add(f"{self.attempt}/left", 0) >= self.job.nodes:
                 return
             time.sleep(POLL_SECONDS)
@@ -168,7 +169,7 @@ class Nodes:
     def close(self) -> None:
         """End the watching. A thread inside the store when Python ends would abort the process."""
         self.attempt = -1
-        if self._watching is not None:
+        if self._watching is not None and not self._unreachable:
             self._watching.join(2 * GRACE_SECONDS)
 
     def _bounded(self, call: Callable[[], object]) -> None:
@@ -180,7 +181,8 @@ class Nodes:
 
         thread = threading.Thread(target=quietly, daemon=True)
         thread.start()
-        thread.join(GRACE_SECONDS)
+        thread.join(0 if self._unreachable else GRACE_SECONDS)
+        self._unreachable = thread.is_alive()
 
     def _refuse(self, sentence: str) -> NoReturn:
         """End the roll call for all nodes."""

@@ -19,7 +19,10 @@ from tests.nodes import TwoNodes, two_nodes
 
 STEPS = 20
 EXAMPLE = ["./rtd.sh", "deberta-v3-tiny"]
-FLAGS = ["--num_training_steps", STEPS, "--log_interval", 1, "--precision", "fp32", "--workers", 0]
+# At the preset's rate, 2e-3, rounding errors grow until around step 17 a sample falls on another token, which changes
+# the discriminator's loss by a token's worth: no two orders of summation agree for long.
+FLAGS = ["--num_training_steps", STEPS, "--learning_rate", 2e-4, "--log_interval", 1]
+FLAGS += ["--precision", "fp32", "--workers", 0]
 PATIENCE = 900  # seconds
 
 
