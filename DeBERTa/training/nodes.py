@@ -128,7 +128,10 @@ class Nodes:
             if self.attempt == attempt:
                 self.failure = Failure(**json.loads(store.get(f"{attempt}/failure")))
         except dist.DistError:
-            time.sleep(GRACE_SECONDS)  # node 0 leaves first when the run was stopped or has failed here, too
+            # Node 0 leaves first when the run has ended, too: this node's own end is what counts then.
+            deadline = time.monotonic() + GRACE_SECONDS
+            while self.attempt == attempt and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
             sentence = f"node 0 ({self.job.address}) is gone; its own messages say why"
             self.failure = Failure(sentence, 0, mendable=False, is_cause=False)
 
