@@ -132,6 +132,8 @@ class Nodes:
             deadline = time.monotonic() + GRACE_SECONDS
             while self.attempt == attempt and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
+            if self.attempt != attempt:
+                return
             sentence = f"node 0 ({self.job.address}) is gone; its own messages say why"
             self.failure = Failure(sentence, 0, mendable=False, is_cause=False)
 
