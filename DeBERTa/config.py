@@ -269,8 +269,21 @@ class TrainConfig:
     )
     fp16: bool | None = _flag(None, "published name: True means --precision auto, False means --precision fp32")
 
+    nproc_per_node: int = _flag(0, "processes on this node; 0: one a GPU, or one on a machine without GPUs")
+    zero: int = _flag(0, "1: gradients and optimiser state are cut up between the processes (ZeRO)")
+    fsdp: bool = _flag(False, "weights are cut up too, and gathered layer by layer, for models that do not fit")
+    max_restarts: int = _flag(0, "times all processes start again from the last checkpoint after one was lost")
+    dist_timeout: int = _flag(600, "seconds to wait for other nodes and processes before giving up")
+
     dump_interval: int = _flag(10000, "steps between checkpoints; each is followed by an evaluation")
-    keep_last: int = _flag(3, "checkpoints to keep")
+    keep_last: int = _flag(
+        3, "newest checkpoints to keep, besides the best by validation loss (MLM: loss, RTD: discriminator_loss)"
+    )
+    fresh: bool = _flag(False, "start over; what an earlier run left is moved aside to OUTPUT_DIR.old-1, .old-2, ...")
+    max_skipped_steps: int = _flag(20, "stop after that many steps in a row whose update was left out")
+    skip_spikes: bool = _flag(
+        False, "leave out updates whose loss is above 6 standard deviations of the last 128 steps' losses"
+    )
     log_interval: int = _flag(100, "steps between lines of metrics.jsonl")
 
     def validate(self) -> None:
@@ -283,7 +296,7 @@ class TrainConfig:
         for name in ("train_batch_size", "eval_batch_size", "accumulative_update", "max_ngram"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("dump_interval", "keep_last", "log_interval"):
+        for name in ("dump_interval", "keep_last", "log_interval", "max_skipped_steps", "dist_timeout"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name, value in self.to_dict().items():
@@ -291,6 +304,8 @@ class TrainConfig:
                 raise ConfigError(f"--{name} must be a finite number, not {value}")
         not_negative = (
             "workers",
+            "nproc_per_node",
+            "max_restarts",
             "seed",
             "vocab_size",
             "num_training_steps",
@@ -304,6 +319,10 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.zero not in (0, 1) or (self.zero and self.fsdp):
+            raise ConfigError("--zero is 0 or 1, and --fsdp contains it: give one of --zero 1 and --fsdp")
+        if self.fresh and not self.do_train:
+            raise ConfigError("--fresh starts training over: give --do_train too")
         if self.seed >= 2**63:
             raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
         if self.max_seq_length < 3:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import types
 import typing
@@ -22,40 +21,80 @@ from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
-from DeBERTa.training.checkpoint import (
-    check_same_run,
-    checkpoint_path,
-    load_model,
-    save_models,
-    saved_steps,
-    write_json,
+from DeBERTa.training.checkpoint import SaveError, checkpoint_path, newest_whole, read_model, write_json
+from DeBERTa.training.distributed import (
+    ToldError,
+    end_process,
+    from_all,
+    from_main,
+    is_main,
+    is_worker,
+    local_rank,
+    process_group,
+    rank,
+    rank_log,
+    world_size,
 )
-from DeBERTa.training.evaluation import evaluate_splits
+from DeBERTa.training.evaluation import evaluate_splits, outputs_of
+from DeBERTa.training.interval import Interval
+from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.loop import NotFiniteError, Run, resume, train
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import warmup_steps
+from DeBERTa.training.parallel import whole
 from DeBERTa.training.precision import resolve_precision
+from DeBERTa.training.run_folder import check_room, flat, open_run_folder, save_models
+from DeBERTa.training.signals import Interrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "experiments" / "language_model"
+# Nodes may have their own disks; model config, data and vocabulary are compared by content.
+FREE_PER_NODE = (
+    "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator", "init_discriminator",
+    "workers", "nproc_per_node",
+)  # fmt: skip
 SPARE_ROWS = 127  # a word table may have that many rows more than the vocabulary has pieces (128100 for 128001)
+WORKER_DIED = (
+    "a process that prepares batches died or was killed, perhaps because memory ran out (fewer --workers need less); "
+    "the same command goes on from the last checkpoint"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, 1 after an error told in one sentence, 2 for wrong usage."""
+    """Command line; returns the exit status: 0, 1 after an error told in one sentence, 2 for wrong usage.
+
+    After SIGINT 130 and after SIGTERM 143, as shells expect.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     config = parse_flags(argv)
     try:
-        run(config)
-    except (ConfigError, DataError, VocabularyError, NotFiniteError) as error:
+        config.validate()
+        job = find_job(config)
+        if job is not None:
+            return launch(job, config, argv)
+        with Signals() as signals:
+            if is_worker():
+                with rank_log(config.run_dir), process_group(config.dist_timeout):
+                    run(config, signals)
+            else:
+                run(config, signals)
+    except (ConfigError, DataError, VocabularyError, NotFiniteError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # what DataLoader says when one is no longer there
+            raise
+        print(f"error: {WORKER_DIED}", file=sys.stderr)
+        return 1
+    except ToldError:
+        return 1
+    except Interrupted as error:
+        print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return error.status
     return 0
 
 
@@ -83,11 +122,9 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig, signals: Signals) -> None:
     """One run, from flags to final models or figures."""
-    config.validate()
-    refuse_many_processes()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config, device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -100,38 +137,75 @@ def run(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
     if train_store is not None:
-        plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length)
+        check_batch_size(config)
+        plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length, rank(), world_size())
         batches = TrainingBatches(train_store, tokenizer, masker, plan)
         total_steps = number_of_steps(config, batches)
         step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
-        this_run = Run(config, model, step_class(model, config, precision, device, total_steps), batches, evaluation)
+        training = step_class(model, config, precision, device, total_steps)
         data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
         resolved = {
             "num_training_steps": total_steps,
             "warmup": warmup_steps(config, total_steps),
             "precision": precision,
         }
-        first_step = open_run_folder(
-            this_run, {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
-        )
-        print(banner(this_run, first_step), file=sys.stderr)
-        train(this_run, first_step)
-        folders = save_models(config.run_dir, model, tokenizer.path)
-        print(f"final models: {', '.join(map(str, folders))}", file=sys.stderr)
+        settings = {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
+        check_same_everywhere(settings)
+        this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
+        first_step = start_or_go_on(this_run)
+        say(banner(this_run, first_step))
+        train(this_run, first_step, signals)
+        if config.zero or config.fsdp:  # a model of its own for the whole weights
+            weights = whole(model.state_dict())
+            model = build_model(
+                dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""), model_config
+            )
+            model.load_state_dict(weights)
+        if is_main():
+            folders = save_models(config.run_dir, model, tokenizer.path)
+            say(f"final models: {', '.join(map(str, folders))}")
     else:
         load_trained(config, model)
     if config.do_eval:
-        results = evaluate_splits(model, evaluation, config, precision, device)
+        results = evaluate_splits(model, outputs_of(model), evaluation, config, precision, device)
         for split, metrics in results.items():
-            print(f"{split}  {describe(metrics)}", file=sys.stderr)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.run_dir / "evaluation.json", results)
+            say(f"{split}  {describe(metrics)}")
+        if is_main():
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(config.run_dir / "evaluation.json", results)
 
 
-def refuse_many_processes() -> None:
-    """One process trains alone; several set-ups of one job must not train several models in silence."""
-    if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
-        raise ConfigError("WORLD_SIZE is not 1, but this version trains in one process: unset WORLD_SIZE and RANK")
+def say(text: str) -> None:
+    """To the console, once for all processes."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_batch_size(config: TrainConfig) -> None:
+    """Raise `ConfigError` when a process would have no sequence in some part of a step."""
+    needed = world_size() * config.accumulative_update
+    if config.train_batch_size < needed:
+        raise ConfigError(
+            f"--train_batch_size {config.train_batch_size} is too small for {world_size()} processes with "
+            f"--accumulative_update {config.accumulative_update}: give at least {needed}"
+        )
+
+
+def check_same_everywhere(settings: dict) -> None:
+    """Raise `ConfigError` naming what differs, in all processes alike, unless they agree on all but paths."""
+    everywhere = from_all({name: value for section in settings.values() for name, value in flat(section).items()})
+    for number, values in enumerate(everywhere):
+        names = sorted((values.keys() | everywhere[0].keys()) - set(FREE_PER_NODE))
+        differing = [
+            f"{name} ({everywhere[0].get(name)} and {values.get(name)})"
+            for name in names
+            if values.get(name) != everywhere[0].get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"processes 0 and {number} differ in {', '.join(differing)}: start the same command with the same "
+                "model config, data and vocabulary on every node"
+            )
 
 
 def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig | RTDConfig:
@@ -171,7 +245,8 @@ def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenSt
     """The tokens of one split. Raises when it is missing, empty, or has lines longer than `--max_seq_length` allows."""
     if not Path(config.data_dir).is_dir():
         raise DataError(f"--data_dir {config.data_dir}: no such folder; prepare_data.py makes one")
-    return open_store(Path(config.data_dir) / f"{split}.txt", tokenizer, config.max_seq_length - 2)
+    text = Path(config.data_dir) / f"{split}.txt"
+    return open_store(text, tokenizer, config.max_seq_length - 2, progress=local_rank() == 0)
 
 
 def open_evaluation(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> dict[str, EvaluationBatches]:
@@ -208,15 +283,23 @@ def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> n
 
 def load_trained(config: TrainConfig, model: nn.Module) -> None:
     """For evaluation alone: the weights of the run's newest checkpoint, unless `--init_*` named others."""
-    steps = saved_steps(config.run_dir)
-    if steps and not (config.init_model or config.init_generator):
-        load_model(config.run_dir, steps[-1], model)
-        print(f"evaluating {checkpoint_path(config.run_dir, steps[-1])}", file=sys.stderr)
-    elif not (config.init_model or config.init_generator):
+    if config.init_model or config.init_generator:
+        return
+    weights = None
+    if is_main():  # nodes may have disks of their own
+        step, damages = newest_whole(config.run_dir)
+        for damage in damages:
+            say(f"warning: damaged checkpoint: {damage}")
+        if step:
+            weights = read_model(config.run_dir, step, model)
+            say(f"evaluating {checkpoint_path(config.run_dir, step)}")
+    weights = from_main(weights)
+    if weights is None:
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
         )
+    model.load_state_dict(weights)
 
 
 def describe_data(batches: TrainingBatches) -> dict:
@@ -225,20 +308,26 @@ def describe_data(batches: TrainingBatches) -> dict:
     return {"train_sha256": store.text_sha256, "train_lines": len(store), "train_tokens": store.num_tokens}
 
 
-def open_run_folder(this_run: Run, settings: dict) -> int:
-    """Make the run's folder, or go on with the run in it: returns the updates done. Keeps settings and environment."""
-    run_dir = this_run.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if saved_steps(run_dir):
-            check_same_run(read_json(run_dir / "config.json"), settings, run_dir)
-        write_json(run_dir / "config.json", settings)
-        write_json(run_dir / "environment.json", environment(this_run.training.device))
-    except OSError as error:
-        reason = error.strerror
-        raise ConfigError(f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir") from None
-    return resume(this_run)
+def start_or_go_on(this_run: Run) -> int:
+    """Open the run's folder and load its newest whole checkpoint, if any; returns the updates done.
+
+    The first process looks and tells the others, which then fail with it.
+    """
+    config, device = this_run.config, this_run.training.device
+    step, problem = 0, None
+    if is_main():
+        try:
+            step = open_run_folder(config.run_dir, this_run.settings, environment(device), config.fresh)
+            check_room(config.run_dir, this_run.model)
+        except ConfigError as error:
+            problem = str(error)
+    step, problem = from_main((step, problem))
+    if problem:
+        raise ConfigError(problem)
+    if step:
+        resume(this_run, step)
+    return step
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -3,6 +3,10 @@
 Shapes: B sequences of this rank, L tokens of the longest of them, M masked tokens, P of them in the fullest sequence.
 """
 
+import ctypes
+import signal
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +19,7 @@ from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: matrix kernels like it
+PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h: a signal to get when the parent ends
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
 
 
@@ -62,7 +67,7 @@ class Batch(NamedTuple):
 
     def split(self, parts: int) -> list["Batch"]:
         """Consecutive parts for gradient accumulation, before they go to a device."""
-        return [Batch.of(*part) for part in zip(*(tensor.chunk(parts) for tensor in self[:4]), strict=True)]
+        return [Batch.of(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in self[:4]), strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
@@ -174,7 +179,7 @@ def make_batch(
     return Batch.of(*map(torch.from_numpy, arrays))
 
 
-def load_batches(dataset: Dataset, indices: range, workers: int) -> DataLoader:
+def load_batches(dataset: Dataset, indices: Sequence[int], workers: int) -> DataLoader:
     """Batches in order, prepared ahead by `workers` processes."""
     return DataLoader(
         dataset,
@@ -183,4 +188,13 @@ def load_batches(dataset: Dataset, indices: range, workers: int) -> DataLoader:
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=serve_parent,
     )
+
+
+def serve_parent(_worker: int) -> None:
+    """In a process that prepares batches: end with the one that trains, and leave signals to it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -66,10 +66,27 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def file_sha256(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
+    """SHA-256 of a file, in hexadecimal. Large chunks disturb other threads less."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unused_name(path: Path) -> Path:
+    """`path` with the first of -1, -2, ... behind it that nothing has yet."""
+    number = 1
+    while (numbered := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return numbered

@@ -93,6 +93,11 @@ def load_rtd(model: RTDModel, generator_path: str, discriminator_path: str) -> N
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Strict loading, apart from heads the model does not have and buffers older code saved."""
+    model.load_state_dict(fitting(model, state, path), strict=True)
+
+
+def fitting(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+    """What of `state` belongs to the model. Raises `ConfigError` for what is missing, foreign or of another shape."""
     expected = model.state_dict()
     foreign = tuple(head for head in HEADS if not any(name.startswith(head) for name in expected))
     state = {k: v for k, v in state.items() if not k.startswith(foreign) and not k.endswith("position_ids")}
@@ -106,4 +111,4 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str | 
     if problems:
         more = f" and {len(problems) - 1} more such" if len(problems) > 1 else ""
         raise ConfigError(f"{path} does not fit --model_config: {problems[0]}{more}")
-    model.load_state_dict(state, strict=True)
+    return state

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from DeBERTa import __version__
+from DeBERTa.config import TrainConfig
 from DeBERTa.model.pretraining import RTDModel, backbone_parameters, embedding_parameters
+from DeBERTa.training.distributed import nodes, world_size
 from DeBERTa.training.loop import Run
 from DeBERTa.training.optimizer import warmup_steps
 
@@ -19,11 +21,14 @@ def banner(run: Run, first_step: int) -> str:
     steps = f"{training.total_steps:,}, warm-up {warmup_steps(config, training.total_steps):,}"
     tokens = config.train_batch_size * config.max_seq_length
     parts = f", in {config.accumulative_update} parts" if config.accumulative_update > 1 else ""
+    if world_size() > 1:
+        parts += f", {config.train_batch_size / world_size():g} a process"
     held_out = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
     rows = {
         "run": str(run.run_dir),
         "task": _task(run),
-        "device": f"{device_name(training.device)}, precision {training.precision}, 1 process",
+        "device": f"{device_name(training.device)}, precision {training.precision}",
+        "processes": _processes(config),
         "batch": f"{config.train_batch_size} sequences of {config.max_seq_length}{parts}: {tokens:,} tokens a step",
         "steps": steps + (f"; going on from step {first_step:,}" if first_step else ""),
         "parameters": f"{_sizes(run)} (M = 2^20)",
@@ -31,6 +36,15 @@ def banner(run: Run, first_step: int) -> str:
         + (", ".join(held_out) or "no validation split"),
     }
     return "\n".join(f"{name:>10}  {value}" for name, value in rows.items())
+
+
+def _processes(config: TrainConfig) -> str:
+    """How many, where, and what each holds."""
+    if world_size() == 1:
+        return "1"
+    mode = "ZeRO: gradients and optimiser state cut up" if config.zero else "DDP: the whole model in each"
+    mode = "FSDP: everything cut up" if config.fsdp else mode
+    return f"{world_size()} processes on {nodes()} node{'s' if nodes() > 1 else ''}, {mode}"
 
 
 def _task(run: Run) -> str:
@@ -65,6 +79,8 @@ def environment(device: torch.device) -> dict:
         "host": platform.node(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "nodes": nodes(),
     }
 
 

@@ -3,10 +3,141 @@
 Without a process group every function answers for a single process, so that callers need no special case.
 """
 
+import ctypes
+import os
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn, TextIO
+
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from DeBERTa.training.metrics import Sums
+
+LOGS = "logs"  # folder of the processes' logs in a run's folder
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run died, was stopped, or cannot be reached; the message is one sentence."""
+
+
+class ToldError(Exception):
+    """An error that is in the log, and with the agent that started this process."""
+
+
+def is_worker() -> bool:
+    """Whether an elastic agent started this process: ours (`launch.py`) or torchrun's."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ
+
+
+def local_rank() -> int:
+    """Number of this process among those on its node."""
+    return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    """The log of one process, on the disk of its node."""
+    return run_dir / LOGS / f"rank-{rank:04d}.log"
+
+
+@contextmanager
+def process_group(timeout: int) -> Iterator[None]:
+    """Join the other processes of the run, if there are any, and leave them at the end.
+
+    Gloo between CPUs, NCCL between GPUs. A process that waits longer than `timeout` seconds for the others gives up.
+    Raises `PeerLostError` when one of them is lost.
+    """
+    if not is_worker() or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    limit = timedelta(seconds=timeout)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=limit))
+        # One store serves every attempt at the run: each needs keys of its own.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
+        yield
+        barrier()  # nobody leaves while another one still writes
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and "gloo" not in text:
+            raise
+        raise PeerLostError(_loss(text, timeout)) from error
+    dist.destroy_process_group()
+
+
+def _loss(text: str, timeout: int) -> str:
+    if "imed out" in text or "imeout" in text:
+        return f"no answer from another process within --dist_timeout {timeout} s: it is stopped, too slow or cut off"
+    return "the connection to another process broke off"
+
+
+@contextmanager
+def rank_log(run_dir: Path) -> Iterator[None]:
+    """What a process of many writes goes to its log; on a node's first process, Python's stderr to the console, too.
+
+    The error that ends the process goes to its log in full, and to the agent, which tells it to people.
+    Ends together with the agent: a process whose agent was killed gets SIGTERM.
+    """
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    path = log_path(run_dir, int(os.environ["RANK"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console = os.fdopen(os.dup(2), "w", buffering=1)
+    log = path.open("a", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = log, _Both(log, console) if local_rank() == 0 else log
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc(file=log)
+        get_error_handler().record_exception(error)
+        raise ToldError from error
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave with that exit status.
+
+    A process of many does so without Python's shutting down, during which threads of the communication libraries may
+    abort the process although all its work is done.
+    """
+    if is_worker():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+class _Both:
+    """Text to two files; not a terminal, so that progress comes in lines."""
+
+    def __init__(self, *files: TextIO) -> None:
+        self.files = files
+
+    def write(self, text: str) -> int:
+        for file in self.files:
+            file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for file in self.files:
+            file.flush()
+
+    def isatty(self) -> bool:
+        return False
 
 
 def is_distributed() -> bool:
@@ -21,6 +152,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes of the run."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def nodes() -> int:
+    """Number of nodes of the run."""
+    return int(os.environ["GROUP_WORLD_SIZE"]) if is_worker() else 1
 
 
 def is_main() -> bool:
@@ -52,3 +188,21 @@ def barrier() -> None:
     """Wait until every process is here."""
     if is_distributed():
         dist.barrier()
+
+
+def from_all(value: object) -> list:
+    """`value` of every process, by rank; any picklable object."""
+    if not is_distributed():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: object) -> object:
+    """The first process's `value`, in every process; any picklable object."""
+    if not is_distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]

@@ -1,5 +1,7 @@
 """Evaluation of generator and discriminator on a whole split: every line once, the same masks every time."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -7,63 +9,86 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.dataset import EvaluationBatches, load_batches
-from DeBERTa.model.pretraining import RTDModel, corrupt
+from DeBERTa.data.dataset import Batch, EvaluationBatches, load_batches
+from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel, corrupt
+from DeBERTa.model.vocabulary import MaskedLoss
+from DeBERTa.training.distributed import from_all, is_main, rank, total_sums, world_size
 from DeBERTa.training.metrics import Sums, add, mean_losses
 from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import count, masked_lm_sums
 
+Outputs = Callable[[Batch], tuple[MaskedLoss, ReplacedTokenOutput | None]]
+
+
+def outputs_of(model: nn.Module) -> Outputs:
+    """Losses and logits of a model that every process holds whole."""
+
+    def outputs(batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
+        if not isinstance(model, RTDModel):
+            return model.masked_loss(batch, sample=False), None
+        out = model.generator.masked_loss(batch, sample=True)
+        corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
+        return out, model.discriminate(corrupted_ids, batch.input_mask, batch.labels)
+
+    return outputs
+
 
 def evaluate_splits(
-    model: nn.Module, splits: dict[str, EvaluationBatches], config: TrainConfig, precision: str, device: torch.device
+    model: nn.Module,
+    outputs: Outputs,
+    splits: dict[str, EvaluationBatches],
+    config: TrainConfig,
+    precision: str,
+    device: torch.device,
 ) -> dict[str, dict]:
-    """Metrics by split, with masks and samples that depend on `--seed` only."""
-    return {
-        split: evaluate(
-            model,
-            load_batches(batches, range(len(batches)), config.workers),
-            precision,
-            device,
-        )
-        for split, batches in splits.items()
-    }
+    """Metrics by split, with masks and samples that depend on `--seed` only. Every process gets those of the whole."""
+    results = {}
+    for split, batches in splits.items():
+        # All take as many batches, for outputs that need all processes; those past the end are not counted.
+        mine = range(rank(), len(batches), world_size())
+        rounds = -(-len(batches) // world_size())
+        indices = [min(rank() + number * world_size(), len(batches) - 1) for number in range(rounds)]
+        loader = load_batches(batches, indices, config.workers)
+        results[split] = evaluate(model, outputs, loader, precision, device, len(mine))
+    return results
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: DataLoader, precision: str, device: torch.device) -> dict:
-    """Metrics of `model` (MLM or RTD) over `batches`, in evaluation mode (no dropout).
+def evaluate(
+    model: nn.Module, outputs: Outputs, batches: DataLoader, precision: str, device: torch.device, counted: int
+) -> dict:
+    """Metrics over the first `counted` of `batches` and those of the other processes, without dropout.
 
     MLM: loss (nats a masked token), perplexity, accuracy. RTD: the same for the generator; for the discriminator loss
     (nats a token), accuracy, precision and recall of "replaced" at logit 0, and ROC AUC, on tokens sampled from the
-    generator. The model's mode is restored.
+    generator. The mode of `model` is restored.
     """
     was_training = model.training
     model.eval()
     sums: Sums = {}
-    scores, replaced = [], []
-    for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
+    scores, replaced = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
+    for number, batch in enumerate(tqdm(batches, desc="evaluating", leave=False, disable=None if is_main() else True)):
         batch = batch.to(device)
         with autocast(precision, device):
-            if not isinstance(model, RTDModel):
-                out = model.masked_loss(batch, sample=False)
-                add(sums, masked_lm_sums(out, ""))
-                continue
-            out = model.generator.masked_loss(batch, sample=True)
-            add(sums, masked_lm_sums(out, "generator_"))
-            corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
-            found = model.discriminate(corrupted_ids, batch.input_mask, batch.labels)
-        targets = count(found.labels.numel(), device)
-        add(sums, {"discriminator_loss": found.loss.sum(), "discriminator_targets": targets})
-        scores.append(found.logits[batch.input_mask > 0].float().cpu().numpy())
-        replaced.append(found.labels.bool().cpu().numpy())
+            out, found = outputs(batch)
+        part = masked_lm_sums(out, "" if found is None else "generator_")
+        if found is not None:
+            part["discriminator_loss"] = found.loss.sum()
+            part["discriminator_targets"] = count(found.labels.numel(), device)
+        counts = number < counted
+        add(sums, {name: value * counts for name, value in part.items()})
+        if found is not None and counts:
+            scores.append(found.logits[batch.input_mask > 0].float().cpu().numpy())
+            replaced.append(found.labels.bool().cpu().numpy())
     model.train(was_training)
 
-    metrics = mean_losses(sums)
+    metrics = mean_losses(total_sums(sums))
     for name in ("loss", "generator_loss"):
         if name in metrics:
             metrics[name.replace("loss", "perplexity")] = float(np.exp(min(metrics[name], 700)))
-    if scores:
-        metrics |= detection_metrics(np.concatenate(scores), np.concatenate(replaced))
+    if "discriminator_loss" in metrics:
+        everywhere = from_all((np.concatenate(scores), np.concatenate(replaced)))
+        metrics |= detection_metrics(*(np.concatenate(arrays) for arrays in zip(*everywhere, strict=True)))
     return metrics
 
 

@@ -8,16 +8,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, load_batches, step_seed
-from DeBERTa.training.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from DeBERTa.training.checkpoint import Snapshot, best_saved, copy_to_host, read_model, read_training, record_best
+from DeBERTa.training.distributed import any_process, from_main, is_main, world_size
 from DeBERTa.training.evaluation import evaluate_splits
-from DeBERTa.training.metrics import MetricsLog, Progress, Sums, add, describe, mean_losses
+from DeBERTa.training.interval import Interval
+from DeBERTa.training.metrics import MetricsLog, Progress, describe
+from DeBERTa.training.parallel import load_whole_weights, whole
+from DeBERTa.training.saving import Saver
+from DeBERTa.training.signals import Interrupted, Signals
 from DeBERTa.training.steps import TrainingStep
+
+LINES_SHOWN = 16  # of a batch that could not be learnt from
 
 
 class NotFiniteError(RuntimeError):
-    """A loss or a weight became NaN or infinite."""
+    """Losses, gradients or weights became NaN or infinite, and stayed so."""
 
 
 @dataclass
@@ -29,83 +37,163 @@ class Run:
     training: TrainingStep
     train_batches: TrainingBatches
     evaluation: dict[str, EvaluationBatches]  # by split
+    settings: dict  # as resolved: "train", "model", "data"
+    interval: Interval
 
     @property
     def run_dir(self) -> Path:
         return self.config.run_dir
 
 
-def resume(run: Run) -> int:
-    """Load the newest checkpoint of the run's folder, if any; returns the number of updates done."""
-    steps = saved_steps(run.run_dir)
-    if steps:
-        load_checkpoint(run.run_dir, steps[-1], run.model, run.training)
-    return steps[-1] if steps else 0
+def resume(run: Run, step: int) -> None:
+    """Load the checkpoint of `step`: weights, optimisers, and what the next line of the log needs.
+
+    The first process reads, for nodes may have disks of their own.
+    """
+    found = (read_model(run.run_dir, step, run.model), read_training(run.run_dir, step)) if is_main() else None
+    weights, state = from_main(found)
+    load_whole_weights(run.model, weights)
+    run.training.load_state_dict(state["training"])
+    run.interval.load_state_dict(state["interval"])
 
 
-def train(run: Run, first_step: int) -> None:
+def train(run: Run, first_step: int, signals: Signals) -> None:
     """Train from update `first_step` to the end.
 
     Writes `metrics.jsonl` after the first step, every `log_interval` and at checkpoints; a checkpoint followed by an
-    evaluation every `dump_interval` steps and at the end. Raises `NotFiniteError` when the loss of such an interval or
-    a weight to be saved is not finite: what is on disk stays good.
+    evaluation every `dump_interval` steps and at the end. Raises `NotFiniteError` after `max_skipped_steps` updates in
+    a row that had to be left out or when a weight to be saved is not finite, `SaveError` when the disk is full, and
+    `Interrupted` after a signal: what is on disk stays good.
     """
-    config, training = run.config, run.training
+    log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, is_main())
+    progress = Progress(first_step, run.training.total_steps, is_main())
+    saver = Saver(run.run_dir, run.config.keep_last)
+    with signals.deferred():
+        try:
+            _train(run, first_step, signals, log, progress, saver)
+        finally:
+            saver.close()
+            progress.close()
+            log.close()
+
+
+def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progress: Progress, saver: Saver) -> None:
+    config, training, interval = run.config, run.training, run.interval
     total_steps = training.total_steps
-    log = MetricsLog(run.run_dir / "metrics.jsonl", first_step)
-    progress = Progress(first_step, total_steps)
+    record_best(run.run_dir, log.evaluations)
+    if first_step and (first_step % config.dump_interval == 0 or first_step == total_steps):
+        # Stopped between the checkpoint and its evaluation?
+        if any_process(is_main() and not log.has(first_step, "valid"), training.device):
+            validate(run, first_step, log, progress, signals)
+        record_best(run.run_dir, log.evaluations)
     batches = load_batches(run.train_batches, range(first_step, total_steps), config.workers)
-    try:
-        if first_step and not log.has(first_step, "valid"):  # stopped between the checkpoint and its evaluation
-            validate(run, first_step, log, progress)
-        interval, interval_started, tokens = {}, time.monotonic(), 0
-        run.model.train()
-        for step, batch in enumerate(batches, start=first_step + 1):
-            torch.manual_seed(step_seed(config.seed, step, run.train_batches.plan.rank))
-            factor = training.learning_rate(step)
-            accumulate(interval, training(batch))
-            tokens += batch.real_tokens
-            progress.advance()
+    interval.started = time.monotonic()
+    run.model.train()
+    for step, batch in enumerate(batches, start=first_step + 1):
+        torch.manual_seed(step_seed(config.seed, step, run.train_batches.plan.rank))
+        factor = training.learning_rate(step)
+        interval.add(training(batch), batch.real_tokens, training.stability.losses_finite())
+        progress.advance()
+        report_left_out(run, step, log, progress)
 
-            save = step % config.dump_interval == 0 or step == total_steps
-            if save or step == 1 or step % config.log_interval == 0:
-                metrics = mean_losses(interval)
-                check_finite({k: v for k, v in metrics.items() if k.endswith("loss")}, step, run.run_dir)
-                seconds = time.monotonic() - interval_started
-                metrics |= {"learning_rate": config.learning_rate * factor, "tokens_per_second": tokens / seconds}
-                log.write(step, "train", metrics)
-                progress.show(step, metrics)
-                interval, interval_started, tokens = {}, time.monotonic(), 0
-            if save:
-                check_finite(weight_norms(run.model), step, run.run_dir)
-                saved = save_checkpoint(run.run_dir, step, run.model, training, config.keep_last)
-                progress.say(f"step {step}: saved {saved}")
-                validate(run, step, log, progress)
-                interval_started = time.monotonic()
-    finally:
-        progress.close()
-        log.close()
+        ending, save = signals.asked(step, training.device)
+        due = step % config.dump_interval == 0 or step == total_steps
+        if due or step == 1 or step % config.log_interval == 0:
+            metrics = interval.metrics()
+            metrics |= {"learning_rate": config.learning_rate * factor, "skipped_steps": training.stability.skipped}
+            log.write(step, "train", metrics)
+            progress.show(step, metrics)
+            interval.clear()
+        if due or save or ending:
+            check_finite(weight_norms(run.model), step, run.run_dir)
+            snapshot = take_snapshot(run, step)
+            if is_main():
+                announce(saver.wait(), run, log, progress)
+                log.sync()
+                saver.save(snapshot, best=best_saved(run.run_dir, log.evaluations))
+        if ending:
+            announce(saver.wait(), run, log, progress)
+            raise Interrupted(ending)
+        if due:
+            validate(run, step, log, progress, signals)
+            interval.started = time.monotonic()
+        announce(saver.check(), run, log, progress)
+    announce(saver.wait(), run, log, progress)
 
 
-def validate(run: Run, step: int, log: MetricsLog, progress: Progress) -> None:
-    """Evaluate on the validation split, if there is one, and log it under `step`."""
+def take_snapshot(run: Run, step: int) -> Snapshot | None:
+    """The state after `step` updates, copied. Called in every process; the first one gets it."""
+    training, interval, weights = run.training.state_dict(), run.interval.state_dict(), whole(run.model.state_dict())
+    if not is_main():
+        return None
+    lines, batch_size = len(run.train_batches.store), run.config.train_batch_size
+    epoch, position = divmod(step * batch_size, lines)
+    state = {
+        "step": step,
+        "seed": run.config.seed,
+        "epoch": epoch,
+        "lines_into_epoch": position,
+        "processes": world_size(),
+        "skipped_steps": run.training.stability.skipped,
+        "torch": torch.__version__,
+        "deberta": __version__,
+    }
+    return Snapshot(
+        step, copy_to_host(weights), copy_to_host({"training": training, "interval": interval}), state, run.settings
+    )
+
+
+def announce(saved: Path | None, run: Run, log: MetricsLog, progress: Progress) -> None:
+    """Say that a checkpoint is complete, and which is now the best."""
+    if saved:
+        progress.say(f"saved {saved}")
+        record_best(run.run_dir, log.evaluations)
+
+
+def validate(run: Run, step: int, log: MetricsLog, progress: Progress, signals: Signals) -> None:
+    """Evaluate on the validation split, if there is one, and log it under `step`. A signal ends it at once."""
     splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
     training = run.training
-    for split, metrics in evaluate_splits(run.model, splits, run.config, training.precision, training.device).items():
+    with signals.immediate():
+        results = evaluate_splits(run.model, training.outputs, splits, run.config, training.precision, training.device)
+    for split, metrics in results.items():
         log.write(step, split, metrics)
         progress.say(f"step {step}: {split}  {describe(metrics)}")
 
 
-def accumulate(interval: Sums, sums: Sums) -> None:
-    """Add a step's sums to the interval's; of gradient norms the last one stands."""
-    norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
-    add(interval, {name: value for name, value in sums.items() if name not in norms})
-    interval |= norms
+def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) -> None:
+    """Tell of spikes and of an update left out. Raises `NotFiniteError` when there were too many in a row."""
+    stability = run.training.stability
+    for spike in stability.spikes:
+        values = {"mean": spike.mean, "sigma": spike.sigma, "left_out": stability.left_out}
+        log.write(step, "spike", {spike.name: spike.loss, **values})
+        progress.say(
+            f"step {step}: {spike.name} {spike.loss:.4g} is a spike, {spike.mean:.4g} ± {spike.sigma:.2g} before it"
+        )
+    if not stability.left_out:
+        return
+    broken = [f"{name} is {loss}" for name, loss in stability.losses.items() if not math.isfinite(loss)]
+    losses = ", ".join(f"{name} {loss:.4g}" for name, loss in stability.losses.items())
+    if broken:
+        reason = ", ".join(broken)
+    else:
+        reason = f"a loss spike ({losses})" if stability.spikes else f"the gradient is not finite ({losses})"
+    progress.say(f"step {step}: update left out: {reason}")
+    if stability.in_a_row < run.config.max_skipped_steps:
+        return
+    lines = (run.train_batches.line_numbers(step - 1) + 1).tolist()
+    more = f" and {len(lines) - LINES_SHOWN} more" if len(lines) > LINES_SHOWN else ""
+    raise NotFiniteError(
+        f"step {step}: the updates of {stability.in_a_row} steps in a row were left out (--max_skipped_steps): "
+        f"{reason} on lines {', '.join(map(str, lines[:LINES_SHOWN]))}{more} of train.txt; look at these lines, or "
+        "start anew with a lower --learning_rate or a longer --warmup under another --tag "
+        f"(the checkpoints in {run.run_dir} hold the weights from before)"
+    )
 
 
 def weight_norms(model: nn.Module) -> dict[str, float]:
     parameters = dict(model.named_parameters())
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters.values()])).tolist()
+    norms = torch.stack(whole(torch._foreach_norm([p.detach() for p in parameters.values()]))).tolist()
     return dict(zip(parameters, norms, strict=True))
 
 

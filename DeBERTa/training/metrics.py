@@ -1,6 +1,7 @@
 """What a person sees of a run: the console, and `metrics.jsonl` in the run's folder."""
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 import ujson
 from tqdm import tqdm
+
+from DeBERTa.data.files import sync
 
 Sums = dict[str, torch.Tensor]  # numbers that add up over parts and steps, on the device: losses and counts
 
@@ -39,30 +42,58 @@ def duration(seconds: float) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, with "step" and "kind" ("train" or the split evaluated)."""
+    """`metrics.jsonl`: one JSON object a line, with "step" and "kind" ("train", "spike" or the split evaluated)."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped."""
+    def __init__(self, path: Path, first_step: int, writes: bool = True) -> None:
+        """Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped.
+
+        Without `writes`, as in all processes but the first, there is no file and nothing is remembered.
+        """
+        self._path, self._file = path, None
+        self._there: set[tuple[int, str]] = set()
+        self.evaluations: dict[int, dict] = {}  # on the validation split, by step
+        if not writes:
+            return
         kept: list[str] = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
+            sync(temporary)
             temporary.replace(path)
-        self._there = {(line["step"], line["kind"]) for line in map(ujson.loads, kept)}
+        for line in map(ujson.loads, kept):
+            self._remember(line["step"], line["kind"], line)
         self._file = path.open("a", buffering=1)
 
+    def _remember(self, step: int, kind: str, values: dict) -> None:
+        self._there.add((step, kind))
+        if kind == "valid":
+            self.evaluations[step] = values
+
     def has(self, step: int, kind: str) -> bool:
-        """Whether an earlier run wrote this line."""
+        """Whether this line was written, by this run or an earlier one."""
         return (step, kind) in self._there
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Add a line; what is not finite becomes null, which JSON can say."""
+        """Add a line; what is not finite becomes null, which JSON can say. Raises `OSError` naming the file."""
+        if not self._file:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(ujson.dumps({"step": step, "kind": kind, **finite}) + "\n")
+        self._remember(step, kind, finite)
+        try:
+            self._file.write(ujson.dumps({"step": step, "kind": kind, **finite}) + "\n")
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+    def sync(self) -> None:
+        """Have all lines reach the disk."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def _step_of(line: str) -> float:
@@ -76,13 +107,19 @@ def _step_of(line: str) -> float:
 class Progress:
     """One line on the terminal: losses, discriminator accuracy, tokens a second, time to go.
 
-    A terminal gets a bar that is redrawn; a file or pipe gets a line each logging interval.
+    A terminal gets a bar that is redrawn; a file or pipe gets a line each logging interval. Nobody hears anything
+    without `speaks`, as in all processes but the first.
     """
 
-    def __init__(self, first_step: int, total_steps: int) -> None:
-        self.first_step, self.total_steps = first_step, total_steps
+    def __init__(self, first_step: int, total_steps: int, speaks: bool = True) -> None:
+        self.first_step, self.total_steps, self.speaks = first_step, total_steps, speaks
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="training", unit="step", disable=None, dynamic_ncols=True
+            total=total_steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            disable=None if speaks else True,
+            dynamic_ncols=True,
         )
         self._started = time.monotonic()
 
@@ -91,6 +128,8 @@ class Progress:
 
     def show(self, step: int, metrics: dict) -> None:
         """`metrics` of the interval that ends at `step`."""
+        if not self.speaks:
+            return
         text = describe(metrics)
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
@@ -101,7 +140,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
-        tqdm.write(text, file=sys.stderr)
+        if self.speaks:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
@@ -119,9 +159,11 @@ SHOWN = (
     ("discriminator_recall", "recall {:.1%}"),
     ("discriminator_auc", "ROC AUC {:.3f}"),
     ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("skipped_steps", "{} steps left out"),
 )
 
 
 def describe(metrics: dict) -> str:
-    """The main figures of `metrics` on one line."""
-    return "  ".join(form.format(metrics[name]) for name, form in SHOWN if name in metrics)
+    """The main figures of `metrics` on one line; steps left out only if there are any."""
+    shown = {name: value for name, value in metrics.items() if name != "skipped_steps" or value}
+    return "  ".join(form.format(shown[name]) for name, form in SHOWN if name in shown)

@@ -9,11 +9,23 @@ from torch import nn
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import Batch
-from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel, corrupt
+from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel, corrupt
+from DeBERTa.model.sharing import SharedTables
 from DeBERTa.model.vocabulary import MaskedLoss
+from DeBERTa.training.distributed import total, world_size
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.optimizer import build_optimizer, schedule, set_learning_rate, warmup_steps
+from DeBERTa.training.parallel import (
+    DetectionObjective,
+    JointObjective,
+    MaskedLMObjective,
+    load_whole_moments,
+    parallel,
+    reduced,
+    whole,
+)
 from DeBERTa.training.precision import autocast, loss_scaler
+from DeBERTa.training.stability import Stability
 
 
 class TrainingStep:
@@ -24,6 +36,37 @@ class TrainingStep:
         self.total_steps = total_steps
         self.scaler = loss_scaler(precision, device)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.stability = Stability(config, device)
+
+    def __call__(self, batch: Batch) -> Sums:
+        """One step on this process's part of the batch: its sums, and the gradient norms under `*grad_norm`."""
+        self.stability.begin_step()
+        sums = self.step(batch)
+        self.scaler.update()
+        self.stability.end_step()
+        return sums
+
+    def step(self, batch: Batch) -> Sums:
+        raise NotImplementedError
+
+    def outputs(self, part: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
+        """Losses and logits on a batch, for evaluation. Called in every process alike."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on besides the weights and its number. Called in every process."""
+        return {
+            "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "stability": self.stability.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave. Called in every process."""
+        for name, optimizer in self.optimizers.items():
+            load_whole_moments(optimizer, state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.stability.load_state_dict(state["stability"])
 
     def learning_rate(self, update: int) -> float:
         """Set every optimiser's rate for update number `update` (from 1); returns the factor on the peaks."""
@@ -33,21 +76,39 @@ class TrainingStep:
             set_learning_rate(optimizer, factor)
         return factor
 
+    def parts(self, batch: Batch) -> list[tuple[Batch, bool]]:
+        """The parts of this process's batch on the device, and whether each is the last."""
+        parts = batch.split(self.config.accumulative_update)
+        return [(part.to(self.device), number == len(parts)) for number, part in enumerate(parts, start=1)]
+
+    def global_counts(self, batch: Batch) -> torch.Tensor:
+        """What to divide summed losses by, float32 [2]: masked and real tokens of the global batch.
+
+        Divided by the number of processes, because gradients are averaged over them.
+        """
+        counts = torch.tensor([batch.masked_tokens, batch.real_tokens], dtype=torch.float32)
+        return total(counts.to(self.device, non_blocking=True)).clamp(min=1) / world_size()
+
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def update(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """Clip the gradient of all its parameters as one vector, step, clear. Returns the norm before clipping.
+    def update(self, name: str, sums: Sums, prefix: str, losses: tuple[str, ...]) -> bool:
+        """Clip the gradient of one optimiser's parameters as one vector, step, clear; whether the step was taken.
 
-        An fp16 gradient that overflowed leaves everything the optimiser holds unchanged.
+        The norm before clipping goes to `sums`. When it or one of `losses` is not finite in any process, all that the
+        optimiser holds is left unchanged in every process.
         """
+        optimizer = self.optimizers[name]
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.config.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        self.scaler.step(optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
+        sums[f"{prefix}grad_norm"] = norm
+        taken = self.stability.allows(sums, losses, norm)
+        if taken:
+            self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return taken
 
 
 class MaskedLMStep(TrainingStep):
@@ -57,21 +118,25 @@ class MaskedLMStep(TrainingStep):
         self, model: MaskedLanguageModel, config: TrainConfig, precision: str, device: torch.device, total_steps: int
     ) -> None:
         super().__init__(config, precision, device, total_steps)
-        self.model = model
+        self.objective = MaskedLMObjective(model, sample=False)
+        self.trained = parallel(self.objective, config, device)
         self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
 
-    def __call__(self, batch: Batch) -> Sums:
-        targets = max(batch.masked_tokens, 1)
+    def step(self, batch: Batch) -> Sums:
+        targets, _ = self.global_counts(batch)
         sums: Sums = {}
-        for part in batch.split(self.config.accumulative_update):
-            part = part.to(self.device)
-            with autocast(self.precision, self.device):
-                out = self.model.masked_loss(part, sample=False)
-            self.backward(out.loss.sum() / targets)
+        for part, last in self.parts(batch):
+            with reduced(self.trained, last):
+                with autocast(self.precision, self.device):
+                    out = self.trained(part)
+                self.backward(out.loss.sum() / targets)
             add(sums, masked_lm_sums(out, ""))
-        sums["grad_norm"] = self.update(self.optimizers["model"])
-        self.scaler.update()
+        self.update("model", sums, "", ("loss",))
         return sums
+
+    def outputs(self, part: Batch) -> tuple[MaskedLoss, None]:
+        """For evaluation. Called in every process alike."""
+        return self.objective(part), None
 
 
 class ReplacedTokenStep(TrainingStep):
@@ -80,6 +145,9 @@ class ReplacedTokenStep(TrainingStep):
     Decoupled: the generator's update comes first; the discriminator then sees the tokens sampled before that update
     and, where tables are shared, the generator's updated ones. Joint: one backward pass of mlm + lambda * rtd. Under ES
     both losses train one table, so that the update is always joint.
+
+    Decoupled, when the generator's update is left out (`Stability`), so is the discriminator's. The generator's update
+    comes before the discriminator's loss is known, and stands when the discriminator's is left out.
     """
 
     def __init__(
@@ -88,6 +156,14 @@ class ReplacedTokenStep(TrainingStep):
         super().__init__(config, precision, device, total_steps)
         self.model = model
         self.decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
+        if self.decoupled:
+            self.generator = MaskedLMObjective(model.generator, sample=True)
+            self.discriminator = DetectionObjective(model.discriminator)
+            self.trained_generator = parallel(self.generator, config, device)
+            self.trained_discriminator = parallel(self.discriminator, config, device)
+        else:
+            self.both = JointObjective(model)
+            self.trained_both = parallel(self.both, config, device)
         peak = config.discriminator_learning_rate or config.learning_rate
         parts = {"generator": (model.generator, config.learning_rate), "discriminator": (model.discriminator, peak)}
         if self.decoupled:
@@ -95,59 +171,64 @@ class ReplacedTokenStep(TrainingStep):
         else:
             self.optimizers = {"both": build_optimizer(list(parts.values()), config)}
 
-    def __call__(self, batch: Batch) -> Sums:
-        step = self._decoupled if self.decoupled else self._joint
-        sums = step(batch)
-        self.scaler.update()
-        return sums
+    def step(self, batch: Batch) -> Sums:
+        return self._decoupled(batch) if self.decoupled else self._joint(batch)
 
     def _decoupled(self, batch: Batch) -> Sums:
+        masked_targets, targets = self.global_counts(batch)
         sums: Sums = {}
-        parts = [part.to(self.device) for part in batch.split(self.config.accumulative_update)]
         corrupted = []
-        for part in parts:
-            loss, corrupted_ids = self._generate(part, sums)
-            self.backward(loss / max(batch.masked_tokens, 1))
-            corrupted.append(corrupted_ids)
-        sums["generator_grad_norm"] = self.update(self.optimizers["generator"])
-        for part, corrupted_ids in zip(parts, corrupted, strict=True):
-            loss = self._discriminate(part, corrupted_ids, sums)
-            self.backward(self.config.rtd_lambda * loss / batch.real_tokens)
-        sums["discriminator_grad_norm"] = self.update(self.optimizers["discriminator"])
+        for part, last in self.parts(batch):
+            with reduced(self.trained_generator, last):
+                with autocast(self.precision, self.device):
+                    out = self.trained_generator(part)
+                self.backward(out.loss.sum() / masked_targets)
+            add(sums, masked_lm_sums(out, "generator_"))
+            corrupted.append((part, last, corrupt(part.input_ids, part.labels, out.samples)))
+        if not self.update("generator", sums, "generator_", ("generator_loss",)):
+            return sums
+        shared = self.shared_tables()
+        for part, last, corrupted_ids in corrupted:
+            with reduced(self.trained_discriminator, last):
+                with autocast(self.precision, self.device):
+                    found = self.trained_discriminator(part, corrupted_ids, shared)
+                self.backward(self.config.rtd_lambda * found.loss / targets)
+            add(sums, self.detection_sums(found, part))
+        self.update("discriminator", sums, "discriminator_", ("discriminator_loss",))
         return sums
 
     def _joint(self, batch: Batch) -> Sums:
+        masked_targets, targets = self.global_counts(batch)
         sums: Sums = {}
-        for part in batch.split(self.config.accumulative_update):
-            part = part.to(self.device)
-            mlm_loss, corrupted_ids = self._generate(part, sums)
-            rtd_loss = self._discriminate(part, corrupted_ids, sums)
-            self.backward(
-                mlm_loss / max(batch.masked_tokens, 1) + self.config.rtd_lambda * rtd_loss / batch.real_tokens
-            )
-        sums["grad_norm"] = self.update(self.optimizers["both"])
+        for part, last in self.parts(batch):
+            with reduced(self.trained_both, last):
+                with autocast(self.precision, self.device):
+                    out, found = self.trained_both(part)
+                self.backward(out.loss.sum() / masked_targets + self.config.rtd_lambda * found.loss / targets)
+            add(sums, masked_lm_sums(out, "generator_") | self.detection_sums(found, part))
+        self.update("both", sums, "", ("generator_loss", "discriminator_loss"))
         return sums
 
-    def _generate(self, part: Batch, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
-        """The generator's summed loss, and the ids with its samples in place of the masks."""
-        with autocast(self.precision, self.device):
-            out = self.model.generator.masked_loss(part, sample=True)
-        add(sums, masked_lm_sums(out, "generator_"))
-        return out.loss.sum(), corrupt(part.input_ids, part.labels, out.samples)
+    def shared_tables(self) -> SharedTables | None:
+        """The generator's tables as they are now, whole and without gradient. Called in every process."""
+        shared = self.model.shared_tables()
+        return SharedTables(*(whole(table.detach()) for table in shared)) if shared else None
 
-    def _discriminate(self, part: Batch, corrupted_ids: torch.Tensor, sums: Sums) -> torch.Tensor:
-        """The discriminator's summed loss."""
-        with autocast(self.precision, self.device):
-            out = self.model.detection_loss(corrupted_ids, part.input_mask, part.labels)
-        add(
-            sums,
-            {
-                "discriminator_loss": out.loss.detach(),
-                "discriminator_correct": out.correct,
-                "discriminator_targets": count(part.real_tokens, self.device),
-            },
-        )
-        return out.loss
+    def outputs(self, part: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
+        """For evaluation. Called in every process alike."""
+        if not self.decoupled:
+            return self.both(part, whole=True)
+        out = self.generator(part)
+        corrupted_ids = corrupt(part.input_ids, part.labels, out.samples)
+        return out, self.discriminator(part, corrupted_ids, self.shared_tables(), whole=True)
+
+    def detection_sums(self, found: DetectionLoss, part: Batch) -> Sums:
+        """Summed loss, correct decisions and target count."""
+        return {
+            "discriminator_loss": found.loss.detach(),
+            "discriminator_correct": found.correct,
+            "discriminator_targets": count(part.real_tokens, self.device),
+        }
 
 
 def masked_lm_sums(out: MaskedLoss, prefix: str) -> Sums:

@@ -256,6 +256,25 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
     assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
+@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
+def test_killed_at_some_moment_and_run_again(tmp_path, moment):
+    """SIGKILL when a part of the output is written; twenty random moments are in tests/slow."""
+    text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
+    text.write_bytes(sample_megabytes(20))
+    prepare(text, tmp_path / "undisturbed.txt", VOCABULARY, workers=2)
+    expected = (tmp_path / "undisturbed.txt").read_bytes()
+    process = start_and_wait_for_output(text, output)
+    partial = output.with_name(output.name + ".part")
+    while partial.exists() and partial.stat().st_size < moment * len(expected):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert not output.exists()
+    prepare(text, output, VOCABULARY, workers=2)
+    assert output.read_bytes() == expected
+    assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
+
+
 def test_an_interrupted_run(tmp_path):
     text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
     text.write_bytes(sample_megabytes(20))

@@ -83,12 +83,12 @@ def test_gradients_at_the_update(sharing, decoupled, monkeypatch):
     seen: dict[str, torch.Tensor] = {}
     update = TrainingStep.update
 
-    def record(self, optimizer):
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def record(self, name, *arguments):
+        mine = {id(p) for group in self.optimizers[name].param_groups for p in group["params"]}
         found = {n: p.grad.clone() for n, p in tables(model).items() if id(p) in mine and p.grad is not None}
         assert not seen.keys() & found.keys(), "a table is updated once in a step"
         seen.update(found)
-        return update(self, optimizer)
+        return update(self, name, *arguments)
 
     monkeypatch.setattr(TrainingStep, "update", record)
     torch.manual_seed(1)

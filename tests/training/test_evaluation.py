@@ -9,7 +9,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
-from DeBERTa.training.evaluation import detection_metrics, evaluate, roc_auc
+from DeBERTa.training.evaluation import detection_metrics, evaluate, outputs_of, roc_auc
 from tests.conftest import tiny_model, tiny_rtd
 
 
@@ -57,7 +57,8 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     torch.manual_seed(0)
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3}))
     results = [
-        evaluate(model, list(batches(store, tokenizer, False, size)), "fp32", torch.device("cpu")) for size in (7, 40)
+        evaluate(model, outputs_of(model), list(batches(store, tokenizer, False, size)), "fp32", torch.device("cpu"), 6)
+        for size in (7, 40)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     model.eval()
@@ -73,7 +74,7 @@ def test_detector_is_repeatable_and_keeps_the_mode(store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
     data = list(batches(store, tokenizer, True, 16))
-    first, second = (evaluate(model, data, "fp32", torch.device("cpu")) for _ in range(2))
+    first, second = (evaluate(model, outputs_of(model), data, "fp32", torch.device("cpu"), len(data)) for _ in range(2))
     assert first == second
     assert model.training
     assert first["generator_loss"] == pytest.approx(np.log(2008), rel=0.01)

@@ -1,0 +1,146 @@
+"""How several processes train one model: each holds the whole of it (DDP), or a part (FSDP).
+
+Objectives are what is differentiated, as modules, because DDP and FSDP act when a module is called. The gradients of
+all processes are averaged once a step; losses are scaled so that the average is the gradient of the global batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from DeBERTa.config import TrainConfig
+from DeBERTa.data.dataset import Batch
+from DeBERTa.model.encoder import Layer
+from DeBERTa.model.pretraining import (
+    DetectionLoss,
+    MaskedLanguageModel,
+    ReplacedTokenDetectionModel,
+    ReplacedTokenOutput,
+    RTDModel,
+    corrupt,
+)
+from DeBERTa.model.sharing import SharedTables
+from DeBERTa.model.vocabulary import MaskedLoss
+from DeBERTa.training.distributed import is_distributed, world_size
+
+
+class MaskedLMObjective(nn.Module):
+    """A masked language model's loss on a part of a batch; with `sample`, a draw for each mask too."""
+
+    def __init__(self, model: MaskedLanguageModel, sample: bool) -> None:
+        super().__init__()
+        self.model, self.sample = model, sample
+
+    def forward(self, part: Batch) -> MaskedLoss:
+        return self.model.masked_loss(part, self.sample)
+
+
+class DetectionObjective(nn.Module):
+    """A discriminator's loss on corrupted ids; `shared` are the generator's tables, which get no gradient from it."""
+
+    def __init__(self, model: ReplacedTokenDetectionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, part: Batch, corrupted_ids: torch.Tensor, shared: SharedTables | None, whole: bool = False
+    ) -> DetectionLoss | ReplacedTokenOutput:
+        """With `whole`, logits and losses of all positions; else their sums."""
+        compute = self.model if whole else self.model.detection_loss
+        return compute(corrupted_ids, part.input_mask, part.labels, shared)
+
+
+class JointObjective(nn.Module):
+    """Generator and discriminator as one, so that a table that both train is reduced once, with both gradients."""
+
+    def __init__(self, model: RTDModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, part: Batch, whole: bool = False) -> tuple[MaskedLoss, DetectionLoss | ReplacedTokenOutput]:
+        out = self.model.generator.masked_loss(part, sample=True)
+        corrupted_ids = corrupt(part.input_ids, part.labels, out.samples)
+        compute = self.model.discriminate if whole else self.model.detection_loss
+        return out, compute(corrupted_ids, part.input_mask, part.labels)
+
+
+def parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """What to call in training instead of `objective`; all processes start with the weights of the first one.
+
+    `--zero 1` and `--fsdp` cut the parameters up in place, so that optimisers have to be built after this: gradients
+    and moments are cut up with them. With `--zero 1` a layer gathered for the forward pass stays so until its backward
+    pass has ended; with `--fsdp` it is gathered twice.
+    """
+    if not is_distributed():
+        return objective
+    if not (config.zero or config.fsdp):
+        # Which parameters have no gradient depends on the config: position tables, for one, where positions are
+        # relative. Looking for them costs a walk over the graph once a step.
+        places = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(
+            objective, device_ids=places, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
+    for tensor in objective.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in objective.modules():
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh, reshard_after_forward=config.fsdp)
+            register_fsdp_forward_method(module, "selected")
+    return fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+
+
+@contextmanager
+def reduced(objective: nn.Module, last: bool) -> Iterator[None]:
+    """Forward and backward of one part of a step: gradients are exchanged with those of the last part."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(objective, DistributedDataParallel) and not last:
+        with objective.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(value: object) -> object:
+    """Tensors in nested dicts and lists with the parts of all processes put together. Called in every process."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(whole(item) for item in value)
+    return value
+
+
+def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, cut as `parameter` is; every process has the whole already."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
+@torch.no_grad()
+def load_whole_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Set all parameters from whole tensors with the names of `model.state_dict()`."""
+    for name, parameter in model.state_dict().items():
+        parameter.copy_(cut_like(weights[name], parameter))
+
+
+def load_whole_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Set an optimiser's state from one with whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    cut = {
+        index: {name: cut_like(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": cut})

@@ -1,0 +1,150 @@
+"""The folder of a run: opening it, going on with what is there, starting over, and the final models.
+
+model/ (MLM), or generator/ and discriminator/ (RTD):
+                          model.safetensors   weights under the published names, tables whole
+                          config.json         model config
+                          spm.model           vocabulary
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from DeBERTa.config import ConfigError, read_json
+from DeBERTa.data.files import sync, unused_name
+from DeBERTa.model.pretraining import RTDModel
+from DeBERTa.training.checkpoint import (
+    checkpoint_path,
+    megabytes,
+    newest_whole,
+    saved_steps,
+    set_aside,
+    write_json,
+)
+from DeBERTa.training.distributed import LOGS
+
+
+def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
+    """Make the folder, or go on with the run in it: returns the step of the checkpoint to load, 0 for none.
+
+    Settings and environment are written there. Raises `ConfigError` when the folder cannot be written, holds a run with
+    other settings, or has checkpoints of which none is whole.
+    """
+    try:
+        # The logs of the processes stay: they are being written.
+        left = [path for path in run_dir.glob("*") if path.name != LOGS]
+        if fresh and left:
+            old = unused_name(run_dir.with_name(run_dir.name + ".old"))
+            old.mkdir()
+            for path in left:
+                path.rename(old / path.name)
+            print(f"--fresh: what was in {run_dir} is now in {old}", file=sys.stderr)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        step, damages = newest_whole(run_dir)
+        if step:
+            check_same_run(read_json(checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
+        remove_unfinished(run_dir)
+        for damage in damages:
+            print(f"warning: damaged checkpoint: {damage}", file=sys.stderr)
+        for newer in [saved for saved in saved_steps(run_dir) if saved > step]:
+            aside = set_aside(checkpoint_path(run_dir, newer))
+            print(f"warning: going on from step {step} instead; step {newer} is kept as {aside}", file=sys.stderr)
+        write_json(run_dir / "config.json", settings)
+        write_json(run_dir / "environment.json", environment)
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir") from None
+    return step
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Checkpoints that a killed process had not written to their end, or not removed to its end."""
+    for path in (run_dir / "checkpoints").glob("step-*.tmp"):
+        print(f"removing {path}, which a run that was killed left unfinished", file=sys.stderr)
+        shutil.rmtree(path)
+
+
+FREE_TO_CHANGE = (
+    "output_dir", "tag", "do_train", "do_eval", "workers", "eval_batch_size", "dump_interval", "keep_last",
+    "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps", "nproc_per_node", "max_restarts",
+    "dist_timeout", "zero", "fsdp",
+)  # fmt: skip
+
+
+def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
+    """Raise `ConfigError` naming the settings in which the run in `run_dir` differs from the one asked for."""
+    differing = []
+    for section in ("train", "model", "data"):
+        old, new = flat(saved.get(section, {})), flat(current[section])
+        for key in sorted((old.keys() | new.keys()) - set(FREE_TO_CHANGE)):
+            if old.get(key) != new.get(key):
+                differing.append(f"{key} ({old.get(key)} there, {new.get(key)} here)")
+    if differing:
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings: {', '.join(differing)}; "
+            "give another --tag or --output_dir, or the settings of that run to go on with it"
+        )
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, with dotted keys."""
+    result = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def check_room(run_dir: Path, model: nn.Module) -> None:
+    """Raise `ConfigError` unless the disk has room for one checkpoint more and the final models."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    final = weights  # the whole tables of a discriminator are as large as its residuals; under ES it has none
+    if isinstance(model, RTDModel) and model.config.embedding_sharing == "es":
+        final += sum(table.numel() * table.element_size() for table in model.generator.tables())
+    needed, free = weights + moments + final, shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise ConfigError(
+            f"{run_dir} is on a disk with {megabytes(free)} free, but one checkpoint ({megabytes(weights + moments)}) "
+            f"and the final models ({megabytes(final)}) need {megabytes(needed)}; "
+            "make room there or give another --output_dir"
+        )
+
+
+def save_models(run_dir: Path, model: nn.Module, vocabulary: Path) -> list[Path]:
+    """Write the trained models for use elsewhere, each with its config and vocabulary; returns their folders.
+
+    Raises `ConfigError` when the disk is full; the same command tries again.
+    """
+    if isinstance(model, RTDModel):
+        parts = {
+            "generator": (model.generator.state_dict(), model.config.generator),
+            "discriminator": (model.standalone_discriminator(), model.config.discriminator),
+        }
+    else:
+        parts = {"model": (model.state_dict(), model.config)}
+    for name, (state, config) in parts.items():
+        folder = run_dir / name
+        temporary = folder / "model.safetensors.tmp"
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(_on_host(state), temporary)
+            sync(temporary)
+            temporary.replace(folder / "model.safetensors")
+            write_json(folder / "config.json", config.to_dict())
+            shutil.copyfile(vocabulary, folder / "spm.model")
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(
+                f"the final model cannot be written to {folder}: {error}; "
+                "make room there, then the same command writes it without training again"
+            ) from None
+    return [run_dir / name for name in parts]
+
+
+def _on_host(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}

@@ -1,0 +1,103 @@
+"""What a checkpoint costs: its size, the seconds to write it, and how long training stands still for it.
+
+    python benchmarks/checkpoint.py --json results.json [--rounds 5]
+
+The public xsmall size (`rtd_xsmall_continue.json`), AdamW moments and all. "stands still" is the time until training
+may go on (copying the state); "written" is until the manifest is on the disk and the folder has its name, with nothing
+else going on and with training steps going on; "check" is what a start needs to verify the SHA-256 of every file. The
+steps are of one line of 512 tokens in bfloat16 where the hardware has it, timed with and without a save going on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.training_step import make_batch, ours  # noqa: E402
+from DeBERTa.training.checkpoint import Snapshot, check, checkpoint_path, copy_to_host  # noqa: E402
+from DeBERTa.training.saving import Saver  # noqa: E402
+
+
+def take(training, step: int) -> Snapshot:
+    state = {"training": training.state_dict()}
+    return Snapshot(step, copy_to_host(training.model.state_dict()), copy_to_host(state), {"step": step}, {})
+
+
+def seconds(function, *arguments) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def measure(folder: Path, rounds: int, precision: str) -> dict[str, list[float]]:
+    """Seconds of every round, by what was timed."""
+    training = ours("rtd_xsmall_continue.json", precision)
+    batch = make_batch(1, 512, 0)
+    for _ in range(2):
+        training(batch)
+    saver = Saver(folder, keep_last=1)
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for number in range(rounds):
+        first, second = 2 * number + 1, 2 * number + 2
+        note("step", statistics.median(seconds(training, batch) for _ in range(3)))
+        started = time.perf_counter()
+        snapshot = take(training, first)
+        saver.save(snapshot, None)
+        note("stands still", time.perf_counter() - started)
+        saver.wait()
+        note("written, nothing else going on", time.perf_counter() - started)
+        del snapshot
+        note("check", seconds(check, checkpoint_path(folder, first)))
+
+        started = time.perf_counter()
+        saver.save(take(training, second), None)
+        steps = []
+        while not (done := saver.check()):
+            steps.append(seconds(training, batch))
+        assert done == checkpoint_path(folder, second)
+        note("written, training going on", time.perf_counter() - started)
+        note("step while saving", statistics.mean(steps))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--folder", type=Path, default=Path("output") / "checkpoint-benchmark", help="written, removed")
+    arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"--folder {arguments.folder} exists; it would be removed")
+    try:
+        found = measure(arguments.folder, arguments.rounds, arguments.precision)
+        newest = checkpoint_path(arguments.folder, 2 * arguments.rounds)
+        size = sum(path.stat().st_size for path in newest.iterdir())
+    finally:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+    print(f"size {size / 1e6:,.0f} MB")
+    for name, values in found.items():
+        print(f"{name:<32}{statistics.median(values):>8.2f} s  ({min(values):.2f} to {max(values):.2f})")
+    if arguments.json:
+        machine = {"processor": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        results = {"machine": machine | {"cores": os.cpu_count()}, "versions": versions, "bytes": size}
+        arguments.json.write_text(json.dumps(results | {"seconds": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Two machines on one: network namespaces with host names of their own, joined by a cable (a veth pair).
+
+Needs root, and the programs of Debian's packages iproute2, util-linux and, for lossy links, iptables.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "iptables": "iptables"}
+
+
+class TwoNodes:
+    """`node0` and `node1`, which know each other by these names; `start` runs a command on one of them."""
+
+    def __init__(self, name: str) -> None:
+        self.names = [f"{name}-{node}" for node in (0, 1)]
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, node: int, command: list, log: Path, **environment: str) -> subprocess.Popen:
+        """Run on a node, stderr and stdout to `log`; the process is the command's own, so that it can be signalled."""
+        script = f'hostname node{node}; exec "$@"'
+        enter = ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c", script, "sh"]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*enter, *map(str, command)],
+                env=os.environ | environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def output(self, node: int, *command: str) -> str:
+        """What a short command on a node prints; it must succeed."""
+        return system("ip", "netns", "exec", self.names[node], *command)
+
+    def processes(self, node: int) -> list[int]:
+        """Ids of all processes on a node."""
+        return [int(pid) for pid in system("ip", "netns", "pids", self.names[node]).split()]
+
+    def cut(self) -> None:
+        """Pull the cable: packets are lost without an error."""
+        for node in (0, 1):
+            for chain in ("INPUT", "OUTPUT"):
+                self.output(node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP")
+
+    def mend(self) -> None:
+        for node in (0, 1):
+            self.output(node, "iptables", "-F")
+
+    def drop(self, share: float) -> None:
+        """Lose that share of the packets that arrive, at random."""
+        for node in (0, 1):
+            rule = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
+            self.output(node, "iptables", "-A", "INPUT", "!", "-i", "lo", *rule)
+
+    def limit(self, rate: str) -> None:
+        """Send no faster than `rate`, as tc writes it."""
+        for node in (0, 1):
+            shape = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
+            self.output(node, "tc", "qdisc", "add", "dev", "eth0", "root", *shape)
+
+
+@contextmanager
+def two_nodes(*programs: str) -> Iterator[TwoNodes]:
+    """Make the nodes and take them away again, with all that still runs on them. Fails where that is not permitted."""
+    for program in ("ip", "unshare", *programs):
+        if shutil.which(program) is None:
+            pytest.fail(f"the program {program} is missing: apt-get install {PROGRAMS[program]}")
+    nodes = TwoNodes(f"deberta-{os.getpid()}")
+    try:
+        _connect(nodes)
+        yield nodes
+    finally:
+        for name in nodes.names:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+            for pid in pids.split():
+                os.kill(int(pid), signal.SIGKILL)
+        for process in nodes.started:
+            process.wait()
+        for name in nodes.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def _connect(nodes: TwoNodes) -> None:
+    hosts = "127.0.0.1 localhost\n" + "".join(f"{address} node{n}\n" for n, address in enumerate(ADDRESSES))
+    for name in nodes.names:
+        system("ip", "netns", "add", name)
+        folder = Path("/etc/netns") / name  # `ip netns exec` puts these files over those in /etc
+        folder.mkdir(parents=True)
+        (folder / "hosts").write_text(hosts)
+        (folder / "resolv.conf").write_text("")
+    here, there = nodes.names
+    system("ip", "-n", here, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", there)
+    for name, address in zip(nodes.names, ADDRESSES, strict=True):
+        system("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        system("ip", "-n", name, "link", "set", "eth0", "up")
+        system("ip", "-n", name, "link", "set", "lo", "up")
+
+
+def system(*command: str) -> str:
+    """Output of a command of the system; the test fails when it is not permitted."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.fail(f"{' '.join(command)}: {result.stderr.strip()} (network namespaces need root)")
+    return result.stdout

@@ -1,0 +1,122 @@
+"""Runs of the training command in processes forked from one that has torch loaded: a start takes no seconds.
+
+Each is a real process of its own, in a session of its own, with one thread; it may be signalled and killed.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from DeBERTa.training.checkpoint import checkpoint_path, saved_steps
+from tests.conftest import ROOT, tiny_model, tiny_rtd
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["DeBERTa.train", "torch._dynamo", "tests.conftest"])
+
+
+def tiny_flags(folder: Path, prepared: Path, task: str = "RTD", sharing: str = "gdes") -> dict:
+    """Flags of a quick run in `folder`: 6 steps, checkpoints at 2, 4 and 6, dropout and sampling on."""
+    config = folder / f"{task}-{sharing}.json".lower()
+    config.write_text(json.dumps(tiny_rtd(sharing) if task == "RTD" else tiny_model()))
+    return {
+        "task_name": task,
+        "model_config": config,
+        "data_dir": prepared,
+        "vocab_path": prepared / "spm.model",
+        "output_dir": folder / "run",
+        "do_train": True,
+        "max_seq_length": 64,
+        "num_training_steps": 6,
+        "dump_interval": 2,
+        "log_interval": 3,
+        "warmup": 2,
+        "train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "workers": 0,
+    }
+
+
+def command(values: dict) -> list[str]:
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    import resource
+
+    import torch
+
+    from DeBERTa.train import main
+
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process started by a shell; ours is inherited here
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    if "LARGEST_FILE" in environment:  # bytes; writing more gives the error "File too large", as a quota does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
+    torch.set_num_threads(1)
+    status = main(arguments)
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+class ForkedRun:
+    """One run; its output goes to a file, or line by line to `lines` through a pipe."""
+
+    def __init__(self, values: dict, live: bool = False, log: Path | None = None, **environment: str) -> None:
+        self.log = log or Path(values["output_dir"]).with_name(Path(values["output_dir"]).name + ".log")
+        self.log.unlink(missing_ok=True)
+        if live:
+            os.mkfifo(self.log)
+        self.process = CONTEXT.Process(target=_main, args=(command(values), str(self.log), environment))
+        self.process.start()
+        self.pid = self.process.pid
+        self.read: list[str] = []
+        self._pipe = self.log.open() if live else None
+
+    def lines(self) -> Iterator[str]:
+        """Lines as they come, until the run ends."""
+        for line in self._pipe:
+            self.read.append(line)
+            yield line
+
+    def wait_for(self, text: str) -> None:
+        """Read until a line holds `text`."""
+        assert any(text in line for line in self.lines()), f"no {text!r} in: {''.join(self.read)}"
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status (negative: the signal that killed it), and what it wrote."""
+        if self._pipe:
+            for _ in self.lines():
+                pass
+            self._pipe.close()
+        self.process.join()
+        return self.process.exitcode, "".join(self.read) if self._pipe else self.log.read_text()
+
+
+def run(values: dict, **environment: str) -> tuple[int, str]:
+    """A run to its end: exit status and output."""
+    return ForkedRun(values, **environment).finish()
+
+
+def final_files(run_dir: Path) -> dict[str, bytes]:
+    """What must be the same for two runs that are the same: newest weights and moments, final models, metrics."""
+    newest = checkpoint_path(run_dir, saved_steps(run_dir)[-1])
+    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".safetensors", ".pt")}
+    files |= {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.glob("*/model.safetensors")}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return files | {"metrics": json.dumps(lines).encode()}
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target

@@ -1,0 +1,116 @@
+"""SIGKILL at random moments, and the same command again until it is done: the bytes of an undisturbed run.
+
+Some minutes: `bash tests/run.sh tests/slow`.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from DeBERTa.data.token_store import ids_folder
+from tests.conftest import ROOT
+from tests.data.test_prepare import VOCABULARY, sample_megabytes
+from tests.runs import ForkedRun, final_files, run, tiny_flags
+
+MOMENTS = 20
+
+
+def test_training_killed_at_random_moments(tmp_path, prepared):
+    """Twenty runs, each killed once somewhere between its start and its end, then finished."""
+    flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 60, "dump_interval": 3, "workers": 1}
+    started = time.monotonic()
+    status, output = run(flags)
+    assert status == 0, output
+    duration = time.monotonic() - started
+    expected = final_files(flags["output_dir"])
+    moments = random.Random(0)
+    killed = 0
+    for number in range(MOMENTS):
+        again = flags | {"output_dir": tmp_path / f"run-{number}"}
+        process = ForkedRun(again)
+        process.process.join(timeout=moments.uniform(0, duration))
+        process.process.kill()
+        killed += process.finish()[0] == -signal.SIGKILL
+        status, output = run(again)
+        assert status == 0, output
+        assert final_files(again["output_dir"]) == expected, number
+    assert killed > MOMENTS // 2
+
+
+def test_one_run_killed_again_and_again(tmp_path, prepared):
+    """The same run killed until it gets to its end."""
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 60, "dump_interval": 2, "keep_last": 1}
+    assert run(flags)[0] == 0
+    again = flags | {"output_dir": tmp_path / "again"}
+    moments = random.Random(1)
+    status, kills = None, 0
+    while status != 0:
+        process = ForkedRun(again)
+        process.process.join(timeout=moments.uniform(0.5, 1.5))
+        process.process.kill()
+        status, output = process.finish()
+        assert status in (0, -signal.SIGKILL), output
+        kills += status != 0
+    assert kills > 0
+    assert final_files(again["output_dir"]) == final_files(flags["output_dir"])
+
+
+def test_preparation_killed_at_random_moments(tmp_path):
+    """Text with a vocabulary trained on it: vocabulary, text and ids."""
+    text = tmp_path / "text"
+    text.write_bytes(sample_megabytes(4))
+    names = ("train.txt", "spm.model")
+
+    def command(folder) -> list[str]:
+        flags = ["-i", text, "-o", folder / "train.txt", "--train_vocab", 500, "--workers", 2]
+        return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags)]
+
+    started = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    duration = time.monotonic() - started
+    moments = random.Random(2)
+    killed = 0
+    for number in range(MOMENTS):
+        folder = tmp_path / f"run-{number}"
+        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=moments.uniform(0, duration))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        subprocess.run(command(folder), check=True, capture_output=True)
+        for name in names:
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (number, name)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(
+            path.name for path in (tmp_path / "whole").iterdir()
+        )
+    assert killed > MOMENTS // 2
+
+
+def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
+    """Twenty megabytes with a vocabulary that is there: killed while workers encode."""
+    text = tmp_path / "text"
+    text.write_bytes(sample_megabytes(20))
+
+    def command(output) -> list[str]:
+        flags = ["-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", 2]
+        return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags)]
+
+    started = time.monotonic()
+    subprocess.run(command(tmp_path / "whole.txt"), check=True, capture_output=True)
+    duration = time.monotonic() - started
+    moments = random.Random(3)
+    for number in range(MOMENTS):
+        output = tmp_path / f"{number}" / "train.txt"
+        process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=moments.uniform(0, duration))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        subprocess.run(command(output), check=True, capture_output=True)
+        assert output.read_bytes() == (tmp_path / "whole.txt").read_bytes(), number
+        assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
+        assert ids_folder(output).is_dir()

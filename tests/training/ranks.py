@@ -1,0 +1,85 @@
+"""Several processes over gloo, for tests of what they compute together."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.data.dataset import Batch
+from DeBERTa.training.distributed import rank, world_size
+from DeBERTa.training.parallel import whole
+from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
+from tests.conftest import tiny_model, tiny_rtd
+from tests.training.batches import random_batch, train_config
+
+CASES = {
+    "mlm": {"task_name": "MLM"},
+    "mlm-in-2": {"task_name": "MLM", "accumulative_update": 2},
+    "gdes": {"sharing": "gdes"},
+    "gdes-in-2": {"sharing": "gdes", "accumulative_update": 2},
+    "gdes-joint": {"sharing": "gdes", "decoupled_training": False},
+    "es": {"sharing": "es"},
+    "es-in-2": {"sharing": "es", "accumulative_update": 2},
+    "nes": {"sharing": "nes"},
+    "nes-joint-in-2": {"sharing": "nes", "decoupled_training": False, "accumulative_update": 2},
+}
+ROWS = 7  # cut unevenly by two and three processes
+
+
+def run_ranks(size: int, folder: Path, function: Callable, *arguments: object) -> None:
+    """Run `function(*arguments)` in `size` processes of one group; it must be importable."""
+    store = folder / f"store-{function.__name__}-{size}"
+    store.unlink(missing_ok=True)
+    multiprocessing.spawn(_enter, (size, str(store), function, arguments), nprocs=size)
+
+
+def _enter(number: int, size: int, store: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=number, world_size=size, timeout=limit)
+    function(*arguments)
+    dist.destroy_process_group()
+    os._exit(0)  # as `end_process` does
+
+
+def make_step(case: str, **values: object) -> tuple[torch.nn.Module, TrainingStep]:
+    """A tiny model without dropout, with tables large enough to tell their gradients apart, and its step."""
+    settings = {"task_name": "RTD", "workers": 0, "learning_rate": 1e-2, "epsilon": 1e-3} | CASES[case] | values
+    sharing = settings.pop("sharing", None)
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    torch.manual_seed(7)
+    config = train_config(**settings)
+    device = torch.device("cpu")
+    if sharing is None:
+        model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | plain))
+        return model, recorded(MaskedLMStep)(model, config, "fp32", device, 10)
+    values = tiny_rtd(sharing)
+    for part in ("generator", "discriminator"):
+        values[part] = values[part] | plain
+    model = RTDModel(RTDConfig.from_dict(values))
+    return model, recorded(ReplacedTokenStep)(model, config, "fp32", device, 10)
+
+
+def recorded(kind: type[TrainingStep]) -> type[TrainingStep]:
+    """The step, which also keeps the gradients of each update, clipped, in `gradients`."""
+
+    class Recorded(kind):
+        def update(self, name: str, *arguments: object) -> bool:
+            parameters = [p for group in self.optimizers[name].param_groups for p in group["params"]]
+            self.gradients = {**vars(self).get("gradients", {})}
+            self.gradients[name] = [None if p.grad is None else whole(p.grad).clone() for p in parameters]
+            return super().update(name, *arguments)
+
+    return Recorded
+
+
+def my_rows(seed: int) -> Batch:
+    """This process's part of a global batch of `ROWS` rows."""
+    batch = random_batch(ROWS, seed=seed)
+    mine = slice(ROWS * rank() // world_size(), ROWS * (rank() + 1) // world_size())
+    return Batch.of(*(tensor[mine] for tensor in batch[:4]))

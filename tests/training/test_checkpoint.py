@@ -1,0 +1,307 @@
+"""Checkpoints on disk: torn ones are found and passed over, old ones pruned, a full disk told in one sentence."""
+
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from DeBERTa.config import ConfigError
+from DeBERTa.training.checkpoint import (
+    FILES,
+    MANIFEST,
+    DamagedCheckpoint,
+    SaveError,
+    Snapshot,
+    check,
+    checkpoint_path,
+    copy_to_host,
+    newest_whole,
+    read_training,
+    saved_steps,
+    write_checkpoint,
+    write_manifest,
+)
+from DeBERTa.training.saving import Saver
+from DeBERTa.training.steps import ReplacedTokenStep
+from tests.conftest import ROOT
+from tests.runs import ForkedRun, command, copy_run, final_files, run, tiny_flags
+from tests.training.batches import random_batch, train_config
+from tests.training.test_steps import CPU, rtd_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, prepared) -> dict:
+    """Flags of a run that has been: 6 steps, checkpoints at 2, 4 and 6."""
+    flags = tiny_flags(tmp_path_factory.mktemp("trained"), prepared)
+    status, output = run(flags)
+    assert status == 0, output
+    return flags
+
+
+@pytest.fixture
+def cut(trained, tmp_path) -> dict:
+    """A copy to be damaged: the flags that go on with it."""
+    return trained | {"output_dir": copy_run(trained["output_dir"], tmp_path / "run")}
+
+
+def damages(size: int) -> list[tuple[str, int | None]]:
+    """What may become of a file: cut to a length, or (None) deleted, or (negative) one byte flipped."""
+    lengths = [(f"cut to {percent} %", size * percent // 100) for percent in (0, 25, 50, 99)]
+    return [*lengths, ("first byte flipped", -size), ("last byte flipped", -1), ("deleted", None)]
+
+
+def damage(path: Path, length: int | None) -> None:
+    content = bytearray(path.read_bytes())
+    if length is None:
+        path.unlink()
+    elif length < 0:
+        content[length] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[:length])
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_any_damage_is_found(cut, name):
+    """Truncated, flipped or gone: the file is named, and the checkpoint before is taken."""
+    folder = checkpoint_path(cut["output_dir"], 6)
+    whole = (folder / name).read_bytes()
+    check(folder)
+    for kind, length in damages(len(whole)):
+        damage(folder / name, length)
+        with pytest.raises(DamagedCheckpoint, match=name):
+            check(folder)
+        step, found = newest_whole(cut["output_dir"])
+        assert (step, len(found)) == (4, 1), kind
+        assert str(folder / name) in str(found[0])
+        (folder / name).write_bytes(whole)
+    check(folder)
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_harmless(cut):
+    """A manifest that says the same in other words (a space for a line end) may pass; nothing else does."""
+    folder = checkpoint_path(cut["output_dir"], 6)
+    whole = (folder / MANIFEST).read_bytes()
+    entries = json.loads(whole)["files"]
+    for position in range(len(whole)):
+        content = bytearray(whole)
+        content[position] ^= 1
+        (folder / MANIFEST).write_bytes(content)
+        try:
+            check(folder)
+        except DamagedCheckpoint:
+            continue
+        assert json.loads(content)["files"] == entries, position
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_goes_on_from_the_one_before(cut, trained, name):
+    damage(checkpoint_path(cut["output_dir"], 6) / name, 10)
+    torn = (checkpoint_path(cut["output_dir"], 6) / name).read_bytes()
+    status, output = run(cut)
+    assert status == 0, output
+    assert f"warning: damaged checkpoint: {checkpoint_path(cut['output_dir'], 6) / name} has 10 bytes" in output
+    assert "going on from step 4" in output
+    assert final_files(cut["output_dir"]) == final_files(trained["output_dir"])
+    aside = cut["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
+    assert str(aside) in output
+    assert (aside / name).read_bytes() == torn
+
+
+def test_no_checkpoint_is_whole(cut, trained):
+    """Never started over in silence: what is wrong is named, nothing is touched; --fresh starts over, keeping all."""
+    run_dir = cut["output_dir"]
+    for step, name in ((2, "state.json"), (4, "optimizer.pt"), (6, "model.safetensors")):
+        damage(checkpoint_path(run_dir, step) / name, 10)
+    before = {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for more in ({}, {"do_train": False, "do_eval": True}):
+        status, output = run(cut | more)
+        assert status == 1
+        message = output.strip().splitlines()[-1]
+        assert message.startswith("error: none of the checkpoints") and "--fresh" in message
+        for part in ("step-00000002/state.json", "step-00000004/optimizer.pt", "step-00000006/model.safetensors"):
+            assert part in message
+        assert {p.relative_to(run_dir): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    for number in (1, 2):
+        status, output = run(cut | {"fresh": True})
+        assert status == 0, output
+        old = run_dir.with_name(f"run.old-{number}")
+        assert f"is now in {old}" in output
+        assert final_files(run_dir) == final_files(trained["output_dir"])
+    old = run_dir.with_name("run.old-1")
+    assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_passes_over_a_damaged_checkpoint_and_leaves_it(cut):
+    damage(checkpoint_path(cut["output_dir"], 6) / "model.safetensors", 10)
+    status, output = run(cut | {"do_train": False, "do_eval": True})
+    assert status == 0, output
+    assert "model.safetensors has 10 bytes" in output
+    assert f"evaluating {checkpoint_path(cut['output_dir'], 4)}" in output
+    assert saved_steps(cut["output_dir"]) == [2, 4, 6]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, prepared):
+    """The best by validation loss stays when it is no longer among the newest."""
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"dump_interval": 1, "keep_last": 2, "num_training_steps": 8}
+    flags |= {"learning_rate": 0.1, "warmup": 8}  # too high in the end, so that the best comes early
+    assert run(flags)[0] == 0
+    lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
+    best = min(losses, key=losses.get)
+    assert best < 7, losses
+    assert saved_steps(flags["output_dir"]) == [best, 7, 8]
+    recorded = json.loads((flags["output_dir"] / "checkpoints" / "best.json").read_text())
+    assert recorded == {"step": best, "checkpoint": f"step-{best:08d}", "loss": losses[best]}
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(cut, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint_path(cut["output_dir"], 6)
+    with (folder / "optimizer.pt").open("wb") as file:
+        torch.save({"training": Trap()}, file)
+    write_manifest(folder, 6)
+    with pytest.raises(ConfigError, match=r"optimizer\.pt cannot be read"):
+        read_training(cut["output_dir"], 6)
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ConfigError, match=r"optimizer\.pt cannot be read"):
+        read_training(cut["output_dir"], 6)
+    assert not Path("executed").exists()
+
+
+def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
+    state = {"training": training.state_dict()}
+    return Snapshot(step, copy_to_host(training.model.state_dict()), copy_to_host(state), {"step": step}, {})
+
+
+def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
+    """Training goes on while the thread writes; the files are those written at once, with nothing going on."""
+    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    training.learning_rate(1)
+    training(random_batch())
+    write_checkpoint(tmp_path / "at-once", snapshot_of(training, 1), 3, None)
+    saver = Saver(tmp_path / "background", 3)
+    snapshot = snapshot_of(training, 1)
+    weight = training.model.generator.lm_predictions.lm_head.bias
+    before = weight.detach().clone()
+    while not saved_steps(tmp_path / "background"):
+        if saver._writing is None:
+            saver.save(snapshot, best=None)
+        training(random_batch())
+    assert not torch.equal(before, weight)
+    assert saver.wait() == checkpoint_path(tmp_path / "background", 1)
+    for name in (*FILES, MANIFEST):
+        ours, theirs = (checkpoint_path(tmp_path / kind, 1) / name for kind in ("background", "at-once"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    saved = load_file(checkpoint_path(tmp_path / "background", 1) / "model.safetensors")
+    assert torch.equal(saved["generator.lm_predictions.lm_head.bias"], before)
+
+
+def test_one_save_at_a_time_and_its_error_at_the_next_opportunity(tmp_path):
+    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    for opportunity in ("save", "wait", "check"):
+        saver = Saver(tmp_path, 3)
+        saver.save(snapshot_of(training, 1), None)
+        with pytest.raises(SaveError, match=r"step 1: .*checkpoints.*--output_dir"):
+            if opportunity == "save":
+                saver.save(snapshot_of(training, 2), None)
+            elif opportunity == "wait":
+                saver.wait()
+            else:
+                while True:
+                    saver.check()
+
+
+def test_a_file_too_large_for_the_quota(tmp_path, prepared):
+    """The system refuses to write more than so many bytes to a file, as a quota or a full disk would."""
+    flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 8}
+    assert run(flags | {"dump_interval": 4}, DEBERTA_CRASH_AT="pruned@4")[0] == -9
+    before = {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()}
+    sizes = {path.name: len(content) for path, content in before.items()}
+    for name in ("model.safetensors", "optimizer.pt"):
+        status, output = run(flags, LARGEST_FILE=str(sizes[name] - 1000))
+        assert status == 1, (name, output)
+        message = output.strip().splitlines()[-1]
+        assert "Traceback" not in output, output
+        for part in ("error: step 6: ", "File too large", "--output_dir", "free)", "goes on from step 4"):
+            assert part in message, message
+        assert saved_steps(flags["output_dir"]) == [4]
+        assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
+        assert {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()} == before
+    assert run(flags)[0] == 0
+
+
+ON_A_SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=2m tmpfs {disk}
+{train} --keep_last 100 && exit 9
+test ! -e {disk}/run/checkpoints
+mount -t tmpfs -o size=16m tmpfs {disk}
+{train} --keep_last 100 && exit 9
+ls -A {disk}/run/checkpoints
+rm -r {disk}/run/checkpoints/step-00000001 {disk}/run/checkpoints/step-00000002
+{train} --keep_last 1
+cp -r {disk}/run {copy}
+"""
+
+
+def test_a_small_disk(tmp_path, prepared):
+    """Too small from the start: told before training, with both numbers and the flag. Full later: earlier checkpoints
+    stay whole, no half one stays, and with room the same command finishes with the bytes of an undisturbed run.
+
+    The disk is a real one, mounted in a name space of its own; where the system does not permit that, this test fails.
+    """
+    flags = tiny_flags(tmp_path, prepared) | {"dump_interval": 1, "num_training_steps": 12}
+    assert run(flags | {"keep_last": 1})[0] == 0
+    checkpoint = sum(path.stat().st_size for path in checkpoint_path(flags["output_dir"], 12).iterdir())
+    models = sum(path.stat().st_size for path in flags["output_dir"].glob("*/model.safetensors"))
+
+    (tmp_path / "disk").mkdir()
+    train = [sys.executable, "-m", "DeBERTa.train", *command(flags | {"output_dir": tmp_path / "disk" / "run"})]
+    names = {"disk": tmp_path / "disk", "copy": tmp_path / "copy", "train": shlex.join(train)}
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK.format(**names)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"unshare or mount not permitted, or the run failed: {done.stderr}"
+    assert "Traceback" not in done.stderr
+    early, late = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    free, one, final, needed = (float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early))
+    assert free <= 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
+    assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes take a little, too
+    assert final == pytest.approx(models / 1e6, rel=0.1)
+    assert "No space left on device" in late and "--output_dir" in late
+    kept = done.stdout.split()
+    full = int(re.search(r"step (\d+): ", late)[1])
+    assert 4 < full < 12 and f"goes on from step {full - 1}" in late
+    assert kept == ["best.json", *(f"step-{step:08d}" for step in range(1, full))]
+    assert f"going on from step {full - 1}" in done.stderr
+    ours, theirs = final_files(tmp_path / "copy"), final_files(flags["output_dir"])
+    assert {name for name in theirs if ours[name] != theirs[name]} == set()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, prepared):
+    (tmp_path / "file").touch()
+    flags = tiny_flags(tmp_path, prepared) | {"output_dir": tmp_path / "file" / "run"}
+    status, output = ForkedRun(flags, log=tmp_path / "log").finish()
+    assert status == 1
+    assert output.strip().splitlines()[-1].startswith(f"error: cannot write the run's folder {tmp_path / 'file'}/run: ")
+    assert "Not a directory; give another --output_dir" in output

@@ -1,0 +1,148 @@
+"""N processes compute what one does on the same global batch: gradients, losses, weights, evaluation, checkpoints."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.training.distributed import is_main, total_sums
+from DeBERTa.training.evaluation import evaluate_splits
+from DeBERTa.training.metrics import mean_losses
+from DeBERTa.training.parallel import load_whole_weights, whole
+from tests.training.ranks import CASES, make_step, my_rows, run_ranks
+
+MODES = {"ddp": {}, "zero": {"zero": 1}, "fsdp": {"fsdp": True}}
+SIZES = (2, 3)
+GROUPS = ((2, "ddp"), (2, "zero"), (2, "fsdp"), (3, "ddp"), (3, "fsdp"))  # processes, and what each holds
+STEPS = 4
+SAVED = ("mlm", "gdes", "es")
+
+
+def train(case: str, mode: str, first: int, last: int, state: dict | None = None) -> dict:
+    """Steps `first` to `last` - 1; what is known afterwards, whole, in every process."""
+    model, training = make_step(case, **MODES[mode])
+    if state is not None:
+        load_whole_weights(model, state["weights"])
+        training.load_state_dict(state["training"])
+    losses = []
+    for step in range(first, last):
+        training.learning_rate(step + 1)
+        sums = training(my_rows(seed=step))
+        norms = {name: value for name, value in sums.items() if name.endswith("norm")}
+        sums = total_sums({name: value for name, value in sums.items() if name not in norms})
+        losses.append(mean_losses(sums | norms))
+        if step == first:
+            gradients = training.gradients
+    weights = {name: tensor.clone() for name, tensor in whole(model.state_dict()).items()}
+    return {"losses": losses, "gradients": gradients, "weights": weights, "training": training.state_dict()}
+
+
+def train_all(folder: Path, size: int) -> None:
+    for case in CASES:
+        for mode in (mode for processes, mode in GROUPS if processes == size):
+            result = train(case, mode, 0, STEPS)
+            if is_main():
+                torch.save(result, folder / f"{case}-{mode}-{size}.pt")
+            if size == 2 and case in SAVED:
+                half = train(case, mode, 0, STEPS // 2)
+                if is_main():
+                    torch.save(half, folder / f"{case}-{mode}-half.pt")
+
+
+def go_on_all(folder: Path, size: int) -> None:
+    for case in SAVED:
+        for saved, opened in (("ddp", "fsdp"), ("zero", "ddp"), ("fsdp", "zero")):
+            state = torch.load(folder / f"{case}-{saved}-half.pt", weights_only=True)
+            result = train(case, opened, STEPS // 2, STEPS, state)
+            if is_main():
+                torch.save(result, folder / f"{case}-{saved}-opened-{size}.pt")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Results of one process and of several, for every case and mode."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for case in CASES:
+        torch.save(train(case, "ddp", 0, STEPS), folder / f"{case}-1.pt")
+    for size in SIZES:
+        run_ranks(size, folder, train_all, folder, size)
+    go_on_all(folder, 1)
+    run_ranks(2, folder, go_on_all, folder, 2)
+    return folder
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("size", "mode"), GROUPS)
+def test_processes_have_the_gradients_of_one(trained, case, mode, size):
+    one, many = read(trained / f"{case}-1.pt"), read(trained / f"{case}-{mode}-{size}.pt")
+    assert one["gradients"].keys() == many["gradients"].keys()
+    compared = 0
+    for name in one["gradients"]:
+        alone, together = one["gradients"][name], many["gradients"][name]
+        for ours, theirs in zip(alone, together, strict=True):
+            if ours is None or not ours.any():
+                assert theirs is None or not theirs.any()
+                continue
+            # Sums over other partitions of the rows: float32 rounding, relative to the tensor.
+            assert torch.linalg.vector_norm(theirs - ours) <= 2e-6 * torch.linalg.vector_norm(ours)
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("size", "mode"), GROUPS)
+def test_processes_go_where_one_goes(trained, case, mode, size):
+    """Losses of four steps, gradient norms and weights."""
+    one, many = read(trained / f"{case}-1.pt"), read(trained / f"{case}-{mode}-{size}.pt")
+    for alone, together in zip(one["losses"], many["losses"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("saved", MODES)
+@pytest.mark.parametrize("size", (1, 2))
+def test_state_of_two_processes_opens_in_any_number_and_mode(trained, case, saved, size):
+    one, opened = read(trained / f"{case}-1.pt"), read(trained / f"{case}-{saved}-opened-{size}.pt")
+    for alone, later in zip(one["losses"][STEPS // 2 :], opened["losses"], strict=True):
+        assert later == pytest.approx(alone, rel=1e-5)
+
+
+def evaluate_all(prepared: Path, folder: Path, size: int) -> None:
+    tokenizer = Tokenizer(prepared / "spm.model")
+    for case in ("mlm", "gdes", "es"):
+        masker = Masker(tokenizer, 1, case != "mlm")
+        store = open_store(prepared / "valid.txt", tokenizer, 62)
+        for mode in MODES:
+            model, training = make_step(case, **MODES[mode])
+            for rows in (16, 3):  # 40 lines: 3 batches, and 14 with a short last one
+                splits = {"valid": EvaluationBatches(store, tokenizer, masker, BatchPlan(3, rows, 64))}
+                device = torch.device("cpu")
+                found = evaluate_splits(model, training.outputs, splits, training.config, "fp32", device)["valid"]
+                if is_main():
+                    np.save(folder / f"{case}-{mode}-{rows}-{size}.npy", found, allow_pickle=True)
+
+
+def test_evaluation_is_the_same_for_any_number_of_processes(prepared, tmp_path):
+    evaluate_all(prepared, tmp_path, 1)
+    for size in (*SIZES, 4):  # more processes than batches
+        run_ranks(size, tmp_path, evaluate_all, prepared, tmp_path, size)
+    files = sorted(tmp_path.glob("*-1.npy"))
+    assert len(files) == 18
+    for path in files:
+        one = np.load(path, allow_pickle=True).item()
+        for size in (*SIZES, 4):
+            many = np.load(path.with_name(path.name.replace("-1.npy", f"-{size}.npy")), allow_pickle=True).item()
+            assert many == pytest.approx(one, rel=1e-6)
+            if "discriminator_auc" in one:
+                assert many["discriminator_auc"] == pytest.approx(one["discriminator_auc"], abs=1e-9)

@@ -1,0 +1,351 @@
+"""The launcher: what is told about wrong set-ups, and what is left of a run after an error or a signal."""
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from DeBERTa.config import ConfigError
+from DeBERTa.training.launch import find_job
+from DeBERTa.training.network import interface_towards
+from tests.conftest import ROOT
+from tests.runs import command, tiny_flags
+from tests.training.batches import train_config
+
+PATIENCE = 60  # seconds until a test gives up on something that takes a few
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
+
+
+def cluster(port: int, nodes: int = 2, node: int = 0) -> dict[str, str]:
+    return {"WORLD_SIZE": str(nodes), "RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+class Command:
+    """`python -m DeBERTa.train` on one node; what it prints goes to a file."""
+
+    def __init__(self, flags: dict, *before: str, **environment: str) -> None:
+        self.run_dir = Path(flags["output_dir"])
+        self.printed = self.run_dir.with_suffix(".printed")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "GLOO"))}
+        with self.printed.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *(before or ["-m", "DeBERTa.train"]), *command(flags)],
+                cwd=ROOT,
+                env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def finish(self) -> int:
+        return self.process.wait(timeout=PATIENCE)
+
+    def lines(self) -> list[str]:
+        return self.printed.read_text().splitlines()
+
+    def error(self) -> str:
+        """The one sentence it ended with."""
+        assert self.finish() == 1, self.printed.read_text()
+        errors = [line for line in self.lines() if line.startswith("error: ")]
+        assert len(errors) == 1 and self.lines()[-1] == errors[0], self.printed.read_text()
+        assert "Traceback" not in self.printed.read_text()
+        return errors[0]
+
+    def workers(self) -> dict[int, int]:
+        """Process ids by rank, those still there."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments, environment = (path / "cmdline").read_text(), (path / "environ").read_text()
+                state = re.search(r"\) (\w)", (path / "stat").read_text())[1]
+            except (OSError, TypeError):  # it ended meanwhile
+                continue
+            rank = re.search(r"(?:^|\0)RANK=(\d+)", environment)
+            if str(self.run_dir) in arguments and "TORCHELASTIC_RUN_ID" in environment and rank and state != "Z":
+                found[int(rank[1])] = int(path.name)
+        return found
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.printed.read_text()
+            assert time.monotonic() < deadline, self.printed.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def flags(prepared, tmp_path) -> dict:
+    return tiny_flags(tmp_path, prepared) | {"dist_timeout": 20, "nproc_per_node": 2}
+
+
+@pytest.fixture
+def endless(flags) -> dict:
+    """Flags of a run that goes on until it is ended, and saves now and then."""
+    return flags | {"num_training_steps": 1_000_000, "dump_interval": 10, "keep_last": 2, "log_interval": 10}
+
+
+def saved_something(run: Command) -> Callable[[], bool]:
+    return lambda: any((run.run_dir / "checkpoints").glob("step-*[0-9]")) if run.run_dir.exists() else False
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "2"}, ("RANK is 2", "WORLD_SIZE 2", "from 0")),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, ("RANK is -1",)),
+        ({"RANK": "1"}, ("RANK is 1", "WORLD_SIZE 1")),
+        ({"WORLD_SIZE": "two"}, ("WORLD_SIZE", "'two'")),
+        ({"WORLD_SIZE": "0"}, ("WORLD_SIZE is 0",)),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, ("RANK", "'first'")),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ("MASTER_ADDR is not set",)),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node0"}, ("MASTER_PORT is not set",)),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "x"}, ("MASTER_PORT", "'x'")),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "70000"}, ("MASTER_PORT is 70000",)),
+    ],
+)
+def test_variables_that_cannot_work(monkeypatch, environment, named):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
+        find_job(train_config())
+    for words in named:
+        assert words in str(error.value)
+
+
+def test_one_process_is_not_launched_and_workers_launch_nothing(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert find_job(train_config(nproc_per_node=1)) is None
+    assert find_job(train_config(nproc_per_node=3)).processes == 3
+    for name, value in cluster(29500).items():
+        monkeypatch.setenv(name, value)
+    assert (find_job(train_config()).nodes, find_job(train_config()).port) == (2, 29500)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun's")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert find_job(train_config()) is None
+
+
+def test_interface_towards_this_machine_itself():
+    assert interface_towards("127.0.0.1") == "lo"
+
+
+def test_port_in_use_and_unknown_host(flags):
+    with closing(socket.socket()) as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        error = Command(flags, **cluster(taken)).error()
+        assert str(taken) in error and "in use" in error and "MASTER_PORT" in error
+    error = Command(flags, **cluster(29500, node=1) | {"MASTER_ADDR": "no-such-host.invalid"}).error()
+    assert "MASTER_ADDR no-such-host.invalid" in error
+
+
+def test_nodes_that_do_not_come(flags):
+    flags |= {"dist_timeout": 2}
+    port = free_port()
+    alone = Command(flags, **cluster(port))
+    error = alone.error()
+    assert "RANK 1" in error and "--dist_timeout 2 s" in error
+    error = Command(flags, **cluster(port, node=1)).error()
+    assert f"MASTER_PORT {port}" in error and "--dist_timeout 2 s" in error
+    assert port_is_free(port)
+
+
+def start_nodes(flags: dict, port: int, *changes: dict, ranks: tuple[int, ...] = (0, 1), nodes: int = 2) -> list:
+    """The same command on several nodes, each with a disk of its own."""
+    return [
+        Command(flags | change | {"output_dir": f"{flags['output_dir']}-{number}"}, **cluster(port, nodes, rank))
+        for number, (rank, change) in enumerate(zip(ranks, changes or ({},) * len(ranks), strict=True))
+    ]
+
+
+def test_two_nodes_of_one_rank(flags):
+    port = free_port()
+    runs = start_nodes(flags, port, ranks=(0, 1, 1), nodes=3)
+    for run in runs:
+        assert "two nodes have RANK 1" in run.error()
+    assert port_is_free(port)
+
+
+def test_nodes_that_count_differently(flags):
+    port = free_port()
+    runs = [Command(flags, **cluster(port, nodes=2))]
+    runs.append(Command(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port, nodes=3, node=1)))
+    for run in runs:
+        assert "WORLD_SIZE is" in run.error()
+
+
+def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared):
+    port = free_port()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.txt").write_text("".join((prepared / "train.txt").read_text().splitlines(keepends=True)[:-1]))
+    change = {"learning_rate": 0.5, "data_dir": other, "workers": 1}
+    for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, change):
+        error = run.error()
+        for name in ("learning_rate (0.001 and 0.5)", "train_sha256", "train_lines (600 and 599)"):
+            assert name in error
+        assert "data_dir" not in error and "workers" not in error
+    assert port_is_free(port)
+
+
+def test_an_error_on_one_node_is_told_on_both(flags):
+    port = free_port()
+    for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, {"vocab_path": "no.model"}):
+        assert "node 1 (" in run.error() and "no.model" in run.error()
+        assert not run.workers()
+
+
+def test_batch_smaller_than_the_processes(flags):
+    error = Command(flags | {"train_batch_size": 6, "accumulative_update": 6}).error()
+    assert "--train_batch_size 6" in error and "at least 12" in error
+
+
+def test_a_run_of_two_processes(flags):
+    """One of them talks; both have logs; the run's folder is as that of one process."""
+    run = Command(flags)
+    assert run.finish() == 0, run.printed.read_text()
+    printed = run.printed.read_text()
+    for text in ("2 processes", "2 processes on 1 node", "8 sequences", "4 a process", "step 6/6", "final models"):
+        assert text in printed
+    assert printed.count("step 6/6") == 1
+    logs = {path.name: path.read_text() for path in (run.run_dir / "logs").glob("*.log")}
+    assert logs.keys() == {"rank-0000.log", "rank-0001.log", "node-0000.log"}
+    assert "step 6/6" in logs["rank-0000.log"]
+    kinds = [line["kind"] for line in metrics(run.run_dir)]
+    assert (kinds.count("train"), kinds.count("valid")) == (5, 3)
+    assert (run.run_dir / "generator" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", ["zero", "fsdp"])
+def test_a_model_cut_up_leaves_whole_checkpoints_and_models(flags, mode):
+    whole = Command(flags)
+    assert whole.finish() == 0, whole.printed.read_text()
+    cut = Command(flags | {mode: 1, "output_dir": f"{flags['output_dir']}-{mode}"})
+    assert cut.finish() == 0, cut.printed.read_text()
+    for name in ("checkpoints/step-00000006", "generator", "discriminator"):
+        ours, theirs = (load_file(run.run_dir / name / "model.safetensors") for run in (cut, whole))
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    for ours, theirs in zip(metrics(cut.run_dir), metrics(whole.run_dir), strict=True):
+        assert ours["generator_loss"] == pytest.approx(theirs["generator_loss"], rel=1e-4)
+        assert ours["discriminator_loss"] == pytest.approx(theirs["discriminator_loss"], rel=1e-4)
+    shutil.rmtree(cut.run_dir / "checkpoints" / "step-00000006")
+    alone = Command(flags | {"nproc_per_node": 1, "output_dir": cut.run_dir})
+    assert alone.finish() == 0, alone.printed.read_text()
+    assert "going on from step 4" in alone.printed.read_text()
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_the_run_after_a_save(endless, number):
+    endless |= {"dump_interval": 1_000_000}
+    run = Command(endless, "-m", "DeBERTa.train")
+    run.wait_for(lambda: "step 10/" in run.printed.read_text())
+    run.process.send_signal(number)
+    assert run.finish() == 128 + number, run.printed.read_text()
+    assert saved_something(run)()
+    assert not run.workers()
+    assert "Traceback" not in run.printed.read_text()
+
+
+def test_a_signal_to_one_process_ends_all(endless):
+    port = free_port()
+    runs = start_nodes(endless | {"nproc_per_node": 1, "dump_interval": 1_000_000}, port)
+    runs[0].wait_for(lambda: "step 10/" in runs[0].printed.read_text())
+    os.kill(runs[1].workers()[1], signal.SIGTERM)
+    for run in runs:
+        assert run.finish() == 143, run.printed.read_text()
+        assert not run.workers()
+    assert saved_something(runs[0])()
+    assert not saved_something(runs[1])()  # node 0 writes
+    assert port_is_free(port)
+
+
+def test_a_killed_process_ends_the_run_on_both_nodes(endless):
+    port = free_port()
+    runs = start_nodes(endless | {"nproc_per_node": 1}, port)
+    runs[0].wait_for(saved_something(runs[0]))
+    os.kill(runs[1].workers()[1], signal.SIGKILL)
+    for run in runs:
+        error = run.error()
+        assert "rank 1" in error and "SIGKILL" in error and "rank-0001.log" in error
+        assert not run.workers()
+    assert port_is_free(port)
+
+
+def test_a_stopped_process_is_given_up(endless):
+    """It answers no signal but SIGKILL; the others wait for `--dist_timeout` seconds only."""
+    run = Command(endless | {"dist_timeout": 4})
+    run.wait_for(saved_something(run))
+    os.kill(run.workers()[1], signal.SIGSTOP)
+    error = run.error()
+    assert "rank 0" in error and "--dist_timeout 4 s" in error
+    assert not run.workers()
+
+
+def test_processes_end_with_a_killed_launcher(endless):
+    run = Command(endless)
+    run.wait_for(saved_something(run))
+    workers = run.workers()
+    assert workers.keys() == {0, 1}
+    pidfds = [os.pidfd_open(pid) for pid in workers.values()]
+    run.process.kill()
+    for pidfd in pidfds:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        assert poll.poll(PATIENCE * 1000)
+        os.close(pidfd)
+
+
+def test_a_restart_goes_on_from_the_last_checkpoint(flags):
+    flags |= {"max_restarts": 1, "num_training_steps": 200, "dump_interval": 20, "log_interval": 20}
+    port = free_port()
+    runs = start_nodes(flags | {"nproc_per_node": 1}, port)
+    runs[0].wait_for(saved_something(runs[0]))
+    os.kill(runs[1].workers()[1], signal.SIGKILL)
+    for run in runs:
+        assert run.finish() == 0, run.printed.read_text()
+        assert "restart 1 of 1" in run.printed.read_text()
+    assert "going on from step" in runs[0].printed.read_text()
+    assert (runs[0].run_dir / "checkpoints" / "step-00000200").exists()
+
+
+def test_under_torchrun_nothing_is_launched(flags):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "DeBERTa.train"]
+    run = Command({k: v for k, v in flags.items() if k != "nproc_per_node"}, *torchrun)
+    assert run.finish() == 0, run.printed.read_text()
+    assert "2 processes" in run.printed.read_text()
+    assert (run.run_dir / "logs" / "rank-0001.log").exists()
+    assert not (run.run_dir / "logs" / "node-0000.log").exists()

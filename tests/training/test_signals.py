@@ -1,0 +1,167 @@
+"""Signals and dead helpers of a run, as real signals to real processes."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from tests.runs import ForkedRun, final_files, run, tiny_flags
+
+
+def children(process: int) -> list[int]:
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and more than a record of its end."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kinds(run_dir: Path) -> list[tuple[int, str]]:
+    return [(x["step"], x["kind"]) for x in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict[str, bytes]]:
+    """Flags of a run of 60 steps, and what it ends with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = tiny_flags(folder, prepared) | {"num_training_steps": 60, "dump_interval": 40, "log_interval": 7}
+    status, output = run(flags)
+    assert status == 0, output
+    return flags, final_files(flags["output_dir"])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, undisturbed, number, status, workers):
+    """Between two checkpoints and two lines of the log; sent to the whole process group, as a terminal does."""
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run", "workers": workers}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("step 7/")
+    os.killpg(process.pid, number)
+    found, output = process.finish()
+    assert found == status, output
+    assert "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith(f"stopped by {number.name}; ")
+    (step,) = saved_steps(flags["output_dir"])
+    assert 7 <= step < 40
+    check(checkpoint_path(flags["output_dir"], step))
+    found, output = run(flags)
+    assert found == 0, output
+    assert f"going on from step {step}" in output
+    assert final_files(flags["output_dir"]) == expected
+
+
+def test_a_second_signal_ends_at_once(tmp_path, undisturbed, prepared):
+    """In a long step: the process does not wait for its end."""
+    flags = undisturbed[0] | {"output_dir": tmp_path / "run", "train_batch_size": 1200, "log_interval": 1}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("step 1/")
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait_for("SIGTERM: finishing the step")
+    os.kill(process.pid, signal.SIGINT)
+    status, output = process.finish()
+    assert status == 130, output
+    assert "stopped by" not in output and "Traceback" not in output
+    assert saved_steps(flags["output_dir"]) == []
+
+
+def test_usr1_saves_and_goes_on(tmp_path, undisturbed):
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run", "workers": 1}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("step 7/")
+    os.killpg(process.pid, signal.SIGUSR1)
+    status, output = process.finish()
+    assert status == 0, output
+    steps = saved_steps(flags["output_dir"])
+    assert len(steps) == 3 and 7 <= steps[0] < 40 and steps[1:] == [40, 60]
+    assert final_files(flags["output_dir"]) == expected
+    for later in steps[1:]:  # going on from the extra checkpoint: its sums go into the next line of the log
+        shutil.rmtree(checkpoint_path(flags["output_dir"], later))
+    status, output = run(flags)
+    assert status == 0 and f"going on from step {steps[0]}" in output
+    assert final_files(flags["output_dir"]) == expected
+
+
+def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
+    """The evaluation ends at once, and the next start makes up for it."""
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    shutil.copy(prepared / "train.txt", data / "valid.txt")  # long enough to be met in the middle
+    for path in data.glob("valid.txt.*"):
+        shutil.rmtree(path)
+    flags = undisturbed[0] | {"data_dir": data, "eval_batch_size": 1, "num_training_steps": 4, "dump_interval": 2}
+    assert run(flags | {"output_dir": tmp_path / "whole"})[0] == 0
+    process = ForkedRun(flags | {"output_dir": tmp_path / "run"})
+    checkpoint = checkpoint_path(tmp_path / "run", 2)
+    while not checkpoint.exists():
+        assert is_running(process.pid)
+    os.kill(process.pid, signal.SIGTERM)
+    status, output = process.finish()
+    assert status == 143 and "Traceback" not in output, output
+    assert kinds(tmp_path / "run") == [(1, "train"), (2, "train")]
+    check(checkpoint)
+    assert run(flags | {"output_dir": tmp_path / "run"})[0] == 0
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "whole")
+
+
+def test_a_signal_while_saving(tmp_path, undisturbed):
+    """The checkpoint being written is finished first."""
+    flags = undisturbed[0] | {"output_dir": tmp_path / "run", "dump_interval": 1, "log_interval": 1, "keep_last": 100}
+    process = ForkedRun(flags)
+    temporary = tmp_path / "run" / "checkpoints" / "step-00000005.tmp"
+    while not temporary.exists():
+        assert is_running(process.pid)
+    os.kill(process.pid, signal.SIGTERM)
+    status, output = process.finish()
+    assert status == 143, output
+    steps = saved_steps(tmp_path / "run")
+    assert steps == list(range(1, steps[-1] + 1)) and 5 <= steps[-1] < 60
+    for step in steps:
+        check(checkpoint_path(tmp_path / "run", step))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+def test_a_worker_that_is_killed(tmp_path, undisturbed):
+    """One sentence, no orphans, and the same command goes on."""
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run", "workers": 2, "dump_interval": 10}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("saved ")
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    status, output = process.finish()
+    assert status == 1, output
+    assert "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("error: a process that prepares batches died")
+    assert "--workers" in output
+    while any(is_running(worker) for worker in workers):
+        pass  # the test run's own limit catches it if they stay
+    status, output = run(flags | {"dump_interval": 40})
+    assert status == 0 and "going on from step" in output
+    names = [name for name in expected if name.endswith("safetensors")]
+    ours = final_files(flags["output_dir"])
+    assert len(names) == 3 and {name: ours[name] for name in names} == {name: expected[name] for name in names}
+
+
+def test_workers_end_with_a_killed_run(tmp_path, undisturbed):
+    flags = undisturbed[0] | {"output_dir": tmp_path / "run", "workers": 2}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("step 7/")
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.finish()[0] == -9
+    while any(is_running(worker) for worker in workers):
+        pass

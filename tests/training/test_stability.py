@@ -1,0 +1,242 @@
+"""Updates that are left out: weights and moments stay as they are, bit for bit, and the run stops if it goes on."""
+
+import copy
+import json
+import math
+import shutil
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.training.checkpoint import checkpoint_path
+from DeBERTa.training.metrics import Sums
+from DeBERTa.training.signals import Signals
+from DeBERTa.training.stability import FEWEST, SIGMAS, WINDOW, Stability
+from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
+from tests.runs import CONTEXT, copy_run, final_files, run, tiny_flags
+from tests.training.batches import random_batch, train_config
+from tests.training.test_steps import CPU, mlm_model, rtd_model
+
+NAN, INF = float("nan"), float("inf")
+
+
+def held(training, model) -> dict[str, torch.Tensor]:
+    """Copies of all weights and moments, by name."""
+    tensors = {f"weight {name}": tensor for name, tensor in model.state_dict().items()}
+    for kind, optimizer in training.optimizers.items():
+        for number, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{kind} {number} {name}": value for name, value in moments.items()}
+    return copy.deepcopy(tensors)
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def break_gradient(model, part: str, value: float) -> torch.utils.hooks.RemovableHandle:
+    weight = dict(model.named_parameters())[f"{part}deberta.encoder.layer.0.output.dense.weight"]
+    return weight.register_hook(lambda gradient: gradient + value)
+
+
+@pytest.mark.parametrize(("value", "precision"), [(NAN, "fp32"), (INF, "fp32"), (NAN, "bf16"), (INF, "fp16")])
+def test_masked_lm_update_with_a_broken_gradient(value, precision):
+    model = mlm_model()
+    training = MaskedLMStep(model, train_config(), precision, CPU, total_steps=10)
+    training.learning_rate(1)
+    training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
+    training.scaler.update(16.0) if precision == "fp16" else None
+    training(random_batch())
+    assert (training.stability.left_out, training.stability.skipped) == (False, 0)
+    before = held(training, model)
+    handle = break_gradient(model, "", value)
+    training(random_batch())
+    training(random_batch())
+    assert changed(before, held(training, model)) == set()
+    assert (training.stability.left_out, training.stability.skipped, training.stability.in_a_row) == (True, 2, 2)
+    handle.remove()
+    training(random_batch())
+    assert "weight lm_predictions.lm_head.bias" in changed(before, held(training, model))
+    assert (training.stability.skipped, training.stability.in_a_row) == (2, 0)
+
+
+@pytest.mark.parametrize("broken", ["generator", "discriminator"])
+@pytest.mark.parametrize(("sharing", "decoupled"), [("es", True), ("gdes", False), ("gdes", True), ("nes", True)])
+def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
+    """Nothing changes, but for the decoupled update of a generator before the discriminator's gradient is known."""
+    model = rtd_model(sharing)
+    config = train_config(task_name="RTD", decoupled_training=decoupled)
+    training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
+    training.learning_rate(1)
+    training(random_batch())
+    before = held(training, model)
+    break_gradient(model, f"{broken}.", NAN)
+    training(random_batch())
+    names = changed(before, held(training, model))
+    if training.decoupled and broken == "discriminator":
+        assert names and not [name for name in names if "discriminator" in name]
+    else:
+        assert names == set()
+    assert training.stability.skipped == 1
+
+
+@pytest.mark.parametrize("part", ["generator", "discriminator"])
+def test_a_loss_that_is_not_a_number(part):
+    model = rtd_model()
+    training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    training.learning_rate(1)
+    training(random_batch())
+    weight = dict(model.named_parameters())[f"{part}.deberta.encoder.layer.0.output.dense.weight"]
+    with torch.no_grad():
+        weight[0, 0] = NAN
+    before = held(training, model)
+    training(random_batch())
+    after = held(training, model)
+    unequal = {name for name in changed(before, after) if not torch.isnan(after[name]).any()}
+    assert not [name for name in unequal if part in name or part == "generator"]
+    assert math.isnan(training.stability.losses[f"{part}_loss"])
+    assert not training.stability.losses_finite()
+
+
+def _one_of_two(rank: int, store: str, results) -> None:
+    """A process of a group of two; in step 2 the second one's gradient is broken, in step 3 its loss a spike."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = mlm_model()
+    training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
+    training.learning_rate(1)
+    training(random_batch())
+    before = held(training, model)
+    handle = break_gradient(model, "", NAN) if rank == 1 else None
+    training(random_batch(seed=rank))
+    found = [training.stability.left_out, len(changed(before, held(training, model)))]
+    if handle:
+        handle.remove()
+    training.stability.windows["loss"] = deque([1.0] * FEWEST)
+    training(random_batch(seed=rank))
+    found += [training.stability.left_out, len(changed(before, held(training, model))), training.stability.losses]
+    signals = Signals()
+    signals.save = rank == 1
+    found += [signals.asked(3, CPU), signals.asked(4, CPU)]
+    signals.ending = 15 * (rank == 0)
+    results.put((rank, [*found, signals.asked(5, CPU)]))
+    dist.destroy_process_group()
+
+
+def test_all_processes_decide_the_same(tmp_path):
+    """What happens in one process, is left out, saved or ended by both."""
+    results = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_one_of_two, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert found[0] == found[1]
+    left_out, unequal, spike_left_out, still_unequal, losses, *asked = found[0]
+    assert (left_out, unequal, spike_left_out, still_unequal) == (True, 0, True, 0)
+    assert losses["loss"] > 5
+    assert asked == [(0, True), (0, False), (15, False)]
+
+
+def sums(loss: float) -> Sums:
+    return {"loss": torch.tensor(loss * 4), "targets": torch.tensor(4)}
+
+
+@pytest.mark.parametrize("skip_spikes", [False, True])
+def test_spikes(skip_spikes):
+    """A loss above mean + 6 sigma of the last 128, once there are 32; the rule by hand on 400 losses."""
+    stability = Stability(train_config(skip_spikes=skip_spikes), CPU)
+    generator = np.random.default_rng(0)
+    losses = (3 + 0.1 * generator.standard_normal(400)).astype(np.float32).tolist()
+    for step, loss in {5: 9.0, 50: 4.5, 51: NAN, 52: 4.4, 300: 3.3, 399: 5.0}.items():
+        losses[step] = loss
+    found, kept = [], []
+    for step, loss in enumerate(losses):
+        stability.begin_step()
+        allowed = stability.allows(sums(loss), ("loss",), torch.tensor(1.0))
+        stability.end_step()
+        window = np.array(kept[-WINDOW:])
+        by_hand = len(kept) >= FEWEST and loss > window.mean() + SIGMAS * window.std()
+        assert bool(stability.spikes) == by_hand
+        assert allowed == (math.isfinite(loss) and not (by_hand and skip_spikes))
+        if math.isfinite(loss):
+            kept.append(loss)
+        found += [step] if by_hand else []
+    assert found == [399]  # 9.0 at step 5 widens the window until it is forgotten
+    assert stability.skipped == 1 + (len(found) if skip_spikes else 0)
+    other = Stability(train_config(), CPU)
+    other.load_state_dict(json.loads(json.dumps(stability.state_dict())))
+    assert other.state_dict() == stability.state_dict()
+
+
+def test_a_lasting_change_of_level_is_no_spike_for_long():
+    stability = Stability(train_config(skip_spikes=True), CPU)
+    left_out = 0
+    for step in range(300):
+        stability.begin_step()
+        loss = (3.0 if step < 200 else 6.0) + step % 2 * 0.01
+        left_out += not stability.allows(sums(loss), ("loss",), torch.tensor(1.0))
+    assert 0 < left_out <= 5
+
+
+@pytest.mark.parametrize(("task", "precision"), [("RTD", "fp32"), ("MLM", "fp16"), ("RTD", "fp16")])
+def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
+    """It names step, losses, and the lines of the batch; float16 does not lower its scale for ever."""
+    flags = tiny_flags(tmp_path, prepared, task) | {"precision": precision, "learning_rate": 1e20, "warmup": 0}
+    flags |= {"num_training_steps": 1000, "dump_interval": 1000, "log_interval": 1, "max_skipped_steps": 4}
+    status, output = run(flags)
+    assert status == 1, output
+    message = output.strip().splitlines()[-1]
+    assert message.startswith("error: step ") and "Traceback" not in output
+    for part in ("4 steps in a row", "--max_skipped_steps", "is nan", "train.txt", "--learning_rate", "--tag"):
+        assert part in message, message
+    lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines][-3:] == [1, 2, 3]
+    assert "3 steps left out" in output
+
+
+def write_data(folder: Path, tokenizer: Tokenizer, odd_line: int | None) -> None:
+    """800 lines that are all the same, but for one."""
+    folder.mkdir(exist_ok=True)
+    usual = " ".join(tokenizer.pieces[10:26])
+    odd = " ".join(tokenizer.pieces[1500:1516])
+    lines = [odd if number == odd_line else usual for number in range(800)]
+    (folder / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_a_spike_in_a_run(tmp_path, tokenizer):
+    """The step with the odd line is logged and left out, also when the run went on from shortly before it."""
+    write_data(tmp_path / "usual", tokenizer, None)
+    store = open_store(tmp_path / "usual" / "train.txt", tokenizer, 62, progress=False)
+    batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, False), BatchPlan(42, 4, 64))
+    write_data(tmp_path / "data", tokenizer, int(batches.line_numbers(179)[2]))
+    shutil.copy(tokenizer.path, tmp_path / "data" / "spm.model")
+    flags = tiny_flags(tmp_path, tmp_path / "data", "MLM") | {
+        "skip_spikes": True,
+        "learning_rate": 1e-2,
+        "keep_last": 9,
+    }
+    flags |= {"num_training_steps": 181, "dump_interval": 175, "log_interval": 90, "train_batch_size": 4}
+    status, output = run(flags)
+    assert status == 0, output
+    lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    (spike,) = [line for line in lines if line["kind"] == "spike"]
+    assert (spike["step"], spike["left_out"]) == (180, True)
+    assert spike["loss"] > spike["mean"] + 6 * spike["sigma"]
+    assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0, 0, 1, 1]
+    assert "step 180: update left out: a loss spike" in output
+    cut = copy_run(flags["output_dir"], tmp_path / "cut")
+    shutil.rmtree(checkpoint_path(cut, 181))
+    status, output = run(flags | {"output_dir": cut})
+    assert status == 0 and "going on from step 175" in output
+    assert final_files(cut) == final_files(flags["output_dir"])
