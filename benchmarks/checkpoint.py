@@ -10,19 +10,16 @@ steps are of one line of 512 tokens in bfloat16 where the hardware has it, timed
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.about import about  # noqa: E402
 from benchmarks.training_step import make_batch, ours  # noqa: E402
 from DeBERTa.training.checkpoint import Snapshot, check, checkpoint_path, copy_to_host  # noqa: E402
 from DeBERTa.training.saving import Saver  # noqa: E402
@@ -93,10 +90,7 @@ def main() -> None:
     for name, values in found.items():
         print(f"{name:<32}{statistics.median(values):>8.2f} s  ({min(values):.2f} to {max(values):.2f})")
     if arguments.json:
-        machine = {"processor": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        results = {"machine": machine | {"cores": os.cpu_count()}, "versions": versions, "bytes": size}
-        arguments.json.write_text(json.dumps(results | {"seconds": found}, indent=1))
+        arguments.json.write_text(json.dumps(about() | {"bytes": size, "seconds": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ median over all processes, so that shapes can be compared where a shared machine
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.about import about  # noqa: E402
 from benchmarks.training_step import CASES, measure  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 
@@ -78,10 +76,8 @@ def main() -> None:
                 f"{row['flops'] / 1e9:>8.0f}{row['share_of_floor']:>10.0%}{row['peak_gb']:>9.2f}"
             )
     if arguments.json:
-        machine = {"processor": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        figures = {"machine": machine, "versions": versions, "product_rates": rates, "shapes": list(rows.values())}
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        figures = {"product_rates": rates, "shapes": list(rows.values())}
+        arguments.json.write_text(json.dumps(about() | figures, indent=1) + "\n")
 
 
 def summary(size: int, length: int, results: list[dict], rate: float) -> dict:

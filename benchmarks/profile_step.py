@@ -8,9 +8,6 @@ what other threads do for it meanwhile is not added. Functions with a backward p
 """
 
 import argparse
-import datetime
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,15 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.about import about  # noqa: E402
 from benchmarks.training_step import CASES, make_batch, ours  # noqa: E402
 
 STEPS = 3
-
-
-def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty= with changes", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -54,13 +46,13 @@ def main() -> None:
 
     events = sorted(profiler.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
     total = sum(event.self_cpu_time_total for event in events)
-    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    here = about()
     lines = [
         f"{arguments.case} ({config_name}), {size} x {length} tokens, {arguments.precision}, dropout on",
-        f"command  python {' '.join(['benchmarks/profile_step.py', *sys.argv[1:]])}",
-        f"commit   {commit()}",
-        f"machine  {processor}, {torch.get_num_threads()} threads; torch {torch.__version__}",
-        f"date     {datetime.date.today()}",
+        f"command  {here['command']}",
+        f"commit   {here['commit']}",
+        f"machine  {here['machine']['processor']}, {here['machine']['threads']} threads; torch {torch.__version__}",
+        f"date     {here['date']}",
         f"a step   {seconds / STEPS:.2f} s under the profiler, of which in operators {total / STEPS / 1e6:.2f} s",
         "",
         f"{'self, ms a step':>16}{'share':>8}{'calls a step':>14}  operator",

@@ -23,7 +23,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -39,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.about import about  # noqa: E402
 from benchmarks.prepare_data import descendants  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
@@ -209,11 +209,7 @@ def main() -> None:
             print("| " + " | ".join([*row, f"{later['memory_mb']:.1f}"]) + " |", flush=True)
     print("\nSeconds are of a later start, the median, unless they say otherwise.")
     if arguments.json:
-        machine = {"processor": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        arguments.json.write_text(
-            json.dumps({"machine": machine, "versions": versions, "texts": results}, indent=1) + "\n"
-        )
+        arguments.json.write_text(json.dumps(about() | {"texts": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

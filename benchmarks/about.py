@@ -1,0 +1,34 @@
+"""What every benchmark says about itself: command, commit, date, machine, versions."""
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def about() -> dict:
+    """The fields of a results file that are the same for every benchmark."""
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": {
+            "processor": capabilities.get("cpu_name", platform.machine()),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty= with changes", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
