@@ -108,11 +108,13 @@ class DisentangledSelfAttention(nn.Module):
             table = self.position_dropout(positions.table)
             if "c2p" in self.terms:
                 project = self.key_proj if self.share_att_key else self.pos_key_proj
-                key_table = self.split_heads(project(table)[positions.rows])
+                key_table = self.split_heads(project(table).index_select(0, positions.rows))
             if "p2c" in self.terms:
                 project = self.query_proj if self.share_att_key else self.pos_query_proj
                 # Ordered upwards: see `distance_view`.
-                query_table = self.split_heads(project(table)[positions.rows.flip(0)] * self.scale)
+                query_table = self.split_heads(
+                    nn.functional.embedding(positions.rows.flip(0), project(table)) * self.scale
+                )
         return Keys(k, v, input_mask, key_table, query_table)
 
     def forward(

@@ -57,10 +57,10 @@ class BlockedAttention(torch.autograd.Function):
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
             if key_table is not None:
                 for rows, table in row_blocks(length):
-                    scores[:, rows] += distance_view(q[b, :, rows] @ key_table[:, table].transpose(1, 2))
+                    scores[:, rows] += distance_view(torch.bmm(q[b, :, rows], key_table[:, table].transpose(1, 2)))
             if query_table is not None:
                 for rows, table in row_blocks(length):
-                    product = k[b, :, rows] @ query_table[:, table].transpose(1, 2)
+                    product = torch.bmm(k[b, :, rows], query_table[:, table].transpose(1, 2))
                     # Adding the transposed view would take four times as long as this copy.
                     other[:, :, rows] = distance_view(product).transpose(1, 2)
                 scores += other

@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         largest, sums = [], []
         target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
         for first in range(0, len(table_VE), chunk):
-            logits_MC = _logits(x_ME, table_VE, bias_V, first, chunk)
+            logits_MC = F.linear(x_ME, *_chunk(x_ME, table_VE, bias_V, first, chunk))
             column, here = _columns(targets_M, first, logits_MC)
             target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
             largest.append(logits_MC.amax(1).float())
@@ -84,21 +84,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtable, dbias = torch.empty_like(table_VE), torch.empty_like(bias_V)
         for first in range(0, len(table_VE), ctx.chunk):
             words = slice(first, first + ctx.chunk)
-            logits_MC = _logits(x_ME, table_VE, bias_V, first, ctx.chunk)
+            table_CE, bias_C = _chunk(x_ME, table_VE, bias_V, first, ctx.chunk)
+            logits_MC = F.linear(x_ME, table_CE, bias_C)
             dlogits_MC = torch.sub(logits_MC, shift_M1).exp_()
             column, here = _columns(targets_M, first, logits_MC)
             dlogits_MC.scatter_add_(1, column, torch.where(here, -grad_M.abs(), 0.0)[:, None])
             dbias[words] = sign_M @ dlogits_MC
             dlogits_MC = dlogits_MC.to(x_ME.dtype)
-            dx_ME += dlogits_MC @ table_VE[words].to(x_ME.dtype)
+            dx_ME += dlogits_MC @ table_CE
             dtable[words] = dlogits_MC.t() @ signed_x_ME
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
 
-def _logits(x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, first: int, chunk: int) -> torch.Tensor:
-    """[M, C] of the chunk that starts at word `first`, in the type of `x_ME`."""
+def _chunk(
+    x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, first: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Table [C, E] and bias [C] of the chunk that starts at word `first`, in the type of `x_ME`."""
     words = slice(first, first + chunk)
-    return F.linear(x_ME, table_VE[words].to(x_ME.dtype), bias_V[words].to(x_ME.dtype))
+    return table_VE[words].to(x_ME.dtype), bias_V[words].to(x_ME.dtype)
 
 
 def _columns(targets_M: torch.Tensor, first: int, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
