@@ -5,21 +5,19 @@ import os
 import platform
 
 # Parameters of glibc's mallopt, from its malloc.h; advice of Linux's madvise, from its mman.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> None:
-    """Spare page faults, which by default take up to half of a step's time. To be called before the first tensor.
+    """Spare page faults, which by default take up to half of a step's time.
 
-    Every step allocates the same temporary tensors, and glibc maps and unmaps each of them. Here those below 32 MB, the
-    most that glibc allows, come from the heap, which keeps what is freed; larger ones would leave holes there and are
-    mapped still. Both are asked to be in huge pages, which fault 512 times less often; no memory is taken before it is
-    used. Does nothing where the C library is not glibc.
+    Every step allocates the same temporary tensors, and glibc maps and unmaps each of them. Here they come from the
+    heap, which keeps what is freed. What the heap will grow into is asked to be in huge pages, which fault and miss 512
+    times less often; no memory is taken before it is used. Does nothing where the C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for huge pages for what is mapped
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
@@ -33,5 +31,3 @@ def keep_freed_memory() -> None:
     if block:
         libc.madvise(-(-block // page) * page, size - page, MADV_HUGEPAGE)
         libc.free(block)
-    libc.mallopt(M_MMAP_MAX, 65536)  # the default
-    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
