@@ -268,6 +268,16 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     fp16: bool | None = _flag(None, "published name: True means --precision auto, False means --precision fp32")
+    attention: str = _flag(
+        "auto",
+        "auto: own blocked attention on a CPU, flash if it can run, else sdpa on a GPU; eager: plain operations; sdpa: "
+        "the library's, with position scores as its bias; flash: the package disentangled-flash, on a GPU",
+        ("auto", "eager", "sdpa", "flash"),
+    )
+    gradient_checkpointing: bool = _flag(
+        False, "compute each layer again in the backward pass: less memory, about a third more time, the same numbers"
+    )
+    compile: bool = _flag(False, "torch.compile the encoder's layers; a CPU needs a C++ compiler for it")
 
     nproc_per_node: int = _flag(0, "processes on this node; 0: one a GPU, or one on a machine without GPUs")
     zero: int = _flag(0, "1: gradients and optimiser state are cut up between the processes (ZeRO)")

@@ -36,6 +36,7 @@ from DeBERTa.training.distributed import (
     world_size,
 )
 from DeBERTa.training.evaluation import evaluate_splits, outputs_of
+from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.loop import NotFiniteError, Run, resume, train
@@ -136,6 +137,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
+    set_execution(model, config, device)
     if train_store is not None:
         check_batch_size(config)
         plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length, rank(), world_size())

@@ -271,3 +271,22 @@ def test_published_spellings_still_work(flags):
     result = train(*command(flags), "--do_train", "--max_seq_len", 64, "--dump", 3, "--fp16", "False")
     assert result.returncode == 0, result.stderr
     assert "precision fp32" in result.stderr
+
+
+def test_layers_computed_again_train_the_same_model(flags, tmp_path):
+    """Bit for bit, with dropout; flash cannot run here, and stderr says so once for both models."""
+    values = flags | {"num_training_steps": 2, "attention": "flash"}
+    states = []
+    for again in (False, True):
+        run = tmp_path / f"again-{again}"
+        result = train(*command(values | {"gradient_checkpointing": again, "output_dir": run}), CUDA_VISIBLE_DEVICES="")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("--attention flash is not possible") == 1
+        states.append(load_file(run / "discriminator" / "model.safetensors"))
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_compile_without_a_compiler(flags, tmp_path):
+    result = train(*command(flags), "--compile", CXX=str(tmp_path / "no-compiler"), CUDA_VISIBLE_DEVICES="")
+    assert_refused(result, "--compile", "C++ compiler", tmp_path / "no-compiler", "CXX")
+    assert not flags["output_dir"].exists()

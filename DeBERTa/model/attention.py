@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
+from DeBERTa.model.backends import FlashLookup, eager_attention, flash_attention, sdpa_attention
 from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
 from DeBERTa.model.dropout import Dropout
 
@@ -42,11 +43,12 @@ class RelativePositions(NamedTuple):
     """Relative positions of sequences of one length.
 
     `table` [S', h]: the rows of the table that can occur; `rows` int64 [W]: which of them belongs to each distance,
-    from L - 1 down to -(L - 1).
+    from L - 1 down to -(L - 1). `lookup`: the same for the flash kernels, where these are used.
     """
 
     table: torch.Tensor
     rows: torch.Tensor
+    lookup: FlashLookup | None = None
 
 
 class Keys(NamedTuple):
@@ -63,7 +65,7 @@ class DisentangledSelfAttention(nn.Module):
     """Attention scores from content, and from content to position (c2p) and position to content (p2c).
 
     `score(i, j) = (q_i k_j + q_i K_R[slot] + k_j Q_R[slot]) / sqrt(D * terms)`, equation 4 of the paper, with one
-    `slot(i, j)` for both position terms, as in the published code.
+    `slot(i, j)` for both position terms, as in the published code. `backend` is how it is computed: see backends.py.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -83,6 +85,7 @@ class DisentangledSelfAttention(nn.Module):
         self.position_dropout = Dropout(config.hidden_dropout_prob)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.scale = 1 / math.sqrt(self.head_size * (1 + len(self.terms)))
+        self.backend = "auto"
 
     def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
         """[B, H, L, D] of `x` [B, L, h] for each of this module's projections, in one product; queries are scaled."""
@@ -103,34 +106,44 @@ class DisentangledSelfAttention(nn.Module):
 
         `positions` is needed only with relative attention; its table is projected once for all sequences.
         """
+        key_table, query_table = self.project_positions(positions)
+        if key_table is not None:
+            key_table = self.split_heads(key_table.index_select(0, positions.rows))
+        if query_table is not None:
+            query_table = self.split_heads(query_table.index_select(0, positions.rows.flip(0)))  # see `distance_view`
+        return Keys(k, v, input_mask, key_table, query_table)
+
+    def project_positions(self, positions: RelativePositions | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Position keys (c2p) and scaled position queries (p2c) of the rows, [S', H * D]; None where not in use."""
         key_table = query_table = None
         if self.terms:
             table = self.position_dropout(positions.table)
             if "c2p" in self.terms:
-                project = self.key_proj if self.share_att_key else self.pos_key_proj
-                key_table = self.split_heads(project(table).index_select(0, positions.rows))
+                key_table = (self.key_proj if self.share_att_key else self.pos_key_proj)(table)
             if "p2c" in self.terms:
-                project = self.query_proj if self.share_att_key else self.pos_query_proj
-                # Ordered upwards: see `distance_view`.
-                query_table = self.split_heads(
-                    nn.functional.embedding(positions.rows.flip(0), project(table)) * self.scale
-                )
-        return Keys(k, v, input_mask, key_table, query_table)
+                query_table = (self.query_proj if self.share_att_key else self.pos_query_proj)(table) * self.scale
+        return key_table, query_table
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
         """Context [B, L, H * D] of every position of `hidden_states` [B, L, h]; zero at padding."""
         q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
+        if self.backend == "flash":
+            tables = (t if t is None else self.split_heads(t) for t in self.project_positions(positions))
+            p = self.dropout.p if self.training else 0.0
+            return flash_attention(q, k, v, *tables, positions.lookup, input_mask, p)
         return self.attend(q, self.with_positions(k, v, input_mask, positions))
 
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
         """Context [B, L, H * D] of a query [B, H, L, D] at every position; zero at padding."""
-        if q.device.type == "cpu":
+        # The compiler cannot look into the blocked path, and fuses the plain one itself.
+        if self.backend == "auto" and q.device.type == "cpu" and not torch.compiler.is_compiling():
             p = self.dropout.p if self.training else 0.0
             context = BlockedAttention.apply(q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p)
         else:
-            context = self._attend(q, keys, self.position_scores(q, keys), keys.input_mask)
+            context = self._attend(q, keys, self.position_scores(q, keys))
+            context = context.masked_fill(~keys.input_mask[:, None, :, None], 0)
         return context.transpose(1, 2).flatten(2)
 
     def position_scores(self, q: torch.Tensor, keys: Keys) -> list[torch.Tensor]:
@@ -160,15 +173,10 @@ class DisentangledSelfAttention(nn.Module):
             product = q @ keys.key_table.transpose(1, 2)
             columns = (length - 1 - at)[:, :, None] + torch.arange(length, device=at.device)
             terms.append(product.gather(3, columns[:, None].expand(-1, q.size(1), -1, -1)))
-        return self._attend(q, keys, terms, None).transpose(1, 2).flatten(2)
+        return self._attend(q, keys, terms).transpose(1, 2).flatten(2)
 
-    def _attend(
-        self, q: torch.Tensor, keys: Keys, terms: list[torch.Tensor], query_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Context [B, H, M, D], zero where `query_mask` [B, M] is false."""
-        scores = sum(terms, q @ keys.k.transpose(2, 3))
-        scores = scores.masked_fill(~keys.input_mask[:, None, None], torch.finfo(scores.dtype).min)
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        if query_mask is not None:
-            probs = probs * query_mask[:, None, :, None]
-        return self.dropout(probs) @ keys.v
+    def _attend(self, q: torch.Tensor, keys: Keys, terms: list[torch.Tensor]) -> torch.Tensor:
+        """Context [B, H, M, D] of queries [B, H, M, D], whatever they are, with position scores `terms`."""
+        plain = self.backend == "eager" or (self.backend == "auto" and q.device.type == "cpu")
+        attention = eager_attention if plain else sdpa_attention
+        return attention(q, keys.k, keys.v, terms, keys.input_mask, self.dropout)

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from DeBERTa.config import ModelConfig
 from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
+from DeBERTa.model.backends import flash_lookup
 from DeBERTa.model.dropout import Dropout
 from DeBERTa.model.sharing import SharedTables, make_table
 
@@ -125,6 +127,8 @@ class AddNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if self.activation is None:
             x = self.dense(x)
+        elif torch.compiler.is_compiling():  # the compiler decides by itself what to compute again
+            x = self.dense(self.activation(x))
         else:
             x = ActivatedLinear.apply(x, self.dense.weight, self.dense.bias, self.activation)
         return self.LayerNorm(self.dropout.add(residual, x))
@@ -208,6 +212,8 @@ class ConvLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Layers and what they share. With `gradient_checkpointing` a layer's backward pass computes the layer again."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -218,6 +224,7 @@ class Encoder(nn.Module):
         if self.normalise_positions:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
+        self.gradient_checkpointing = False
 
     def relative_positions(self, length: int) -> RelativePositions | None:
         """The rows of the table that sequences of `length` can need, normalised; None without relative attention."""
@@ -226,8 +233,16 @@ class Encoder(nn.Module):
         slots = relative_slots(torch.arange(length - 1, -length, -1), self.config)
         first = int(slots[-1])
         table = self.rel_embeddings.weight[first : int(slots[0]) + 1]
-        rows = (slots - first).to(table.device)
-        return RelativePositions(self.LayerNorm(table) if self.normalise_positions else table, rows)
+        rows = slots - first
+        lookup = flash_lookup(rows, table.device) if self.layer[0].attention.self.backend == "flash" else None
+        table = self.LayerNorm(table) if self.normalise_positions else table
+        return RelativePositions(table, rows.to(table.device, non_blocking=True), lookup)
+
+    def run(self, function: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
+        """`function(*inputs)`, a layer or part of one, keeping what its backward pass needs, or its inputs alone."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)  # draws the same dropout again
+        return function(*inputs)
 
     def forward(
         self, embeddings: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None, layers: int
@@ -235,7 +250,7 @@ class Encoder(nn.Module):
         """The outputs of the first `layers` layers, [B, L, h] each."""
         hidden_states, outputs = embeddings, []
         for layer in self.layer[:layers]:
-            hidden_states = layer(hidden_states, input_mask, positions)
+            hidden_states = self.run(layer, hidden_states, input_mask, positions)
             if self.conv is not None and not outputs:
                 hidden_states = self.conv(embeddings, hidden_states, input_mask)
             outputs.append(hidden_states)

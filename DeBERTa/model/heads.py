@@ -63,7 +63,8 @@ class EnhancedMaskDecoder(nn.Module):
             absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
             queries = queries + embeddings.embed_proj(absolute)[0][masked.at]
         passes = 1 if self.position_biased_input else 2
-        decoded = encoder.layer[-1].selected(queries, masked.at, hidden_states, real, positions, passes)
+        last = encoder.layer[-1]
+        decoded = encoder.run(last.selected, queries, masked.at, hidden_states, real, positions, passes)
         return decoded.flatten(0, 1).index_select(0, masked.slots)
 
 

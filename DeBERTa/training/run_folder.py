@@ -72,7 +72,7 @@ def remove_unfinished(run_dir: Path) -> None:
 FREE_TO_CHANGE = (
     "output_dir", "tag", "do_train", "do_eval", "workers", "eval_batch_size", "dump_interval", "keep_last",
     "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps", "nproc_per_node", "max_restarts",
-    "dist_timeout", "zero", "fsdp",
+    "dist_timeout", "zero", "fsdp", "gradient_checkpointing",
 )  # fmt: skip
 
 

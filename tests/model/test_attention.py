@@ -56,7 +56,7 @@ def keys_of(attention, hidden, mask, positions):
     )
 
 
-@pytest.mark.parametrize("path", ["whole", "blocks", "plain"])
+@pytest.mark.parametrize("path", ["whole", "blocks", "eager", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_position(variant, path, monkeypatch):
     encoder, config = make(variant)
@@ -66,20 +66,20 @@ def test_every_position(variant, path, monkeypatch):
     keys = keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH))
     if path == "blocks":
         monkeypatch.setattr(blocked_attention, "ROWS", 8)  # the last block is smaller
-    if path != "plain":
-        ours = attention.attend(q, keys)
-    else:  # what other devices run
-        ours = attention._attend(q, keys, attention.position_scores(q, keys), mask).transpose(1, 2).flatten(2)
+    attention.backend = path if path in ("eager", "sdpa") else "auto"
+    ours = attention.attend(q, keys)
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     theirs = reference_context(attention, queries, hidden, mask, table, config)
     assert torch.count_nonzero(ours[~mask]) == 0
     assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_selected_positions(variant):
+def test_selected_positions(variant, backend):
     encoder, config = make(variant)
     attention = encoder.layer[0].attention.self
+    attention.backend = backend
     hidden, queries, mask = inputs()
     at = torch.tensor([[2, 5, 19], [0, 12, 3], [0, 0, 0]])
     rows = torch.arange(3)[:, None]
