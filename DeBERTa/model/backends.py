@@ -13,6 +13,7 @@ Shapes: B batch, L keys, M queries, H heads, D head size, R rows of the projecte
 """
 
 import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from DeBERTa.config import ModelConfig
 from DeBERTa.model.dropout import Dropout
 
+FLASH_VERSION = "1.1.1"  # what we call is not public, so that other versions may differ
 FLASH_HEAD_SIZES = (32, 64, 128)
 
 
@@ -42,9 +44,14 @@ def flash_obstacle(config: ModelConfig, device: torch.device) -> str | None:
         return "the model has no relative positions"
     if config.head_size not in FLASH_HEAD_SIZES:
         return f"its kernels take heads of 32, 64 or 128, not {config.head_size}"
-    for module, package in (("triton", "triton"), ("disentangled_flash", "disentangled-flash")):
-        if importlib.util.find_spec(module) is None:
-            return f"the package {package} is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        installed = version("disentangled-flash")
+    except PackageNotFoundError:
+        return "the package disentangled-flash is not installed"
+    if installed != FLASH_VERSION:
+        return f"disentangled-flash {installed} is installed, not {FLASH_VERSION}"
     return None
 
 
