@@ -102,7 +102,7 @@ class TrainingBatches(Dataset):
         if epoch not in self._orders:
             generator = np.random.Generator(np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0]))
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = generator.permutation(len(self.store))
+            self._orders[epoch] = generator.permutation(np.arange(len(self.store), dtype=np.int32))
         return self._orders[epoch]
 
     def line_numbers(self, step: int) -> np.ndarray:
