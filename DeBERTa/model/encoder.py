@@ -87,50 +87,56 @@ class Embeddings(nn.Module):
         return torch.arange(length, device=input_ids.device).unsqueeze(0)
 
 
-class ActivatedLinear(torch.autograd.Function):
-    """`linear(activation(x))` that keeps `x` only and computes the activation again in its backward pass.
+class FeedForward(torch.autograd.Function):
+    """`linear(activation(linear(x)))` that keeps little for its backward pass.
 
-    `x` [..., h]; `weight`, `bias` of the linear map, in any type: products run in that of `x`.
+    `x` [..., h]; `inner`, `outer`: weight and bias of the two maps. Kept are `x` in the type of the products and, off
+    CPUs, the activation's input [..., intermediate_size], which a CPU computes again, as everyone does its output:
+    memory there costs more time than the product.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, activation):
-        ctx.save_for_backward(x, weight)
-        ctx.activation, ctx.bias_type = activation, bias.dtype
-        return F.linear(activation(x), weight.to(x.dtype), bias.to(x.dtype))
+    def forward(ctx, x, inner_weight, inner_bias, outer_weight, outer_bias, activation):
+        kind = x.device.type
+        low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if low else x.dtype
+        ctx.activation, ctx.types = activation, (x.dtype, inner_weight.dtype)
+        x = x.to(dtype)
+        hidden = F.linear(x, inner_weight.to(dtype), inner_bias.to(dtype))
+        ctx.save_for_backward(x, inner_weight, inner_bias, outer_weight, None if kind == "cpu" else hidden)
+        return F.linear(activation(hidden), outer_weight.to(dtype), outer_bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, inner_weight, inner_bias, outer_weight, hidden = ctx.saved_tensors
+        dtype, (x_type, parameter_type) = x.dtype, ctx.types
+        inner = inner_weight.to(dtype)
+        if hidden is None:
+            hidden = F.linear(x, inner, inner_bias.to(dtype))
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            activated = ctx.activation(x)
-        grad = grad.to(x.dtype)
-        (dx,) = torch.autograd.grad(activated, x, grad @ weight.to(x.dtype))
-        rows = grad.flatten(0, -2)
-        dweight = (rows.t() @ activated.detach().flatten(0, -2)).to(weight.dtype)
-        return dx, dweight, rows.sum(0).to(ctx.bias_type), None
+            hidden = hidden.detach().requires_grad_()
+            activated = ctx.activation(hidden)
+        grad = grad.to(dtype)
+        (dhidden,) = torch.autograd.grad(activated, hidden, grad @ outer_weight.to(dtype))
+        grad, activated, dhidden_rows, x = (t.detach().flatten(0, -2) for t in (grad, activated, dhidden, x))
+        gradients = (dhidden_rows.t() @ x, dhidden_rows.sum(0), grad.t() @ activated, grad.sum(0))
+        return (dhidden @ inner).to(x_type), *(g.to(parameter_type) for g in gradients), None
 
 
 class AddNorm(nn.Module):
-    """dense, dropout, add the residual, LayerNorm; `activation`, if any, comes before."""
+    """dense, dropout, add the residual, LayerNorm"""
 
-    def __init__(
-        self, config: ModelConfig, width: int, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.activation = activation
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if self.activation is None:
-            x = self.dense(x)
-        elif torch.compiler.is_compiling():  # the compiler decides by itself what to compute again
-            x = self.dense(self.activation(x))
-        else:
-            x = ActivatedLinear.apply(x, self.dense.weight, self.dense.bias, self.activation)
+        return self.add(self.dense(x), residual)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What follows the dense map."""
         return self.LayerNorm(self.dropout.add(residual, x))
 
 
@@ -145,9 +151,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense(x)
+        self.activation = ACTIVATION[config.hidden_act]
 
 
 class Layer(nn.Module):
@@ -157,7 +161,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
-        self.output = AddNorm(config, config.intermediate_size, ACTIVATION[config.hidden_act])
+        self.output = AddNorm(config, config.intermediate_size)
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
@@ -168,7 +172,11 @@ class Layer(nn.Module):
     def finish(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What follows the attention, at any positions."""
         x = self.attention.output(context, residual)
-        return self.output(self.intermediate(x), x)
+        inner, outer, activation = self.intermediate.dense, self.output.dense, self.intermediate.activation
+        if torch.compiler.is_compiling():  # the compiler decides by itself what to compute again
+            return self.output.add(outer(activation(inner(x))), x)
+        fed = FeedForward.apply(x, inner.weight, inner.bias, outer.weight, outer.bias, activation)
+        return self.output.add(fed, x)
 
     def selected(
         self,
