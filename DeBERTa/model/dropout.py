@@ -35,8 +35,8 @@ def keep_mask(out: torch.Tensor, p: float) -> torch.Tensor:
 
 def _draw(seed: int, blocks: range, words: list[int]) -> dict[int, np.ndarray]:
     """Random words uint64 of some blocks."""
-    generators = {block: np.random.Generator(np.random.SFC64([seed, block])) for block in blocks}
-    return {b: generator.integers(0, 2**64, words[b], np.uint64) for b, generator in generators.items()}
+    generators = {block: np.random.SFC64([seed, block]) for block in blocks}
+    return {b: generator.random_raw(words[b]) for b, generator in generators.items()}
 
 
 class Dropout(nn.Module):
