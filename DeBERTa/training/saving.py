@@ -1,9 +1,14 @@
 """Saving while training goes on: the state is copied, then written by a thread, one checkpoint at a time."""
 
+import os
+import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from DeBERTa.training.checkpoint import Snapshot, crash_point, write_checkpoint
+
+NICENESS = 10  # of -20 to 19
 
 
 class Saver:
@@ -11,7 +16,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
         self.run_dir, self.keep_last = run_dir, keep_last
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=give_way)
         self._writing: Future | None = None
 
     def save(self, snapshot: Snapshot, best: int | None) -> None:
@@ -32,3 +37,9 @@ class Saver:
     def close(self) -> None:
         """Let the checkpoint being written be finished."""
         self._thread.shutdown(wait=True)
+
+
+def give_way() -> None:
+    """Let this thread take only what training leaves of the cores."""
+    if sys.platform == "linux":  # elsewhere the call is for the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -19,10 +19,11 @@ MOMENTS = 20
 
 def test_training_killed_at_random_moments(tmp_path, prepared):
     """Twenty runs, each killed once somewhere between its start and its end, then finished."""
-    flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 60, "dump_interval": 3, "workers": 1}
-    started = time.monotonic()
+    flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 30, "dump_interval": 5, "workers": 1}
     status, output = run(flags)
     assert status == 0, output
+    started = time.monotonic()
+    assert run(flags | {"output_dir": tmp_path / "timed"})[0] == 0  # the first run also starts the server of forks
     duration = time.monotonic() - started
     expected = final_files(flags["output_dir"])
     moments = random.Random(0)
@@ -30,7 +31,7 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
     for number in range(MOMENTS):
         again = flags | {"output_dir": tmp_path / f"run-{number}"}
         process = ForkedRun(again)
-        process.process.join(timeout=moments.uniform(0, duration))
+        process.process.join(timeout=moments.uniform(0, 0.9 * duration))
         process.process.kill()
         killed += process.finish()[0] == -signal.SIGKILL
         status, output = run(again)
@@ -41,7 +42,7 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
 
 def test_one_run_killed_again_and_again(tmp_path, prepared):
     """The same run killed until it gets to its end."""
-    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 60, "dump_interval": 2, "keep_last": 1}
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 40, "dump_interval": 2, "keep_last": 1}
     assert run(flags)[0] == 0
     again = flags | {"output_dir": tmp_path / "again"}
     moments = random.Random(1)
@@ -90,9 +91,9 @@ def test_preparation_killed_at_random_moments(tmp_path):
 
 
 def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
-    """Twenty megabytes with a vocabulary that is there: killed while workers encode."""
+    """Eight megabytes with a vocabulary that is there: killed while workers encode."""
     text = tmp_path / "text"
-    text.write_bytes(sample_megabytes(20))
+    text.write_bytes(sample_megabytes(8))
 
     def command(output) -> list[str]:
         flags = ["-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", 2]
