@@ -1,4 +1,4 @@
-"""Signals and dead helpers of a run, as real signals to real processes."""
+"""Signals to a run, and its data workers when they or the run die, as real signals to real processes."""
 
 import json
 import os
