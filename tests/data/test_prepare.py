@@ -20,6 +20,7 @@ from DeBERTa.data.prepare import prepare
 from DeBERTa.data.text import TextFile, split_lines, training_sentences
 from DeBERTa.data.token_store import DataError, ids_folder, open_store
 from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
+from tests.processes import children, is_running
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "prepare"
@@ -204,19 +205,6 @@ def test_preparing_does_not_load_torch():
     """It would cost two seconds and 200 MB in every process."""
     code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def children(process: int) -> list[int]:
-    threads = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there and more than a record of its end."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def start_and_wait_for_output(text: Path, output: Path) -> subprocess.Popen:

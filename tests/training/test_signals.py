@@ -9,20 +9,8 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from tests.processes import children, is_running
 from tests.runs import ForkedRun, final_files, run, tiny_flags
-
-
-def children(process: int) -> list[int]:
-    threads = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there and more than a record of its end."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def kinds(run_dir: Path) -> list[tuple[int, str]]:
