@@ -6,6 +6,7 @@ two threads. Each call takes its seed from PyTorch's generator: the same seed gi
 computed again for gradient checkpointing. GPUs and compiled layers use the library's dropout.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 
 BLOCK_WORDS = 1 << 16
-SECOND_THREAD = ThreadPoolExecutor(1)  # numpy lets go of the interpreter while it draws
+second_thread = ThreadPoolExecutor(1)  # numpy lets go of the interpreter while it draws
+
+
+def _renew_second_thread() -> None:
+    """A forked process has the pool, but not its thread."""
+    global second_thread
+    second_thread = ThreadPoolExecutor(1)
+
+
+os.register_at_fork(after_in_child=_renew_second_thread)
 
 
 def keep_mask(out: torch.Tensor, p: float) -> torch.Tensor:
@@ -24,7 +34,7 @@ def keep_mask(out: torch.Tensor, p: float) -> torch.Tensor:
     threshold = round(p * 2**16) - 2**15
     parts = out.view(-1).split(4 * BLOCK_WORDS)
     words = [-(-part.numel() // 4) for part in parts]
-    odd = SECOND_THREAD.submit(_draw, seed, range(1, len(parts), 2), words) if len(parts) > 1 else None
+    odd = second_thread.submit(_draw, seed, range(1, len(parts), 2), words) if len(parts) > 1 else None
     drawn = _draw(seed, range(0, len(parts), 2), words)
     if odd is not None:
         drawn |= odd.result()

@@ -1,9 +1,11 @@
 """Dropout's rate, scaling, gradient, and independence between elements, calls and seeds."""
 
+import os
+
 import pytest
 import torch
 
-from DeBERTa.model.dropout import Dropout, keep_mask
+from DeBERTa.model.dropout import BLOCK_WORDS, Dropout, keep_mask
 
 COUNT = 1 << 21
 
@@ -61,3 +63,20 @@ def test_evaluation_and_zero_change_nothing():
     for dropout in (Dropout(0.3).eval(), Dropout(0.0).train()):
         assert torch.equal(dropout(x), x)
         assert torch.equal(dropout.add(residual, x), residual + x)
+
+
+def test_a_forked_process_draws_the_same():
+    """The pool's thread is not there after a fork; a large mask needs it."""
+    torch.manual_seed(6)
+    expected = keep_mask(torch.empty(4 * BLOCK_WORDS * 3), 0.1).sum()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP does not survive a fork either
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.manual_seed(6)
+        os.write(write, str(int(keep_mask(torch.empty(4 * BLOCK_WORDS * 3), 0.1).sum())).encode())
+        os._exit(0)
+    torch.set_num_threads(threads)
+    os.waitpid(child, 0)
+    assert int(os.read(read, 20)) == expected
