@@ -141,9 +141,9 @@ class DisentangledSelfAttention(nn.Module):
         if self.backend == "auto" and q.device.type == "cpu" and not torch.compiler.is_compiling():
             p = self.dropout.p if self.training else 0.0
             context = BlockedAttention.apply(q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p)
-        else:
-            context = self._attend(q, keys, self.position_scores(q, keys))
-            context = context.masked_fill(~keys.input_mask[:, None, :, None], 0)
+            return context.flatten(2)
+        context = self._attend(q, keys, self.position_scores(q, keys))
+        context = context.masked_fill(~keys.input_mask[:, None, :, None], 0)
         return context.transpose(1, 2).flatten(2)
 
     def position_scores(self, q: torch.Tensor, keys: Keys) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from DeBERTa.model.dropout import keep_mask
+from DeBERTa.model.dropout import negate_dropped
 
 ROWS = 256  # of a block: fewer save more of the products, but make them slower (measured for 128, 256, 512)
 
@@ -41,90 +41,103 @@ class BlockedAttention(torch.autograd.Function):
 
     Inputs: `q` (scaled already), `k`, `v` [B, H, L, D]; `key_table` [H, W, D] for c2p, ordered from distance L - 1
     down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may be None; `input_mask` bool
-    [B, L]; dropout probability `p`. Output: context [B, H, L, D], zero at padded queries.
+    [B, L]; dropout probability `p`. Output: context [B, L, H, D], zero at padded queries.
 
-    For the backward pass the probabilities are kept once, with the sign for the dropout mask.
+    For the backward pass the probabilities are kept once, negative where dropped. The inner product of the gradients
+    and probabilities of a row, which the softmax needs, is that of the gradient and the context (FlashAttention, section
+    B.2), so that no pass over the probabilities is needed for it.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, key_table, query_table, input_mask, p):
-        batch, heads, length, _ = q.shape
+        batch, heads, length, size = q.shape
         kept = q.new_empty(batch, heads, length, length)
-        context = torch.empty_like(v)
+        context = q.new_empty(batch, length, heads, size)
         scores = q.new_empty(heads, length, length)
-        other = torch.empty_like(scores)
+        key_blocks, query_blocks = (_table_blocks(table, length, transpose=True) for table in (key_table, query_table))
         for b in range(batch):
-            torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
-            if key_table is not None:
-                for rows, table in row_blocks(length):
-                    scores[:, rows] += distance_view(torch.bmm(q[b, :, rows], key_table[:, table].transpose(1, 2)))
-            if query_table is not None:
-                for rows, table in row_blocks(length):
-                    product = torch.bmm(k[b, :, rows], query_table[:, table].transpose(1, 2))
-                    # Adding the transposed view would take four times as long as this copy.
-                    other[:, :, rows] = distance_view(product).transpose(1, 2)
-                scores += other
+            for rows, table in query_blocks:
+                # Copying the transposed view, and adding to that, takes a third of adding the view.
+                scores[:, :, rows] = distance_view(torch.bmm(k[b, :, rows], table)).transpose(1, 2)
+            for rows, table in key_blocks:
+                term = distance_view(torch.bmm(q[b, :, rows], table))
+                if query_blocks:
+                    scores[:, rows] += term
+                else:
+                    scores[:, rows] = term
+            torch.baddbmm(scores, q[b], k[b].transpose(1, 2), beta=int(bool(key_blocks or query_blocks)), out=scores)
             padded = not bool(input_mask[b].all())
             if padded:
                 scores.masked_fill_(~input_mask[b], torch.finfo(scores.dtype).min)
-            probs = torch.softmax(scores, dim=-1)
+            probs = torch.softmax(scores, dim=-1, out=kept[b])
             if padded:
                 probs *= input_mask[b][:, None]
             if p:
-                dropped = keep_mask(other, p).mul_(probs)
-                torch.bmm(dropped, v[b], out=context[b])
-                torch.sub(dropped, probs, alpha=0.5, out=kept[b])  # +-P/2, exact
-            else:
-                torch.bmm(probs, v[b], out=context[b])
-                torch.mul(probs, 0.5, out=kept[b])
-        context *= 1 / (1 - p)
-        ctx.save_for_backward(q, k, v, key_table, query_table, kept)
+                probs = torch.clamp(negate_dropped(probs, p), min=0, out=scores)
+            torch.mul(torch.bmm(probs, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
+        ctx.save_for_backward(q, k, v, key_table, query_table, kept, context)
         ctx.p = p
         return context
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, key_table, query_table, kept = ctx.saved_tensors
+        q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
-        scale = 1 / (1 - ctx.p)
-        grad = grad.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dkey_table = None if key_table is None else torch.zeros_like(key_table)
-        dquery_table = None if query_table is None else torch.zeros_like(query_table)
-        dprobs = q.new_empty(heads, length, length)
-        bands: dict[int, torch.Tensor] = {}  # zeros but for the view, by rows of a block
+        key_term, query_term = (_PositionBackward(table, length) for table in (key_table, query_table))
+        dscores, dropped = (q.new_empty(heads, length, length) for _ in range(2))
         for b in range(batch):
-            probs = kept[b].clamp(min=0).mul_(2 * scale)  # dropped and scaled
-            torch.bmm(probs.transpose(1, 2), grad[b], out=dv[b])
-            torch.bmm(grad[b], v[b].transpose(1, 2), out=dprobs)
-            # Softmax: dS = P dP - P sum(P dP), with P dP = dropped P times the gradient that comes in.
-            dscores = dprobs.mul_(probs)
-            correction = dscores.sum(-1, keepdim=True)
-            dscores.addcmul_(torch.abs(kept[b], out=probs), correction, value=-2)
+            # Softmax: dS = P dP - P sum(P dP), where dP is zero if dropped, else scaled.
+            inner = (context[b] * grad[b]).sum(-1).t().unsqueeze(-1)
+            dcontext = torch.mul(grad[b].transpose(0, 1), 1 / (1 - ctx.p)).contiguous()
+            torch.bmm(dcontext, v[b].transpose(1, 2), out=dscores)
+            if ctx.p:
+                torch.clamp(kept[b], min=0, out=dropped)
+                torch.bmm(dropped.transpose(1, 2), dcontext, out=dv[b])
+                dscores.mul_(dropped).addcmul_(torch.abs(kept[b], out=dropped), inner, value=-1)
+            else:
+                torch.bmm(kept[b].transpose(1, 2), dcontext, out=dv[b])
+                dscores.sub_(inner).mul_(kept[b])
             torch.bmm(dscores, k[b], out=dq[b])
             torch.bmm(dscores.transpose(1, 2), q[b], out=dk[b])
-            if key_table is not None:
-                _position_backward(dscores, q[b], key_table, dq[b], dkey_table, bands)
-            if query_table is not None:
-                _position_backward(dscores.transpose(1, 2), k[b], query_table, dk[b], dquery_table, bands)
-        return dq, dk, dv, dkey_table, dquery_table, None, None
+            key_term.add(dscores, q[b], dq[b])
+            query_term.add(dscores.transpose(1, 2), k[b], dk[b])
+        return dq, dk, dv, key_term.dtable(), query_term.dtable(), None, None
 
 
-def _position_backward(
-    dscores: torch.Tensor,
-    x: torch.Tensor,
-    table: torch.Tensor,
-    dx: torch.Tensor,
-    dtable: torch.Tensor,
-    bands: dict[int, torch.Tensor],
-) -> None:
-    """Add the gradients of `x` [H, L, D] and `table` [H, W, D] to `dx` and `dtable`; `dscores` [H, L, L], rows as x."""
-    heads, length, _ = x.shape
-    for rows, columns in row_blocks(length):
-        count = rows.stop - rows.start
-        if count not in bands:
-            bands[count] = x.new_zeros(heads, count, length + count - 1)
-        band = bands[count]
-        distance_view(band).copy_(dscores[:, rows])
-        dx[:, rows].baddbmm_(band, table[:, columns])
-        dtable[:, columns].baddbmm_(band.transpose(1, 2), x[:, rows])
+def _table_blocks(
+    table: torch.Tensor | None, length: int, transpose: bool
+) -> list[tuple[slice, torch.Tensor]]:
+    """Rows of each block and its part of `table` [H, W, D], cut out once for all sequences; nothing without a table."""
+    if table is None:
+        return []
+    parts = ((rows, table[:, columns]) for rows, columns in row_blocks(length))
+    return [(rows, (part.transpose(1, 2) if transpose else part).contiguous()) for rows, part in parts]
+
+
+class _PositionBackward:
+    """Gradients of a position term: of its table [H, W, D], or None, over all sequences; of what is multiplied with it."""
+
+    def __init__(self, table: torch.Tensor | None, length: int) -> None:
+        self.table = table
+        self.length = length
+        self.blocks = [
+            (rows, part, torch.zeros_like(part), part.new_zeros(len(part), rows.stop - rows.start, part.size(1)))
+            for rows, part in _table_blocks(table, length, transpose=False)
+        ]
+
+    def add(self, dscores: torch.Tensor, x: torch.Tensor, dx: torch.Tensor) -> None:
+        """Add the gradient of `x` [H, L, D] to `dx`; `dscores` [H, L, L], its rows those of x."""
+        for rows, table, dtable, band in self.blocks:
+            distance_view(band).copy_(dscores[:, rows])  # the rest of the band stays zero
+            dx[:, rows] += torch.bmm(band, table)
+            dtable.baddbmm_(band.transpose(1, 2), x[:, rows])
+
+    def dtable(self) -> torch.Tensor | None:
+        """[H, W, D]"""
+        if self.table is None:
+            return None
+        whole = torch.zeros_like(self.table)
+        for (_, columns), (_, _, dtable, _) in zip(row_blocks(self.length), self.blocks, strict=True):
+            whole[:, columns] += dtable
+        return whole

@@ -1,13 +1,12 @@
 """Dropout whose random numbers cost little more than the mask.
 
 On a CPU the library's generator is the cost: 13 ns an element, many times that of a softmax. Here an element takes 16
-of the 64 bits of a word, so that p is exact to 2^-16. Words come in blocks, each from a generator of its own, drawn by
-two threads. Each call takes its seed from PyTorch's generator: the same seed gives the same masks, also when a layer is
+of the 64 bits of a word, so that p is exact to 2^-16. Words come in blocks that
+fit into the cache, each from a generator of its own. Each call takes its seed from PyTorch's generator: the same seed gives the same masks, also when a layer is
 computed again for gradient checkpointing. GPUs and compiled layers use the library's dropout.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,38 +14,39 @@ from torch import nn
 from torch.nn import functional as F
 
 BLOCK_WORDS = 1 << 16
-second_thread = ThreadPoolExecutor(1)  # numpy lets go of the interpreter while it draws
-
-
-def _renew_second_thread() -> None:
-    """A forked process has the pool, but not its thread."""
-    global second_thread
-    second_thread = ThreadPoolExecutor(1)
-
-
-os.register_at_fork(after_in_child=_renew_second_thread)
 
 
 def keep_mask(out: torch.Tensor, p: float) -> torch.Tensor:
     """Fill contiguous CPU tensor `out` with 0 (probability `p`, rounded to 2^-16) and 1; returns it."""
-    seed = int(torch.randint(2**62, ()))
-    # 16 random bits read as a signed number: a share of p lies below the threshold.
-    threshold = round(p * 2**16) - 2**15
-    parts = out.view(-1).split(4 * BLOCK_WORDS)
-    words = [-(-part.numel() // 4) for part in parts]
-    odd = second_thread.submit(_draw, seed, range(1, len(parts), 2), words) if len(parts) > 1 else None
-    drawn = _draw(seed, range(0, len(parts), 2), words)
-    if odd is not None:
-        drawn |= odd.result()
-    for block, part in enumerate(parts):
-        torch.ge(torch.from_numpy(drawn[block].view(np.int16)[: part.numel()]), threshold, out=part)
+    threshold = _threshold(p)
+    for part, bits in _bits(out):
+        torch.ge(bits, threshold, out=part)
     return out
 
 
-def _draw(seed: int, blocks: range, words: list[int]) -> dict[int, np.ndarray]:
-    """Random words uint64 of some blocks."""
-    generators = {block: np.random.SFC64([seed, block]) for block in blocks}
-    return {b: generator.random_raw(words[b]) for b, generator in generators.items()}
+def negate_dropped(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Give elements of contiguous CPU tensor `x`, none below zero, a minus sign with probability `p`; returns it."""
+    threshold = _threshold(p)
+    low, high = max(-(2**15), threshold - 2**15), min(2**15 - 1, threshold + 2**15 - 1)
+    integer = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    for part, bits in _bits(x):
+        # The sign of bits - threshold, kept from overflowing.
+        signs = bits.clamp_(low, high).sub_(threshold).to(integer).bitwise_and_(torch.iinfo(integer).min)
+        part.view(integer).bitwise_or_(signs)
+    return x
+
+
+def _threshold(p: float) -> int:
+    """16 random bits read as a signed number: a share of p lies below this."""
+    return round(p * 2**16) - 2**15
+
+
+def _bits(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of contiguous `x`, one-dimensional, and random int16 for each, of the same shape."""
+    seed = int(torch.randint(2**62, ()))
+    for block, part in enumerate(x.view(-1).split(4 * BLOCK_WORDS)):
+        words = np.random.SFC64([seed, block]).random_raw(-(-part.numel() // 4))
+        yield part, torch.from_numpy(words.view(np.int16)[: part.numel()])
 
 
 class Dropout(nn.Module):

@@ -97,11 +97,11 @@ def test_dropout_on_probabilities(monkeypatch):
     hidden, queries, mask = inputs()
     drawn = []
 
-    def recorded(out, p):
-        drawn.append(torch.bernoulli(torch.full_like(out, 1 - p)))
-        return out.copy_(drawn[-1])
+    def recorded(probs, p):
+        drawn.append(torch.bernoulli(torch.full_like(probs, 1 - p)))
+        return probs.mul_(2 * drawn[-1] - 1)
 
-    monkeypatch.setattr(blocked_attention, "keep_mask", recorded)
+    monkeypatch.setattr(blocked_attention, "negate_dropped", recorded)
     (q,) = attention.project(queries, attention.query_proj)
     ours = attention.attend(q, keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH)))
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)

@@ -1,11 +1,9 @@
 """Dropout's rate, scaling, gradient, and independence between elements, calls and seeds."""
 
-import os
-
 import pytest
 import torch
 
-from DeBERTa.model.dropout import BLOCK_WORDS, Dropout, keep_mask
+from DeBERTa.model.dropout import Dropout, keep_mask, negate_dropped
 
 COUNT = 1 << 21
 
@@ -18,6 +16,20 @@ def test_rate(dtype, p):
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     error = (p * (1 - p) / COUNT) ** 0.5
     assert abs(mask.float().mean() - (1 - p)) < 4 * error + 2**-17  # p is rounded to 2^-16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 0.9, 1 - 2**-16])
+def test_signs_are_those_of_the_mask(dtype, p):
+    """Both read the same random numbers; zeros carry their sign, too."""
+    x = torch.rand(COUNT + 3).to(dtype)
+    x[::3] = 0
+    torch.manual_seed(0)
+    mask = keep_mask(torch.empty_like(x), p)
+    torch.manual_seed(0)
+    signed = negate_dropped(x.clone(), p)
+    assert torch.equal(signed.signbit(), mask == 0)
+    assert torch.equal(signed.abs(), x)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 64, 32768, 32769])
@@ -63,20 +75,3 @@ def test_evaluation_and_zero_change_nothing():
     for dropout in (Dropout(0.3).eval(), Dropout(0.0).train()):
         assert torch.equal(dropout(x), x)
         assert torch.equal(dropout.add(residual, x), residual + x)
-
-
-def test_a_forked_process_draws_the_same():
-    """The pool's thread is not there after a fork; a large mask needs it."""
-    torch.manual_seed(6)
-    expected = keep_mask(torch.empty(4 * BLOCK_WORDS * 3), 0.1).sum()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP does not survive a fork either
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.manual_seed(6)
-        os.write(write, str(int(keep_mask(torch.empty(4 * BLOCK_WORDS * 3), 0.1).sum())).encode())
-        os._exit(0)
-    torch.set_num_threads(threads)
-    os.waitpid(child, 0)
-    assert int(os.read(read, 20)) == expected
