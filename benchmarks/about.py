@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,12 @@ def about() -> dict:
         },
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def scripts_environment() -> dict[str, str]:
+    """This environment with what `mlm.sh` and `rtd.sh` add to it for training."""
+    tunables = re.search(r"glibc\.malloc\.\S+", (ROOT / "experiments" / "common.sh").read_text())
+    return os.environ | {"GLIBC_TUNABLES": tunables.group()}
 
 
 def commit() -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.about import about  # noqa: E402
+from benchmarks.about import about, scripts_environment  # noqa: E402
 from benchmarks.training_step import CASES, measure  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 
@@ -59,9 +59,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for shape in shapes:
             command = [sys.executable, __file__, "--steps", str(arguments.steps), "--one", *map(str, shape)]
-            runs[shape].append(
-                json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            )
+            env = scripts_environment()
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+            runs[shape].append(json.loads(output))
     rates = [result["product_rate"] for results in runs.values() for result in results]
     rate = statistics.median(rates)
     print(f"large products: {rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")

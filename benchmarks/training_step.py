@@ -10,8 +10,9 @@ step of each process after two warm-up steps, and the median of these over the r
   is summed each step; AdamW (fused with bfloat16), autocast for bfloat16.
 - MLM: `BertForMaskedLM` and `DebertaV2ForMaskedLM` with logits at all positions, as the library's example script.
 
-FLOPs are those of the matrix products of our step, without what it computes again to keep less; the floor is these
-FLOPs at the rate of large products in the same precision, the median of all processes of the case.
+Ours runs with the environment that `mlm.sh` and `rtd.sh` set. FLOPs are those of all matrix products of our step but
+what it computes again to keep less; the floor is these FLOPs at the rate of large products in the same precision, the
+median of all processes of the case.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.about import about  # noqa: E402
+from benchmarks.about import about, scripts_environment  # noqa: E402
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 from DeBERTa.data.dataset import Batch  # noqa: E402
@@ -243,7 +244,8 @@ def main() -> None:
             for precision in arguments.precisions:
                 for who in ("ours", "theirs"):
                     command = [sys.executable, __file__, "--steps", str(arguments.steps), "--one", case, who, precision]
-                    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                    env = scripts_environment() if who == "ours" else None
+                    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
                     runs.setdefault((precision, who), []).append(json.loads(output))
         _, size, length = CASES[case]
         for (precision, who), results in runs.items():

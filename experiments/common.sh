@@ -95,6 +95,8 @@ train() {
     esac
     preset+=(--data_dir "$cache/$data/$length")
   fi
+  # glibc's cache of small blocks would pin the edges of freed tensors, so that these fit no other: see memory.py.
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.tcache_count=0
   exec "$PYTHON" -m DeBERTa.train --task_name "$task" --tag "$name" \
     --do_train --max_seq_length "$length" "${preset[@]}" "$@"
 }

@@ -39,6 +39,24 @@ def relative_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor
     return (buckets + span).clamp(0, 2 * span - 1)
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, index):
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.shape = dim, x.shape
+        return x.gather(dim, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_add_(ctx.dim, index, grad), None, None
+
+
+def gather(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """`x.gather(dim, index)` without keeping `x` for the backward pass, which needs its shape alone."""
+    return _Gather.apply(x, dim, index)
+
+
 class RelativePositions(NamedTuple):
     """Relative positions of sequences of one length.
 
@@ -160,7 +178,7 @@ class DisentangledSelfAttention(nn.Module):
         if keys.query_table is None:
             return None
         every = distance_view(keys.k @ keys.query_table.transpose(1, 2)).transpose(2, 3)
-        return every.gather(2, at[:, None, :, None].expand(-1, every.size(1), -1, every.size(3)))
+        return gather(every, 2, at[:, None, :, None].expand(-1, every.size(1), -1, every.size(3)))
 
     def selected(
         self, query_states: torch.Tensor, at: torch.Tensor, keys: Keys, position_keys: torch.Tensor | None
@@ -172,7 +190,7 @@ class DisentangledSelfAttention(nn.Module):
             length = keys.k.size(2)
             product = q @ keys.key_table.transpose(1, 2)
             columns = (length - 1 - at)[:, :, None] + torch.arange(length, device=at.device)
-            terms.append(product.gather(3, columns[:, None].expand(-1, q.size(1), -1, -1)))
+            terms.append(gather(product, 3, columns[:, None].expand(-1, q.size(1), -1, -1)))
         return self._attend(q, keys, terms).transpose(1, 2).flatten(2)
 
     def _attend(self, q: torch.Tensor, keys: Keys, terms: list[torch.Tensor]) -> torch.Tensor:

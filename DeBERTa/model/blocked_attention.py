@@ -43,9 +43,9 @@ class BlockedAttention(torch.autograd.Function):
     down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may be None; `input_mask` bool
     [B, L]; dropout probability `p`. Output: context [B, L, H, D], zero at padded queries.
 
-    For the backward pass the probabilities are kept once, negative where dropped. The inner product of the gradients
-    and probabilities of a row, which the softmax needs, is that of the gradient and the context (FlashAttention, section
-    B.2), so that no pass over the probabilities is needed for it.
+    For the backward pass the probabilities are kept once, negative where dropped. What the softmax needs of each row,
+    the inner product of probabilities and gradient, is that of the context and its gradient (FlashAttention, section
+    B.2): no pass over the probabilities.
     """
 
     @staticmethod
@@ -105,9 +105,7 @@ class BlockedAttention(torch.autograd.Function):
         return dq, dk, dv, key_term.dtable(), query_term.dtable(), None, None
 
 
-def _table_blocks(
-    table: torch.Tensor | None, length: int, transpose: bool
-) -> list[tuple[slice, torch.Tensor]]:
+def _table_blocks(table: torch.Tensor | None, length: int, transpose: bool) -> list[tuple[slice, torch.Tensor]]:
     """Rows of each block and its part of `table` [H, W, D], cut out once for all sequences; nothing without a table."""
     if table is None:
         return []
@@ -116,7 +114,7 @@ def _table_blocks(
 
 
 class _PositionBackward:
-    """Gradients of a position term: of its table [H, W, D], or None, over all sequences; of what is multiplied with it."""
+    """Gradients of a position term: of its table [H, W, D], or None, over all sequences, and of the other factor."""
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         self.table = table
@@ -131,7 +129,7 @@ class _PositionBackward:
         for rows, table, dtable, band in self.blocks:
             distance_view(band).copy_(dscores[:, rows])  # the rest of the band stays zero
             dx[:, rows] += torch.bmm(band, table)
-            dtable.baddbmm_(band.transpose(1, 2), x[:, rows])
+            torch.baddbmm(dtable, band.transpose(1, 2), x[:, rows], out=dtable)
 
     def dtable(self) -> torch.Tensor | None:
         """[H, W, D]"""

@@ -1,9 +1,9 @@
 """Dropout whose random numbers cost little more than the mask.
 
 On a CPU the library's generator is the cost: 13 ns an element, many times that of a softmax. Here an element takes 16
-of the 64 bits of a word, so that p is exact to 2^-16. Words come in blocks that
-fit into the cache, each from a generator of its own. Each call takes its seed from PyTorch's generator: the same seed gives the same masks, also when a layer is
-computed again for gradient checkpointing. GPUs and compiled layers use the library's dropout.
+of the 64 bits of a word, so that p is exact to 2^-16. Words come in blocks that fit into the cache, each from a
+generator of its own. Each call takes its seed from PyTorch's generator: the same seed gives the same masks, also when a
+layer is computed again for gradient checkpointing. GPUs and compiled layers use the library's dropout.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,13 @@ from torch.nn import functional as F
 BLOCK_WORDS = 1 << 16
 
 
-def keep_mask(out: torch.Tensor, p: float) -> torch.Tensor:
-    """Fill contiguous CPU tensor `out` with 0 (probability `p`, rounded to 2^-16) and 1; returns it."""
+def keep_mask(shape: torch.Size, p: float) -> torch.Tensor:
+    """bool, on the CPU: false with probability `p`, rounded to 2^-16."""
+    mask = torch.empty(shape, dtype=torch.bool)
     threshold = _threshold(p)
-    for part, bits in _bits(out):
+    for part, bits in _bits(mask):
         torch.ge(bits, threshold, out=part)
-    return out
+    return mask
 
 
 def negate_dropped(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -49,6 +50,23 @@ def _bits(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield part, torch.from_numpy(words.view(np.int16)[: part.numel()])
 
 
+class _MaskedAdd(torch.autograd.Function):
+    """`residual + x * mask * scale`, or without residual; keeps a byte an element, the mask."""
+
+    @staticmethod
+    def forward(ctx, residual, x, mask, scale):
+        ctx.save_for_backward(mask)
+        ctx.scale, ctx.type = scale, x.dtype
+        mask = mask.to(x.dtype)  # products with booleans are several times slower
+        return x * mask * scale if residual is None else torch.addcmul(residual, x, mask, value=scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        dresidual = grad if ctx.needs_input_grad[0] else None
+        return dresidual, (grad * mask.to(grad.dtype)).mul_(ctx.scale).to(ctx.type), None, None
+
+
 class Dropout(nn.Module):
     """Zero elements with probability `p` and scale the rest by 1 / (1 - p), in training only."""
 
@@ -61,15 +79,13 @@ class Dropout(nn.Module):
             return x
         if not self._draws_words(x):
             return F.dropout(x, self.p)
-        mask = keep_mask(torch.empty_like(x, memory_format=torch.contiguous_format), self.p)
-        return x * mask * (1 / (1 - self.p))
+        return _MaskedAdd.apply(None, x, keep_mask(x.shape, self.p), 1 / (1 - self.p))
 
     def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`residual + dropout(x)` in one pass over memory."""
         if not self.training or self.p == 0 or not self._draws_words(x):
             return residual + self(x)
-        mask = keep_mask(torch.empty_like(x, memory_format=torch.contiguous_format), self.p)
-        return torch.addcmul(residual, x, mask, value=1 / (1 - self.p))
+        return _MaskedAdd.apply(residual, x, keep_mask(x.shape, self.p), 1 / (1 - self.p))
 
     @staticmethod
     def _draws_words(x: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 Shapes: B batch, L length, h hidden, E embedding width. `input_mask` is bool [B, L], true at real tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -252,17 +252,25 @@ class Encoder(nn.Module):
             return checkpoint(function, *inputs, use_reentrant=False)  # draws the same dropout again
         return function(*inputs)
 
+    def outputs(
+        self, embeddings: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None, layers: int
+    ) -> Iterator[torch.Tensor]:
+        """The output of each of the first `layers` layers, [B, L, h]."""
+        hidden_states = embeddings
+        for number, layer in enumerate(self.layer[:layers]):
+            hidden_states = self.run(layer, hidden_states, input_mask, positions)
+            if self.conv is not None and number == 0:
+                hidden_states = self.conv(embeddings, hidden_states, input_mask)
+            yield hidden_states
+
     def forward(
         self, embeddings: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None, layers: int
-    ) -> tuple[torch.Tensor, ...]:
-        """The outputs of the first `layers` layers, [B, L, h] each."""
-        hidden_states, outputs = embeddings, []
-        for layer in self.layer[:layers]:
-            hidden_states = self.run(layer, hidden_states, input_mask, positions)
-            if self.conv is not None and not outputs:
-                hidden_states = self.conv(embeddings, hidden_states, input_mask)
-            outputs.append(hidden_states)
-        return tuple(outputs)
+    ) -> torch.Tensor:
+        """The output of the last of these alone, so that no other needs memory; without layers, `embeddings`."""
+        hidden_states = embeddings
+        for hidden_states in self.outputs(embeddings, input_mask, positions, layers):  # noqa: B007
+            pass
+        return hidden_states
 
 
 class Deberta(nn.Module):
@@ -281,7 +289,22 @@ class Deberta(nn.Module):
         shared: SharedTables | None = None,
     ) -> EncoderOutput:
         """`input_ids` int64 [B, L]; `input_mask` [B, L], non-zero at real tokens; `shared`: the generator's tables."""
+        inputs = self._encoder_inputs(input_ids, input_mask, token_type_ids, shared)
+        return EncoderOutput(tuple(self.encoder.outputs(*inputs)), inputs[0])
+
+    def last_hidden_state(
+        self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None = None
+    ) -> torch.Tensor:
+        """The last layer's output [B, L, h], as training needs it."""
+        return self.encoder(*self._encoder_inputs(input_ids, input_mask, None, shared))
+
+    def _encoder_inputs(
+        self,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        shared: SharedTables | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, RelativePositions | None, int]:
         input_mask = input_mask > 0
         embeddings = self.embeddings(input_ids, input_mask, token_type_ids, shared)
-        positions = self.encoder.relative_positions(input_ids.size(1))
-        return EncoderOutput(self.encoder(embeddings, input_mask, positions, len(self.encoder.layer)), embeddings)
+        return embeddings, input_mask, self.encoder.relative_positions(input_ids.size(1)), len(self.encoder.layer)

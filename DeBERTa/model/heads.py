@@ -8,6 +8,7 @@ from torch import nn
 
 from DeBERTa.config import ModelConfig
 from DeBERTa.data.dataset import MaskedPositions
+from DeBERTa.model.attention import gather
 from DeBERTa.model.encoder import ACTIVATION, Deberta
 
 
@@ -56,9 +57,8 @@ class EnhancedMaskDecoder(nn.Module):
         real = input_mask > 0
         positions = encoder.relative_positions(input_ids.size(1))
         embedded = embeddings.embed(words, input_ids, real, None, None)
-        # The last layer's input; with a single layer that is the embeddings.
-        hidden_states = (embedded, *encoder(embedded, real, positions, len(encoder.layer) - 1))[-1]
-        queries = hidden_states.gather(1, masked.at[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        hidden_states = encoder(embedded, real, positions, len(encoder.layer) - 1)  # the last layer's input
+        queries = gather(hidden_states, 1, masked.at[:, :, None].expand(-1, -1, hidden_states.size(2)))
         if not self.position_biased_input:
             absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
             queries = queries + embeddings.embed_proj(absolute)[0][masked.at]

@@ -127,7 +127,7 @@ class ReplacedTokenDetectionModel(nn.Module):
 
     def logits(self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None) -> torch.Tensor:
         """[B, L]; above 0: taken for replaced."""
-        return self.mask_predictions(self.deberta(input_ids, input_mask, shared=shared).hidden_states[-1])
+        return self.mask_predictions(self.deberta.last_hidden_state(input_ids, input_mask, shared))
 
 
 class RTDModel(nn.Module):

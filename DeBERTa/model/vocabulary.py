@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             column, here = _columns(targets_M, first, logits_MC)
             target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
             largest.append(logits_MC.amax(1).float())
-            exps_MC = torch.sub(logits_MC, largest[-1][:, None]).exp_()
+            exps_MC = logits_MC.float().sub_(largest[-1][:, None]).exp_()
             if exps_MC.size(1) < chunk:
                 exps_MC = F.pad(exps_MC, (0, chunk - exps_MC.size(1)))
             sums.append(exps_MC.view(-1, GROUP, chunk // GROUP).sum(1))
@@ -85,9 +85,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(table_VE), ctx.chunk):
             words = slice(first, first + ctx.chunk)
             table_CE, bias_C = _chunk(x_ME, table_VE, bias_V, first, ctx.chunk)
-            logits_MC = F.linear(x_ME, table_CE, bias_C)
-            dlogits_MC = torch.sub(logits_MC, shift_M1).exp_()
-            column, here = _columns(targets_M, first, logits_MC)
+            dlogits_MC = F.linear(x_ME, table_CE, bias_C).float().sub_(shift_M1).exp_()
+            column, here = _columns(targets_M, first, dlogits_MC)
             dlogits_MC.scatter_add_(1, column, torch.where(here, -grad_M.abs(), 0.0)[:, None])
             dbias[words] = sign_M @ dlogits_MC
             dlogits_MC = dlogits_MC.to(x_ME.dtype)
