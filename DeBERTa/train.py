@@ -3,10 +3,12 @@
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,20 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(job, config, argv)
         with Signals() as signals:
             if is_worker():
-                with rank_log(config.run_dir), process_group(config.dist_timeout):
+                with rank_log(config.run_dir), process_group(config.dist_timeout), told_of_workers():
                     run(config, signals)
             else:
-                run(config, signals)
-    except (ConfigError, DataError, VocabularyError, NotFiniteError, SaveError) as error:
+                with told_of_workers():
+                    run(config, signals)
+    except (ConfigError, DataError, VocabularyError, NotFiniteError, SaveError, WorkerDiedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # what DataLoader says when one is no longer there
-            raise
-        print(f"error: {WORKER_DIED}", file=sys.stderr)
         return 1
     except ToldError:
         return 1
@@ -97,6 +95,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         return error.status
     return 0
+
+
+class WorkerDiedError(Exception):
+    """A process that prepares batches is no longer there."""
+
+
+@contextmanager
+def told_of_workers() -> Iterator[None]:
+    """The death of a data worker as `WorkerDiedError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # what DataLoader says of it
+            raise
+        raise WorkerDiedError(WORKER_DIED) from error
 
 
 def parse_flags(argv: Sequence[str] | None) -> TrainConfig:
@@ -134,6 +147,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     masker = Masker(tokenizer, 1 if config.task_name == "RTD" else config.max_ngram, config.task_name == "RTD")
     train_store = open_split(config, "train", tokenizer) if config.do_train else None
     evaluation = open_evaluation(config, tokenizer, masker)
+    texts = {f"{split}_sha256": batches.store.text_sha256 for split, batches in evaluation.items()}
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
@@ -152,13 +166,13 @@ def run(config: TrainConfig, signals: Signals) -> None:
             "precision": precision,
         }
         settings = {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
-        check_same_everywhere(settings)
+        check_same_everywhere(settings | {"evaluation": texts})
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
         first_step = start_or_go_on(this_run)
         say(banner(this_run, first_step))
         train(this_run, first_step, signals)
         if config.zero or config.fsdp:  # a model of its own for the whole weights
-            weights = whole(model.state_dict())
+            weights = whole(model.state_dict(), on_host=True)
             model = build_model(
                 dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""), model_config
             )
@@ -167,6 +181,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
             folders = save_models(config.run_dir, model, tokenizer.path)
             say(f"final models: {', '.join(map(str, folders))}")
     else:
+        data = {"vocabulary_sha256": tokenizer.fingerprint, **texts}
+        check_same_everywhere({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
         load_trained(config, model)
     if config.do_eval:
         results = evaluate_splits(model, outputs_of(model), evaluation, config, precision, device)
@@ -319,7 +335,9 @@ def start_or_go_on(this_run: Run) -> int:
     step, problem = 0, None
     if is_main():
         try:
-            step = open_run_folder(config.run_dir, this_run.settings, environment(device), config.fresh)
+            # A restart by torchrun is to go on with what this run has saved, as one by our launcher is.
+            fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+            step = open_run_folder(config.run_dir, this_run.settings, environment(device), fresh)
             check_room(config.run_dir, this_run.model)
         except ConfigError as error:
             problem = str(error)

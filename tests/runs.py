@@ -101,9 +101,9 @@ class ForkedRun:
         return self.process.exitcode, "".join(self.read) if self._pipe else self.log.read_text()
 
 
-def run(values: dict, **environment: str) -> tuple[int, str]:
+def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int, str]:
     """A run to its end: exit status and output."""
-    return ForkedRun(values, **environment).finish()
+    return ForkedRun(values, log=log, **environment).finish()
 
 
 def final_files(run_dir: Path) -> dict[str, bytes]:

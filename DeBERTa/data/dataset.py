@@ -107,8 +107,14 @@ class TrainingBatches(Dataset):
 
     def line_numbers(self, step: int) -> np.ndarray:
         """Lines of this rank's part of the global batch of `step`, int64 [B]."""
-        positions = step * self.plan.batch_size + self._rows()
-        epochs, offsets = np.divmod(positions, len(self.store))
+        return self._lines(step, self._rows())
+
+    def global_line_numbers(self, step: int) -> np.ndarray:
+        """Lines of the whole global batch, int64 [`batch_size`]."""
+        return self._lines(step, np.arange(self.plan.batch_size))
+
+    def _lines(self, step: int, rows: np.ndarray) -> np.ndarray:
+        epochs, offsets = np.divmod(step * self.plan.batch_size + rows, len(self.store))
         return np.array([self._epoch_order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
 
     def _rows(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -23,6 +23,7 @@ from DeBERTa.training.metrics import Sums
 
 LOGS = "logs"  # folder of the processes' logs in a run's folder
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ENDING_SECONDS = 15  # for a process that has given up to end, and for the agents to end all others
 
 
 class PeerLostError(RuntimeError):
@@ -52,13 +53,14 @@ def log_path(run_dir: Path, rank: int) -> Path:
 def process_group(timeout: int) -> Iterator[None]:
     """Join the other processes of the run, if there are any, and leave them at the end.
 
-    Gloo between CPUs, NCCL between GPUs. A process that waits longer than `timeout` seconds for the others gives up.
-    Raises `PeerLostError` when one of them is lost.
+    Gloo between CPUs, NCCL between GPUs. They have `timeout` seconds to come together, and to answer each other so much
+    less that, with what it takes to end the others, all have ended after `timeout` seconds. Raises `PeerLostError` when
+    one of them is lost.
     """
     if not is_worker() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    limit = timedelta(seconds=timeout)
+    limit, patience = timedelta(seconds=timeout), timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 4))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -67,12 +69,12 @@ def process_group(timeout: int) -> Iterator[None]:
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         # One store serves every attempt at the run: each needs keys of its own.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
         yield
         barrier()  # nobody leaves while another one still writes
     except RuntimeError as error:
         text = str(error)
-        if not isinstance(error, dist.DistError) and "gloo" not in text:
+        if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "gloo" in text):
             raise
         raise PeerLostError(_loss(text, timeout)) from error
     dist.destroy_process_group()
@@ -103,7 +105,8 @@ def rank_log(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        traceback.print_exc(file=log)
+        with suppress(OSError):  # the disk may be full
+            traceback.print_exc(file=log)
         get_error_handler().record_exception(error)
         raise ToldError from error
 

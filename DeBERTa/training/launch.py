@@ -12,7 +12,9 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +33,11 @@ from DeBERTa.training.network import interface_towards
 from DeBERTa.training.nodes import GRACE_SECONDS, POLL_SECONDS, Failure, Job, Nodes
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit status of a process that was told to stop, and did
-MENDABLE = (PeerLostError.__name__, "")  # what another attempt may get past; "": the process was killed
+MENDABLE = (
+    PeerLostError.__name__,
+    "WorkerDiedError",
+    "",
+)  # what another attempt may get past; "": the process was killed
 
 
 def find_job(config: TrainConfig) -> Job | None:
@@ -82,6 +88,7 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     do not come together, or in the sentence of the process that failed.
     """
     logging.disable(logging.CRITICAL)  # the agent's messages: what matters is said here, in one sentence
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there are processes that it can be passed on to
     folder = log_path(config.run_dir, 0).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,8 +193,9 @@ def run_attempt(
         max_restarts=0,
         monitor_interval=POLL_SECONDS,
     )
-    agent = NodeAgent(spec, RankLogs(config.run_dir), nodes, config.dist_timeout, console)
-    result = agent.run()
+    with tempfile.TemporaryDirectory() as errors:  # not in the run's folder: its disk may be full
+        agent = NodeAgent(spec, RankLogs(config.run_dir, Path(errors)), nodes, config.dist_timeout, console)
+        result = agent.run()
     return {rank: failure for rank, failure in result.failures.items() if failure.pid in agent.failed}
 
 
@@ -200,11 +208,25 @@ class NodeAgent(LocalElasticAgent):
         self.failed: list[int] = []  # ids of the processes that failed before the others were ended
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        with self.console.shared():
-            return super()._start_workers(worker_group)
+        # They inherit that SIGUSR1 is blocked, and answer it once they can.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        try:
+            with self.console.shared():
+                started = super()._start_workers(worker_group)
+            signal.signal(signal.SIGUSR1, self._pass_on)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        return started
+
+    def _processes(self) -> list[subprocess.Popen]:
+        return [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        for process in self._processes():
+            process.send_signal(number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+        processes = self._processes()
         self.failed = [process.pid for process in processes if process.poll()]
         stopping = any(process.returncode in STOPPED for process in processes)
         running = any(process.returncode is None for process in processes)
@@ -212,15 +234,18 @@ class NodeAgent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)  # the others are about to stop too, perhaps after a save
         if self.failed or self.nodes.failure is not None:
             self._pcontext.close(timeout=GRACE_SECONDS)
-        return super()._monitor_workers(worker_group)
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED and not self.failed and self.nodes.failure is None:
+            self.failed = [failure.pid for failure in result.failures.values()]  # failed since they were asked above
+        return result
 
 
 class RankLogs(LogsSpecs):
     """Processes write their logs themselves; here is only where they leave the error that ended them."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, errors: Path) -> None:
         super().__init__()
-        self.run_dir = run_dir
+        self.run_dir, self.errors = run_dir, errors
 
     @property
     def root_log_dir(self) -> str:
@@ -229,8 +254,7 @@ class RankLogs(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         errors = {}
         for local_rank, environment in envs.items():
-            path = log_path(self.run_dir, int(environment["RANK"])).with_suffix(".error.json")
-            path.unlink(missing_ok=True)
+            path = self.errors / f"{local_rank}.json"
             errors[local_rank] = environment["TORCHELASTIC_ERROR_FILE"] = str(path)
         console = dict.fromkeys(envs, "")
         return LogsDest(stdouts=console, stderrs=console, error_files=errors)
@@ -265,6 +289,7 @@ TOLD = (
     "VocabularyError",
     "NotFiniteError",
     "SaveError",
+    "WorkerDiedError",
 )  # sentences for people as they are
 
 

@@ -12,7 +12,7 @@ from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, load_batches, step_seed
 from DeBERTa.training.checkpoint import Snapshot, best_saved, copy_to_host, read_model, read_training, record_best
-from DeBERTa.training.distributed import any_process, from_main, is_main, world_size
+from DeBERTa.training.distributed import any_process, barrier, from_main, is_main, world_size
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import MetricsLog, Progress, describe
@@ -80,12 +80,14 @@ def train(run: Run, first_step: int, signals: Signals) -> None:
 def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progress: Progress, saver: Saver) -> None:
     config, training, interval = run.config, run.training, run.interval
     total_steps = training.total_steps
-    record_best(run.run_dir, log.evaluations)
+    if is_main():
+        record_best(run.run_dir, log.evaluations)
     if first_step and (first_step % config.dump_interval == 0 or first_step == total_steps):
         # Stopped between the checkpoint and its evaluation?
         if any_process(is_main() and not log.has(first_step, "valid"), training.device):
             validate(run, first_step, log, progress, signals)
-        record_best(run.run_dir, log.evaluations)
+        if is_main():
+            record_best(run.run_dir, log.evaluations)
     batches = load_batches(run.train_batches, range(first_step, total_steps), config.workers)
     interval.started = time.monotonic()
     run.model.train()
@@ -113,17 +115,25 @@ def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progres
                 saver.save(snapshot, best=best_saved(run.run_dir, log.evaluations))
         if ending:
             announce(saver.wait(), run, log, progress)
+            barrier()  # a process that ends before the first one has saved would take it along
             raise Interrupted(ending)
         if due:
             validate(run, step, log, progress, signals)
             interval.started = time.monotonic()
         announce(saver.check(), run, log, progress)
     announce(saver.wait(), run, log, progress)
+    ending, _ = signals.asked(0, training.device)  # told while the last checkpoint was written
+    if ending:
+        raise Interrupted(ending)
 
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
     """The state after `step` updates, copied. Called in every process; the first one gets it."""
-    training, interval, weights = run.training.state_dict(), run.interval.state_dict(), whole(run.model.state_dict())
+    training, interval, weights = (
+        run.training.state_dict(),
+        run.interval.state_dict(),
+        whole(run.model.state_dict(), on_host=True),
+    )
     if not is_main():
         return None
     lines, batch_size = len(run.train_batches.store), run.config.train_batch_size
@@ -181,7 +191,7 @@ def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) ->
     progress.say(f"step {step}: update left out: {reason}")
     if stability.in_a_row < run.config.max_skipped_steps:
         return
-    lines = (run.train_batches.line_numbers(step - 1) + 1).tolist()
+    lines = (run.train_batches.global_line_numbers(step - 1) + 1).tolist()
     more = f" and {len(lines) - LINES_SHOWN} more" if len(lines) > LINES_SHOWN else ""
     raise NotFiniteError(
         f"step {step}: the updates of {stability.in_a_row} steps in a row were left out (--max_skipped_steps): "

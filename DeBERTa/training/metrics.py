@@ -10,7 +10,7 @@ import torch
 import ujson
 from tqdm import tqdm
 
-from DeBERTa.data.files import sync
+from DeBERTa.data.files import sync, unused_name
 
 Sums = dict[str, torch.Tensor]  # numbers that add up over parts and steps, on the device: losses and counts
 
@@ -47,6 +47,8 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int, writes: bool = True) -> None:
         """Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped.
 
+        When there is no checkpoint to go on from, all lines go to a file aside.
+
         Without `writes`, as in all processes but the first, there is no file and nothing is remembered.
         """
         self._path, self._file = path, None
@@ -55,8 +57,13 @@ class MetricsLog:
         if not writes:
             return
         kept: list[str] = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+        if path.exists() and path.stat().st_size and first_step == 0:
+            aside = unused_name(path)
+            path.rename(aside)
+            print(f"no checkpoint to go on from: the metrics of before are now in {aside}", file=sys.stderr)
+        elif path.exists():
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= first_step]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             sync(temporary)

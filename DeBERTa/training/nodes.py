@@ -115,6 +115,7 @@ class Nodes:
                     f"same command there with WORLD_SIZE={job.nodes}"
                 )
             time.sleep(POLL_SECONDS)
+        self.store.set(f"{self.attempt}/complete", "")
         self._watching = threading.Thread(target=self._watch, args=(self.attempt,), daemon=True)
         self._watching.start()
         return [self._get(f"{self.attempt}/host-{node}") for node in range(job.nodes)]
@@ -190,7 +191,9 @@ class Nodes:
         self._unreachable = thread.is_alive()
 
     def _refuse(self, sentence: str) -> NoReturn:
-        """End the roll call for all nodes."""
+        """End the roll call for all nodes; for this one alone where the others are training already."""
+        if self.store.check([f"{self.attempt}/complete"]):
+            raise ConfigError(sentence)
         self._publish(Failure(sentence, self.job.node, mendable=False, is_cause=True))
         self.leave()
         raise ConfigError(sentence)

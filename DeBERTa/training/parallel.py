@@ -110,14 +110,17 @@ def reduced(objective: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def whole(value: object) -> object:
-    """Tensors in nested dicts and lists with the parts of all processes put together. Called in every process."""
+def whole(value: object, on_host: bool = False) -> object:
+    """Tensors in nested dicts and lists with the parts of all processes put together. Called in every process.
+
+    With `on_host` what was put together leaves the device, so that this holds one such tensor at a time.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().cpu() if on_host else value.full_tensor()
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, on_host) for key, item in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(whole(item) for item in value)
+        return type(value)(whole(item, on_host) for item in value)
     return value
 
 

@@ -6,9 +6,14 @@ model/ (MLM), or generator/ and discriminator/ (RTD):
                           spm.model           vocabulary
 """
 
+import errno
+import fcntl
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -28,23 +33,27 @@ from DeBERTa.training.checkpoint import (
 )
 from DeBERTa.training.distributed import LOGS
 
+LOCK = ".lock"
+locks: list[TextIO] = []  # open, and with them held, until this process ends, however it does
+
 
 def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
     """Make the folder, or go on with the run in it: returns the step of the checkpoint to load, 0 for none.
 
-    Settings and environment are written there. Raises `ConfigError` when the folder cannot be written, holds a run with
-    other settings, or has checkpoints of which none is whole.
+    Settings and environment are written there. Raises `ConfigError` when the folder cannot be written, is another
+    process's, holds a run with other settings, or has checkpoints of which none is whole.
     """
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock_run_folder(run_dir)
         # The logs of the processes stay: they are being written.
-        left = [path for path in run_dir.glob("*") if path.name != LOGS]
+        left = [path for path in run_dir.glob("*") if path.name not in (LOGS, LOCK)]
         if fresh and left:
             old = unused_name(run_dir.with_name(run_dir.name + ".old"))
             old.mkdir()
             for path in left:
                 path.rename(old / path.name)
             print(f"--fresh: what was in {run_dir} is now in {old}", file=sys.stderr)
-        run_dir.mkdir(parents=True, exist_ok=True)
         step, damages = newest_whole(run_dir)
         if step:
             check_same_run(read_json(checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
@@ -60,6 +69,28 @@ def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: boo
         reason = error.strerror
         raise ConfigError(f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir") from None
     return step
+
+
+def lock_run_folder(run_dir: Path) -> None:
+    """Keep other processes from training in `run_dir` until this one ends. Raises `ConfigError` when one does already.
+
+    A record lock: it ends with the process, is not inherited by data workers, and holds between the machines of a
+    network file system. Where a file system has no locks, nothing is held.
+    """
+    file = (run_dir / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        file.seek(0)
+        raise ConfigError(
+            f"another process ({file.read().strip()}) is training in {run_dir}: stop it, or give another --tag"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    locks.append(file)
 
 
 def remove_unfinished(run_dir: Path) -> None:

@@ -1,12 +1,14 @@
 """Signals a run answers: SIGTERM and SIGINT end it after the step and a save, SIGUSR1 asks for a save.
 
 Outside `deferred` the first two end the run where it is, as Ctrl-C does in any Python program. Inside, the first one
-waits for the step's end and the second ends the process at once, with what is on disk.
+waits for the step's end and the second ends the process at once, with what is on disk. Who signals all processes of a
+job reaches a worker twice, directly and through its launcher: the same signal within a second counts once.
 """
 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from DeBERTa.training.distributed import total, world_size
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
+SAME_SECONDS = 1.0
 STEPS_BETWEEN_AGREEMENTS = 10  # on GPUs of several processes, where agreeing waits for the device
 
 
@@ -35,6 +38,7 @@ class Signals:
     def __init__(self) -> None:
         self.ending = 0  # number of the signal that ends the run
         self.save = False
+        self._told = 0.0  # when the ending was asked for, by the monotonic clock
         self._deferred = False
         self._process = os.getpid()
         self._before: dict[int, object] = {}
@@ -42,6 +46,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         for number in (*ENDING, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # blocked by a launcher until it can be answered
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,10 +61,12 @@ class Signals:
         elif not self._deferred:
             self.ending = number
             raise Interrupted(number)
+        elif self.ending == number and time.monotonic() - self._told < SAME_SECONDS:
+            return
         elif self.ending:
             os._exit(128 + number)
         else:
-            self.ending = number
+            self.ending, self._told = number, time.monotonic()
             name = signal.Signals(number).name
             # Not print: the signal may have come while a line was being printed.
             os.write(2, f"\n{name}: finishing the step, then saving; a second one ends at once\n".encode())
@@ -89,13 +96,12 @@ class Signals:
 
         What any process was told counts for all. On GPUs of several processes they ask each other every tenth step.
         """
-        ending, save = self.ending, self.save
+        if world_size() > 1 and device.type != "cpu" and step % STEPS_BETWEEN_AGREEMENTS:
+            return 0, False
+        ending, save, self.save = self.ending, self.save, False
         if world_size() > 1:
-            if device.type != "cpu" and step % STEPS_BETWEEN_AGREEMENTS:
-                return 0, False
             told = torch.tensor([*(ending == number for number in ENDING), save], device=device, dtype=torch.float64)
             *by_signal, saves = total(told).tolist()
             ending = next((number for number, count in zip(ENDING, by_signal, strict=True) if count), 0)
             save = saves > 0
-        self.save = False
         return int(ending), save

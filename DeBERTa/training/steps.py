@@ -56,7 +56,7 @@ class TrainingStep:
     def state_dict(self) -> dict:
         """All that the next step depends on besides the weights and its number. Called in every process."""
         return {
-            "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: whole(optimizer.state_dict(), True) for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "stability": self.stability.state_dict(),
         }

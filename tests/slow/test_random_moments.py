@@ -103,6 +103,7 @@ def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
     subprocess.run(command(tmp_path / "whole.txt"), check=True, capture_output=True)
     duration = time.monotonic() - started
     moments = random.Random(3)
+    killed = 0
     for number in range(MOMENTS):
         output = tmp_path / f"{number}" / "train.txt"
         process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -110,8 +111,9 @@ def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
             process.wait(timeout=moments.uniform(0, duration))
         except subprocess.TimeoutExpired:
             process.kill()
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
         subprocess.run(command(output), check=True, capture_output=True)
         assert output.read_bytes() == (tmp_path / "whole.txt").read_bytes(), number
         assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
         assert ids_folder(output).is_dir()
+    assert killed > MOMENTS // 2

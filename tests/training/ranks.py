@@ -12,6 +12,7 @@ from torch import multiprocessing
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import Batch
 from DeBERTa.training.distributed import rank, world_size
+from DeBERTa.training.execution import set_execution
 from DeBERTa.training.parallel import whole
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from tests.conftest import tiny_model, tiny_rtd
@@ -57,11 +58,13 @@ def make_step(case: str, **values: object) -> tuple[torch.nn.Module, TrainingSte
     device = torch.device("cpu")
     if sharing is None:
         model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | plain))
+        set_execution(model, config, device)
         return model, recorded(MaskedLMStep)(model, config, "fp32", device, 10)
     values = tiny_rtd(sharing)
     for part in ("generator", "discriminator"):
         values[part] = values[part] | plain
     model = RTDModel(RTDConfig.from_dict(values))
+    set_execution(model, config, device)
     return model, recorded(ReplacedTokenStep)(model, config, "fp32", device, 10)
 
 

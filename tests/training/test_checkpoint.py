@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from DeBERTa.training.checkpoint import (
     write_checkpoint,
     write_manifest,
 )
+from DeBERTa.training.run_folder import LOCK
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import ROOT
@@ -116,12 +118,38 @@ def test_a_run_goes_on_from_the_one_before(cut, trained, name):
     assert (aside / name).read_bytes() == torn
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files but the lock, which stays where the run is."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_one_run_at_a_time_in_a_folder(prepared, tmp_path, fresh):
+    """A second one is refused before it touches anything; a killed one leaves no lock behind."""
+    flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 100_000, "workers": 1}
+    first = ForkedRun(flags, live=True)
+    first.wait_for("saved ")
+    status, output = run(flags | {"fresh": fresh}, log=tmp_path / "second.log")
+    assert status == 1
+    assert f"another process (process {first.pid} on " in output and str(flags["output_dir"]) in output
+    assert first.process.is_alive()
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.finish()[0] == -signal.SIGKILL
+    last = saved_steps(flags["output_dir"])[-1]
+    # The schedule is a setting of the run, so that the second one is stopped, not shortened.
+    second = ForkedRun(flags | {"fresh": fresh}, live=True, log=tmp_path / "third.log")
+    second.wait_for("is now in" if fresh else f"going on from step {last}")
+    os.kill(second.pid, signal.SIGKILL)
+    second.finish()
+
+
 def test_no_checkpoint_is_whole(cut, trained):
     """Never started over in silence: what is wrong is named, nothing is touched; --fresh starts over, keeping all."""
     run_dir = cut["output_dir"]
     for step, name in ((2, "state.json"), (4, "optimizer.pt"), (6, "model.safetensors")):
         damage(checkpoint_path(run_dir, step) / name, 10)
-    before = {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    before = contents(run_dir)
     for more in ({}, {"do_train": False, "do_eval": True}):
         status, output = run(cut | more)
         assert status == 1
@@ -129,15 +157,14 @@ def test_no_checkpoint_is_whole(cut, trained):
         assert message.startswith("error: none of the checkpoints") and "--fresh" in message
         for part in ("step-00000002/state.json", "step-00000004/optimizer.pt", "step-00000006/model.safetensors"):
             assert part in message
-        assert {p.relative_to(run_dir): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+        assert contents(run_dir) == before
     for number in (1, 2):
         status, output = run(cut | {"fresh": True})
         assert status == 0, output
         old = run_dir.with_name(f"run.old-{number}")
         assert f"is now in {old}" in output
         assert final_files(run_dir) == final_files(trained["output_dir"])
-    old = run_dir.with_name("run.old-1")
-    assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    assert contents(run_dir.with_name("run.old-1")) == before
 
 
 def test_evaluation_passes_over_a_damaged_checkpoint_and_leaves_it(cut):

@@ -1,10 +1,13 @@
 """N processes compute what one does on the same global batch: gradients, losses, weights, evaluation, checkpoints."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
@@ -23,9 +26,12 @@ STEPS = 4
 SAVED = ("mlm", "gdes", "es")
 
 
-def train(case: str, mode: str, first: int, last: int, state: dict | None = None) -> dict:
+EXECUTIONS = {"checkpointing": {"gradient_checkpointing": True}, "compiled": {"compile": True}}
+
+
+def train(case: str, mode: str, first: int, last: int, state: dict | None = None, execution: str = "") -> dict:
     """Steps `first` to `last` - 1; what is known afterwards, whole, in every process."""
-    model, training = make_step(case, **MODES[mode])
+    model, training = make_step(case, **MODES[mode], **EXECUTIONS.get(execution, {}))
     if state is not None:
         load_whole_weights(model, state["weights"])
         training.load_state_dict(state["training"])
@@ -39,7 +45,10 @@ def train(case: str, mode: str, first: int, last: int, state: dict | None = None
         if step == first:
             gradients = training.gradients
     weights = {name: tensor.clone() for name, tensor in whole(model.state_dict()).items()}
-    return {"losses": losses, "gradients": gradients, "weights": weights, "training": training.state_dict()}
+    moments = [state["exp_avg"] for optimizer in training.optimizers.values() for state in optimizer.state.values()]
+    held = sum((moment.to_local() if isinstance(moment, DTensor) else moment).numel() for moment in moments)
+    state = training.state_dict()
+    return {"losses": losses, "gradients": gradients, "weights": weights, "training": state, "held": held}
 
 
 def train_all(folder: Path, size: int) -> None:
@@ -109,6 +118,14 @@ def test_processes_go_where_one_goes(trained, case, mode, size):
         torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("size", "mode"), GROUPS)
+def test_moments_are_cut_up(trained, case, mode, size):
+    """The first process holds all of them with DDP, else its share: rows are cut, so that a little more is possible."""
+    whole_ones, held = (read(trained / f"{case}{name}.pt")["held"] for name in ("-1", f"-{mode}-{size}"))
+    assert held == whole_ones if mode == "ddp" else whole_ones / size <= held < 1.1 * whole_ones / size
+
+
 @pytest.mark.parametrize("case", SAVED)
 @pytest.mark.parametrize("saved", MODES)
 @pytest.mark.parametrize("size", (1, 2))
@@ -116,6 +133,38 @@ def test_state_of_two_processes_opens_in_any_number_and_mode(trained, case, save
     one, opened = read(trained / f"{case}-1.pt"), read(trained / f"{case}-{saved}-opened-{size}.pt")
     for alone, later in zip(one["losses"][STEPS // 2 :], opened["losses"], strict=True):
         assert later == pytest.approx(alone, rel=1e-5)
+
+
+def execute_all(folder: Path, size: int) -> None:
+    # All that surrounds compiled layers, without the minutes that their code takes to be made.
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    for case in SAVED:
+        for mode in MODES:
+            for execution in EXECUTIONS:
+                result = train(case, mode, 0, 2, execution=execution)
+                if is_main():
+                    torch.save(result, folder / f"{case}-{mode}-{execution}.pt")
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("executed")
+    run_ranks(2, folder, execute_all, folder, 2)
+    return folder
+
+
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_checkpointed_and_compiled_layers_in_processes(trained, executed, case, mode, execution):
+    """Gradients and losses are those of one process that does neither."""
+    one, many = read(trained / f"{case}-1.pt"), read(executed / f"{case}-{mode}-{execution}.pt")
+    for name, alone in one["gradients"].items():
+        for ours, theirs in zip(alone, many["gradients"][name], strict=True):
+            if ours is not None and ours.any():
+                assert torch.linalg.vector_norm(theirs - ours) <= 1e-5 * torch.linalg.vector_norm(ours)
+    for alone, together in zip(one["losses"][:2], many["losses"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)
 
 
 def evaluate_all(prepared: Path, folder: Path, size: int) -> None:

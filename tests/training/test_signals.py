@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from tests.runs import ForkedRun, final_files, run, tiny_flags
 
 def kinds(run_dir: Path) -> list[tuple[int, str]]:
     return [(x["step"], x["kind"]) for x in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
+
+
+def all_ended(processes: list[int], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(map(is_running, processes))
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +142,7 @@ def test_a_worker_that_is_killed(tmp_path, undisturbed):
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1].startswith("error: a process that prepares batches died")
     assert "--workers" in output
-    while any(is_running(worker) for worker in workers):
-        pass  # the test run's own limit catches it if they stay
+    assert all_ended(workers)
     status, output = run(flags | {"dump_interval": 40})
     assert status == 0 and "going on from step" in output
     names = [name for name in expected if name.endswith("safetensors")]
@@ -151,5 +158,4 @@ def test_workers_end_with_a_killed_run(tmp_path, undisturbed):
     assert len(workers) == 2
     os.kill(process.pid, signal.SIGKILL)
     assert process.finish()[0] == -9
-    while any(is_running(worker) for worker in workers):
-        pass
+    assert all_ended(workers)
