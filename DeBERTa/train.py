@@ -338,7 +338,8 @@ def start_or_go_on(this_run: Run) -> int:
             # A restart by torchrun is to go on with what this run has saved, as one by our launcher is.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
             step = open_run_folder(config.run_dir, this_run.settings, environment(device), fresh)
-            check_room(config.run_dir, this_run.model)
+            coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
+            check_room(config.run_dir, this_run.model, coming, config.keep_last)
         except ConfigError as error:
             problem = str(error)
     step, problem = from_main((step, problem))

@@ -130,8 +130,11 @@ def flat(values: dict, prefix: str = "") -> dict:
     return result
 
 
-def check_room(run_dir: Path, model: nn.Module) -> None:
-    """Raise `ConfigError` unless the disk has room for one checkpoint more and the final models."""
+def check_room(run_dir: Path, model: nn.Module, coming: int, keep_last: int) -> None:
+    """Raise `ConfigError` unless the disk has room for one checkpoint more and the final models.
+
+    Warns when it has none for what the rest of the run will keep of `coming` checkpoints.
+    """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     final = weights  # the whole tables of a discriminator are as large as its residuals; under ES it has none
@@ -143,6 +146,15 @@ def check_room(run_dir: Path, model: nn.Module) -> None:
             f"{run_dir} is on a disk with {megabytes(free)} free, but one checkpoint ({megabytes(weights + moments)}) "
             f"and the final models ({megabytes(final)}) need {megabytes(needed)}; "
             "make room there or give another --output_dir"
+        )
+    # The newest ones, the best, and the one that is being written.
+    kept = min(coming, max(keep_last + 2 - len(saved_steps(run_dir)), 1))
+    room = int((free - final) / (weights + moments))
+    if room < kept:
+        print(
+            f"warning: {run_dir} is on a disk with {megabytes(free)} free: room for {room} of {kept} checkpoints "
+            f"to come ({megabytes(weights + moments)} each); make room there, or keep fewer with --keep_last",
+            file=sys.stderr,
         )
 
 

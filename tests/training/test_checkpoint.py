@@ -315,6 +315,7 @@ def test_a_small_disk(tmp_path, prepared):
     assert free <= 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
     assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes take a little, too
     assert final == pytest.approx(models / 1e6, rel=0.1)
+    assert re.search(r"room for \d of 12 checkpoints", done.stderr)
     assert "No space left on device" in late and "--output_dir" in late
     kept = done.stdout.split()
     full = int(re.search(r"step (\d+): ", late)[1])
