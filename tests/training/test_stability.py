@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 from collections import deque
 from pathlib import Path
@@ -128,7 +129,10 @@ def _one_of_two(rank: int, store: str, results) -> None:
     found += [signals.asked(3, CPU), signals.asked(4, CPU)]
     signals.ending = 15 * (rank == 0)
     results.put((rank, [*found, signals.asked(5, CPU)]))
+    results.close()
+    results.join_thread()
     dist.destroy_process_group()
+    os._exit(0)  # as `end_process` does
 
 
 def test_all_processes_decide_the_same(tmp_path):
