@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -241,6 +241,7 @@ def _encoded(
             yield len(block), *encoder.encode(text.path, offset, block, errors)
         return
     pending: deque[tuple[int, Future]] = deque()
+    strangers, started = set(multiprocessing.active_children()), set()
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -250,17 +251,36 @@ def _encoded(
     try:
         for offset, block in blocks:
             pending.append((len(block), pool.submit(_encode, text.path, offset, block, errors)))
+            started |= set(multiprocessing.active_children()) - strangers
             if len(pending) == workers * BLOCKS_AHEAD:
                 size, future = pending.popleft()
-                yield size, *future.result()
+                yield size, *_result(future, pool, started)
         for size, future in pending:
-            yield size, *future.result()
+            yield size, *_result(future, pool, started)
     except BrokenProcessPool as error:
         raise DataError(
             "A process that encodes text died; if the machine ran out of memory, pass fewer --workers."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future, pool: ProcessPoolExecutor, workers: set[multiprocessing.Process]) -> Any:
+    """The future's result. Raises `BrokenProcessPool` once one of the pool's `workers` is dead, however it died.
+
+    Python's pool waits for ever for the rest of a result in whose middle its process was killed, because it holds the
+    writing end of that pipe itself: here that end is closed.
+    """
+    while True:
+        try:
+            return future.result(timeout=1)
+        except TimeoutError:
+            if future.done():
+                raise
+        if not all(worker.is_alive() for worker in workers):
+            for worker in workers:
+                worker.kill()
+            pool._result_queue._writer.close()
 
 
 _worker_encoder: _Encoder  # of a worker process

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -275,14 +276,20 @@ def test_an_interrupted_run(tmp_path):
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_worker_that_dies(tmp_path):
+@pytest.mark.parametrize("handing_over", [False, True])
+def test_a_worker_that_dies(tmp_path, handing_over):
+    """Also in the middle of handing over a result, for which Python's pool would wait for ever."""
     text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
     text.write_bytes(sample_megabytes(20))
     process = start_and_wait_for_output(text, output)
+    if handing_over:  # the main process takes no more, so that results fill the pipe
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(2)
     for child in children(process.pid):
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():  # not the tracker of semaphores
             os.kill(child, signal.SIGKILL)
-    _, errors = process.communicate()
+    os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "A process that encodes text died" in errors
     assert "Traceback" not in errors
