@@ -60,7 +60,7 @@ def process_group(timeout: int) -> Iterator[None]:
     if not is_worker() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    limit, patience = timedelta(seconds=timeout), timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 4))
+    limit, patience = timedelta(seconds=timeout), timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
