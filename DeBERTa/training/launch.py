@@ -119,8 +119,11 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
                 console.say(failure.sentence)
             return failure.status
     except SignalException as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # nothing runs here any more; the others have to be told
         status = 128 + stop.sigval
         nodes.agree(stopped(status, job))
+        nodes.leave()
         return status
     except KeyboardInterrupt:  # before there are processes
         return 128 + signal.SIGINT

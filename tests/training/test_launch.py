@@ -1,19 +1,13 @@
 """The launcher: what is told about wrong set-ups, and what is left of a run after an error or a signal."""
 
 import json
-import math
 import os
-import re
 import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -21,100 +15,31 @@ from safetensors.torch import load_file
 from DeBERTa.config import ConfigError
 from DeBERTa.training.launch import find_job
 from DeBERTa.training.network import interface_towards
-from tests.conftest import ROOT
+from tests.commands import (
+    ENDLESS,
+    PATIENCE,
+    Command,
+    cluster,
+    free_port,
+    metrics,
+    port_is_free,
+    saved_something,
+    start_nodes,
+    two_process_flags,
+)
 from tests.processes import children
-from tests.runs import command, tiny_flags
+from tests.runs import ForkedRun
 from tests.training.batches import train_config
-
-PATIENCE = 60  # seconds until a test gives up on something that takes a few
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def port_is_free(port: int) -> bool:
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return False
-        return True
-
-
-def cluster(port: int, nodes: int = 2, node: int = 0) -> dict[str, str]:
-    return {"WORLD_SIZE": str(nodes), "RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-class Command:
-    """`python -m DeBERTa.train` on one node; what it prints goes to a file."""
-
-    def __init__(self, flags: dict, *before: str, **environment: str) -> None:
-        self.run_dir = Path(flags["output_dir"])
-        self.printed = self.run_dir.with_suffix(".printed")
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "GLOO"))}
-        with self.printed.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *(before or ["-m", "DeBERTa.train"]), *command(flags)],
-                cwd=ROOT,
-                env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def finish(self) -> int:
-        return self.process.wait(timeout=PATIENCE)
-
-    def lines(self) -> list[str]:
-        return self.printed.read_text().splitlines()
-
-    def error(self) -> str:
-        """The one sentence it ended with."""
-        assert self.finish() == 1, self.printed.read_text()
-        errors = [line for line in self.lines() if line.startswith("error: ")]
-        assert len(errors) == 1 and self.lines()[-1] == errors[0], self.printed.read_text()
-        assert "Traceback" not in self.printed.read_text()
-        return errors[0]
-
-    def workers(self) -> dict[int, int]:
-        """Process ids by rank, those still there; not their data workers, which look alike and came later."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                arguments, environment = (path / "cmdline").read_text(), (path / "environ").read_text()
-                state = re.search(r"\) (\w)", (path / "stat").read_text())[1]
-            except (OSError, TypeError):  # it ended meanwhile
-                continue
-            rank = re.search(r"(?:^|\0)RANK=(\d+)", environment)
-            if str(self.run_dir) in arguments and "TORCHELASTIC_RUN_ID" in environment and rank and state != "Z":
-                found[int(rank[1])] = min(int(path.name), found.get(int(rank[1]), math.inf))
-        return found
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, self.printed.read_text()
-            assert time.monotonic() < deadline, self.printed.read_text()
-            time.sleep(0.05)
 
 
 @pytest.fixture
 def flags(prepared, tmp_path) -> dict:
-    return tiny_flags(tmp_path, prepared) | {"dist_timeout": 20, "nproc_per_node": 2}
+    return two_process_flags(tmp_path, prepared)
 
 
 @pytest.fixture
 def endless(flags) -> dict:
-    """Flags of a run that goes on until it is ended, and saves now and then."""
-    return flags | {"num_training_steps": 1_000_000, "dump_interval": 10, "keep_last": 2, "log_interval": 10}
-
-
-def saved_something(run: Command) -> Callable[[], bool]:
-    return lambda: any((run.run_dir / "checkpoints").glob("step-*[0-9]")) if run.run_dir.exists() else False
+    return flags | ENDLESS
 
 
 @pytest.mark.parametrize(
@@ -182,14 +107,6 @@ def test_nodes_that_do_not_come(flags):
     assert port_is_free(port)
 
 
-def start_nodes(flags: dict, port: int, *changes: dict, ranks: tuple[int, ...] = (0, 1), nodes: int = 2) -> list:
-    """The same command on several nodes, each with a disk of its own."""
-    return [
-        Command(flags | change | {"output_dir": f"{flags['output_dir']}-{number}"}, **cluster(port, nodes, rank))
-        for number, (rank, change) in enumerate(zip(ranks, changes or ({},) * len(ranks), strict=True))
-    ]
-
-
 def test_two_nodes_of_one_rank(flags):
     port = free_port()
     runs = start_nodes(flags, port, ranks=(0, 1, 1), nodes=3)
@@ -204,6 +121,23 @@ def test_nodes_that_count_differently(flags):
     runs.append(Command(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port, nodes=3, node=1)))
     for run in runs:
         assert "WORLD_SIZE is" in run.error()
+
+
+def test_a_latecomer_does_not_end_the_run(endless):
+    """Started with another WORLD_SIZE, or with a RANK that is taken, while the others train."""
+    port = free_port()
+    runs = start_nodes(endless | {"nproc_per_node": 1}, port)
+    runs[0].wait_for(saved_something(runs[0]))
+    for number, (nodes, rank) in enumerate(((3, 2), (3, 1), (2, 1))):
+        late = endless | {"output_dir": f"{endless['output_dir']}-late-{number}"}
+        status, output = ForkedRun(late, **cluster(port, nodes, rank)).finish()
+        (error,) = output.splitlines()
+        assert status == 1 and error.startswith("error: ")
+        assert ("two nodes have RANK 1" if rank == 1 else "WORLD_SIZE is") in error
+    before = runs[0].printed.read_text()
+    runs[0].wait_for(lambda: len(runs[0].printed.read_text()) > len(before))
+    runs[0].process.send_signal(signal.SIGTERM)
+    assert [node.finish() for node in runs] == [143, 143]
 
 
 def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared):
@@ -278,61 +212,12 @@ def test_a_model_cut_up_leaves_whole_checkpoints_and_models(flags, mode):
     assert "going on from step 4" in alone.printed.read_text()
 
 
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_ends_the_run_after_a_save(endless, number):
-    endless |= {"dump_interval": 1_000_000}
-    run = Command(endless, "-m", "DeBERTa.train")
-    run.wait_for(lambda: "step 10/" in run.printed.read_text())
-    run.process.send_signal(number)
-    assert run.finish() == 128 + number, run.printed.read_text()
-    assert saved_something(run)()
-    assert not run.workers()
-    assert "Traceback" not in run.printed.read_text()
-
-
-def test_usr1_to_the_launcher_saves_and_goes_on(flags):
-    run = Command(flags | {"num_training_steps": 300, "dump_interval": 1_000_000, "log_interval": 10})
-    run.wait_for(lambda: "step 10/" in run.printed.read_text())
-    run.process.send_signal(signal.SIGUSR1)
-    assert run.finish() == 0, run.printed.read_text()
-    early, last = sorted(path.name for path in (run.run_dir / "checkpoints").glob("step-*"))
-    assert "step-00000010" <= early < last == "step-00000300"
-
-
-def test_a_signal_to_launcher_and_processes_at_once(endless):
-    """As a service manager ends a job: each process gets it twice, and saves all the same."""
-    run = Command(endless | {"dump_interval": 1_000_000})
-    run.wait_for(lambda: "step 10/" in run.printed.read_text())
-    for process in (*run.workers().values(), run.process.pid):
-        os.kill(process, signal.SIGTERM)
-    assert run.finish() == 143, run.printed.read_text()
-    assert saved_something(run)()
-    assert not run.workers()
-
-
 def test_a_killed_data_worker_is_told_in_a_sentence(endless):
     run = Command(endless | {"workers": 1})
     run.wait_for(saved_something(run))
     os.kill(children(run.workers()[1])[0], signal.SIGKILL)
     assert "a process that prepares batches died" in run.error()
     assert not run.workers()
-
-
-def test_a_signal_to_one_process_ends_all(endless):
-    port = free_port()
-    runs = start_nodes(endless | {"nproc_per_node": 1, "dump_interval": 1_000_000}, port)
-    runs[0].wait_for(lambda: "step 10/" in runs[0].printed.read_text())
-    os.kill(runs[1].workers()[1], signal.SIGTERM)
-    for run in runs:
-        assert run.finish() == 143, run.printed.read_text()
-        assert not run.workers()
-    assert saved_something(runs[0])()
-    assert not saved_something(runs[1])()  # node 0 writes
-    assert port_is_free(port)
 
 
 def test_a_killed_process_ends_the_run_on_both_nodes(endless):
