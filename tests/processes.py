@@ -1,5 +1,6 @@
 """What the system knows of processes."""
 
+import contextlib
 from pathlib import Path
 
 
@@ -14,3 +15,13 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def started_with(argument: str) -> list[int]:
+    """Ids of the processes that run and have `argument` on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if argument in (path / "cmdline").read_text().split("\0"):
+                found.append(int(path.name))
+    return found

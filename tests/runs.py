@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +51,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     import torch
 
     from DeBERTa.train import main
+    from DeBERTa.training.distributed import end_process
 
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process started by a shell; ours is inherited here
@@ -62,9 +62,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     if "LARGEST_FILE" in environment:  # bytes; writing more gives the error "File too large", as a quota does
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
     torch.set_num_threads(1)
-    status = main(arguments)
-    sys.stderr.flush()
-    sys.exit(status)
+    end_process(main(arguments))
 
 
 class ForkedRun:
@@ -104,6 +102,19 @@ class ForkedRun:
 def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int, str]:
     """A run to its end: exit status and output."""
     return ForkedRun(values, log=log, **environment).finish()
+
+
+def run_pair(values: dict, port: int) -> tuple[int, str]:
+    """A run of two processes without a launcher, which costs seconds: status and output of the first one."""
+    group = {"TORCHELASTIC_RUN_ID": "pair", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    log = Path(values["output_dir"]).with_name("pair.log")
+    both = [
+        ForkedRun(values, log=log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        for rank in (0, 1)
+    ]
+    (status, output), _ = [process.finish() for process in both]
+    return status, output
 
 
 def final_files(run_dir: Path) -> dict[str, bytes]:

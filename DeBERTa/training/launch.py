@@ -207,7 +207,7 @@ class NodeAgent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, logs: LogsSpecs, nodes: Nodes, patience: int, console: Console) -> None:
         super().__init__(spec, logs, exit_barrier_timeout=patience, shutdown_timeout=patience)
-        self.nodes, self.console = nodes, console
+        self.nodes, self.patience, self.console = nodes, patience, console
         self.failed: list[int] = []  # ids of the processes that failed before the others were ended
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
@@ -235,8 +235,10 @@ class NodeAgent(LocalElasticAgent):
         running = any(process.returncode is None for process in processes)
         if stopping and running and all(process.returncode in (None, 0, *STOPPED) for process in processes):
             return RunResult(state=WorkerState.HEALTHY)  # the others are about to stop too, perhaps after a save
-        if self.failed or self.nodes.failure is not None:
-            self._pcontext.close(timeout=GRACE_SECONDS)
+        failure = self.nodes.failure
+        if self.failed or failure is not None:
+            told_to_stop = not self.failed and failure.status in STOPPED
+            self._pcontext.close(timeout=self.patience if told_to_stop else GRACE_SECONDS)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED and not self.failed and self.nodes.failure is None:
             self.failed = [failure.pid for failure in result.failures.values()]  # failed since they were asked above

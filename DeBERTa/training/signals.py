@@ -58,11 +58,11 @@ class Signals:
             return
         if number == signal.SIGUSR1:
             self.save = True
-        elif not self._deferred:
-            self.ending = number
-            raise Interrupted(number)
         elif self.ending == number and time.monotonic() - self._told < SAME_SECONDS:
             return
+        elif not self._deferred:
+            self.ending, self._told = number, time.monotonic()
+            raise Interrupted(number)
         elif self.ending:
             os._exit(128 + number)
         else:

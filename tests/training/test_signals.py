@@ -1,5 +1,6 @@
 """Signals to a run, and its data workers when they or the run die, as real signals to real processes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from DeBERTa.training.signals import Interrupted, Signals
 from tests.processes import children, is_running
-from tests.runs import ForkedRun, final_files, run, tiny_flags
+from tests.runs import CONTEXT, ForkedRun, final_files, run, tiny_flags
 
 
 def kinds(run_dir: Path) -> list[tuple[int, str]]:
@@ -109,6 +111,23 @@ def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
     check(checkpoint)
     assert run(flags | {"output_dir": tmp_path / "run"})[0] == 0
     assert final_files(tmp_path / "run") == final_files(tmp_path / "whole")
+
+
+def _told_twice() -> None:
+    with Signals() as signals, signals.deferred():
+        with contextlib.suppress(Interrupted), signals.immediate():
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(1)
+        signal.raise_signal(signal.SIGTERM)
+        os._exit(0)
+
+
+def test_a_signal_that_comes_twice_during_an_evaluation_counts_once():
+    """From the system and from the launcher: what is still being saved is not cut off."""
+    process = CONTEXT.Process(target=_told_twice)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_signal_while_saving(tmp_path, undisturbed):

@@ -1,19 +1,43 @@
 """Signals to runs of several processes, at moments that matter: to the command, to some of its processes, to all."""
 
+import json
 import os
+import shutil
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from DeBERTa.training.nodes import GRACE_SECONDS
+from DeBERTa.training.signals import SAME_SECONDS
 from tests.commands import (
     ENDLESS,
+    PATIENCE,
     Command,
+    cluster,
     free_port,
+    metrics,
     port_is_free,
     saved_something,
     start_nodes,
     two_process_flags,
 )
+from tests.processes import children, is_running, started_with
+from tests.runs import ForkedRun, final_files, run_pair
+
+# Found by each process at its start: what is brought to the disk for the checkpoint of step 4 takes its time.
+SLOW_DISK = """
+import os, time
+at_once = os.fsync
+def fsync(file):
+    if "step-00000004.tmp" in os.readlink(f"/proc/self/fd/{file}"):
+        time.sleep(float(os.environ["SLOW_DISK"]))
+    at_once(file)
+os.fsync = fsync
+"""
 
 
 @pytest.fixture
@@ -69,3 +93,130 @@ def test_a_signal_to_one_process_ends_all(endless):
     assert saved_something(runs[0])()
     assert not saved_something(runs[1])()  # node 0 writes
     assert port_is_free(port)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict]:
+    """Flags of a run of two processes that saves at steps 2, 4 and 6 and evaluates nothing; what it ends with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(prepared, folder / "data", ignore=shutil.ignore_patterns("valid*", "test*"))
+    flags = two_process_flags(folder, folder / "data") | {"dist_timeout": 60, "log_interval": 1, "keep_last": 9}
+    status, output = run_pair(flags, free_port())
+    assert status == 0, output
+    return flags, result(flags["output_dir"])
+
+
+def result(run_dir: Path) -> dict:
+    """Newest weights and moments, final models, lines of the log about training."""
+    files = final_files(run_dir)
+    return files | {"metrics": [line for line in json.loads(files["metrics"]) if line["kind"] == "train"]}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, prepared) -> Path:
+    """Data whose evaluation takes seconds."""
+    data = shutil.copytree(prepared, tmp_path_factory.mktemp("evaluated") / "data")
+    for path in data.glob("valid.txt.*"):
+        shutil.rmtree(path)
+    shutil.copy(prepared / "train.txt", data / "valid.txt")
+    return data
+
+
+class SlowRun(ForkedRun):
+    """A run for which writing the checkpoint of step 4 takes six times `seconds`."""
+
+    def __init__(self, flags: dict, folder: Path, seconds: float, **environment: str) -> None:
+        (folder / "sitecustomize.py").write_text(SLOW_DISK)
+        path = f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"
+        super().__init__(flags, PYTHONPATH=path, SLOW_DISK=str(seconds), **environment)
+        self.run_dir = Path(flags["output_dir"])
+        self.slow = checkpoint_path(self.run_dir, 4).with_suffix(".tmp")
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert is_running(self.pid) and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+
+    def end(self) -> int:
+        """Its exit status; nothing of it is left."""
+        self.process.join(PATIENCE)
+        assert not is_running(self.pid), self.log.read_text()
+        assert not started_with(str(self.run_dir))
+        return self.finish()[0]
+
+
+def whole_checkpoints(run_dir: Path) -> list[int]:
+    """Steps of all checkpoints, each of them whole."""
+    for step in saved_steps(run_dir):
+        check(checkpoint_path(run_dir, step))
+    return saved_steps(run_dir)
+
+
+def assert_goes_on(flags: dict, step: int, expected: dict) -> None:
+    """The same command goes on from `step`, and ends with the bits of the undisturbed run."""
+    status, output = run_pair(flags, free_port())
+    assert status == 0 and f"going on from step {step}" in output, output
+    assert result(flags["output_dir"]) == expected
+    assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
+
+
+def test_a_signal_while_two_processes_evaluate(tmp_path, undisturbed, evaluated):
+    """To the command and its processes at once, which is understood once: the checkpoint being written is finished."""
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run", "data_dir": evaluated, "dump_interval": 4, "eval_batch_size": 1}
+    stopped = SlowRun(flags, tmp_path, 0.2)
+    stopped.wait_for(stopped.slow.exists)
+    for process in (*children(stopped.pid), stopped.pid):
+        os.kill(process, signal.SIGTERM)
+    assert stopped.end() == 143, stopped.log.read_text()
+    assert whole_checkpoints(tmp_path / "run") == [4]
+    assert {line["kind"] for line in metrics(tmp_path / "run")} == {"train"}
+    assert_goes_on(flags | {"eval_batch_size": 300}, 4, expected)
+    assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "valid"] == [4, 6]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_signal_to_one_node_while_two_evaluate(tmp_path, undisturbed, evaluated, node):
+    """Both end with its status; the first one finishes a checkpoint that takes longer than processes get to end."""
+    seconds = 1.2 * GRACE_SECONDS / 6 if node == 1 else 0
+    change = {"nproc_per_node": 1, "data_dir": evaluated, "dump_interval": 4, "eval_batch_size": 1}
+    port = free_port()
+    runs = []
+    for number in (0, 1):
+        flags = undisturbed[0] | change | {"output_dir": tmp_path / f"run-{number}"}
+        runs.append(SlowRun(flags, tmp_path, seconds, **cluster(port, node=number)))
+    runs[0].wait_for((runs[0].slow if seconds else checkpoint_path(runs[0].run_dir, 4)).exists)
+    os.kill(runs[node].pid, signal.SIGTERM)
+    assert [run.end() for run in runs] == [143, 143], runs[0].log.read_text() + runs[1].log.read_text()
+    assert f"stopped by SIGTERM on node {node}" in runs[1 - node].log.read_text()
+    assert whole_checkpoints(tmp_path / "run-0") == [4]
+    assert {line["kind"] for line in metrics(tmp_path / "run-0")} == {"train"}
+
+
+def test_a_signal_while_a_checkpoint_of_two_processes_is_written(tmp_path, undisturbed):
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run"}
+    stopped = SlowRun(flags, tmp_path, 0.2)
+    stopped.wait_for(stopped.slow.exists)
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert stopped.end() == 143, stopped.log.read_text()
+    *before, last = whole_checkpoints(tmp_path / "run")
+    assert before == [2, 4] and last in (5, 6)
+    assert_goes_on(flags, last, expected)
+
+
+def test_a_second_signal_ends_two_processes_at_once(tmp_path, undisturbed):
+    """While a checkpoint is written that would take minutes: the one before stays, and is gone on from."""
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run"}
+    stopped = SlowRun(flags, tmp_path, PATIENCE)
+    stopped.wait_for(stopped.slow.exists)
+    os.kill(stopped.pid, signal.SIGTERM)
+    log = tmp_path / "run" / "logs" / "rank-0000.log"
+    stopped.wait_for(lambda: "SIGTERM: finishing the step" in log.read_text())
+    time.sleep(SAME_SECONDS)  # what comes earlier counts as the same signal
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert stopped.end() == 143, stopped.log.read_text()
+    assert whole_checkpoints(tmp_path / "run") == [2]
+    assert_goes_on(flags, 2, expected)
