@@ -1,4 +1,7 @@
-"""Signals to runs of several processes, at moments that matter: to the command, to some of its processes, to all."""
+"""Signals to runs of several processes, at moments that matter: to the command, to some of its processes, to all.
+
+And what the run does afterwards: the same command, or the run by itself, goes on and ends with the same bits.
+"""
 
 import json
 import os
@@ -220,3 +223,17 @@ def test_a_second_signal_ends_two_processes_at_once(tmp_path, undisturbed):
     assert stopped.end() == 143, stopped.log.read_text()
     assert whole_checkpoints(tmp_path / "run") == [2]
     assert_goes_on(flags, 2, expected)
+
+
+def test_a_run_that_starts_anew_by_itself_keeps_its_bits(tmp_path, undisturbed):
+    """With `--max_restarts`: one of two processes is killed while a checkpoint is written."""
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run", "max_restarts": 1}
+    disturbed = SlowRun(flags, tmp_path, 0.2)
+    disturbed.wait_for(disturbed.slow.exists)
+    os.kill(max(children(disturbed.pid)), signal.SIGKILL)
+    assert disturbed.end() == 0, disturbed.log.read_text()
+    printed = disturbed.log.read_text()
+    assert "SIGKILL" in printed and "restart 1 of 1" in printed
+    assert "going on from step" in printed
+    assert result(flags["output_dir"]) == expected
