@@ -2,21 +2,25 @@
 
 import functools
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.training.distributed import is_main, total_sums
+from DeBERTa.training import steps
+from DeBERTa.training.distributed import is_main, rank, total_sums
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.metrics import mean_losses
-from DeBERTa.training.parallel import load_whole_weights, whole
+from DeBERTa.training.parallel import load_whole_weights, reduced, whole
+from tests.training.batches import random_batch
 from tests.training.ranks import CASES, make_step, my_rows, run_ranks
 
 MODES = {"ddp": {}, "zero": {"zero": 1}, "fsdp": {"fsdp": True}}
@@ -61,6 +65,33 @@ def train_all(folder: Path, size: int) -> None:
                 half = train(case, mode, 0, STEPS // 2)
                 if is_main():
                     torch.save(half, folder / f"{case}-{mode}-half.pt")
+    if size == 2:
+        reductions_all(folder)
+
+
+def reductions(case: str, mode: str, parts: int) -> int:
+    """Sums over the processes in the second step, of whatever, with that many parts a step."""
+    _, training = make_step(case, **MODES[mode], accumulative_update=parts)
+    training.learning_rate(1)
+    batch = random_batch(8, seed=rank())
+    training(batch)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        training(batch)
+    names = [event.name() for event in recorded.profiler.kineto_results.events()]  # recorded.events() takes seconds
+    return names.count("c10d::allreduce_") + names.count("c10d::_reduce_scatter_base_")
+
+
+def reductions_all(folder: Path) -> None:
+    """With one part and with four; under GDES also with four that each exchange their gradients."""
+    found = {}
+    for case in SAVED:
+        for mode in MODES:
+            found[case, mode] = [reductions(case, mode, 1), reductions(case, mode, 4)]
+    for mode in MODES:
+        with mock.patch.object(steps, "reduced", lambda objective, _: reduced(objective, True)):
+            found["gdes", mode].append(reductions("gdes", mode, 4))
+    if is_main():
+        torch.save(found, folder / "reductions.pt")
 
 
 def go_on_all(folder: Path, size: int) -> None:
@@ -124,6 +155,15 @@ def test_moments_are_cut_up(trained, case, mode, size):
     """The first process holds all of them with DDP, else its share: rows are cut, so that a little more is possible."""
     whole_ones, held = (read(trained / f"{case}{name}.pt")["held"] for name in ("-1", f"-{mode}-{size}"))
     assert held == whole_ones if mode == "ddp" else whole_ones / size <= held < 1.1 * whole_ones / size
+
+
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_exchanged_once_a_step(trained, case, mode):
+    """Four parts need as many sums over the processes as one; where each part exchanges, more are counted."""
+    one, four, *each = read(trained / "reductions.pt")[case, mode]
+    assert 0 < one == four
+    assert all(four < more for more in each)
 
 
 @pytest.mark.parametrize("case", SAVED)
