@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from DeBERTa.training.checkpoint import checkpoint_path, saved_steps
 from tests.conftest import ROOT, tiny_model, tiny_rtd
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
+PATIENCE = 600  # seconds until a run that takes a few is given up
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["DeBERTa.train", "torch._dynamo", "tests.conftest"])
 
@@ -95,7 +97,10 @@ class ForkedRun:
             for _ in self.lines():
                 pass
             self._pipe.close()
-        self.process.join()
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"not over after {PATIENCE} s: {self.log}")
         return self.process.exitcode, "".join(self.read) if self._pipe else self.log.read_text()
 
 

@@ -19,6 +19,7 @@ from DeBERTa.config import ConfigError
 from DeBERTa.training.network import check_host, wait_for_port
 
 POLL_SECONDS = 0.1
+ANSWER_SECONDS = 60  # for the store of node 0, once its port is open
 GRACE_SECONDS = 5  # for processes to end after another one failed, and for nodes to hear of it
 
 
@@ -51,11 +52,11 @@ class Nodes:
         """Open or reach the store. Raises `ConfigError` when the port is taken, or unreachable for `timeout` s."""
         self.job, self.timeout = job, timeout
         self.failure: Failure | None = None  # set when another node has failed
+        self._watching: threading.Thread | None = None
+        self._unreachable = False  # the store did not answer
         self.store = self._open()
         self.port = self.store.port
         self.attempt = 0
-        self._watching: threading.Thread | None = None
-        self._unreachable = False  # the store did not answer
         if job.node == 0:
             self.store.compare_set("attempt", "", "0")
         else:
@@ -72,15 +73,37 @@ class Nodes:
             except dist.DistNetworkError as error:
                 if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                     raise ConfigError(
-                        f"port {job.port} of this node is in use: end the process that has it, or export another "
-                        "MASTER_PORT on every node"
+                        f"port {job.port} of this node is in use, by another command with RANK 0 or another program: "
+                        "end it, or export another MASTER_PORT on every node"
                     ) from None
                 raise ConfigError(
                     f"RANK is 0, but this node cannot be reached as MASTER_ADDR {job.address}: "
                     "export the address of the node with RANK 0"
                 ) from None
+        deadline = time.monotonic() + self.timeout
         wait_for_port(job.address, job.port, self.timeout)
-        return self._connect()
+        left = deadline - time.monotonic()
+        return self._reach(min(max(left, GRACE_SECONDS), ANSWER_SECONDS))
+
+    def _reach(self, seconds: float) -> dist.TCPStore:
+        """The store of node 0. Raises `ConfigError` when what listens there is none, or another one.
+
+        In a thread, for with a program that waits for more to be said, the connection would wait for ever.
+        """
+        reached: list[dist.TCPStore] = []
+
+        def reach() -> None:
+            store = self._connect()
+            store.wait(["attempt"], timedelta(seconds=seconds))
+            reached.append(store)
+
+        self._bounded(reach, seconds)
+        if not reached:
+            raise ConfigError(
+                f"what answers at MASTER_ADDR {self.job.address}, MASTER_PORT {self.job.port} is not the launcher of "
+                "node 0: start the command with RANK 0 there, with a MASTER_PORT that no other program has"
+            )
+        return reached[0]
 
     def _connect(self) -> dist.TCPStore:
         limit = timedelta(seconds=self.timeout)
@@ -178,7 +201,7 @@ class Nodes:
         if self._watching is not None and not self._unreachable:
             self._watching.join(2 * GRACE_SECONDS)
 
-    def _bounded(self, call: Callable[[], object]) -> None:
+    def _bounded(self, call: Callable[[], object], seconds: float = GRACE_SECONDS) -> None:
         def quietly() -> None:
             try:
                 call()
@@ -187,7 +210,7 @@ class Nodes:
 
         thread = threading.Thread(target=quietly, daemon=True)
         thread.start()
-        thread.join(0 if self._unreachable else GRACE_SECONDS)
+        thread.join(0 if self._unreachable else seconds)
         self._unreachable = thread.is_alive()
 
     def _refuse(self, sentence: str) -> NoReturn:

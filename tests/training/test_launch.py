@@ -1,20 +1,24 @@
 """The launcher: what is told about wrong set-ups, and what is left of a run after an error or a signal."""
 
+import http.server
 import json
 import os
 import select
 import shutil
 import signal
 import socket
+import socketserver
+import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from DeBERTa.config import ConfigError
 from DeBERTa.training.launch import find_job
-from DeBERTa.training.network import interface_towards
+from DeBERTa.training.network import interface_towards, wait_for_port
 from tests.commands import (
     ENDLESS,
     PATIENCE,
@@ -27,7 +31,7 @@ from tests.commands import (
     start_nodes,
     two_process_flags,
 )
-from tests.processes import children
+from tests.processes import children, is_running
 from tests.runs import ForkedRun
 from tests.training.batches import train_config
 
@@ -105,6 +109,57 @@ def test_nodes_that_do_not_come(flags):
     error = Command(flags, **cluster(port, node=1)).error()
     assert f"MASTER_PORT {port}" in error and "--dist_timeout 2 s" in error
     assert port_is_free(port)
+
+
+def test_two_nodes_of_rank_0(flags):
+    """On one host, which has the port once: the second one is told at once, and the first one goes on waiting."""
+    port = free_port()
+    first = ForkedRun(flags, **cluster(port))
+    wait_for_port("127.0.0.1", port, PATIENCE)
+    status, output = ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port)).finish()
+    (error,) = output.splitlines()
+    assert status == 1
+    assert error.startswith(f"error: port {port} of this node is in use, by another command with RANK 0 or")
+    assert is_running(first.pid)
+    first.process.kill()
+    first.finish()
+
+
+class TalksFirst(socketserver.StreamRequestHandler):
+    """As a mail server, or one of ssh, does."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 ready\r\n")
+        self.rfile.read()
+
+
+class SaysNothing(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.rfile.read()
+
+
+def test_a_port_of_another_program(flags):
+    """What node 1 finds at MASTER_PORT listens, but is not the launcher of node 0."""
+    flags |= {"dist_timeout": 3}
+    kinds = (http.server.BaseHTTPRequestHandler, TalksFirst, SaysNothing)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind)) for kind in kinds]
+        for server in servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ports = [server.server_address[1] for server in servers] + [store.port]
+        runs = [
+            ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-{port}"}, **cluster(port, node=1))
+            for port in ports
+        ]
+        for port, node in zip(ports, runs, strict=True):
+            node.process.join(PATIENCE)
+            status, output = node.finish()
+            (error,) = output.splitlines()
+            assert status == 1
+            assert error.startswith(f"error: what answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} is not the")
 
 
 def test_two_nodes_of_one_rank(flags):
