@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,36 @@ def test_a_loss_that_is_not_a_number(part):
     assert not training.stability.losses_finite()
 
 
+@pytest.mark.parametrize("sharing", ["gdes", "nes"])
+def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sharing):
+    """Decoupled: its weights and moments are those of a step in which nothing failed, and the step is counted."""
+    found = []
+    for broken in (False, True):
+        model = rtd_model(sharing)
+        training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+        training.learning_rate(1)
+        training(random_batch())
+        with torch.no_grad():
+            model.discriminator.mask_predictions.classifier.bias += NAN if broken else 0
+        before = held(training, model)
+        training(random_batch(seed=4))
+        assert math.isfinite(training.stability.losses["generator_loss"])
+        assert math.isnan(training.stability.losses["discriminator_loss"]) == broken
+        assert (training.stability.left_out, training.stability.skipped) == (broken, broken)
+        found.append((before, held(training, model)))
+    (_, usual), (before, after) = found
+    generators = {name for name in after if "discriminator" not in name}
+    assert len(generators) > 50 and not changed(*({name: x[name] for name in generators} for x in (usual, after)))
+    (bias,) = changed(before, after) - generators
+    assert bias == "weight discriminator.mask_predictions.classifier.bias"  # not a number is not equal to itself
+    assert generators & changed(before, after)
+
+
 def _one_of_two(rank: int, store: str, results) -> None:
     """A process of a group of two; in step 2 the second one's gradient is broken, in step 3 its loss a spike."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
     model = mlm_model()
     training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
     training.learning_rate(1)
@@ -138,12 +165,13 @@ def _one_of_two(rank: int, store: str, results) -> None:
 def test_all_processes_decide_the_same(tmp_path):
     """What happens in one process, is left out, saved or ended by both."""
     results = CONTEXT.Queue()
-    processes = [CONTEXT.Process(target=_one_of_two, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
+    store = str(tmp_path / "store")
+    processes = [CONTEXT.Process(target=_one_of_two, args=(r, store, results), daemon=True) for r in (0, 1)]
     for process in processes:
         process.start()
     found = dict(results.get(timeout=120) for _ in processes)
     for process in processes:
-        process.join()
+        process.join(60)
         assert process.exitcode == 0
     assert found[0] == found[1]
     left_out, unequal, spike_left_out, still_unequal, losses, *asked = found[0]
