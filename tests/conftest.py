@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.model import kernels
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -34,6 +35,16 @@ def tiny_model() -> dict:
 
 def tiny_rtd(sharing: str = "gdes") -> dict:
     return {"embedding_sharing": sharing, "generator": TINY | {"num_hidden_layers": 1}, "discriminator": dict(TINY)}
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def way(request, monkeypatch) -> str:
+    """Each way to compute on a CPU: the compiled kernels, and PyTorch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "find", lambda *_: None)
+    else:
+        assert kernels.obstacle() is None, "the tests need g++"
+    return request.param
 
 
 @pytest.fixture(scope="session")

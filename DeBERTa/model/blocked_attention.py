@@ -9,11 +9,13 @@ of zeros, where the published code scatters. T rows need only L + T - 1 of the d
 up to half of the product.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 
-from DeBERTa.model.dropout import negate_dropped
+from DeBERTa.model import kernels
+from DeBERTa.model.dropout import draw_seed, drop_threshold, keep_mask
 
 ROWS = 256  # of a block: fewer save more of the products, but make them slower (measured for 128, 256, 512)
 
@@ -25,8 +27,8 @@ def distance_view(product: torch.Tensor) -> torch.Tensor:
     as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as queries, that of c - r.
     """
     rows, width = product.shape[-2:]
-    outer = product.stride()[:-2]
-    return product.as_strided((*product.shape[:-1], width - rows + 1), (*outer, width - 1, 1), rows - 1)
+    strides = (*product.stride()[:-2], width - 1, 1)
+    return product.as_strided((*product.shape[:-1], width - rows + 1), strides, product.storage_offset() + rows - 1)
 
 
 def row_blocks(length: int) -> Iterator[tuple[slice, slice]]:
@@ -54,27 +56,14 @@ class BlockedAttention(torch.autograd.Function):
         kept = q.new_empty(batch, heads, length, length)
         context = q.new_empty(batch, length, heads, size)
         scores = q.new_empty(heads, length, length)
-        key_blocks, query_blocks = (_table_blocks(table, length, transpose=True) for table in (key_table, query_table))
+        c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
+        seed = draw_seed() if p else 0
         for b in range(batch):
-            for rows, table in query_blocks:
-                # Copying the transposed view, and adding to that, takes a third of adding the view.
-                scores[:, :, rows] = distance_view(torch.bmm(k[b, :, rows], table)).transpose(1, 2)
-            for rows, table in key_blocks:
-                term = distance_view(torch.bmm(q[b, :, rows], table))
-                if query_blocks:
-                    scores[:, rows] += term
-                else:
-                    scores[:, rows] = term
-            torch.baddbmm(scores, q[b], k[b].transpose(1, 2), beta=int(bool(key_blocks or query_blocks)), out=scores)
-            padded = not bool(input_mask[b].all())
-            if padded:
-                scores.masked_fill_(~input_mask[b], torch.finfo(scores.dtype).min)
-            probs = torch.softmax(scores, dim=-1, out=kept[b])
-            if padded:
-                probs *= input_mask[b][:, None]
-            if p:
-                probs = torch.clamp(negate_dropped(probs, p), min=0, out=scores)
-            torch.mul(torch.bmm(probs, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
+            c2p.multiply(q[b])
+            p2c.multiply(k[b])
+            torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
+            _probabilities(scores, c2p, p2c, input_mask[b], p, seed, b * scores.numel(), kept[b])
+            torch.mul(torch.bmm(scores, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
         ctx.save_for_backward(q, k, v, key_table, query_table, kept, context)
         ctx.p = p
         return context
@@ -84,58 +73,136 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        key_term, query_term = (_PositionBackward(table, length) for table in (key_table, query_table))
+        c2p, p2c = _PositionGradient(key_table, length), _PositionGradient(query_table, length)
         dscores, dropped = (q.new_empty(heads, length, length) for _ in range(2))
         for b in range(batch):
-            # Softmax: dS = P dP - P sum(P dP), where dP is zero if dropped, else scaled.
-            inner = (context[b] * grad[b]).sum(-1).t().unsqueeze(-1)
+            inner = (context[b] * grad[b]).sum(-1).t().to(_wide(q)).contiguous()
             dcontext = torch.mul(grad[b].transpose(0, 1), 1 / (1 - ctx.p)).contiguous()
             torch.bmm(dcontext, v[b].transpose(1, 2), out=dscores)
-            if ctx.p:
-                torch.clamp(kept[b], min=0, out=dropped)
-                torch.bmm(dropped.transpose(1, 2), dcontext, out=dv[b])
-                dscores.mul_(dropped).addcmul_(torch.abs(kept[b], out=dropped), inner, value=-1)
-            else:
-                torch.bmm(kept[b].transpose(1, 2), dcontext, out=dv[b])
-                dscores.sub_(inner).mul_(kept[b])
+            _score_gradients(kept[b], dscores, inner, c2p, p2c, dropped)
+            torch.bmm(dropped.transpose(1, 2), dcontext, out=dv[b])
             torch.bmm(dscores, k[b], out=dq[b])
             torch.bmm(dscores.transpose(1, 2), q[b], out=dk[b])
-            key_term.add(dscores, q[b], dq[b])
-            query_term.add(dscores.transpose(1, 2), k[b], dk[b])
-        return dq, dk, dv, key_term.dtable(), query_term.dtable(), None, None
+            c2p.add(q[b], dq[b])
+            p2c.add(k[b], dk[b])
+        return dq, dk, dv, c2p.dtable(), p2c.dtable(), None, None
 
 
-def _table_blocks(table: torch.Tensor | None, length: int, transpose: bool) -> list[tuple[slice, torch.Tensor]]:
-    """Rows of each block and its part of `table` [H, W, D], cut out once for all sequences; nothing without a table."""
-    if table is None:
-        return []
-    parts = ((rows, table[:, columns]) for rows, columns in row_blocks(length))
-    return [(rows, (part.transpose(1, 2) if transpose else part).contiguous()) for rows, part in parts]
+class _Blocks:
+    """Room for a position term of one sequence in blocks of rows; none without a `table` [H, W, D].
 
-
-class _PositionBackward:
-    """Gradients of a position term: of its table [H, W, D], or None, over all sequences, and of the other factor."""
+    `room` holds the blocks one after the other, each contiguous [H, T, L + T - 1], at first zero; the distances of a
+    block's rows are `distance_view` of it.
+    """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
-        self.table = table
-        self.length = length
-        self.blocks = [
-            (rows, part, torch.zeros_like(part), part.new_zeros(len(part), rows.stop - rows.start, part.size(1)))
-            for rows, part in _table_blocks(table, length, transpose=False)
-        ]
+        self.table, self.length = table, length
+        self.room: torch.Tensor | None = None
+        self.rows: list[slice] = []
+        self.parts: list[torch.Tensor] = []  # of the table
+        self.blocks: list[torch.Tensor] = []
+        if table is not None:
+            self.rows, columns = (list(slices) for slices in zip(*row_blocks(length), strict=True))
+            self.parts = [table[:, part] for part in columns]
+            shapes = [(len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.parts, strict=True)]
+            sizes = [math.prod(shape) for shape in shapes]
+            self.room = table.new_zeros(sum(sizes))
+            self.blocks = [b.view(shape) for b, shape in zip(self.room.split(sizes), shapes, strict=True)]
 
-    def add(self, dscores: torch.Tensor, x: torch.Tensor, dx: torch.Tensor) -> None:
-        """Add the gradient of `x` [H, L, D] to `dx`; `dscores` [H, L, L], its rows those of x."""
-        for rows, table, dtable, band in self.blocks:
-            distance_view(band).copy_(dscores[:, rows])  # the rest of the band stays zero
-            dx[:, rows] += torch.bmm(band, table)
-            torch.baddbmm(dtable, band.transpose(1, 2), x[:, rows], out=dtable)
+    def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows and the distances of these, [H, T, L]."""
+        return zip(self.rows, map(distance_view, self.blocks), strict=True)
+
+
+class _PositionTerm(_Blocks):
+    """The products of queries or keys with their table."""
+
+    def __init__(self, table: torch.Tensor | None, length: int) -> None:
+        super().__init__(table, length)
+        self.parts = [part.transpose(1, 2).contiguous() for part in self.parts]  # once for all sequences
+
+    def multiply(self, x: torch.Tensor) -> None:
+        """Fill the blocks for `x` [H, L, D]."""
+        for rows, part, block in zip(self.rows, self.parts, self.blocks, strict=True):
+            torch.bmm(x[:, rows], part, out=block)
+
+
+class _PositionGradient(_Blocks):
+    """Gradients of a position term; the blocks are to hold that of the products, and stay zero elsewhere."""
+
+    def __init__(self, table: torch.Tensor | None, length: int) -> None:
+        super().__init__(table, length)
+        self.parts = [part.contiguous() for part in self.parts]
+        self.dparts = [torch.zeros_like(part) for part in self.parts]
+
+    def add(self, x: torch.Tensor, dx: torch.Tensor) -> None:
+        """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to what it has from other sequences."""
+        for rows, part, dpart, block in zip(self.rows, self.parts, self.dparts, self.blocks, strict=True):
+            dx[:, rows] += torch.bmm(block, part)
+            torch.baddbmm(dpart, block.transpose(1, 2), x[:, rows], out=dpart)
 
     def dtable(self) -> torch.Tensor | None:
         """[H, W, D]"""
         if self.table is None:
             return None
         whole = torch.zeros_like(self.table)
-        for (_, columns), (_, _, dtable, _) in zip(row_blocks(self.length), self.blocks, strict=True):
-            whole[:, columns] += dtable
+        for (_, columns), dpart in zip(row_blocks(self.length), self.dparts, strict=True):
+            whole[:, columns] += dpart
         return whole
+
+
+def _probabilities(
+    scores: torch.Tensor,
+    c2p: _PositionTerm,
+    p2c: _PositionTerm,
+    input_mask: torch.Tensor,
+    p: float,
+    seed: int,
+    first: int,
+    kept: torch.Tensor,
+) -> None:
+    """Softmax of `scores` [H, L, L] and both terms, of real tokens alone: into `scores` with zeros where dropped, into
+    `kept` with a minus sign there. `first`: of the random bits of `seed`, the number of the first element's."""
+    kernel = kernels.find("probabilities", scores)
+    if kernel is not None:
+        heads, length, _ = scores.shape
+        mask = input_mask.contiguous()
+        kernel(scores, kept, c2p.room, p2c.room, mask, heads, length, ROWS, seed, first, drop_threshold(p))
+        return
+    for rows, term in c2p.views():
+        scores[:, rows] += term
+    for rows, term in p2c.views():
+        scores[:, :, rows] += term.transpose(1, 2).contiguous()  # adding the view takes three times as long
+    scores.masked_fill_(~input_mask, torch.finfo(scores.dtype).min)
+    torch.softmax(scores, dim=-1, out=kept).mul_(input_mask[:, None])
+    if p:
+        kept.mul_(keep_mask(kept.shape, seed, p, first).to(kept.dtype).mul_(2).sub_(1))
+    torch.clamp(kept, min=0, out=scores)
+
+
+def _score_gradients(
+    kept: torch.Tensor,
+    gradients: torch.Tensor,
+    inner: torch.Tensor,
+    c2p: _PositionGradient,
+    p2c: _PositionGradient,
+    dropped: torch.Tensor,
+) -> None:
+    """From gradients of the probabilities `kept` [H, L, L], zero for those dropped, to those of the scores: P dP - P
+    `inner` [H, L]. In place, and into the blocks of both terms. `dropped` takes the probabilities that multiplied v."""
+    kernel = kernels.find("score_gradients", gradients)
+    if kernel is not None:
+        heads, length, _ = kept.shape
+        kernel(kept, gradients, dropped, c2p.room, p2c.room, inner, heads, length, ROWS)
+        return
+    torch.clamp(kept, min=0, out=dropped)
+    gradients.mul_(dropped).sub_(kept.abs().mul_(inner[:, :, None]))
+    for rows, term in c2p.views():
+        term.copy_(gradients[:, rows])
+    for rows, term in p2c.views():
+        term.copy_(gradients[:, :, rows].transpose(1, 2))
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from DeBERTa.model import kernels
+
 CHUNK = 8192  # words: a chunk of some hundred rows stays in the cache, and the products are large enough to be fast
 GROUP = 32  # words
 SAMPLE_ROWS = 512  # sampled at once: they gather GROUP rows of the table each
@@ -52,13 +54,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
         for first in range(0, len(table_VE), chunk):
             logits_MC = F.linear(x_ME, *_chunk(x_ME, table_VE, bias_V, first, chunk))
-            column, here = _columns(targets_M, first, logits_MC)
+            column, here = _columns(targets_M - first, logits_MC.size(1))
             target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
-            largest.append(logits_MC.amax(1).float())
-            exps_MC = logits_MC.float().sub_(largest[-1][:, None]).exp_()
-            if exps_MC.size(1) < chunk:
-                exps_MC = F.pad(exps_MC, (0, chunk - exps_MC.size(1)))
-            sums.append(exps_MC.view(-1, GROUP, chunk // GROUP).sum(1))
+            largest_M, sums_MS = _chunk_sums(logits_MC, chunk // GROUP)
+            largest.append(largest_M)
+            sums.append(sums_MS)
         largest_NM, sums_NMS = torch.stack(largest), torch.stack(sums)
         top_M = largest_NM.amax(0)
         scales_NM = (largest_NM - top_M).double().exp()
@@ -77,22 +77,50 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_M, _correct, _samples):
         x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
         # |gradient| times the probability in one pass over the logits; the signs go to the rows of x.
-        shift_M1 = (log_total_M - grad_M.abs().log())[:, None]
-        sign_M = grad_M.sign()
+        sign_M, size_M = grad_M.sign(), grad_M.abs()
+        shift_M = log_total_M - size_M.log()
         signed_x_ME = x_ME * sign_M[:, None].to(x_ME.dtype)
         dx_ME = torch.zeros_like(x_ME, dtype=torch.float32)
         dtable, dbias = torch.empty_like(table_VE), torch.empty_like(bias_V)
         for first in range(0, len(table_VE), ctx.chunk):
             words = slice(first, first + ctx.chunk)
             table_CE, bias_C = _chunk(x_ME, table_VE, bias_V, first, ctx.chunk)
-            dlogits_MC = F.linear(x_ME, table_CE, bias_C).float().sub_(shift_M1).exp_()
-            column, here = _columns(targets_M, first, dlogits_MC)
-            dlogits_MC.scatter_add_(1, column, torch.where(here, -grad_M.abs(), 0.0)[:, None])
-            dbias[words] = sign_M @ dlogits_MC
-            dlogits_MC = dlogits_MC.to(x_ME.dtype)
+            logits_MC = F.linear(x_ME, table_CE, bias_C)
+            dlogits_MC, dbias[words] = _chunk_gradients(logits_MC, shift_M, size_M, targets_M - first, sign_M)
             dx_ME += dlogits_MC @ table_CE
             dtable[words] = dlogits_MC.t() @ signed_x_ME
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
+
+
+def _chunk_sums(logits_MC: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row, float32 [M], and the sums of exponentials relative to it of `groups` groups, [M,
+    S]: word c belongs to group c % S."""
+    rows, words = logits_MC.shape
+    kernel = kernels.find("chunk_sums", logits_MC)
+    if kernel is not None:
+        largest_M, sums_MS = (torch.empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, groups)))
+        kernel(logits_MC.contiguous(), largest_M, sums_MS, rows, words, groups)
+        return largest_M, sums_MS
+    largest_M = logits_MC.amax(1).float()
+    exps_MC = logits_MC.float().sub_(largest_M[:, None]).exp_()
+    return largest_M, F.pad(exps_MC, (0, -words % groups)).unflatten(1, (-1, groups)).sum(1)
+
+
+def _chunk_gradients(
+    logits_MC: torch.Tensor, shift_M: torch.Tensor, size_M: torch.Tensor, column_M: torch.Tensor, sign_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the logits but for the rows' signs, [M, C], in the logits' memory if that saves time; and those of
+    the biases, float32 [C]. Target words are in `column_M` int64 [M], where that is a column."""
+    rows, words = logits_MC.shape
+    kernel = kernels.find("chunk_gradients", logits_MC)
+    if kernel is not None:
+        logits_MC, dbias_C = logits_MC.contiguous(), torch.empty(words, dtype=torch.float32)
+        kernel(logits_MC, shift_M, size_M, column_M, sign_M, dbias_C, rows, words)
+        return logits_MC, dbias_C
+    dlogits_MC = logits_MC.float().sub_(shift_M[:, None]).exp_()
+    column_M1, here_M = _columns(column_M, words)
+    dlogits_MC.scatter_add_(1, column_M1, torch.where(here_M, -size_M, 0.0)[:, None])
+    return dlogits_MC.to(logits_MC.dtype), sign_M @ dlogits_MC
 
 
 def _chunk(
@@ -103,11 +131,9 @@ def _chunk(
     return table_VE[words].to(x_ME.dtype), bias_V[words].to(x_ME.dtype)
 
 
-def _columns(targets_M: torch.Tensor, first: int, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each target in a chunk, int64 [M, 1] (any, where it is in another), and whether it is in it, [M]."""
-    column_M = targets_M - first
-    last = logits_MC.size(1) - 1
-    return column_M.clamp(0, last)[:, None], (column_M >= 0) & (column_M <= last)
+def _columns(column_M: torch.Tensor, words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns clamped to those of a chunk, int64 [M, 1], and whether they were in it, bool [M]."""
+    return column_M.clamp(0, words - 1)[:, None], (column_M >= 0) & (column_M < words)
 
 
 def _sample(

@@ -8,6 +8,7 @@ import torch
 
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
+from DeBERTa.model import kernels
 from DeBERTa.model.pretraining import RTDModel, backbone_parameters, embedding_parameters
 from DeBERTa.training.distributed import nodes, world_size
 from DeBERTa.training.loop import Run
@@ -27,7 +28,7 @@ def banner(run: Run, first_step: int) -> str:
     rows = {
         "run": str(run.run_dir),
         "task": _task(run),
-        "device": f"{device_name(training.device)}, precision {training.precision}",
+        "device": f"{device_name(training.device)}, precision {training.precision}{_kernels(training.device)}",
         "processes": _processes(config),
         "batch": f"{config.train_batch_size} sequences of {config.max_seq_length}{parts}: {tokens:,} tokens a step",
         "steps": steps + (f"; going on from step {first_step:,}" if first_step else ""),
@@ -45,6 +46,14 @@ def _processes(config: TrainConfig) -> str:
     mode = "ZeRO: gradients and optimiser state cut up" if config.zero else "DDP: the whole model in each"
     mode = "FSDP: everything cut up" if config.fsdp else mode
     return f"{world_size()} processes on {nodes()} node{'s' if nodes() > 1 else ''}, {mode}"
+
+
+def _kernels(device: torch.device) -> str:
+    """Whether a CPU run has the kernels of its own."""
+    if device.type != "cpu":
+        return ""
+    obstacle = kernels.obstacle()
+    return f"; slower than need be: {obstacle}" if obstacle else ", compiled kernels"
 
 
 def _task(run: Run) -> str:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
-from DeBERTa.model import blocked_attention
+from DeBERTa.model import blocked_attention, kernels
 from DeBERTa.model.attention import relative_slots
 from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
+from DeBERTa.model.dropout import keep_mask
 from DeBERTa.model.encoder import Encoder
 from tests.conftest import tiny_model
 from tests.model.reference_attention import reference_context, slot
@@ -56,15 +57,17 @@ def keys_of(attention, hidden, mask, positions):
     )
 
 
-@pytest.mark.parametrize("path", ["whole", "blocks", "eager", "sdpa"])
+@pytest.mark.parametrize("path", ["whole", "blocks", "whole, torch", "blocks, torch", "eager", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_position(variant, path, monkeypatch):
+    if path.endswith("torch"):
+        monkeypatch.setattr(kernels, "find", lambda *_: None)
     encoder, config = make(variant)
     attention = encoder.layer[0].attention.self
     hidden, queries, mask = inputs()
     (q,) = attention.project(queries, attention.query_proj)
     keys = keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH))
-    if path == "blocks":
+    if path.startswith("blocks"):
         monkeypatch.setattr(blocked_attention, "ROWS", 8)  # the last block is smaller
     attention.backend = path if path in ("eager", "sdpa") else "auto"
     ours = attention.attend(q, keys)
@@ -90,25 +93,56 @@ def test_selected_positions(variant, backend):
     assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
 
 
-def test_dropout_on_probabilities(monkeypatch):
+@pytest.mark.parametrize("rows", [256, 8])
+def test_dropout_on_probabilities(rows, way, monkeypatch):
     """With the masks known, value and gradients are those of the formula with dropped, scaled probabilities."""
+    monkeypatch.setattr(blocked_attention, "ROWS", rows)
     encoder, config = make({"attention_probs_dropout_prob": 0.3})
     attention = encoder.layer[0].attention.self.train()
     hidden, queries, mask = inputs()
-    drawn = []
-
-    def recorded(probs, p):
-        drawn.append(torch.bernoulli(torch.full_like(probs, 1 - p)))
-        return probs.mul_(2 * drawn[-1] - 1)
-
-    monkeypatch.setattr(blocked_attention, "negate_dropped", recorded)
+    monkeypatch.setattr(blocked_attention, "draw_seed", lambda: 12345)
     (q,) = attention.project(queries, attention.query_proj)
     ours = attention.attend(q, keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH)))
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
-    drop = torch.stack(drawn) / 0.7
-    assert 0.6 < drop.count_nonzero() / drop.numel() < 0.8
-    theirs = reference_context(attention, queries, hidden, mask, table, config, drop)
+    kept = keep_mask((3, attention.num_heads, LENGTH, LENGTH), 12345, 0.3)
+    assert 0.6 < kept.float().mean() < 0.8
+    theirs = reference_context(attention, queries, hidden, mask, table, config, kept / 0.7)
     assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 300])
+def test_kernels_against_torch(length, monkeypatch):
+    """Lengths around those of tiles and blocks, with dropout: float32 to 1e-5, bfloat16 no further off than torch."""
+    torch.manual_seed(6)
+    shapes = ((2, 3, length, 8),) * 3 + ((3, 2 * length - 1, 8),) * 2
+    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
+    weights = torch.randn(2, length, 3, 8).bfloat16()
+    find = kernels.find
+
+    def results(dtype, found):
+        monkeypatch.setattr(kernels, "find", found)
+        torch.manual_seed(7)
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        context = BlockedAttention.apply(*leaves, mask, 0.2)
+        return [context.detach(), *torch.autograd.grad(context, leaves, weights.to(dtype))]
+
+    runs = [results(dtype, f) for dtype in (torch.float32, torch.bfloat16) for f in (find, lambda *_: None)]
+    for ours, theirs, ours_low, theirs_low in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+        error, usual = (float((low.float() - theirs).norm()) for low in (ours_low, theirs_low))
+        assert error <= 1.1 * usual + 1e-6
+
+
+def test_not_a_number_stays_one(way):
+    """A query that is not finite makes its row of the context so, and no other."""
+    torch.manual_seed(8)
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    for value in (float("nan"), float("inf")):
+        q[0, 1, 5, 3] = value
+        context = BlockedAttention.apply(q, k, v, None, None, torch.ones(1, 20, dtype=torch.bool), 0.0)
+        assert context[0, 5, 1].isnan().all()
+        assert context.isfinite().sum() == 19 * 16 + 8
 
 
 def test_gradient_against_finite_differences():

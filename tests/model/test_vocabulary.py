@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from DeBERTa.model.vocabulary import GROUP, vocabulary_loss
 
+pytestmark = pytest.mark.usefixtures("way")
+
 ROWS, WIDTH, WORDS = 37, 16, 250
 
 

@@ -1,0 +1,344 @@
+// One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words, dropout.
+// Built and called by kernels.py, whose functions say what each computes; shapes and layouts are theirs.
+// Numbers are read from float or bfloat16, and computed with in float.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using std::int64_t;
+using std::uint64_t;
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float load(const float& x) { return x; }
+
+inline float load(const bfloat16& x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline void store(float& to, float x) { to = x; }
+
+inline void store(bfloat16& to, float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e^x by 2^n e^r with |r| <= ln(2) / 2, within 2 units of the last place; 0 below -87, NaN for NaN.
+inline float exponential(float x) {
+    float n = std::nearbyint(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float y = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f + r * (4.1666463e-2f + r * (8.3334569e-3f + r * 1.3929848e-3f)))));
+    n = n < -126 ? -126 : n > 127 ? 127 : n;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return x < -87 ? 0 : y * power;
+}
+
+// The largest of `count` numbers that is not NaN; compilers vectorise it in this form.
+template <class T>
+float maximum(const T* x, int64_t count) {
+    constexpr int64_t LANES = 64;
+    float top[LANES];
+    std::fill(top, top + LANES, -INFINITY);
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES)
+        for (int64_t k = 0; k < LANES; k++) top[k] = load(x[j + k]) > top[k] ? load(x[j + k]) : top[k];
+    for (; j < count; j++) top[0] = load(x[j]) > top[0] ? load(x[j]) : top[0];
+    return *std::max_element(top, top + LANES);
+}
+
+// Word number n of the stream of `seed` (SplitMix64).
+inline uint64_t random_word(uint64_t seed, uint64_t n) {
+    uint64_t z = seed + (n + 1) * 0x9E3779B97F4A7C15;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+    return z ^ (z >> 31);
+}
+
+// 16 bits for each of `count` elements from number `first` on, an element four to a word. `words` is room for them.
+const uint16_t* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector<uint64_t>& words) {
+    int64_t start = first / 4, number = (first + count + 3) / 4 - start;
+    if (int64_t(words.size()) < number) words.resize(number);
+    uint64_t* to = words.data();
+#pragma omp simd
+    for (int64_t n = 0; n < number; n++) to[n] = random_word(seed, start + n);
+    return reinterpret_cast<const uint16_t*>(to) + first % 4;
+}
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef int32_t Choice __attribute__((vector_size(64)));
+constexpr int64_t TILE = 16;
+
+// Four rounds that each interleave the first eight rows with the last eight transpose the tile.
+inline void transpose(Vector (&rows)[TILE]) {
+    constexpr Choice low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    constexpr Choice high{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    Vector mixed[TILE];
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 8; i++) {
+            mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], low);
+            mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 8], high);
+        }
+        for (int i = 0; i < TILE; i++) rows[i] = mixed[i];
+    }
+}
+
+// The stretch of a position term that belongs to row `row` of head `head`: element 0 is column 0.
+struct Blocks {
+    int64_t heads, length, rows;
+    int64_t offset(int64_t head, int64_t row) const {
+        int64_t first = row / rows * rows, here = std::min(rows, length - first), width = length + here - 1;
+        int64_t before = heads * first * (length + rows - 1);
+        return before + (head * here + row - first) * width + here - 1 - (row - first);
+    }
+};
+
+// scores[k][j] = or += term[j][i + k], for `count` <= TILE rows i.
+template <class T>
+void add_transposed(float* scores, const T* term, const Blocks& blocks, int64_t head, int64_t i, int64_t count) {
+    int64_t length = blocks.length, j = 0;
+    if (count == TILE)
+        for (; j + TILE <= length; j += TILE) {
+            Vector tile[TILE];
+            for (int64_t c = 0; c < TILE; c++) {
+                const T* from = term + blocks.offset(head, j + c) + i;
+                for (int64_t k = 0; k < TILE; k++) tile[c][k] = load(from[k]);
+            }
+            transpose(tile);
+            for (int64_t k = 0; k < TILE; k++) {
+                float* to = scores + k * length + j;
+                for (int64_t c = 0; c < TILE; c++) to[c] += tile[k][c];
+            }
+        }
+    for (; j < length; j++) {
+        const T* from = term + blocks.offset(head, j) + i;
+        for (int64_t k = 0; k < count; k++) scores[k * length + j] += load(from[k]);
+    }
+}
+
+// term[j][i + k] = scores[k][j], for `count` <= TILE rows i.
+template <class T>
+void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t head, int64_t i, int64_t count) {
+    int64_t length = blocks.length, j = 0;
+    if (count == TILE)
+        for (; j + TILE <= length; j += TILE) {
+            Vector tile[TILE];
+            for (int64_t k = 0; k < TILE; k++) std::memcpy(&tile[k], scores + k * length + j, sizeof(Vector));
+            transpose(tile);
+            for (int64_t c = 0; c < TILE; c++) {
+                T* to = term + blocks.offset(head, j + c) + i;
+                for (int64_t k = 0; k < TILE; k++) store(to[k], tile[c][k]);
+            }
+        }
+    for (; j < length; j++) {
+        T* to = term + blocks.offset(head, j) + i;
+        for (int64_t k = 0; k < count; k++) store(to[k], scores[k * length + j]);
+    }
+}
+
+template <class T>
+void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads, int64_t length,
+                   int64_t block_rows, uint64_t seed, int64_t first, int64_t threshold, int threads) {
+    Blocks blocks{heads, length, block_rows};
+    int64_t tiles = (length + TILE - 1) / TILE;
+    std::vector<float> padding(length);
+    for (int64_t j = 0; j < length; j++) padding[j] = mask[j] ? 0 : -INFINITY;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> room(TILE * length);
+        std::vector<uint64_t> words;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < heads * tiles; task++) {
+            int64_t head = task / tiles, i = task % tiles * TILE, count = std::min(TILE, length - i);
+            for (int64_t k = 0; k < count; k++) {
+                float* s = &room[k * length];
+                const T* content = scores + (head * length + i + k) * length;
+                if (c2p) {
+                    const T* term = c2p + blocks.offset(head, i + k);
+                    for (int64_t j = 0; j < length; j++) s[j] = load(content[j]) + load(term[j]);
+                } else {
+                    for (int64_t j = 0; j < length; j++) s[j] = load(content[j]);
+                }
+            }
+            if (p2c) add_transposed(room.data(), p2c, blocks, head, i, count);
+            for (int64_t k = 0; k < count; k++) {
+                float* __restrict s = &room[k * length];
+                int64_t row = (head * length + i + k) * length;
+                T *__restrict to = scores + row, *__restrict keep = kept + row;
+                if (!mask[i + k]) {
+                    std::memset(to, 0, length * sizeof(T));
+                    std::memset(keep, 0, length * sizeof(T));
+                    continue;
+                }
+                float sum = 0;
+                for (int64_t j = 0; j < length; j++) s[j] += padding[j];
+                float largest = maximum(s, length);
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < length; j++) {
+                    float e = exponential(s[j] - largest);
+                    s[j] = e;
+                    sum += e;
+                }
+                float scale = 1 / sum;
+                if (!threshold) {
+                    for (int64_t j = 0; j < length; j++) {
+                        store(to[j], s[j] * scale);
+                        store(keep[j], s[j] * scale);
+                    }
+                    continue;
+                }
+                const uint16_t* bits = random_bits(seed, first + row, length, words);
+                for (int64_t j = 0; j < length; j++) {
+                    float p = s[j] * scale;
+                    bool dropped = bits[j] < threshold;
+                    store(keep[j], dropped ? -p : p);
+                    store(to[j], dropped ? 0 : p);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner, int64_t heads,
+                     int64_t length, int64_t block_rows, int threads) {
+    Blocks blocks{heads, length, block_rows};
+    int64_t tiles = (length + TILE - 1) / TILE;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> room(TILE * length);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < heads * tiles; task++) {
+            int64_t head = task / tiles, i = task % tiles * TILE, count = std::min(TILE, length - i);
+            for (int64_t k = 0; k < count; k++) {
+                float* s = &room[k * length];
+                int64_t row = (head * length + i + k) * length;
+                const T* keep = kept + row;
+                T *gradient = gradients + row, *drop = dropped + row;
+                float product = inner[head * length + i + k];
+                for (int64_t j = 0; j < length; j++) {
+                    float p = load(keep[j]), d = load(gradient[j]), positive = p > 0 ? p : 0;
+                    s[j] = positive * d - std::fabs(p) * product;
+                    store(drop[j], positive);
+                    store(gradient[j], s[j]);
+                }
+                if (c2p) std::memcpy(c2p + blocks.offset(head, i + k), gradient, length * sizeof(T));
+            }
+            if (p2c) put_transposed(room.data(), p2c, blocks, head, i, count);
+        }
+    }
+}
+
+template <class In, class Out>
+void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int64_t threshold, float scale,
+             int threads) {
+    constexpr int64_t PART = 4096;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint64_t> words;
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < count; first += PART) {
+            int64_t size = std::min(PART, count - first);
+            const uint16_t* bits = random_bits(seed, first, size, words);
+            const In* from = x + first;
+            Out* to = out + first;
+            if (residual) {
+                const Out* base = residual + first;
+                for (int64_t j = 0; j < size; j++) store(to[j], load(base[j]) + (bits[j] < threshold ? 0 : load(from[j]) * scale));
+            } else {
+                for (int64_t j = 0; j < size; j++) store(to[j], bits[j] < threshold ? 0 : load(from[j]) * scale);
+            }
+        }
+    }
+}
+
+template <class T>
+void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t groups, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+        const T* x = logits + m * columns;
+        float top = largest[m] = maximum(x, columns);
+        float* __restrict sum = sums + m * groups;
+        std::fill(sum, sum + groups, 0.0f);
+        for (int64_t first = 0; first < columns; first += groups) {
+            int64_t size = std::min(groups, columns - first);
+            for (int64_t s = 0; s < size; s++) sum[s] += exponential(load(x[first + s]) - top);
+        }
+    }
+}
+
+template <class T>
+void chunk_gradients(T* logits, const float* shift, const float* weight, const int64_t* target, const float* sign,
+                     float* dbias, int64_t rows, int64_t columns, int threads) {
+    constexpr int64_t PART = 512;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < columns; first += PART) {
+        int64_t size = std::min(PART, columns - first);
+        float total[PART] = {};
+        for (int64_t m = 0; m < rows; m++) {
+            T* x = logits + m * columns + first;
+            float signs = sign[m], from = shift[m];
+            int64_t at = target[m] - first;
+            float here = at >= 0 && at < size ? exponential(load(x[at]) - from) - weight[m] : 0;
+            for (int64_t c = 0; c < size; c++) {
+                float value = exponential(load(x[c]) - from);
+                total[c] += signs * value;
+                store(x[c], value);
+            }
+            if (at >= 0 && at < size) {
+                store(x[at], here);
+                total[at] -= signs * weight[m];
+            }
+        }
+        std::copy(total, total + size, dbias + first);
+    }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default"))) void
+
+#define FOR_TYPE(T, NAME)                                                                                              \
+    EXPORT probabilities_##NAME(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads,       \
+                                int64_t length, int64_t block_rows, uint64_t seed, int64_t first, int64_t threshold,   \
+                                int threads) {                                                                         \
+        probabilities(scores, kept, c2p, p2c, mask, heads, length, block_rows, seed, first, threshold, threads);       \
+    }                                                                                                                  \
+    EXPORT score_gradients_##NAME(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,         \
+                                  int64_t heads, int64_t length, int64_t block_rows, int threads) {                    \
+        score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows, threads);                \
+    }                                                                                                                  \
+    EXPORT chunk_sums_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,              \
+                             int64_t groups, int threads) {                                                            \
+        chunk_sums(logits, largest, sums, rows, columns, groups, threads);                                             \
+    }                                                                                                                  \
+    EXPORT chunk_gradients_##NAME(T* logits, const float* shift, const float* weight, const int64_t* target,           \
+                                  const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {       \
+        chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);                           \
+    }
+
+FOR_TYPE(float, float32)
+FOR_TYPE(bfloat16, bfloat16)
+
+#define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                                          \
+    EXPORT dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count, uint64_t seed,    \
+                                          int64_t threshold, float scale, int threads) {                               \
+        dropout(x, residual, out, count, seed, threshold, scale, threads);                                             \
+    }
+
+FOR_TYPES(float, float, float32, float32)
+FOR_TYPES(float, bfloat16, float32, bfloat16)
+FOR_TYPES(bfloat16, float, bfloat16, float32)
+FOR_TYPES(bfloat16, bfloat16, bfloat16, bfloat16)
