@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from DeBERTa.config import ModelConfig
+from DeBERTa.model import kernels
 from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
 from DeBERTa.model.backends import flash_lookup
 from DeBERTa.model.dropout import Dropout
@@ -104,7 +105,12 @@ class FeedForward(torch.autograd.Function):
         x = x.to(dtype)
         hidden = F.linear(x, inner_weight.to(dtype), inner_bias.to(dtype))
         ctx.save_for_backward(x, inner_weight, inner_bias, outer_weight, None if kind == "cpu" else hidden)
-        return F.linear(activation(hidden), outer_weight.to(dtype), outer_bias.to(dtype))
+        kernel = kernels.find("gelu", hidden) if activation is F.gelu else None
+        if kernel is None:
+            hidden = activation(hidden)
+        else:
+            kernel(hidden, hidden.numel())
+        return F.linear(hidden, outer_weight.to(dtype), outer_bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -113,11 +119,17 @@ class FeedForward(torch.autograd.Function):
         inner = inner_weight.to(dtype)
         if hidden is None:
             hidden = F.linear(x, inner, inner_bias.to(dtype))
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            activated = ctx.activation(hidden)
         grad = grad.to(dtype)
-        (dhidden,) = torch.autograd.grad(activated, hidden, grad @ outer_weight.to(dtype))
+        dactivated = grad @ outer_weight.to(dtype)
+        kernel = kernels.find("gelu_gradients", hidden) if ctx.activation is F.gelu else None
+        if kernel is None:
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                activated = ctx.activation(hidden)
+            (dhidden,) = torch.autograd.grad(activated, hidden, dactivated)
+        else:
+            kernel(hidden, dactivated, hidden.numel())
+            activated, dhidden = hidden, dactivated
         grad, activated, dhidden_rows, x = (t.detach().flatten(0, -2) for t in (grad, activated, dhidden, x))
         gradients = (dhidden_rows.t() @ x, dhidden_rows.sum(0), grad.t() @ activated, grad.sum(0))
         return (dhidden @ inner).to(x_type), *(g.to(parameter_type) for g in gradients), None

@@ -306,6 +306,37 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
     }
 }
 
+// The standard normal distribution at x: function, and density. Abramowitz and Stegun, 7.1.26, off by 1.5e-7 at most.
+inline void normal(float x, float& below, float& density) {
+    float e = exponential(-0.5f * x * x);
+    float t = 1 / (1 + 0.3275911f * 0.70710678f * std::fabs(x));
+    float y = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float tail = 0.5f * y * e;
+    below = x < 0 ? tail : 1 - tail;
+    density = 0.39894228f * e;
+}
+
+template <class T>
+void gelu(T* x, int64_t count, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t j = 0; j < count; j++) {
+        float value = load(x[j]), below, density;
+        normal(value, below, density);
+        store(x[j], value * below);
+    }
+}
+
+template <class T>
+void gelu_gradients(T* __restrict x, T* __restrict gradients, int64_t count, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t j = 0; j < count; j++) {
+        float value = load(x[j]), below, density;
+        normal(value, below, density);
+        store(x[j], value * below);
+        store(gradients[j], load(gradients[j]) * (below + value * density));
+    }
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) void
@@ -327,6 +358,10 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
     EXPORT chunk_gradients_##NAME(T* logits, const float* shift, const float* weight, const int64_t* target,           \
                                   const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {       \
         chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);                           \
+    }                                                                                                                  \
+    EXPORT gelu_##NAME(T* x, int64_t count, int threads) { gelu(x, count, threads); }                                  \
+    EXPORT gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                                     \
+        gelu_gradients(x, gradients, count, threads);                                                                  \
     }
 
 FOR_TYPE(float, float32)

@@ -11,6 +11,7 @@ no such compiler, and for other types.
 | dropout | dropout.py | dropout, scaled, added to a residual |
 | chunk_sums | vocabulary.py | maximum and sums of exponentials of a chunk's logits |
 | chunk_gradients | vocabulary.py | their gradients, and the bias's |
+| gelu, gelu_gradients | encoder.py | GELU in place; GELU and its gradient |
 """
 
 import ctypes
@@ -40,6 +41,8 @@ SIGNATURES = {
     "dropout": [POINTER] * 3 + [COUNT, SEED, COUNT, REAL],
     "chunk_sums": [POINTER] * 3 + [COUNT] * 3,
     "chunk_gradients": [POINTER] * 6 + [COUNT] * 2,
+    "gelu": [POINTER, COUNT],
+    "gelu_gradients": [POINTER] * 2 + [COUNT],
 }
 
 

@@ -1,0 +1,46 @@
+"""The feed-forward that keeps little against the same maps under autograd: value and all gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from DeBERTa.model import kernels
+from DeBERTa.model.encoder import ACTIVATION, FeedForward
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("name", ACTIVATION)
+def test_value_and_gradients(name, low):
+    """float32 to 1e-5; under autocast to the rounding of bfloat16, with gradients in the parameters' type."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape) for shape in ((3, 7, 16), (40, 16), (40,), (16, 40), (16,))]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    x, w, b, v, c = inputs
+    weights = torch.randn(3, 7, 16)
+    expected = F.linear(ACTIVATION[name](F.linear(x, w, b)), v, c)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        actual = FeedForward.apply(x, w, b, v, c, ACTIVATION[name])
+    assert actual.dtype == (torch.bfloat16 if low else torch.float32)
+    (first, again, theirs) = (
+        torch.autograd.grad((out.float() * weights).sum(), inputs, retain_graph=True)
+        for out in (actual, actual, expected)
+    )
+    error = 0.02 if low else 1e-5
+    actual, expected = actual.detach(), expected.detach()
+    for ours, twice, exact in zip((actual, *first), (actual, *again), (expected, *theirs), strict=True):
+        assert torch.equal(ours, twice)
+        assert float((ours - exact).norm()) < error * float(exact.norm())
+
+
+def test_gelu_against_its_definition():
+    """Value and derivative of x times the normal distribution function, in float64: to 1e-6 absolutely."""
+    x = torch.linspace(-12, 12, 100_001)
+    exact = x.double().requires_grad_()
+    value = exact * torch.special.ndtr(exact)
+    (slope,) = torch.autograd.grad(value.sum(), exact)
+    actual, derivative, forward = x.clone(), torch.ones_like(x), x.clone()
+    kernels.find("gelu", x)(forward, x.numel())
+    kernels.find("gelu_gradients", x)(actual, derivative, x.numel())
+    assert torch.equal(forward, actual)
+    assert (actual - value).abs().max() < 1e-6 and (derivative - slope).abs().max() < 1e-6
