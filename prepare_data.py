@@ -5,7 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from DeBERTa.data.corpus import DataError, DownloadError, cache_dir, deberta_v3_vocabulary, sample, wikitext_103
+from DeBERTa.data.corpus import DataError, DownloadError, deberta_v3_vocabulary, sample, wikitext_103
+from DeBERTa.data.files import cache_dir
 from DeBERTa.data.prepare import MIN_SEQ_LENGTH, Prepared, prepare, trained_vocabulary
 from DeBERTa.data.tokenizer import VocabularyError
 

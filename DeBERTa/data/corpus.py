@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from DeBERTa.data.files import CHUNK_BYTES, file_sha256, open_partial, partial_path, written_aside
+from DeBERTa.data.files import CHUNK_BYTES, cache_dir, file_sha256, open_partial, partial_path, written_aside
 from DeBERTa.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -71,11 +71,6 @@ DEBERTA_V3_VOCABULARY = Download(
 )
 SAMPLE = Path(__file__).resolve().parents[2] / "experiments" / "sample" / "state_of_the_union.txt.xz"
 SAMPLE_HELD_OUT = 10  # addresses in the test split, and as many before them in the validation split
-
-
-def cache_dir() -> Path:
-    """Where downloads and prepared data lie."""
-    return Path(os.environ.get("DEBERTA_CACHE") or Path.home() / ".cache" / "DeBERTa")
 
 
 def fetch(download: Download, destination: Path, check: Callable[[Path], object] | None = None) -> Path:

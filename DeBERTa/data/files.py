@@ -1,4 +1,4 @@
-"""Writing files so that others see them whole or not at all, and one process at a time writes each.
+"""Where files lie, and writing them so that others see them whole or not at all, and one process at a time writes each.
 
 A file `x` is written as `x.part` under a lock and then renamed. What a killed process leaves under that name is written
 over by the next one.
@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20
+
+
+def cache_dir() -> Path:
+    """Where downloads, prepared data and compiled kernels lie."""
+    return Path(os.environ.get("DEBERTA_CACHE") or Path.home() / ".cache" / "DeBERTa")
 
 
 def lock(file: BinaryIO, name: Path) -> None:

@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.corpus import DataError, cache_dir
-from DeBERTa.data.files import lock
+from DeBERTa.data.corpus import DataError
+from DeBERTa.data.files import cache_dir, lock
 from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
 
 FORMAT = 1

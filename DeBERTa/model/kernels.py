@@ -1,8 +1,8 @@
 """Kernels of our own for CPUs, in kernels.cpp: what takes PyTorch several passes over memory takes these one.
 
 They are compiled for the machine's processor by `g++` (or `$CXX`) when first needed, in some seconds, and kept in
-`$XDG_CACHE_HOME/deberta` or `~/.cache/deberta`. Who calls one has the same in PyTorch's operations, for where there is
-no such compiler, and for other types.
+`$DEBERTA_CACHE/kernels` or `~/.cache/DeBERTa/kernels`. Who calls one has the same in PyTorch's operations, for where
+there is no such compiler, and for other types. Both draw the same dropout masks; other numbers differ by rounding.
 
 | kernel | called by | what it computes |
 | --- | --- | --- |
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from DeBERTa.data.files import sync
+from DeBERTa.data.files import cache_dir, sync
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -96,7 +96,7 @@ def _load(compiler: str) -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     parts = (SOURCE.read_text(), version, *FLAGS, torch.__version__, _processor())
     name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deberta"
+    cache = cache_dir() / "kernels"
     if (cache / name).exists():
         return ctypes.CDLL(str(cache / name))
     with tempfile.TemporaryDirectory(dir=_writable(cache)) as folder:

@@ -23,7 +23,7 @@ print(kernels.obstacle())
 def run(folder: Path, **environment: str) -> tuple[str, torch.Tensor]:
     """What keeps the kernels from being used in a new process, and dropout of ones there."""
     folder.mkdir(exist_ok=True)
-    env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")} | environment
+    env = os.environ | {"DEBERTA_CACHE": str(folder / "cache")} | environment
     command = [sys.executable, "-c", DROPOUT, str(folder / "out.pt")]
     process = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return process.stdout.strip(), torch.load(folder / "out.pt", weights_only=True)
@@ -46,10 +46,10 @@ def kernels_off() -> torch.Tensor:
 def test_compiled_once(tmp_path, expected):
     obstacle, out = run(tmp_path)
     assert obstacle == "None" and torch.equal(out, expected)
-    (library,) = (tmp_path / "cache" / "deberta").iterdir()
+    (library,) = (tmp_path / "cache" / "kernels").iterdir()
     written = library.stat().st_mtime_ns
     assert run(tmp_path)[0] == "None"
-    assert list((tmp_path / "cache" / "deberta").iterdir()) == [library] and library.stat().st_mtime_ns == written
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == [library] and library.stat().st_mtime_ns == written
 
 
 def script(folder: Path, text: str) -> str:
@@ -73,13 +73,13 @@ def test_without_a_compiler(tmp_path, compiler, reason, expected):
     obstacle, out = run(tmp_path / "run", CXX=chosen)
     assert reason in obstacle and "\n" not in obstacle
     assert torch.equal(out, expected)
-    assert not list((tmp_path / "run").glob("cache/deberta/*"))
+    assert not list((tmp_path / "run").glob("cache/kernels/*"))
 
 
 def test_home_that_cannot_be_written_to(tmp_path, expected):
     """Compiled for this process alone."""
     (tmp_path / "file").touch()
-    obstacle, out = run(tmp_path, XDG_CACHE_HOME=str(tmp_path / "file"))
+    obstacle, out = run(tmp_path, DEBERTA_CACHE=str(tmp_path / "file"))
     assert obstacle == "None" and torch.equal(out, expected)
 
 
