@@ -20,15 +20,17 @@ from DeBERTa.model.dropout import draw_seed, drop_threshold, keep_mask
 ROWS = 256  # of a block: fewer save more of the products, but make them slower (measured for 128, 256, 512)
 
 
-def distance_view(product: torch.Tensor) -> torch.Tensor:
+def distance_view(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """View [..., T, L] of contiguous `product` [..., T, L + T - 1]: element (r, c) is `product[r, T - 1 - r + c]`.
+
+    `offset`: where the product starts in its memory; the compiler cannot ask for it.
 
     For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and columns c
     as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as queries, that of c - r.
     """
     rows, width = product.shape[-2:]
     strides = (*product.stride()[:-2], width - 1, 1)
-    return product.as_strided((*product.shape[:-1], width - rows + 1), strides, product.storage_offset() + rows - 1)
+    return product.as_strided((*product.shape[:-1], width - rows + 1), strides, offset + rows - 1)
 
 
 def row_blocks(length: int) -> Iterator[tuple[slice, slice]]:
@@ -111,7 +113,7 @@ class _Blocks:
 
     def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows and the distances of these, [H, T, L]."""
-        return zip(self.rows, map(distance_view, self.blocks), strict=True)
+        return ((rows, distance_view(b, b.storage_offset())) for rows, b in zip(self.rows, self.blocks, strict=True))
 
 
 class _PositionTerm(_Blocks):

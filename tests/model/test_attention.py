@@ -154,8 +154,8 @@ def test_gradient_against_finite_differences():
 
 
 def test_distance_view():
-    product = torch.arange(2 * 4 * 7).view(2, 4, 7)
-    view = distance_view(product)
+    product = torch.arange(10 + 2 * 4 * 7)[10:].view(2, 4, 7)
+    view = distance_view(product, 10)
     for row in range(4):
         for column in range(4):
             assert torch.equal(view[:, row, column], product[:, row, 3 - row + column])
