@@ -95,62 +95,73 @@ inline void transpose(Vector (&rows)[TILE]) {
     }
 }
 
-// The stretch of a position term that belongs to row `row` of head `head`: element 0 is column 0.
+// Where a position term lies: rows in blocks of `rows`, see `_Blocks` in blocked_attention.py.
 struct Blocks {
     int64_t heads, length, rows;
+
+    int64_t in_block(int64_t first) const { return std::min(rows, length - first); }
+
+    // Of row `row` of head `head`, the element of column 0.
     int64_t offset(int64_t head, int64_t row) const {
-        int64_t first = row / rows * rows, here = std::min(rows, length - first), width = length + here - 1;
-        int64_t before = heads * first * (length + rows - 1);
-        return before + (head * here + row - first) * width + here - 1 - (row - first);
+        int64_t first = row / rows * rows, here = in_block(first);
+        int64_t before = heads * first * (length + rows - 1) + head * here * (length + here - 1);
+        return before + here - 1 + (row - first) * step(first);
     }
+
+    // From a row's to that of the next, in the block that starts with row `first`.
+    int64_t step(int64_t first) const { return length + in_block(first) - 2; }
 };
 
-// scores[k][j] = or += term[j][i + k], for `count` <= TILE rows i.
+// scores[k][j] += term[j][i + k], for `count` <= TILE rows i.
 template <class T>
 void add_transposed(float* scores, const T* term, const Blocks& blocks, int64_t head, int64_t i, int64_t count) {
-    int64_t length = blocks.length, j = 0;
-    if (count == TILE)
-        for (; j + TILE <= length; j += TILE) {
-            Vector tile[TILE];
-            for (int64_t c = 0; c < TILE; c++) {
-                const T* from = term + blocks.offset(head, j + c) + i;
-                for (int64_t k = 0; k < TILE; k++) tile[c][k] = load(from[k]);
+    int64_t length = blocks.length;
+    for (int64_t first = 0; first < length; first += blocks.rows) {
+        int64_t step = blocks.step(first), j = first, last = first + blocks.in_block(first);
+        const T* from = term + blocks.offset(head, first) + i;
+        if (count == TILE)
+            for (; j + TILE <= last; j += TILE) {
+                Vector tile[TILE];
+                for (int64_t c = 0; c < TILE; c++, from += step) {
+                    __builtin_prefetch(from + TILE * step);
+                    for (int64_t k = 0; k < TILE; k++) tile[c][k] = load(from[k]);
+                }
+                transpose(tile);
+                for (int64_t k = 0; k < TILE; k++) {
+                    float* to = scores + k * length + j;
+                    for (int64_t c = 0; c < TILE; c++) to[c] += tile[k][c];
+                }
             }
-            transpose(tile);
-            for (int64_t k = 0; k < TILE; k++) {
-                float* to = scores + k * length + j;
-                for (int64_t c = 0; c < TILE; c++) to[c] += tile[k][c];
-            }
-        }
-    for (; j < length; j++) {
-        const T* from = term + blocks.offset(head, j) + i;
-        for (int64_t k = 0; k < count; k++) scores[k * length + j] += load(from[k]);
+        for (; j < last; j++, from += step)
+            for (int64_t k = 0; k < count; k++) scores[k * length + j] += load(from[k]);
     }
 }
 
 // term[j][i + k] = scores[k][j], for `count` <= TILE rows i.
 template <class T>
 void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t head, int64_t i, int64_t count) {
-    int64_t length = blocks.length, j = 0;
-    if (count == TILE)
-        for (; j + TILE <= length; j += TILE) {
-            Vector tile[TILE];
-            for (int64_t k = 0; k < TILE; k++) std::memcpy(&tile[k], scores + k * length + j, sizeof(Vector));
-            transpose(tile);
-            for (int64_t c = 0; c < TILE; c++) {
-                T* to = term + blocks.offset(head, j + c) + i;
-                for (int64_t k = 0; k < TILE; k++) store(to[k], tile[c][k]);
+    int64_t length = blocks.length;
+    for (int64_t first = 0; first < length; first += blocks.rows) {
+        int64_t step = blocks.step(first), j = first, last = first + blocks.in_block(first);
+        T* to = term + blocks.offset(head, first) + i;
+        if (count == TILE)
+            for (; j + TILE <= last; j += TILE) {
+                Vector tile[TILE];
+                for (int64_t k = 0; k < TILE; k++) std::memcpy(&tile[k], scores + k * length + j, sizeof(Vector));
+                transpose(tile);
+                for (int64_t c = 0; c < TILE; c++, to += step) {
+                    __builtin_prefetch(to + TILE * step, 1);
+                    for (int64_t k = 0; k < TILE; k++) store(to[k], tile[c][k]);
+                }
             }
-        }
-    for (; j < length; j++) {
-        T* to = term + blocks.offset(head, j) + i;
-        for (int64_t k = 0; k < count; k++) store(to[k], scores[k * length + j]);
+        for (; j < last; j++, to += step)
+            for (int64_t k = 0; k < count; k++) store(to[k], scores[k * length + j]);
     }
 }
 
 template <class T>
 void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads, int64_t length,
-                   int64_t block_rows, uint64_t seed, int64_t first, int64_t threshold, int threads) {
+                   int64_t block_rows, uint64_t seed, int64_t first, int threshold, int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
     std::vector<float> padding(length);
@@ -242,7 +253,7 @@ void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, co
 }
 
 template <class In, class Out>
-void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int64_t threshold, float scale,
+void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int threshold, float scale,
              int threads) {
     constexpr int64_t PART = 4096;
 #pragma omp parallel num_threads(threads)
