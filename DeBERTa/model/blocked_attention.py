@@ -13,11 +13,13 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from DeBERTa.model import kernels
 from DeBERTa.model.dropout import draw_seed, drop_threshold, keep_mask
 
-ROWS = 256  # of a block: fewer save more of the products, but make them slower (measured for 128, 256, 512)
+# Rows of a block: fewer save more of the products, but make them slower (measured for 128, 192, 256 and 512).
+ROWS, FLOAT32_ROWS = 256, 128
 
 
 def distance_view(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
@@ -33,10 +35,10 @@ def distance_view(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
     return product.as_strided((*product.shape[:-1], width - rows + 1), strides, offset + rows - 1)
 
 
-def row_blocks(length: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of each block, and the rows of the table [W, D] that they need."""
-    for first in range(0, length, ROWS):
-        last = min(first + ROWS, length)
+def row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of `rows` rows, and the rows of the table [W, D] that they need."""
+    for first in range(0, length, rows):
+        last = min(first + rows, length)
         yield slice(first, last), slice(length - last, 2 * length - 1 - first)
 
 
@@ -71,6 +73,7 @@ class BlockedAttention(torch.autograd.Function):
         return context
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
@@ -93,22 +96,23 @@ class BlockedAttention(torch.autograd.Function):
 class _Blocks:
     """Room for a position term of one sequence in blocks of rows; none without a `table` [H, W, D].
 
-    `room` holds the blocks one after the other, each contiguous [H, T, L + T - 1], at first zero; the distances of a
-    block's rows are `distance_view` of it.
+    `room` holds the blocks one after the other, each contiguous [H, T, L + T - 1]; the distances of a block's rows are
+    `distance_view` of it.
     """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         self.table, self.length = table, length
+        self.most = _rows(table)
         self.room: torch.Tensor | None = None
         self.rows: list[slice] = []
         self.parts: list[torch.Tensor] = []  # of the table
         self.blocks: list[torch.Tensor] = []
         if table is not None:
-            self.rows, columns = (list(slices) for slices in zip(*row_blocks(length), strict=True))
+            self.rows, columns = (list(slices) for slices in zip(*row_blocks(length, self.most), strict=True))
             self.parts = [table[:, part] for part in columns]
             shapes = [(len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.parts, strict=True)]
             sizes = [math.prod(shape) for shape in shapes]
-            self.room = table.new_zeros(sum(sizes))
+            self.room = table.new_empty(sum(sizes))
             self.blocks = [b.view(shape) for b, shape in zip(self.room.split(sizes), shapes, strict=True)]
 
     def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -136,6 +140,8 @@ class _PositionGradient(_Blocks):
         super().__init__(table, length)
         self.parts = [part.contiguous() for part in self.parts]
         self.dparts = [torch.zeros_like(part) for part in self.parts]
+        if self.room is not None:
+            self.room.zero_()
 
     def add(self, x: torch.Tensor, dx: torch.Tensor) -> None:
         """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to what it has from other sequences."""
@@ -148,7 +154,7 @@ class _PositionGradient(_Blocks):
         if self.table is None:
             return None
         whole = torch.zeros_like(self.table)
-        for (_, columns), dpart in zip(row_blocks(self.length), self.dparts, strict=True):
+        for (_, columns), dpart in zip(row_blocks(self.length, self.most), self.dparts, strict=True):
             whole[:, columns] += dpart
         return whole
 
@@ -168,8 +174,8 @@ def _probabilities(
     kernel = kernels.find("probabilities", scores)
     if kernel is not None:
         heads, length, _ = scores.shape
-        mask = input_mask.contiguous()
-        kernel(scores, kept, c2p.room, p2c.room, mask, heads, length, ROWS, seed, first, drop_threshold(p))
+        mask = input_mask.bool().contiguous()
+        kernel(scores, kept, c2p.room, p2c.room, mask, heads, length, _rows(scores), seed, first, drop_threshold(p))
         return
     for rows, term in c2p.views():
         scores[:, rows] += term
@@ -195,7 +201,7 @@ def _score_gradients(
     kernel = kernels.find("score_gradients", gradients)
     if kernel is not None:
         heads, length, _ = kept.shape
-        kernel(kept, gradients, dropped, c2p.room, p2c.room, inner, heads, length, ROWS)
+        kernel(kept, gradients, dropped, c2p.room, p2c.room, inner, heads, length, _rows(kept))
         return
     torch.clamp(kept, min=0, out=dropped)
     gradients.mul_(dropped).sub_(kept.abs().mul_(inner[:, :, None]))
@@ -203,6 +209,11 @@ def _score_gradients(
         term.copy_(gradients[:, rows])
     for rows, term in p2c.views():
         term.copy_(gradients[:, :, rows].transpose(1, 2))
+
+
+def _rows(x: torch.Tensor | None) -> int:
+    """Of a block."""
+    return FLOAT32_ROWS if x is not None and x.dtype == torch.float32 else ROWS
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

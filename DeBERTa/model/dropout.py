@@ -11,6 +11,7 @@ library's dropout.
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from DeBERTa.model import kernels
@@ -20,7 +21,7 @@ BLOCK_WORDS = 1 << 14  # drawn at once without the kernel: they stay in the cach
 
 def draw_seed() -> int:
     """From PyTorch's generator, in [0, 2^62)."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def drop_threshold(p: float) -> int:
@@ -52,8 +53,9 @@ def _random_bits(seed: int, first: int, count: int) -> np.ndarray:
 
 def _dropped(x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype, seed: int, p: float) -> torch.Tensor:
     """`residual + x * mask / (1 - p)`, or without residual, in `dtype`."""
-    x, residual = x.contiguous(), None if residual is None else residual.to(dtype).contiguous()
-    out = torch.empty(x.shape, dtype=dtype)
+    x = x.contiguous()
+    residual = None if residual is None else residual.to(dtype).expand_as(x).contiguous()
+    out = torch.empty_like(x, dtype=dtype)
     kernel = kernels.find("dropout", x, out)
     if kernel is not None:
         kernel(x, residual, out, x.numel(), seed, drop_threshold(p), 1 / (1 - p))
@@ -73,6 +75,7 @@ class _Dropout(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dresidual = grad if ctx.needs_input_grad[0] else None
         return dresidual, _dropped(grad, None, ctx.type, ctx.seed, ctx.p), None, None

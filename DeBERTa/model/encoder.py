@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -113,6 +114,7 @@ class FeedForward(torch.autograd.Function):
         return F.linear(hidden, outer_weight.to(dtype), outer_bias.to(dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, inner_weight, inner_bias, outer_weight, hidden = ctx.saved_tensors
         dtype, (x_type, parameter_type) = x.dtype, ctx.types

@@ -1,6 +1,6 @@
-// One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words, dropout.
-// Built and called by kernels.py, whose functions say what each computes; shapes and layouts are theirs.
-// Numbers are read from float or bfloat16, and computed with in float.
+// One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words, dropout, GELU.
+// Built by kernels.py. Shapes and layouts are those of the Python functions that call these. Numbers are stored as float or
+// bfloat16; all arithmetic is in float. The order of sums does not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ inline void store(float& to, float x) { to = x; }
 inline void store(bfloat16& to, float x) {  // to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // e^x by 2^n e^r with |r| <= ln(2) / 2, within 2 units of the last place; 0 below -87, NaN for NaN.
@@ -39,8 +39,9 @@ inline float exponential(float x) {
     float n = std::nearbyint(x * 1.44269504f);
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float y = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f + r * (4.1666463e-2f + r * (8.3334569e-3f + r * 1.3929848e-3f)))));
-    n = n < -126 ? -126 : n > 127 ? 127 : n;
-    int32_t bits = (int32_t(n) + 127) << 23;
+    n = n > -126 ? n : -126;  // also for NaN
+    n = n < 127 ? n : 127;
+    uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return x < -87 ? 0 : y * power;
@@ -49,14 +50,16 @@ inline float exponential(float x) {
 // The largest of `count` numbers that is not NaN; compilers vectorise it in this form.
 template <class T>
 float maximum(const T* x, int64_t count) {
-    constexpr int64_t LANES = 64;
+    constexpr int64_t LANES = 32;
     float top[LANES];
     std::fill(top, top + LANES, -INFINITY);
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES)
         for (int64_t k = 0; k < LANES; k++) top[k] = load(x[j + k]) > top[k] ? load(x[j + k]) : top[k];
     for (; j < count; j++) top[0] = load(x[j]) > top[0] ? load(x[j]) : top[0];
-    return *std::max_element(top, top + LANES);
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t k = 0; k < half; k++) top[k] = top[k + half] > top[k] ? top[k + half] : top[k];
+    return top[0];
 }
 
 // Word number n of the stream of `seed` (SplitMix64).
@@ -67,14 +70,16 @@ inline uint64_t random_word(uint64_t seed, uint64_t n) {
     return z ^ (z >> 31);
 }
 
-// 16 bits for each of `count` elements from number `first` on, an element four to a word. `words` is room for them.
-const uint16_t* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector<uint64_t>& words) {
+typedef uint16_t __attribute__((may_alias)) Bits;
+
+// 16 bits for each of `count` elements from number `first` on, four elements to a word. `words` is room for them.
+const Bits* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector<uint64_t>& words) {
     int64_t start = first / 4, number = (first + count + 3) / 4 - start;
     if (int64_t(words.size()) < number) words.resize(number);
     uint64_t* to = words.data();
 #pragma omp simd
     for (int64_t n = 0; n < number; n++) to[n] = random_word(seed, start + n);
-    return reinterpret_cast<const uint16_t*>(to) + first % 4;
+    return reinterpret_cast<const Bits*>(to) + first % 4;
 }
 
 typedef float Vector __attribute__((vector_size(64)));
@@ -166,6 +171,7 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
     int64_t tiles = (length + TILE - 1) / TILE;
     std::vector<float> padding(length);
     for (int64_t j = 0; j < length; j++) padding[j] = mask[j] ? 0 : -INFINITY;
+    bool padded = !std::all_of(mask, mask + length, [](bool real) { return real; });
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> room(TILE * length);
@@ -194,7 +200,8 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
                     continue;
                 }
                 float sum = 0;
-                for (int64_t j = 0; j < length; j++) s[j] += padding[j];
+                if (padded)
+                    for (int64_t j = 0; j < length; j++) s[j] += padding[j];
                 float largest = maximum(s, length);
 #pragma omp simd reduction(+ : sum)
                 for (int64_t j = 0; j < length; j++) {
@@ -210,7 +217,7 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
                     }
                     continue;
                 }
-                const uint16_t* bits = random_bits(seed, first + row, length, words);
+                const Bits* bits = random_bits(seed, first + row, length, words);
                 for (int64_t j = 0; j < length; j++) {
                     float p = s[j] * scale;
                     bool dropped = bits[j] < threshold;
@@ -240,7 +247,7 @@ void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, co
                 T *gradient = gradients + row, *drop = dropped + row;
                 float product = inner[head * length + i + k];
                 for (int64_t j = 0; j < length; j++) {
-                    float p = load(keep[j]), d = load(gradient[j]), positive = p > 0 ? p : 0;
+                    float p = load(keep[j]), d = load(gradient[j]), positive = p < 0 ? 0 : p;
                     s[j] = positive * d - std::fabs(p) * product;
                     store(drop[j], positive);
                     store(gradient[j], s[j]);
@@ -262,7 +269,7 @@ void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < count; first += PART) {
             int64_t size = std::min(PART, count - first);
-            const uint16_t* bits = random_bits(seed, first, size, words);
+            const Bits* bits = random_bits(seed, first, size, words);
             const In* from = x + first;
             Out* to = out + first;
             if (residual) {

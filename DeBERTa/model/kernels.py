@@ -4,29 +4,27 @@ They are compiled for the machine's processor by `g++` (or `$CXX`) when first ne
 `$DEBERTA_CACHE/kernels` or `~/.cache/DeBERTa/kernels`. Who calls one has the same in PyTorch's operations, for where
 there is no such compiler, and for other types. Both draw the same dropout masks; other numbers differ by rounding.
 
-| kernel | called by | what it computes |
-| --- | --- | --- |
-| probabilities | blocked_attention.py | sum of content and position scores, softmax, dropout |
-| score_gradients | blocked_attention.py | the same backwards |
-| dropout | dropout.py | dropout, scaled, added to a residual |
-| chunk_sums | vocabulary.py | maximum and sums of exponentials of a chunk's logits |
-| chunk_gradients | vocabulary.py | their gradients, and the bias's |
-| gelu, gelu_gradients | encoder.py | GELU in place; GELU and its gradient |
+`probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same backwards;
+`dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
+`chunk_gradients`: their gradients, and the bias's; `gelu`, `gelu_gradients`: GELU in place, and with its gradient.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from DeBERTa.data.files import cache_dir, sync
+from DeBERTa.data.files import cache_dir, file_sha256, sync
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -34,24 +32,26 @@ FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
 COMPILE_SECONDS = 120  # it takes 3 on an idle machine
 
-POINTER, COUNT, SEED, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+COUNT, SEED, REAL = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+# Arguments: tensors, by their type (0 and 1 stand for those of the tensors that `find` was asked for), and numbers.
 SIGNATURES = {
-    "probabilities": [POINTER] * 5 + [COUNT] * 3 + [SEED] + [COUNT] * 2,
-    "score_gradients": [POINTER] * 6 + [COUNT] * 3,
-    "dropout": [POINTER] * 3 + [COUNT, SEED, COUNT, REAL],
-    "chunk_sums": [POINTER] * 3 + [COUNT] * 3,
-    "chunk_gradients": [POINTER] * 6 + [COUNT] * 2,
-    "gelu": [POINTER, COUNT],
-    "gelu_gradients": [POINTER] * 2 + [COUNT],
+    "probabilities": [0, 0, 0, 0, torch.bool, COUNT, COUNT, COUNT, SEED, COUNT, COUNT],
+    "score_gradients": [0, 0, 0, 0, 0, torch.float32, COUNT, COUNT, COUNT],
+    "dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
+    "chunk_sums": [0, torch.float32, torch.float32, COUNT, COUNT, COUNT],
+    "chunk_gradients": [0, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, COUNT, COUNT],
+    "gelu": [0, COUNT],
+    "gelu_gradients": [0, 0, COUNT],
 }
 
 
 def find(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
-    """Kernel `name` for the types of these tensors, or None if there is none, or they are not on a CPU.
+    """Kernel `name` for the types of these tensors, or None if there is none, or they are not plain ones on a CPU.
 
-    It takes contiguous tensors, or None for some, and numbers, and writes into tensors given.
+    It takes contiguous tensors, or None for some, and numbers, and writes into tensors given. It raises TypeError for
+    tensors of another type, device or layout.
     """
-    if any(tensor.device.type != "cpu" for tensor in typed):
+    if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type != "cpu" for tensor in typed):
         return None
     return _find(name, tuple(tensor.dtype for tensor in typed))
 
@@ -67,11 +67,21 @@ def _find(name: str, types: tuple[torch.dtype, ...]) -> Callable[..., None] | No
     function = getattr(_library()[0], symbol, None)
     if function is None:
         return None
-    function.argtypes = [*SIGNATURES[name], ctypes.c_int]
+    expected = [types[kind] if isinstance(kind, int) else kind for kind in SIGNATURES[name]]
+    function.argtypes = [ctypes.c_void_p if isinstance(kind, torch.dtype) else kind for kind in expected]
+    function.argtypes = [*function.argtypes, ctypes.c_int]
     function.restype = None
 
     def kernel(*arguments: torch.Tensor | int | float | None) -> None:
-        values = (value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments)
+        values = []
+        for number, (value, kind) in enumerate(zip(arguments, expected, strict=True), start=1):
+            if isinstance(value, torch.Tensor):
+                if value.dtype != kind or value.device.type != "cpu" or not value.is_contiguous():
+                    raise TypeError(
+                        f"argument {number} of kernel {name} has to be a contiguous {kind} tensor on the CPU"
+                    )
+                value = value.data_ptr()
+            values.append(value)
         function(*values, torch.get_num_threads())
 
     return kernel
@@ -80,36 +90,57 @@ def _find(name: str, types: tuple[torch.dtype, ...]) -> Callable[..., None] | No
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled kernels, or None and why not."""
-    compiler = os.environ.get("CXX") or "g++"
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     try:
-        return _load(compiler), None
-    except FileNotFoundError:
-        return None, f"there is no C++ compiler {compiler}"
+        version = _run([*compiler, "--version"])
+    except (OSError, subprocess.SubprocessError):
+        return None, f"there is no C++ compiler {shlex.join(compiler)}"
+    try:
+        return _load(compiler, version), None
     except subprocess.CalledProcessError as error:
-        return None, f"{compiler} cannot compile kernels.cpp: {(error.stderr.strip() or str(error)).splitlines()[0]}"
+        said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
+        return None, f"{shlex.join(compiler)} cannot compile kernels.cpp: {said[0]}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"kernels.cpp as {compiler} compiles it cannot be used: {error}"
+        return None, f"kernels.cpp as {shlex.join(compiler)} compiles it cannot be used: {error}"
 
 
-def _load(compiler: str) -> ctypes.CDLL:
-    """Load the library for this source, compiler and processor; compile it if nobody has."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+def _load(compiler: list[str], version: str) -> ctypes.CDLL:
+    """Load the library for this source, compiler and processor; compile it if nobody has.
+
+    Its file's name holds the file's own SHA-256, too: to load one that was cut short would end the process.
+    """
     parts = (SOURCE.read_text(), version, *FLAGS, torch.__version__, _processor())
-    name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}.so"
-    cache = cache_dir() / "kernels"
-    if (cache / name).exists():
-        return ctypes.CDLL(str(cache / name))
-    with tempfile.TemporaryDirectory(dir=_writable(cache)) as folder:
-        compiled, library = Path(folder, "kernels.o"), Path(folder, name)
+    name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
+    cache = _writable(cache_dir() / "kernels")
+    for library in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):
+        if library.stem == f"{name}-{file_sha256(library)[:16]}":
+            return ctypes.CDLL(str(library.resolve()))
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        compiled, library = Path(folder, "kernels.o").resolve(), Path(folder, "kernels.so").resolve()
+        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
         # Linked without OpenMP's library: PyTorch has loaded one, and both shall use the same threads.
-        compile_only, link = ["-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(library)]
-        for command in ([compiler, *FLAGS, *compile_only], [compiler, *link]):
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
+        _run([*compiler, "-shared", str(compiled), "-o", str(library)])
         loaded = ctypes.CDLL(str(library))
-        sync(library)
-        if Path(folder).parent == cache:
-            library.replace(cache / name)
+        if cache is not None:
+            with contextlib.suppress(OSError):  # a full disk: compiled again at the next start
+                sync(library)
+                library.replace(cache / f"{name}-{file_sha256(library)[:16]}.so")
+                sync(cache)
     return loaded
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints. A signal to this process is not for the compiler."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+        env=os.environ | {"LC_ALL": "C"},
+        errors="replace",
+        start_new_session=True,
+        timeout=COMPILE_SECONDS,
+    ).stdout
 
 
 def _writable(cache: Path) -> Path | None:

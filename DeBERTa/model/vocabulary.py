@@ -12,6 +12,7 @@ backward pass computes each chunk's logits again, for the gradients.
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from DeBERTa.model import kernels
@@ -74,6 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return log_total_M - target_logits, correct, samples
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_M, _correct, _samples):
         x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
         # |gradient| times the probability in one pass over the logits; the signs go to the rows of x.
@@ -98,7 +100,7 @@ def _chunk_sums(logits_MC: torch.Tensor, groups: int) -> tuple[torch.Tensor, tor
     rows, words = logits_MC.shape
     kernel = kernels.find("chunk_sums", logits_MC)
     if kernel is not None:
-        largest_M, sums_MS = (torch.empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, groups)))
+        largest_M, sums_MS = (logits_MC.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, groups)))
         kernel(logits_MC.contiguous(), largest_M, sums_MS, rows, words, groups)
         return largest_M, sums_MS
     largest_M = logits_MC.amax(1).float()
@@ -114,7 +116,8 @@ def _chunk_gradients(
     rows, words = logits_MC.shape
     kernel = kernels.find("chunk_gradients", logits_MC)
     if kernel is not None:
-        logits_MC, dbias_C = logits_MC.contiguous(), torch.empty(words, dtype=torch.float32)
+        column_M = column_M.long()
+        logits_MC, dbias_C = logits_MC.contiguous(), logits_MC.new_empty(words, dtype=torch.float32)
         kernel(logits_MC, shift_M, size_M, column_M, sign_M, dbias_C, rows, words)
         return logits_MC, dbias_C
     dlogits_MC = logits_MC.float().sub_(shift_M[:, None]).exp_()

@@ -68,7 +68,7 @@ def test_every_position(variant, path, monkeypatch):
     (q,) = attention.project(queries, attention.query_proj)
     keys = keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH))
     if path.startswith("blocks"):
-        monkeypatch.setattr(blocked_attention, "ROWS", 8)  # the last block is smaller
+        monkeypatch.setattr(blocked_attention, "FLOAT32_ROWS", 8)  # the last block is smaller
     attention.backend = path if path in ("eager", "sdpa") else "auto"
     ours = attention.attend(q, keys)
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
@@ -96,7 +96,7 @@ def test_selected_positions(variant, backend):
 @pytest.mark.parametrize("rows", [256, 8])
 def test_dropout_on_probabilities(rows, way, monkeypatch):
     """With the masks known, value and gradients are those of the formula with dropped, scaled probabilities."""
-    monkeypatch.setattr(blocked_attention, "ROWS", rows)
+    monkeypatch.setattr(blocked_attention, "FLOAT32_ROWS", rows)
     encoder, config = make({"attention_probs_dropout_prob": 0.3})
     attention = encoder.layer[0].attention.self.train()
     hidden, queries, mask = inputs()
@@ -119,6 +119,7 @@ def test_kernels_against_torch(length, monkeypatch):
     mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
     weights = torch.randn(2, length, 3, 8).bfloat16()
     find = kernels.find
+    assert kernels.obstacle() is None, "the tests need g++"
 
     def results(dtype, found):
         monkeypatch.setattr(kernels, "find", found)

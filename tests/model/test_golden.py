@@ -55,6 +55,7 @@ def assert_gradients(model: torch.nn.Module, expected: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("name", ["mlm_bert", "mlm_deberta", "mlm_v1", "mlm_conv"])
+@pytest.mark.usefixtures("way")
 def test_masked_language_model(name):
     golden = Golden(name)
     model = MaskedLanguageModel(ModelConfig.from_dict(golden.config)).eval()
@@ -83,6 +84,7 @@ def test_masked_language_model(name):
     assert_gradients(model, golden.group("grad_generator/"))
 
 
+@pytest.mark.usefixtures("way")
 def test_replaced_token_detection():
     golden = Golden("rtd_gdes")
     model = RTDModel(RTDConfig.from_dict(golden.config)).eval()

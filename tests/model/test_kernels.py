@@ -3,12 +3,18 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from DeBERTa.model import kernels
+from DeBERTa.model.blocked_attention import BlockedAttention
+from DeBERTa.model.dropout import Dropout, draw_seed, keep_mask
+from DeBERTa.model.encoder import FeedForward
+from DeBERTa.model.vocabulary import vocabulary_loss
 
 DROPOUT = """
 import sys, torch
@@ -29,27 +35,41 @@ def run(folder: Path, **environment: str) -> tuple[str, torch.Tensor]:
     return process.stdout.strip(), torch.load(folder / "out.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def expected() -> torch.Tensor:
     torch.manual_seed(0)
-    return kernels_off()
-
-
-def kernels_off() -> torch.Tensor:
-    from DeBERTa.model.dropout import Dropout
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "find", lambda *_: None)
-        return Dropout(0.1)(torch.ones(1000))
+    return keep_mask((1000,), draw_seed(), 0.1) / 0.9
 
 
 def test_compiled_once(tmp_path, expected):
+    folder = tmp_path / "with space"
+    obstacle, out = run(folder)
+    assert obstacle == "None" and torch.equal(out, expected)
+    (library,) = (folder / "cache" / "kernels").iterdir()
+    written = library.stat().st_mtime_ns
+    assert run(folder)[0] == "None"
+    assert list((folder / "cache" / "kernels").iterdir()) == [library] and library.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_damaged_libraries_are_not_loaded(tmp_path, size, expected):
+    """Loading a file that was cut short would end the process by SIGBUS."""
+    run(tmp_path)
+    (library,) = (tmp_path / "cache" / "kernels").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:size])
     obstacle, out = run(tmp_path)
     assert obstacle == "None" and torch.equal(out, expected)
-    (library,) = (tmp_path / "cache" / "kernels").iterdir()
-    written = library.stat().st_mtime_ns
-    assert run(tmp_path)[0] == "None"
-    assert list((tmp_path / "cache" / "kernels").iterdir()) == [library] and library.stat().st_mtime_ns == written
+    assert any(path.stat().st_size == len(whole) for path in library.parent.iterdir())
+
+
+def test_several_processes_compile_at_once(tmp_path, expected):
+    with ThreadPoolExecutor() as pool:
+        results = list(
+            pool.map(lambda number: run(tmp_path / str(number), DEBERTA_CACHE=str(tmp_path / "c")), range(3))
+        )
+    assert all(obstacle == "None" and torch.equal(out, expected) for obstacle, out in results)
+    assert all(path.suffix == ".so" for path in (tmp_path / "c" / "kernels").iterdir())
 
 
 def script(folder: Path, text: str) -> str:
@@ -63,7 +83,7 @@ def script(folder: Path, text: str) -> str:
     ("compiler", "reason"),
     [
         (None, "there is no C++ compiler /nowhere/g++"),
-        ("[ $1 = --version ] || { echo 'kernels.cpp: something is wrong' >&2; exit 1; }", "something is wrong"),
+        ("[ $1 = --version ] || { echo 'In f:\nf: error: no' >&2; exit 1; }", "kernels.cpp: f: error: no"),
         ("[ $1 = --version ] || { for last; do :; done; echo rubbish > $last; }", "cannot be used"),
     ],
 )
@@ -94,3 +114,67 @@ def test_exponentials():
     logits[0, 7] = float("nan")
     kernels.find("chunk_sums", logits)(logits, largest, sums, 1, 100_001, 100_001)
     assert sums[0, 7].isnan() and sums.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_is_there(dtype):
+    x = torch.empty(1, dtype=dtype)
+    for name in kernels.SIGNATURES:
+        assert kernels.find(name, *[x] * (2 if name == "dropout" else 1)) is not None
+    assert kernels.find("gelu", x.double()) is None and kernels.find("gelu", x.to("meta")) is None
+    with FakeTensorMode() as fake:
+        assert kernels.find("gelu", fake.from_tensor(x)) is None
+
+
+def test_tensors_that_a_kernel_cannot_read_are_refused():
+    x = torch.zeros(4, 4)
+    for wrong in (x.double(), x[:, :2], x.long()):
+        with pytest.raises(TypeError, match=r"argument 1 of kernel gelu has to be a contiguous torch\.float32 tensor"):
+            kernels.find("gelu", x)(wrong, 8)
+
+
+def attention() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, 2, 70, 8) for _ in range(3)] + [torch.randn(2, 139, 8) for _ in range(2)]
+    inputs = [x.requires_grad_() for x in inputs]
+    return BlockedAttention.apply(*inputs, torch.ones(2, 70, dtype=torch.bool), 0.1), inputs
+
+
+def feed_forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(2)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 16), (64, 16), (64,), (16, 64), (16,))]
+    return FeedForward.apply(*inputs, torch.nn.functional.gelu), inputs
+
+
+def vocabulary() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((30, 16), (3000, 16), (3000,))]
+    return vocabulary_loss(*inputs, torch.arange(30), chunk=1024).loss, inputs
+
+
+def dropout() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(4)
+    x, residual = torch.randn(3, 9000, requires_grad=True), torch.randn(9000, requires_grad=True)
+    return Dropout(0.2).add(residual, x), [x, residual]
+
+
+@pytest.mark.parametrize("function", [attention, feed_forward, vocabulary, dropout])
+def test_the_same_bits_with_any_number_of_threads(function):
+    results = []
+    threads = torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        out, inputs = function()
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("function", [attention, feed_forward, vocabulary, dropout])
+def test_second_derivatives_are_refused(function):
+    """They would be wrong: the first ones are written by kernels that autograd does not see."""
+    out, inputs = function()
+    (first, *_) = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
