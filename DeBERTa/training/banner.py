@@ -88,6 +88,7 @@ def environment(device: torch.device) -> dict:
         "host": platform.node(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "kernels": (kernels.obstacle() or "compiled") if device.type == "cpu" else None,
         "processes": world_size(),
         "nodes": nodes(),
     }
