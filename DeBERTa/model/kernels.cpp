@@ -335,16 +335,6 @@ inline void normal(float x, float& below, float& density) {
 }
 
 template <class T>
-void gelu(T* x, int64_t count, int threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t j = 0; j < count; j++) {
-        float value = load(x[j]), below, density;
-        normal(value, below, density);
-        store(x[j], value * below);
-    }
-}
-
-template <class T>
 void gelu_gradients(T* __restrict x, T* __restrict gradients, int64_t count, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t j = 0; j < count; j++) {
@@ -377,7 +367,6 @@ void gelu_gradients(T* __restrict x, T* __restrict gradients, int64_t count, int
                                   const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {       \
         chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);                           \
     }                                                                                                                  \
-    EXPORT gelu_##NAME(T* x, int64_t count, int threads) { gelu(x, count, threads); }                                  \
     EXPORT gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                                     \
         gelu_gradients(x, gradients, count, threads);                                                                  \
     }

@@ -6,7 +6,7 @@ there is no such compiler, and for other types. Both draw the same dropout masks
 
 `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same backwards;
 `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
-`chunk_gradients`: their gradients, and the bias's; `gelu`, `gelu_gradients`: GELU in place, and with its gradient.
+`chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ SIGNATURES = {
     "dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
     "chunk_sums": [0, torch.float32, torch.float32, COUNT, COUNT, COUNT],
     "chunk_gradients": [0, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, COUNT, COUNT],
-    "gelu": [0, COUNT],
     "gelu_gradients": [0, 0, COUNT],
 }
 

@@ -39,8 +39,6 @@ def test_gelu_against_its_definition():
     exact = x.double().requires_grad_()
     value = exact * torch.special.ndtr(exact)
     (slope,) = torch.autograd.grad(value.sum(), exact)
-    actual, derivative, forward = x.clone(), torch.ones_like(x), x.clone()
-    kernels.find("gelu", x)(forward, x.numel())
+    actual, derivative = x.clone(), torch.ones_like(x)
     kernels.find("gelu_gradients", x)(actual, derivative, x.numel())
-    assert torch.equal(forward, actual)
     assert (actual - value).abs().max() < 1e-6 and (derivative - slope).abs().max() < 1e-6
