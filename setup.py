@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["DeBERTa", "DeBERTa.*"]),
-    package_data={"DeBERTa.model": ["kernels.cpp"]},
+    package_data={"DeBERTa.model": ["*.cpp", "*.h"]},
     python_requires=">=3.10",
     # Ranges; requirements.txt pins the versions the results were obtained with.
     install_requires=[

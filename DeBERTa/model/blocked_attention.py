@@ -10,7 +10,7 @@ up to half of the product.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -59,17 +59,22 @@ class BlockedAttention(torch.autograd.Function):
         batch, heads, length, size = q.shape
         kept = q.new_empty(batch, heads, length, length)
         context = q.new_empty(batch, length, heads, size)
+        ctx.save_for_backward(q, k, v, key_table, query_table, kept, context)
+        ctx.p = p
+        seed = draw_seed() if p else 0
+        kernel = _fused("attention", q)
+        if kernel is not None:
+            mask, scale = input_mask.bool().contiguous(), 1 / (1 - p)
+            kernel(q, k, v, key_table, query_table, mask, kept, context, *q.shape, seed, drop_threshold(p), scale)
+            return context
         scores = q.new_empty(heads, length, length)
         c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
-        seed = draw_seed() if p else 0
         for b in range(batch):
             c2p.multiply(q[b])
             p2c.multiply(k[b])
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
             _probabilities(scores, c2p, p2c, input_mask[b], p, seed, b * scores.numel(), kept[b])
             torch.mul(torch.bmm(scores, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
-        ctx.save_for_backward(q, k, v, key_table, query_table, kept, context)
-        ctx.p = p
         return context
 
     @staticmethod
@@ -78,6 +83,12 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        kernel = _fused("attention_gradients", q)
+        if kernel is not None:
+            dtables = [None if table is None else torch.empty_like(table) for table in (key_table, query_table)]
+            known = (q, k, v, key_table, query_table, kept, context, grad.contiguous())
+            kernel(*known, dq, dk, dv, *dtables, *q.shape, 1 / (1 - ctx.p))
+            return dq, dk, dv, *dtables, None, None
         c2p, p2c = _PositionGradient(key_table, length), _PositionGradient(query_table, length)
         dscores, dropped = (q.new_empty(heads, length, length) for _ in range(2))
         for b in range(batch):
@@ -91,6 +102,11 @@ class BlockedAttention(torch.autograd.Function):
             c2p.add(q[b], dq[b])
             p2c.add(k[b], dk[b])
         return dq, dk, dv, c2p.dtable(), p2c.dtable(), None, None
+
+
+def _fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
+    """The kernel that does all of it at once, for the sizes it is made for: L and D multiples of 32."""
+    return kernels.find(name, q) if q.size(2) % 32 == 0 and q.size(3) % 32 == 0 else None
 
 
 class _Blocks:

@@ -1,4 +1,4 @@
-"""Kernels of our own for CPUs, in kernels.cpp: what takes PyTorch several passes over memory takes these one.
+"""Kernels of our own for CPUs: what takes PyTorch several passes over memory takes these one.
 
 They are compiled for the machine's processor by `g++` (or `$CXX`) when first needed, in some seconds, and kept in
 `$DEBERTA_CACHE/kernels` or `~/.cache/DeBERTa/kernels`. Who calls one has the same in PyTorch's operations, for where
@@ -6,7 +6,9 @@ there is no such compiler, and for other types. Both draw the same dropout masks
 
 `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same backwards;
 `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
-`chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place.
+`chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place; all these
+in kernels.cpp. `attention`, `attention_gradients`: all of it, in fused_attention.cpp, for bfloat16 on processors with
+AMX.
 """
 
 import contextlib
@@ -26,11 +28,12 @@ from torch import nn
 
 from DeBERTa.data.files import cache_dir, file_sha256, sync
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+FOLDER = Path(__file__).parent
+HEADER, SOURCES = FOLDER / "kernels.h", [FOLDER / "kernels.cpp", FOLDER / "fused_attention.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
-COMPILE_SECONDS = 120  # it takes 3 on an idle machine
+COMPILE_SECONDS = 120  # each; it takes 3 on an idle machine
 
 COUNT, SEED, REAL = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 # Arguments: tensors, by their type (0 and 1 stand for those of the tensors that `find` was asked for), and numbers.
@@ -41,6 +44,8 @@ SIGNATURES = {
     "chunk_sums": [0, torch.float32, torch.float32, COUNT, COUNT, COUNT],
     "chunk_gradients": [0, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, COUNT, COUNT],
     "gelu_gradients": [0, 0, COUNT],
+    "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
+    "attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
 }
 
 
@@ -63,8 +68,9 @@ def obstacle() -> str | None:
 @functools.cache
 def _find(name: str, types: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
     symbol = "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in types)])
-    function = getattr(_library()[0], symbol, None)
-    if function is None:
+    library = _library()[0]
+    function = getattr(library, symbol, None)
+    if function is None or (name.startswith("attention") and not library.tiles_allowed()):
         return None
     expected = [types[kind] if isinstance(kind, int) else kind for kind in SIGNATURES[name]]
     function.argtypes = [ctypes.c_void_p if isinstance(kind, torch.dtype) else kind for kind in expected]
@@ -108,17 +114,19 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
 
     Its file's name holds the file's own SHA-256, too: to load one that was cut short would end the process.
     """
-    parts = (SOURCE.read_text(), version, *FLAGS, torch.__version__, _processor())
+    parts = (*(path.read_text() for path in (HEADER, *SOURCES)), version, *FLAGS, torch.__version__, _processor())
     name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
     cache = _writable(cache_dir() / "kernels")
     for library in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):
         if library.stem == f"{name}-{file_sha256(library)[:16]}":
             return ctypes.CDLL(str(library.resolve()))
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        compiled, library = Path(folder, "kernels.o").resolve(), Path(folder, "kernels.so").resolve()
-        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
+        library = Path(folder, "kernels.so").resolve()
+        compiled = [Path(folder, f"{source.stem}.o").resolve() for source in SOURCES]
+        for source, to in zip(SOURCES, compiled, strict=True):
+            _run([*compiler, *FLAGS, "-c", str(source), "-o", str(to)])
         # Linked without OpenMP's library: PyTorch has loaded one, and both shall use the same threads.
-        _run([*compiler, "-shared", str(compiled), "-o", str(library)])
+        _run([*compiler, "-shared", *map(str, compiled), "-o", str(library)])
         loaded = ctypes.CDLL(str(library))
         if cache is not None:
             with contextlib.suppress(OSError):  # a full disk: compiled again at the next start

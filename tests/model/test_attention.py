@@ -1,5 +1,7 @@
 """The fast paths of attention against the formula pair by pair: values and all gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -110,23 +112,29 @@ def test_dropout_on_probabilities(rows, way, monkeypatch):
     assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 300])
-def test_kernels_against_torch(length, monkeypatch):
+FUSED = [(32, 32), (64, 64), (96, 64), (544, 64), (64, 128)]
+
+
+@pytest.mark.parametrize(("length", "size"), [(length, 8) for length in (1, 15, 16, 17, 63, 300)] + FUSED)
+@pytest.mark.parametrize("tables", ["both", "c2p", "p2c", "none"])
+def test_kernels_against_torch(length, size, tables, monkeypatch):
     """Lengths around those of tiles and blocks, with dropout: float32 to 1e-5, bfloat16 no further off than torch."""
     torch.manual_seed(6)
-    shapes = ((2, 3, length, 8),) * 3 + ((3, 2 * length - 1, 8),) * 2
-    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    shapes = ((2, 3, length, size),) * 3 + ((3, 2 * length - 1, size),) * 2
+    inputs = [torch.randn(shape).div(size**0.25).bfloat16() for shape in shapes]
+    used = [True] * 3 + [tables in ("both", "c2p"), tables in ("both", "p2c")]
     mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
-    weights = torch.randn(2, length, 3, 8).bfloat16()
+    weights = torch.randn(2, length, 3, size).bfloat16()
     find = kernels.find
     assert kernels.obstacle() is None, "the tests need g++"
 
     def results(dtype, found):
         monkeypatch.setattr(kernels, "find", found)
         torch.manual_seed(7)
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        leaves = [x.to(dtype).requires_grad_() if use else None for x, use in zip(inputs, used, strict=True)]
         context = BlockedAttention.apply(*leaves, mask, 0.2)
-        return [context.detach(), *torch.autograd.grad(context, leaves, weights.to(dtype))]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        return [context.detach(), *torch.autograd.grad(context, wanted, weights.to(dtype))]
 
     runs = [results(dtype, f) for dtype in (torch.float32, torch.bfloat16) for f in (find, lambda *_: None)]
     for ours, theirs, ours_low, theirs_low in zip(*runs, strict=True):
@@ -135,15 +143,58 @@ def test_kernels_against_torch(length, monkeypatch):
         assert error <= 1.1 * usual + 1e-6
 
 
-def test_not_a_number_stays_one(way):
+def test_fused_where_the_processor_can(monkeypatch):
+    """Sizes that the fused kernels are made for take them, where there is AMX; others, and other types, do not."""
+    called, find = [], kernels.find
+
+    def recorded(name, *tensors):
+        called.append((name, kernel := find(name, *tensors)))
+        return kernel
+
+    monkeypatch.setattr(kernels, "find", recorded)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    for length, size, dtype in (
+        (64, 32, torch.bfloat16),
+        (60, 32, torch.bfloat16),
+        (64, 16, torch.bfloat16),
+        (64, 32, torch.float32),
+    ):
+        called.clear()
+        q, k, v = torch.randn(3, 1, 2, length, size, dtype=dtype, requires_grad=True)
+        mask = torch.ones(1, length, dtype=torch.bool)
+        BlockedAttention.apply(q, k, v, None, None, mask, 0.0).float().sum().backward()
+        fused = [name for name, kernel in called if kernel is not None and name.startswith("attention")]
+        fits = (length, size, dtype) == (64, 32, torch.bfloat16)
+        assert fused == (["attention", "attention_gradients"] if fits and "amx_bf16" in flags else [])
+
+
+def test_any_number_of_threads():
+    """One, two, and more than there are heads: the same bits."""
+    found = []
+    for threads in (1, 2, 7):
+        torch.manual_seed(9)
+        inputs = [torch.randn(2, 2, 96, 64) for _ in range(3)] + [torch.randn(2, 191, 64) for _ in range(2)]
+        inputs = [x.div(3).bfloat16().requires_grad_() for x in inputs]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        context = BlockedAttention.apply(*inputs, torch.ones(2, 96, dtype=torch.bool), 0.1)
+        found.append([context, *torch.autograd.grad(context.float().square().sum(), inputs)])
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize(("length", "size", "dtype"), [(20, 8, torch.float32), (64, 32, torch.bfloat16)])
+def test_not_a_number_stays_one(length, size, dtype, way):
     """A query that is not finite makes its row of the context so, and no other."""
     torch.manual_seed(8)
-    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    q, k, v = torch.randn(3, 1, 2, length, size, dtype=dtype)
+    tables = torch.randn(2, 2, 2 * length - 1, size, dtype=dtype)
     for value in (float("nan"), float("inf")):
         q[0, 1, 5, 3] = value
-        context = BlockedAttention.apply(q, k, v, None, None, torch.ones(1, 20, dtype=torch.bool), 0.0)
+        context = BlockedAttention.apply(q, k, v, *tables, torch.ones(1, length, dtype=torch.bool), 0.0)
         assert context[0, 5, 1].isnan().all()
-        assert context.isfinite().sum() == 19 * 16 + 8
+        assert context.isfinite().sum() == (2 * length - 1) * size
 
 
 def test_gradient_against_finite_differences():
