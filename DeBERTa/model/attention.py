@@ -14,6 +14,7 @@ from DeBERTa.config import ModelConfig
 from DeBERTa.model.backends import FlashLookup, eager_attention, flash_attention, sdpa_attention
 from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
 from DeBERTa.model.dropout import Dropout
+from DeBERTa.model.products import linear, linear_map
 
 
 def relative_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
@@ -110,7 +111,7 @@ class DisentangledSelfAttention(nn.Module):
         scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
         weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
         bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
-        joined = nn.functional.linear(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, self.head_size))
+        joined = linear_map(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, self.head_size))
         return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -137,9 +138,9 @@ class DisentangledSelfAttention(nn.Module):
         if self.terms:
             table = self.position_dropout(positions.table)
             if "c2p" in self.terms:
-                key_table = (self.key_proj if self.share_att_key else self.pos_key_proj)(table)
+                key_table = linear(table, self.key_proj if self.share_att_key else self.pos_key_proj)
             if "p2c" in self.terms:
-                query_table = (self.query_proj if self.share_att_key else self.pos_query_proj)(table) * self.scale
+                query_table = linear(table, self.query_proj if self.share_att_key else self.pos_query_proj) * self.scale
         return key_table, query_table
 
     def forward(

@@ -17,6 +17,7 @@ from DeBERTa.model import kernels
 from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
 from DeBERTa.model.backends import flash_lookup
 from DeBERTa.model.dropout import Dropout
+from DeBERTa.model.products import affine, linear, weight_gradient
 from DeBERTa.model.sharing import SharedTables, make_table
 
 ACTIVATION = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -104,18 +105,17 @@ class FeedForward(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if low else x.dtype
         ctx.activation, ctx.types = activation, (x.dtype, inner_weight.dtype)
         x = x.to(dtype)
-        hidden = F.linear(x, inner_weight.to(dtype), inner_bias.to(dtype))
+        hidden = affine(x, inner_weight, inner_bias)
         ctx.save_for_backward(x, inner_weight, inner_bias, outer_weight, None if kind == "cpu" else hidden)
-        return F.linear(activation(hidden), outer_weight.to(dtype), outer_bias.to(dtype))
+        return affine(activation(hidden), outer_weight, outer_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, inner_weight, inner_bias, outer_weight, hidden = ctx.saved_tensors
         dtype, (x_type, parameter_type) = x.dtype, ctx.types
-        inner = inner_weight.to(dtype)
         if hidden is None:
-            hidden = F.linear(x, inner, inner_bias.to(dtype))
+            hidden = affine(x, inner_weight, inner_bias)
         grad = grad.to(dtype)
         dactivated = grad @ outer_weight.to(dtype)
         kernel = kernels.find("gelu_gradients", hidden) if ctx.activation is F.gelu else None
@@ -127,9 +127,11 @@ class FeedForward(torch.autograd.Function):
         else:
             kernel(hidden, dactivated, hidden.numel())
             activated, dhidden = hidden, dactivated
-        grad, activated, dhidden_rows, x = (t.detach().flatten(0, -2) for t in (grad, activated, dhidden, x))
-        gradients = (dhidden_rows.t() @ x, dhidden_rows.sum(0), grad.t() @ activated, grad.sum(0))
-        return (dhidden @ inner).to(x_type), *(g.to(parameter_type) for g in gradients), None
+        activated = activated.detach()
+        biases = (g.flatten(0, -2).sum(0) for g in (dhidden, grad))
+        weights = (weight_gradient(dhidden, x), weight_gradient(grad, activated))
+        gradients = (g.to(parameter_type) for pair in zip(weights, biases, strict=True) for g in pair)
+        return (dhidden @ inner_weight.to(dtype)).to(x_type), *gradients, None
 
 
 class AddNorm(nn.Module):
@@ -142,7 +144,7 @@ class AddNorm(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.add(self.dense(x), residual)
+        return self.add(linear(x, self.dense), residual)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What follows the dense map."""

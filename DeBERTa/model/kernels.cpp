@@ -208,6 +208,27 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
     }
 }
 
+// x [rows, columns] as out [columns, rows]
+template <class In, class Out>
+void transposed(const In* x, Out* out, int64_t rows, int64_t columns, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t j = 0; j < columns; j += TILE) {
+        int64_t width = std::min(TILE, columns - j), i = 0;
+        if (width == TILE)
+            for (; i + 2 * TILE <= rows; i += 2 * TILE)  // a whole line of the cache at a time for bfloat16
+                for (int64_t half = 0; half < 2 * TILE; half += TILE) {
+                    Vector tile[TILE];
+                    for (int64_t k = 0; k < TILE; k++)
+                        for (int64_t c = 0; c < TILE; c++) tile[k][c] = load(x[(i + half + k) * columns + j + c]);
+                    transpose(tile);
+                    for (int64_t k = 0; k < TILE; k++)
+                        for (int64_t c = 0; c < TILE; c++) store(out[(j + k) * rows + i + half + c], tile[k][c]);
+                }
+        for (; i < rows; i++)
+            for (int64_t c = 0; c < width; c++) store(out[(j + c) * rows + i], load(x[i * columns + j + c]));
+    }
+}
+
 // The standard normal distribution at x: function, and density. Abramowitz and Stegun, 7.1.26, off by 1.5e-7 at most.
 inline void normal(float x, float& below, float& density) {
     float e = exponential(-0.5f * x * x);
@@ -255,6 +276,14 @@ void gelu_gradients(T* __restrict x, T* __restrict gradients, int64_t count, int
 
 FOR_TYPE(float, float32)
 FOR_TYPE(bfloat16, bfloat16)
+
+EXPORT transposed_float32(const float* x, bfloat16* out, int64_t rows, int64_t columns, int threads) {
+    transposed(x, out, rows, columns, threads);
+}
+
+EXPORT transposed_bfloat16(const bfloat16* x, bfloat16* out, int64_t rows, int64_t columns, int threads) {
+    transposed(x, out, rows, columns, threads);
+}
 
 #define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                                          \
     EXPORT dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count, uint64_t seed,    \

@@ -4,11 +4,11 @@ They are compiled for the machine's processor by `g++` (or `$CXX`) when first ne
 `$DEBERTA_CACHE/kernels` or `~/.cache/DeBERTa/kernels`. Who calls one has the same in PyTorch's operations, for where
 there is no such compiler, and for other types. Both draw the same dropout masks; other numbers differ by rounding.
 
-`probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same backwards;
-`dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
-`chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place; all these
-in kernels.cpp. `attention`, `attention_gradients`: all of it, in fused_attention.cpp, for bfloat16 on processors with
-AMX.
+In kernels.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same
+backwards; `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
+`chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place;
+`transposed`: a matrix in bfloat16. In fused_attention.cpp, for bfloat16 on processors with AMX: `attention` and
+`attention_gradients`: all of it.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ SIGNATURES = {
     "chunk_sums": [0, torch.float32, torch.float32, COUNT, COUNT, COUNT],
     "chunk_gradients": [0, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, COUNT, COUNT],
     "gelu_gradients": [0, 0, COUNT],
+    "transposed": [0, torch.bfloat16, COUNT, COUNT],
     "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
     "attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
 }

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from DeBERTa.model import kernels
+from DeBERTa.model.products import transposed, weight_gradient
 
 CHUNK = 8192  # words: a chunk of some hundred rows stays in the cache, and the products are large enough to be fast
 GROUP = 32  # words
@@ -54,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         largest, sums = [], []
         target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
         for first in range(0, len(table_VE), chunk):
-            logits_MC = F.linear(x_ME, *_chunk(x_ME, table_VE, bias_V, first, chunk))
+            logits_MC, _ = _logits(x_ME, table_VE, bias_V, first, chunk)
             column, here = _columns(targets_M - first, logits_MC.size(1))
             target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
             largest_M, sums_MS = _chunk_sums(logits_MC, chunk // GROUP)
@@ -86,11 +87,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtable, dbias = torch.empty_like(table_VE), torch.empty_like(bias_V)
         for first in range(0, len(table_VE), ctx.chunk):
             words = slice(first, first + ctx.chunk)
-            table_CE, bias_C = _chunk(x_ME, table_VE, bias_V, first, ctx.chunk)
-            logits_MC = F.linear(x_ME, table_CE, bias_C)
+            logits_MC, table_EC = _logits(x_ME, table_VE, bias_V, first, ctx.chunk)
             dlogits_MC, dbias[words] = _chunk_gradients(logits_MC, shift_M, size_M, targets_M - first, sign_M)
-            dx_ME += dlogits_MC @ table_CE
-            dtable[words] = dlogits_MC.t() @ signed_x_ME
+            dx_ME += dlogits_MC @ table_EC.t()
+            dtable[words] = weight_gradient(dlogits_MC, signed_x_ME)
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
 
@@ -126,12 +126,13 @@ def _chunk_gradients(
     return dlogits_MC.to(logits_MC.dtype), sign_M @ dlogits_MC
 
 
-def _chunk(
+def _logits(
     x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, first: int, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Table [C, E] and bias [C] of the chunk that starts at word `first`, in the type of `x_ME`."""
+    """Logits [M, C] of the chunk from word `first` on, and its part of the table, [E, C], in the type of `x_ME`."""
     words = slice(first, first + chunk)
-    return table_VE[words].to(x_ME.dtype), bias_V[words].to(x_ME.dtype)
+    table_EC = transposed(table_VE[words], x_ME.dtype)
+    return torch.addmm(bias_V[words].to(x_ME.dtype), x_ME, table_EC), table_EC
 
 
 def _columns(column_M: torch.Tensor, words: int) -> tuple[torch.Tensor, torch.Tensor]:
