@@ -8,6 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using std::int64_t;
@@ -32,6 +36,17 @@ inline void store(bfloat16& to, float x) {  // to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void round_all(const float* x, float* to, int64_t count) { std::copy(x, x + count, to); }
+
+inline void round_all(const float* x, bfloat16* to, int64_t count) {
+    int64_t j = 0;
+#ifdef __AVX512BF16__
+    for (; j + 16 <= count; j += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j))));
+#endif
+    for (; j < count; j++) store(to[j], x[j]);
 }
 
 // e^x by 2^n e^r with |r| <= ln(2) / 2, within 2 units of the last place; 0 below -87, NaN for NaN.
@@ -82,6 +97,16 @@ const Bits* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector
     return reinterpret_cast<const Bits*>(to) + first % 4;
 }
 
+inline void zero_dropped(const float* __restrict x, float* __restrict to, const Bits* bits, uint16_t last, int64_t count) {
+    for (int64_t j = 0; j < count; j++) to[j] = bits[j] <= last ? 0 : x[j];
+}
+
+inline void zero_dropped(const bfloat16* x, bfloat16* to, const Bits* __restrict bits, uint16_t last, int64_t count) {
+    const Bits* __restrict from = reinterpret_cast<const Bits*>(x);
+    Bits* __restrict out = reinterpret_cast<Bits*>(to);
+    for (int64_t j = 0; j < count; j++) out[j] = bits[j] <= last ? 0 : from[j];
+}
+
 // Softmax of a row of `count` scores, which this overwrites: into `to` with zeros where dropped, into `keep` with a minus sign
 // there. `first` is the number of the first element's random bits.
 template <class T>
@@ -96,19 +121,16 @@ void softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t 
     }
     float scale = 1 / sum;
     if (!threshold) {
-        for (int64_t j = 0; j < count; j++) {
-            store(to[j], s[j] * scale);
-            store(keep[j], s[j] * scale);
-        }
+        for (int64_t j = 0; j < count; j++) s[j] *= scale;
+        round_all(s, keep, count);
+        std::copy(keep, keep + count, to);
         return;
     }
     const Bits* bits = random_bits(seed, first, count, words);
-    for (int64_t j = 0; j < count; j++) {
-        float p = s[j] * scale;
-        bool dropped = bits[j] < threshold;
-        store(keep[j], dropped ? -p : p);
-        store(to[j], dropped ? 0 : p);
-    }
+    const uint16_t last = uint16_t(threshold - 1);  // of those that drop
+    for (int64_t j = 0; j < count; j++) s[j] *= bits[j] <= last ? -scale : scale;
+    round_all(s, keep, count);
+    zero_dropped(keep, to, bits, last, count);
 }
 
 typedef float Vector __attribute__((vector_size(64)));
