@@ -62,7 +62,7 @@ void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t 
                 transpose(tile);
                 for (int64_t c = 0; c < TILE; c++, to += step) {
                     __builtin_prefetch(to + TILE * step, 1);
-                    for (int64_t k = 0; k < TILE; k++) store(to[k], tile[c][k]);
+                    round_all(&tile[c][0], to, TILE);
                 }
             }
         for (; j < last; j++, to += step)
@@ -150,18 +150,16 @@ void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t
 #pragma omp parallel num_threads(threads)
     {
         std::vector<uint64_t> words;
+        std::vector<float> sum(PART);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < count; first += PART) {
             int64_t size = std::min(PART, count - first);
             const Bits* bits = random_bits(seed, first, size, words);
             const In* from = x + first;
-            Out* to = out + first;
-            if (residual) {
-                const Out* base = residual + first;
-                for (int64_t j = 0; j < size; j++) store(to[j], load(base[j]) + (bits[j] < threshold ? 0 : load(from[j]) * scale));
-            } else {
-                for (int64_t j = 0; j < size; j++) store(to[j], bits[j] < threshold ? 0 : load(from[j]) * scale);
-            }
+            for (int64_t j = 0; j < size; j++) sum[j] = bits[j] < threshold ? 0 : load(from[j]) * scale;
+            if (residual)
+                for (int64_t j = 0; j < size; j++) sum[j] += load(residual[first + j]);
+            round_all(sum.data(), out + first, size);
         }
     }
 }
@@ -188,17 +186,17 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < columns; first += PART) {
         int64_t size = std::min(PART, columns - first);
-        float total[PART] = {};
+        float total[PART] = {}, value[PART];
         for (int64_t m = 0; m < rows; m++) {
             T* x = logits + m * columns + first;
             float signs = sign[m], from = shift[m];
             int64_t at = target[m] - first;
             float here = at >= 0 && at < size ? exponential(load(x[at]) - from) - weight[m] : 0;
             for (int64_t c = 0; c < size; c++) {
-                float value = exponential(load(x[c]) - from);
-                total[c] += signs * value;
-                store(x[c], value);
+                value[c] = exponential(load(x[c]) - from);
+                total[c] += signs * value[c];
             }
+            round_all(value, x, size);
             if (at >= 0 && at < size) {
                 store(x[at], here);
                 total[at] -= signs * weight[m];
@@ -221,8 +219,7 @@ void transposed(const In* x, Out* out, int64_t rows, int64_t columns, int thread
                     for (int64_t k = 0; k < TILE; k++)
                         for (int64_t c = 0; c < TILE; c++) tile[k][c] = load(x[(i + half + k) * columns + j + c]);
                     transpose(tile);
-                    for (int64_t k = 0; k < TILE; k++)
-                        for (int64_t c = 0; c < TILE; c++) store(out[(j + k) * rows + i + half + c], tile[k][c]);
+                    for (int64_t k = 0; k < TILE; k++) round_all(&tile[k][0], out + (j + k) * rows + i + half, TILE);
                 }
         for (; i < rows; i++)
             for (int64_t c = 0; c < width; c++) store(out[(j + c) * rows + i], load(x[i * columns + j + c]));
@@ -240,13 +237,20 @@ inline void normal(float x, float& below, float& density) {
 }
 
 template <class T>
-void gelu_gradients(T* __restrict x, T* __restrict gradients, int64_t count, int threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t j = 0; j < count; j++) {
-        float value = load(x[j]), below, density;
-        normal(value, below, density);
-        store(x[j], value * below);
-        store(gradients[j], load(gradients[j]) * (below + value * density));
+void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
+    constexpr int64_t PART = 512;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < count; first += PART) {
+        int64_t size = std::min(PART, count - first);
+        float values[PART], slopes[PART];
+        for (int64_t j = 0; j < size; j++) {
+            float value = load(x[first + j]), below, density;
+            normal(value, below, density);
+            values[j] = value * below;
+            slopes[j] = load(gradients[first + j]) * (below + value * density);
+        }
+        round_all(values, x + first, size);
+        round_all(slopes, gradients + first, size);
     }
 }
 
