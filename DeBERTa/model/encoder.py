@@ -17,7 +17,7 @@ from DeBERTa.model import kernels
 from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
 from DeBERTa.model.backends import flash_lookup
 from DeBERTa.model.dropout import Dropout
-from DeBERTa.model.products import affine, linear, weight_gradient
+from DeBERTa.model.products import affine, affine_gradients, linear
 from DeBERTa.model.sharing import SharedTables, make_table
 
 ACTIVATION = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -128,10 +128,8 @@ class FeedForward(torch.autograd.Function):
             kernel(hidden, dactivated, hidden.numel())
             activated, dhidden = hidden, dactivated
         activated = activated.detach()
-        biases = (g.flatten(0, -2).sum(0) for g in (dhidden, grad))
-        weights = (weight_gradient(dhidden, x), weight_gradient(grad, activated))
-        gradients = (g.to(parameter_type) for pair in zip(weights, biases, strict=True) for g in pair)
-        return (dhidden @ inner_weight.to(dtype)).to(x_type), *gradients, None
+        gradients = (*affine_gradients(dhidden, x), *affine_gradients(grad, activated))
+        return (dhidden @ inner_weight.to(dtype)).to(x_type), *(g.to(parameter_type) for g in gradients), None
 
 
 class AddNorm(nn.Module):

@@ -206,12 +206,13 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
     }
 }
 
-// x [rows, columns] as out [columns, rows]
+// x [rows, columns] as out [columns, rows]; `sums` of the columns, where wanted.
 template <class In, class Out>
-void transposed(const In* x, Out* out, int64_t rows, int64_t columns, int threads) {
+void transposed(const In* x, Out* out, float* sums, int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t j = 0; j < columns; j += TILE) {
         int64_t width = std::min(TILE, columns - j), i = 0;
+        Vector total[TILE] = {};  // sixteen partial sums of each column
         if (width == TILE)
             for (; i + 2 * TILE <= rows; i += 2 * TILE)  // a whole line of the cache at a time for bfloat16
                 for (int64_t half = 0; half < 2 * TILE; half += TILE) {
@@ -220,9 +221,21 @@ void transposed(const In* x, Out* out, int64_t rows, int64_t columns, int thread
                         for (int64_t c = 0; c < TILE; c++) tile[k][c] = load(x[(i + half + k) * columns + j + c]);
                     transpose(tile);
                     for (int64_t k = 0; k < TILE; k++) round_all(&tile[k][0], out + (j + k) * rows + i + half, TILE);
+                    if (sums)
+                        for (int64_t k = 0; k < TILE; k++) total[k] += tile[k];
                 }
         for (; i < rows; i++)
-            for (int64_t c = 0; c < width; c++) store(out[(j + c) * rows + i], load(x[i * columns + j + c]));
+            for (int64_t c = 0; c < width; c++) {
+                float value = load(x[i * columns + j + c]);
+                store(out[(j + c) * rows + i], value);
+                total[c][0] += value;
+            }
+        if (sums)
+            for (int64_t c = 0; c < width; c++) {
+                float sum = 0;
+                for (int64_t n = 0; n < TILE; n++) sum += total[c][n];
+                sums[j + c] = sum;
+            }
     }
 }
 
@@ -281,12 +294,12 @@ void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
 FOR_TYPE(float, float32)
 FOR_TYPE(bfloat16, bfloat16)
 
-EXPORT transposed_float32(const float* x, bfloat16* out, int64_t rows, int64_t columns, int threads) {
-    transposed(x, out, rows, columns, threads);
+EXPORT transposed_float32(const float* x, bfloat16* out, float* sums, int64_t rows, int64_t columns, int threads) {
+    transposed(x, out, sums, rows, columns, threads);
 }
 
-EXPORT transposed_bfloat16(const bfloat16* x, bfloat16* out, int64_t rows, int64_t columns, int threads) {
-    transposed(x, out, rows, columns, threads);
+EXPORT transposed_bfloat16(const bfloat16* x, bfloat16* out, float* sums, int64_t rows, int64_t columns, int threads) {
+    transposed(x, out, sums, rows, columns, threads);
 }
 
 #define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                                          \

@@ -7,8 +7,8 @@ there is no such compiler, and for other types. Both draw the same dropout masks
 In kernels.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same
 backwards; `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
 `chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place;
-`transposed`: a matrix in bfloat16. In fused_attention.cpp, for bfloat16 on processors with AMX: `attention` and
-`attention_gradients`: all of it.
+`transposed`: a matrix in bfloat16, and the sums of its columns. In fused_attention.cpp, for bfloat16 on processors with
+AMX: `attention` and `attention_gradients`: all of it.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ SIGNATURES = {
     "chunk_sums": [0, torch.float32, torch.float32, COUNT, COUNT, COUNT],
     "chunk_gradients": [0, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, COUNT, COUNT],
     "gelu_gradients": [0, 0, COUNT],
-    "transposed": [0, torch.bfloat16, COUNT, COUNT],
+    "transposed": [0, torch.bfloat16, torch.float32, COUNT, COUNT],
     "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
     "attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
 }

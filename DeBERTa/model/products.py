@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from DeBERTa.model import kernels
 
 
-def transposed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` [N, K] as [K, N] in `dtype`; in new memory, row by row, only where that makes products faster."""
+def transposed(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [N, K] as [K, N] in `dtype`; in new memory, row by row, only where that makes products faster. `sums` float32
+    [K] takes those over N."""
     kernel = kernels.find("transposed", x) if dtype == torch.bfloat16 else None
     if kernel is None:
+        if sums is not None:
+            torch.sum(x, 0, dtype=sums.dtype, out=sums)
         return x.to(dtype).t()
     out = x.new_empty(x.size(1), x.size(0), dtype=dtype)
-    kernel(x.contiguous(), out, *x.shape)
+    kernel(x.contiguous(), out, sums, *x.shape)
     return out
 
 
@@ -28,9 +31,12 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     return torch.addmm(bias.to(x.dtype), x.flatten(0, -2), columns).unflatten(0, x.shape[:-1])
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`grad^T x` [N, K], summed over all rows of `grad` [..., N] and `x` [..., K], of one type."""
-    return transposed(grad.flatten(0, -2), grad.dtype) @ x.flatten(0, -2)
+def affine_gradients(grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight [N, K] and bias [N], summed over all rows of `grad` [..., N] and `x` [..., K], of one type;
+    the bias's in float32, or in float64 for that."""
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    dbias = grad.new_empty(grad.size(1), dtype=torch.promote_types(grad.dtype, torch.float32))
+    return transposed(grad, grad.dtype, dbias) @ x, dbias
 
 
 def linear(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
@@ -59,4 +65,4 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         dx = (grad @ weight.to(grad.dtype)).to(ctx.type) if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(grad, x).to(weight.dtype), grad.flatten(0, -2).sum(0).to(weight.dtype), None
+        return dx, *(g.to(weight.dtype) for g in affine_gradients(grad, x)), None

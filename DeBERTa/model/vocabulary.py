@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from DeBERTa.model import kernels
-from DeBERTa.model.products import transposed, weight_gradient
+from DeBERTa.model.products import transposed
 
 CHUNK = 8192  # words: a chunk of some hundred rows stays in the cache, and the products are large enough to be fast
 GROUP = 32  # words
@@ -90,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits_MC, table_EC = _logits(x_ME, table_VE, bias_V, first, ctx.chunk)
             dlogits_MC, dbias[words] = _chunk_gradients(logits_MC, shift_M, size_M, targets_M - first, sign_M)
             dx_ME += dlogits_MC @ table_EC.t()
-            dtable[words] = weight_gradient(dlogits_MC, signed_x_ME)
+            dtable[words] = transposed(dlogits_MC, dlogits_MC.dtype) @ signed_x_ME
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model.products import linear_map, transposed, weight_gradient
+from DeBERTa.model.products import affine_gradients, linear_map, transposed
 
 SHAPES = [(1, 1), (16, 16), (31, 47), (33, 16), (64, 96), (300, 50)]
 
@@ -45,7 +45,15 @@ def test_linear_map(shape, way):
     torch.testing.assert_close(results(linear_map, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0)
 
 
-def test_weight_gradient(way):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_affine_gradients(shape, dtype, way):
+    """Sums over rows are not rounded to bfloat16 on the way."""
     torch.manual_seed(3)
-    grad, x = torch.randn(2, 24, 40), torch.randn(2, 24, 16)
-    torch.testing.assert_close(weight_gradient(grad, x), torch.einsum("bmn,bmk->nk", grad, x))
+    rows, columns = shape
+    grad, x = torch.randn(2, rows, columns).to(dtype), torch.randn(2, rows, 16).to(dtype)
+    dweight, dbias = affine_gradients(grad, x)
+    assert dweight.dtype == dtype and dbias.dtype == torch.promote_types(dtype, torch.float32)
+    exact = torch.einsum("bmn,bmk->nk", grad.double(), x.double())
+    torch.testing.assert_close(dweight.double(), exact, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    torch.testing.assert_close(dbias.double(), grad.double().sum((0, 1)), rtol=1e-5, atol=1e-4)
