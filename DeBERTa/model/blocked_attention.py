@@ -7,6 +7,8 @@ The position terms are products with one table row per *distance*, [L, W]. Where
 row i - 1: a strided view, where the published code gathers. Its backward pass is a copy into the same view of a buffer
 of zeros, where the published code scatters. T rows need only L + T - 1 of the distances, so that blocks of rows save
 up to half of the product.
+
+In bfloat16, on processors that can, one kernel does all of it by the same formulas: fused_attention.cpp.
 """
 
 import math
