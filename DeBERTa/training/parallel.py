@@ -4,6 +4,7 @@ Objectives are what is differentiated, as modules, because DDP and FSDP act when
 all processes are averaged once a step; losses are scaled so that the average is the gradient of the global batch.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from DeBERTa.config import TrainConfig
@@ -116,12 +117,31 @@ def whole(value: object, on_host: bool = False) -> object:
     With `on_host` what was put together leaves the device, so that this holds one such tensor at a time.
     """
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu() if on_host else value.full_tensor()
+        tensor = _put_together(value)
+        return tensor.cpu() if on_host else tensor
     if isinstance(value, dict):
         return {key: whole(item, on_host) for key, item in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value)(whole(item, on_host) for item in value)
     return value
+
+
+def _put_together(value: DTensor) -> torch.Tensor:
+    """`value.full_tensor()`, without gradient, but for the kind of all-gather.
+
+    Its all-gather is a coalesced one. After each collective gloo's two threads write the name of its kind to one string
+    without a lock (PyTorch 2.13, `ProcessGroupGloo::runLoop`). Names of up to 15 letters are stored in place; this one
+    is longer, and its memory is sooner or later freed twice, so that a process crashes, or worse.
+    """
+    if value.placements != (Shard(0),):
+        return value.full_tensor()
+    mesh, mine = value.device_mesh, value.to_local().detach()
+    rows = math.ceil(len(value) / mesh.size())  # the last processes may have fewer, or none
+    padded = mine.new_zeros(rows, *value.shape[1:])
+    padded[: len(mine)] = mine
+    parts = mine.new_empty(rows * mesh.size(), *value.shape[1:])
+    dist.all_gather_single(parts, padded, group=mesh.get_group())
+    return parts[: len(value)]
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,9 @@
 """Several processes over gloo, for tests of what they compute together."""
 
+import faulthandler
 import os
+import signal
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -33,19 +36,35 @@ ROWS = 7  # cut unevenly by two and three processes
 
 
 def run_ranks(size: int, folder: Path, function: Callable, *arguments: object) -> None:
-    """Run `function(*arguments)` in `size` processes of one group; it must be importable."""
+    """Run `function(*arguments)` in `size` processes of one group; it must be importable.
+
+    When one fails, the error tells where each of them was: where it failed, or where it was when it was ended.
+    """
     store = folder / f"store-{function.__name__}-{size}"
     store.unlink(missing_ok=True)
-    multiprocessing.spawn(_enter, (size, str(store), function, arguments), nprocs=size)
+    places = [store.with_name(f"{store.name}-place-{number}") for number in range(size)]
+    try:
+        multiprocessing.spawn(_enter, (size, str(store), places, function, arguments), nprocs=size)
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        told = [f"process {number}:\n{place.read_text()}" for number, place in enumerate(places) if place.exists()]
+        raise RuntimeError("\n".join([f"process {error.error_index} of {size} failed first", *told])) from error
 
 
-def _enter(number: int, size: int, store: str, function: Callable, arguments: tuple) -> None:
+def _enter(number: int, size: int, store: str, places: list[Path], function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=number, world_size=size, timeout=limit)
-    function(*arguments)
-    dist.destroy_process_group()
-    os._exit(0)  # as `end_process` does
+    with places[number].open("w") as place:
+        faulthandler.enable(place)
+        faulthandler.register(signal.SIGTERM, place, chain=True)  # which `spawn` sends when another one failed
+        try:
+            files = dist.FileStore(store, size)
+            dist.init_process_group("gloo", store=files, rank=number, world_size=size, timeout=limit)
+            function(*arguments)
+            dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=place)
+            raise
+        os._exit(0)  # as `end_process` does
 
 
 def make_step(case: str, **values: object) -> tuple[torch.nn.Module, TrainingStep]:

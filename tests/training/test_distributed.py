@@ -67,6 +67,12 @@ def train_all(folder: Path, size: int) -> None:
                     torch.save(half, folder / f"{case}-{mode}-half.pt")
     if size == 2:
         reductions_all(folder)
+        collectives_all(folder)
+
+
+def operations(recorded: profile) -> list[str]:
+    """Names of all that ran."""
+    return [event.name() for event in recorded.profiler.kineto_results.events()]  # recorded.events() takes seconds
 
 
 def reductions(case: str, mode: str, parts: int) -> int:
@@ -77,7 +83,7 @@ def reductions(case: str, mode: str, parts: int) -> int:
     training(batch)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         training(batch)
-    names = [event.name() for event in recorded.profiler.kineto_results.events()]  # recorded.events() takes seconds
+    names = operations(recorded)
     return names.count("c10d::allreduce_") + names.count("c10d::_reduce_scatter_base_")
 
 
@@ -92,6 +98,17 @@ def reductions_all(folder: Path) -> None:
             found["gdes", mode].append(reductions("gdes", mode, 4))
     if is_main():
         torch.save(found, folder / "reductions.pt")
+
+
+def collectives_all(folder: Path) -> None:
+    """Kinds of collectives in two steps and in putting gradients, weights and moments together."""
+    found = {}
+    for mode in MODES:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            train("gdes", mode, 0, 2)
+        found[mode] = {name for name in operations(recorded) if name.startswith("c10d::")}
+    if is_main():
+        torch.save(found, folder / "collectives.pt")
 
 
 def go_on_all(folder: Path, size: int) -> None:
@@ -164,6 +181,14 @@ def test_gradients_are_exchanged_once_a_step(trained, case, mode):
     one, four, *each = read(trained / "reductions.pt")[case, mode]
     assert 0 < one == four
     assert all(four < more for more in each)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_collective_is_a_coalesced_one(trained, mode):
+    """After those gloo corrupts memory at times: see `parallel._put_together`."""
+    found = read(trained / "collectives.pt")[mode]
+    assert "c10d::allreduce_" in found
+    assert not [name for name in found if "coalesced" in name]
 
 
 @pytest.mark.parametrize("case", SAVED)
