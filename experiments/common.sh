@@ -76,6 +76,7 @@ train() {
   length=$(flag_value max_seq_length "$length" "$@")
   local cache=${DEBERTA_CACHE:-$HOME/.cache/DeBERTa}
 
+  trap '' USR1  # asks for a save: until there is something to save, it must end neither this script nor what it starts
   set_up_python "$ROOT/requirements.txt"
   export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
   [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || exec "$PYTHON" -m DeBERTa.train --help

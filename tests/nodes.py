@@ -3,17 +3,19 @@
 Needs root, and the programs of Debian's packages iproute2, util-linux and, for lossy links, iptables.
 """
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+numbers = itertools.count()  # of the pairs that this process has made
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "iptables": "iptables"}
 
 
@@ -76,20 +78,27 @@ def two_nodes(*programs: str) -> Iterator[TwoNodes]:
     for program in ("ip", "unshare", *programs):
         if shutil.which(program) is None:
             pytest.fail(f"the program {program} is missing: apt-get install {PROGRAMS[program]}")
-    nodes = TwoNodes(f"deberta-{os.getpid()}")
+    nodes = TwoNodes(f"deberta-{os.getpid()}-{next(numbers)}")
     try:
         _connect(nodes)
         yield nodes
     finally:
         for name in nodes.names:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
-            for pid in pids.split():
-                os.kill(int(pid), signal.SIGKILL)
+            _kill_all(name)
         for process in nodes.started:
             process.wait()
         for name in nodes.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def _kill_all(name: str) -> None:
+    """End what runs in a namespace, until nothing is left that may have been started meanwhile."""
+    list_all = ["ip", "netns", "pids", name]
+    while pids := subprocess.run(list_all, capture_output=True, text=True, check=False).stdout.split():
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def _connect(nodes: TwoNodes) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.config import read_json
+from DeBERTa.data.files import open_partial
 from DeBERTa.model.pretraining import backbone_parameters, embedding_parameters
 from tests.conftest import ROOT
 
@@ -85,3 +87,22 @@ def test_wrong_flags_are_told_before_anything_is_prepared(tmp_path):
     result = run([ROOT / "rtd.sh", "deberta-v3-tiny", "--help"])
     assert result.returncode == 0 and "--train_batch_size" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_request_to_save_while_data_is_prepared_does_nothing(tmp_path):
+    """SIGUSR1 to the script and all it has started, as Slurm sends it; then SIGTERM, which ends them."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"DEBERTA_CACHE": str(tmp_path), "PATH": path, "DATA": "sample"}
+    with open_partial(tmp_path / "sample" / "text" / "source.json"):  # which the preparation waits for
+        run = subprocess.Popen(
+            [ROOT / "rtd.sh", "deberta-v3-tiny"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        assert run.stderr.readline().startswith("waiting for another process")
+        os.killpg(run.pid, signal.SIGUSR1)
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait() == -signal.SIGTERM, run.stderr.read()
+        run.stderr.close()
