@@ -3,28 +3,27 @@
 import copy
 import json
 import math
-import os
 import shutil
 from collections import deque
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.training.checkpoint import checkpoint_path
+from DeBERTa.training.distributed import rank
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.signals import Signals
 from DeBERTa.training.stability import FEWEST, SIGMAS, WINDOW, Stability
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
-from tests.runs import CONTEXT, copy_run, final_files, run, tiny_flags
+from tests.runs import copy_run, final_files, run, tiny_flags
 from tests.training.batches import random_batch, train_config
+from tests.training.ranks import run_ranks
 from tests.training.test_steps import CPU, mlm_model, rtd_model
 
 NAN, INF = float("nan"), float("inf")
@@ -133,48 +132,34 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
     assert generators & changed(before, after)
 
 
-def _one_of_two(rank: int, store: str, results) -> None:
+def one_of_two(folder: Path) -> None:
     """A process of a group of two; in step 2 the second one's gradient is broken, in step 3 its loss a spike."""
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
     model = mlm_model()
     training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
     training.learning_rate(1)
     training(random_batch())
     before = held(training, model)
-    handle = break_gradient(model, "", NAN) if rank == 1 else None
-    training(random_batch(seed=rank))
+    handle = break_gradient(model, "", NAN) if rank() == 1 else None
+    training(random_batch(seed=rank()))
     found = [training.stability.left_out, len(changed(before, held(training, model)))]
     if handle:
         handle.remove()
     training.stability.windows["loss"] = deque([1.0] * FEWEST)
-    training(random_batch(seed=rank))
+    training(random_batch(seed=rank()))
     found += [training.stability.left_out, len(changed(before, held(training, model))), training.stability.losses]
     signals = Signals()
-    signals.save = rank == 1
+    signals.save = rank() == 1
     found += [signals.asked(3, CPU), signals.asked(4, CPU)]
-    signals.ending = 15 * (rank == 0)
-    results.put((rank, [*found, signals.asked(5, CPU)]))
-    results.close()
-    results.join_thread()
-    dist.destroy_process_group()
-    os._exit(0)  # as `end_process` does
+    signals.ending = 15 * (rank() == 0)
+    torch.save([*found, signals.asked(5, CPU)], folder / f"{rank()}.pt")
 
 
 def test_all_processes_decide_the_same(tmp_path):
     """What happens in one process, is left out, saved or ended by both."""
-    results = CONTEXT.Queue()
-    store = str(tmp_path / "store")
-    processes = [CONTEXT.Process(target=_one_of_two, args=(r, store, results), daemon=True) for r in (0, 1)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert found[0] == found[1]
-    left_out, unequal, spike_left_out, still_unequal, losses, *asked = found[0]
+    run_ranks(2, tmp_path, one_of_two, tmp_path)
+    found, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2))
+    assert found == other
+    left_out, unequal, spike_left_out, still_unequal, losses, *asked = found
     assert (left_out, unequal, spike_left_out, still_unequal) == (True, 0, True, 0)
     assert losses["loss"] > 5
     assert asked == [(0, True), (0, False), (15, False)]
