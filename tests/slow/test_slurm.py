@@ -194,8 +194,8 @@ def test_nothing_is_left(cache, tmp_path):
     (tmp_path / "slurm").mkdir()
     seconds = f"{os.getpid()}000"
     with slurm(tmp_path / "slurm", ROOT) as cluster:
-        job = submit(cluster, cache, tmp_path, f"{heading()}srun sleep {seconds}\n")
-        job.wait_for(lambda: len(started_with(seconds)) == 2)
+        job = submit(cluster, cache, tmp_path, f"{heading()}srun bash -c 'echo here; exec sleep {seconds}'\n")
+        job.wait_for(lambda: job.text().count("here") == 2 and started_with(seconds))
         names = cluster.nodes.names
         processes = [*cluster.nodes.processes(0), *cluster.nodes.processes(1)]
         assert set(started_with(seconds)) < set(processes)
