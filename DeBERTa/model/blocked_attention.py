@@ -47,9 +47,9 @@ def row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
 class BlockedAttention(torch.autograd.Function):
     """softmax(q k^T + c2p + p2c) v, with dropout on the probabilities.
 
-    Inputs: `q` (scaled already), `k`, `v` [B, H, L, D]; `key_table` [H, W, D] for c2p, ordered from distance L - 1
-    down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may be None; `input_mask` bool
-    [B, L]; dropout probability `p`. Output: context [B, L, H, D], zero at padded queries.
+    Inputs, contiguous: `q` (scaled already), `k`, `v` [B, H, L, D]; `key_table` [H, W, D] for c2p, ordered from
+    distance L - 1 down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may be None;
+    `input_mask` bool [B, L]; dropout probability `p`. Output: context [B, L, H, D], zero at padded queries.
 
     For the backward pass the probabilities are kept once, negative where dropped. What the softmax needs of each row,
     the inner product of probabilities and gradient, is that of the context and its gradient (FlashAttention, section

@@ -26,6 +26,9 @@ constexpr int64_t PAIRED = 128;  // rows whose pairs are made at a time: they st
 constexpr int64_t SEQUENCES = 4;  // whose gradients of tables one thread adds up
 constexpr int PERMISSION_FOR_TILES = 0x1023, TILES = 18;  // arch_prctl
 
+// GCC does not know that loading tiles reads memory: what was written before it has to be there.
+inline void finish_writing() { asm volatile("" ::: "memory"); }
+
 struct Tiles {
     Tiles() {
         struct alignas(64) {
@@ -35,6 +38,7 @@ struct Tiles {
         } shape;
         std::fill(shape.row_bytes, shape.row_bytes + 8, 64);
         std::fill(shape.rows, shape.rows + 8, 16);
+        finish_writing();
         _tile_loadconfig(&shape);
     }
     ~Tiles() { _tile_release(); }
@@ -58,6 +62,7 @@ struct Right {
 
 // sums [32, 32] += left [32, 32 * steps] right [32 * steps, 32], where the sums are tiles 0 to 3.
 inline void add_product(Left left, Right right, int64_t steps) {
+    finish_writing();
     const char* a = reinterpret_cast<const char*>(left.at);
     const char* b = reinterpret_cast<const char*>(right.at);
     for (int64_t step = 0; step < steps; step++, a += 64, b += right.step) {
@@ -80,6 +85,7 @@ inline void clear_sums() {
 }
 
 inline void load_sums(Sums sums) {
+    finish_writing();
     const char *first = reinterpret_cast<const char*>(sums.at), *second = first + 16 * sums.row;
     _tile_loadd(0, first, sums.row);
     _tile_loadd(1, first + 64, sums.row);
@@ -133,9 +139,9 @@ struct Room {
 template <class T>
 T make_room(int64_t length, int64_t size) {
     static thread_local std::vector<char> kept;
-    Room count{nullptr};
-    T(count, length, size);
-    if (int64_t(kept.size()) < count.used + 64) kept.assign(count.used + 64, 0);
+    Room counting{nullptr};
+    T(counting, length, size);
+    if (int64_t(kept.size()) < counting.used + 64) kept.assign(counting.used + 64, 0);
     Room room{kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64};
     return T(room, length, size);
 }
@@ -155,6 +161,8 @@ struct ForwardRoom {
           dropped(room.matrix<bfloat16>(BLOCK, length + 2 * APART)) {}
 };
 
+// `pairs` is of probabilities first, for the gradient of v, then of parts of the gradients of scores; `turned` is what each
+// product needs; `outer` the context's gradient, scaled as dropout does.
 struct BackwardRoom {
     Matrix<bfloat16> gradients, mirrored, outer, turned;
     Matrix<uint32_t> pairs, vt, rows;
@@ -177,6 +185,9 @@ inline Right pairs_from(Matrix<uint32_t> pairs, int64_t i, int64_t j, int64_t fu
     Rows<const uint32_t> rows = pairs.from<const uint32_t>(i, j, further);
     return {rows.at, rows.row, 16 * rows.row, 64};
 }
+
+// Zero for what has a minus sign, but not for NaN.
+inline bfloat16 undropped(bfloat16 p) { return p.bits > 0x8000 && p.bits <= 0xff80 ? bfloat16{0} : p; }
 
 inline uint32_t pair(bfloat16 low, bfloat16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
 
@@ -264,7 +275,6 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        std::vector<float> padding(length);
         std::vector<uint64_t> words;
         auto [kt, values, scores, distances, term, sums, dropped] = make_room<ForwardRoom>(length, size);
 #pragma omp for schedule(static)
@@ -273,7 +283,6 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
             const bfloat16 *queries = q + task * length * size, *keys = k + task * length * size;
             const bool* real = mask + b * length;
             bool padded = !std::all_of(real, real + length, [](bool here) { return here; });
-            for (int64_t j = 0; j < length; j++) padding[j] = real[j] ? 0 : -INFINITY;
             Packed keys_packed{kt.at, size, true}, values_packed{values.at, size, false};
             Packed key_packed{key_table ? &key_tables[head * length * size] : nullptr, size, true};
             Packed query_packed{query_table ? &query_tables[head * length * size] : nullptr, size, true};
@@ -317,7 +326,7 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
                         for (int64_t j = 0; j < length; j++) s[j] += products[j];
                     }
                     if (padded)
-                        for (int64_t j = 0; j < length; j++) s[j] += padding[j];
+                        for (int64_t j = 0; j < length; j++) s[j] = real[j] ? s[j] : -INFINITY;
                     softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
                 }
                 for (int64_t d = 0; d < size; d += BLOCK)
@@ -456,10 +465,7 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                     for (int64_t n = 0; n < BLOCK; n += 2) {
                         const bfloat16 *low = kept + (matrix * length + i + n) * length, *high = low + length;
                         uint32_t* to = pairs.row((i + n) / 2);
-                        for (int64_t j = 0; j < length; j++) {
-                            uint16_t a = low[j].bits, c = high[j].bits;
-                            to[j] = uint32_t(a & 0x8000 ? 0 : a) | uint32_t(c & 0x8000 ? 0 : c) << 16;
-                        }
+                        for (int64_t j = 0; j < length; j++) to[j] = pair(undropped(low[j]), undropped(high[j]));
                     }
                     for (int64_t j = 0; j < length; j += BLOCK) put_transposed(block, mirrored.row(j) + MARGIN + i, width, j);
                 }

@@ -75,8 +75,6 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
                    int64_t block_rows, uint64_t seed, int64_t first, int threshold, int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
-    std::vector<float> padding(length);
-    for (int64_t j = 0; j < length; j++) padding[j] = mask[j] ? 0 : -INFINITY;
     bool padded = !std::all_of(mask, mask + length, [](bool real) { return real; });
 #pragma omp parallel num_threads(threads)
     {
@@ -106,7 +104,7 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
                     continue;
                 }
                 if (padded)
-                    for (int64_t j = 0; j < length; j++) s[j] += padding[j];
+                    for (int64_t j = 0; j < length; j++) s[j] = mask[j] ? s[j] : -INFINITY;
                 softmax(s, to, keep, length, seed, first + row, threshold, words);
             }
         }
@@ -206,7 +204,7 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
     }
 }
 
-// x [rows, columns] as out [columns, rows]; `sums` of the columns, where wanted.
+// x [rows, columns] as out [columns, rows], rounded as `round_all` does; `sums` of the columns, where wanted.
 template <class In, class Out>
 void transposed(const In* x, Out* out, float* sums, int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -40,6 +40,7 @@ inline void store(bfloat16& to, float x) {  // to the nearest, ties to even
 
 inline void round_all(const float* x, float* to, int64_t count) { std::copy(x, x + count, to); }
 
+// Processors that round by themselves make zeros of numbers below 2^-126.
 inline void round_all(const float* x, bfloat16* to, int64_t count) {
     int64_t j = 0;
 #ifdef __AVX512BF16__

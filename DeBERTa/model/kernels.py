@@ -67,11 +67,17 @@ def obstacle() -> str | None:
 
 
 @functools.cache
+def tiles() -> bool:
+    """Whether the kernels for processors with AMX can be used: it is one, and the system lets this process."""
+    library = _library()[0]
+    return hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
+
+
+@functools.cache
 def _find(name: str, types: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
     symbol = "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in types)])
-    library = _library()[0]
-    function = getattr(library, symbol, None)
-    if function is None or (name.startswith("attention") and not library.tiles_allowed()):
+    function = getattr(_library()[0], symbol, None)
+    if function is None or (name.startswith("attention") and not tiles()):
         return None
     expected = [types[kind] if isinstance(kind, int) else kind for kind in SIGNATURES[name]]
     function.argtypes = [ctypes.c_void_p if isinstance(kind, torch.dtype) else kind for kind in expected]
@@ -105,9 +111,9 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         return _load(compiler, version), None
     except subprocess.CalledProcessError as error:
         said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
-        return None, f"{shlex.join(compiler)} cannot compile kernels.cpp: {said[0]}"
+        return None, f"{shlex.join(compiler)} cannot compile the kernels: {said[0]}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"kernels.cpp as {shlex.join(compiler)} compiles it cannot be used: {error}"
+        return None, f"the kernels as {shlex.join(compiler)} compiles them cannot be used: {error}"
 
 
 def _load(compiler: list[str], version: str) -> ctypes.CDLL:

@@ -40,12 +40,12 @@ def affine_gradients(grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def linear(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
-    """`projection(x)`"""
+    """`projection(x)`, which has a bias, for `x` of two dimensions at least."""
     return linear_map(x, projection.weight, projection.bias)
 
 
 def linear_map(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`F.linear(x, weight, bias)`, under autocast in its type."""
+    """`F.linear(x, weight, bias)` of `x` [..., M, K], under autocast in its type."""
     low = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     if not low or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
@@ -65,4 +65,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         dx = (grad @ weight.to(grad.dtype)).to(ctx.type) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:3]):
+            return dx, None, None, None
         return dx, *(g.to(weight.dtype) for g in affine_gradients(grad, x)), None

@@ -53,7 +53,9 @@ def _kernels(device: torch.device) -> str:
     if device.type != "cpu":
         return ""
     obstacle = kernels.obstacle()
-    return f"; slower than need be: {obstacle}" if obstacle else ", compiled kernels"
+    if obstacle:
+        return f"; slower than need be: {obstacle}"
+    return ", compiled kernels, AMX" if kernels.tiles() else ", compiled kernels"
 
 
 def _task(run: Run) -> str:
@@ -88,7 +90,9 @@ def environment(device: torch.device) -> dict:
         "host": platform.node(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "kernels": (kernels.obstacle() or "compiled") if device.type == "cpu" else None,
+        "kernels": (kernels.obstacle() or ("compiled, AMX" if kernels.tiles() else "compiled"))
+        if device.type == "cpu"
+        else None,
         "processes": world_size(),
         "nodes": nodes(),
     }

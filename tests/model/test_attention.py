@@ -118,13 +118,28 @@ FUSED = [(32, 32), (64, 64), (96, 64), (544, 64), (64, 128)]
 @pytest.mark.parametrize(("length", "size"), [(length, 8) for length in (1, 15, 16, 17, 63, 300)] + FUSED)
 @pytest.mark.parametrize("tables", ["both", "c2p", "p2c", "none"])
 def test_kernels_against_torch(length, size, tables, monkeypatch):
-    """Lengths around those of tiles and blocks, with dropout: float32 to 1e-5, bfloat16 no further off than torch."""
+    """Lengths around those of tiles and blocks, with dropout."""
+    mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
+    compare_with_torch(mask, size, tables, 0.2, monkeypatch)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_kernels_against_torch_in_larger_batches(size, p, monkeypatch):
+    """More sequences than one thread adds up gradients of tables for; masks with holes, and of nothing but padding."""
+    mask = torch.rand(9, 64, generator=torch.Generator().manual_seed(5)) < 0.8
+    mask[0], mask[7] = True, False
+    compare_with_torch(mask, size, "both", p, monkeypatch)
+
+
+def compare_with_torch(mask, size, tables, p, monkeypatch):
+    """Float32 to 1e-5, bfloat16 no further off than torch."""
     torch.manual_seed(6)
-    shapes = ((2, 3, length, size),) * 3 + ((3, 2 * length - 1, size),) * 2
+    batch, length = mask.shape
+    shapes = ((batch, 3, length, size),) * 3 + ((3, 2 * length - 1, size),) * 2
     inputs = [torch.randn(shape).div(size**0.25).bfloat16() for shape in shapes]
     used = [True] * 3 + [tables in ("both", "c2p"), tables in ("both", "p2c")]
-    mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
-    weights = torch.randn(2, length, 3, size).bfloat16()
+    weights = torch.randn(batch, length, 3, size).bfloat16()
     find = kernels.find
     assert kernels.obstacle() is None, "the tests need g++"
 
@@ -132,7 +147,7 @@ def test_kernels_against_torch(length, size, tables, monkeypatch):
         monkeypatch.setattr(kernels, "find", found)
         torch.manual_seed(7)
         leaves = [x.to(dtype).requires_grad_() if use else None for x, use in zip(inputs, used, strict=True)]
-        context = BlockedAttention.apply(*leaves, mask, 0.2)
+        context = BlockedAttention.apply(*leaves, mask, p)
         wanted = [leaf for leaf in leaves if leaf is not None]
         return [context.detach(), *torch.autograd.grad(context, wanted, weights.to(dtype))]
 
@@ -173,11 +188,11 @@ def test_any_number_of_threads():
     found = []
     for threads in (1, 2, 7):
         torch.manual_seed(9)
-        inputs = [torch.randn(2, 2, 96, 64) for _ in range(3)] + [torch.randn(2, 191, 64) for _ in range(2)]
+        inputs = [torch.randn(6, 2, 96, 64) for _ in range(3)] + [torch.randn(2, 191, 64) for _ in range(2)]
         inputs = [x.div(3).bfloat16().requires_grad_() for x in inputs]
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        context = BlockedAttention.apply(*inputs, torch.ones(2, 96, dtype=torch.bool), 0.1)
+        context = BlockedAttention.apply(*inputs, torch.ones(6, 96, dtype=torch.bool), 0.1)
         found.append([context, *torch.autograd.grad(context.float().square().sum(), inputs)])
         torch.set_num_threads(before)
     for others in found[1:]:
@@ -195,6 +210,32 @@ def test_not_a_number_stays_one(length, size, dtype, way):
         context = BlockedAttention.apply(q, k, v, *tables, torch.ones(1, length, dtype=torch.bool), 0.0)
         assert context[0, 5, 1].isnan().all()
         assert context.isfinite().sum() == (2 * length - 1) * size
+
+
+@pytest.mark.parametrize(("length", "size", "dtype"), [(20, 8, torch.float32), (64, 32, torch.bfloat16)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_padding_is_not_looked_at(length, size, dtype, value, way):
+    """A key that is not finite, at a padded position, changes nothing."""
+    torch.manual_seed(10)
+    q, k, v = torch.randn(3, 1, 2, length, size, dtype=dtype)
+    tables = torch.randn(2, 2, 2 * length - 1, size, dtype=dtype)
+    mask = torch.arange(length)[None] < length - 4
+    expected = BlockedAttention.apply(q, k, v, *tables, mask, 0.0)
+    k[0, 1, -2] = value
+    assert torch.equal(BlockedAttention.apply(q, k, v, *tables, mask, 0.0), expected)
+
+
+@pytest.mark.parametrize(("length", "size", "dtype"), [(20, 8, torch.float32), (64, 32, torch.bfloat16)])
+def test_gradients_that_are_not_finite_are_told(length, size, dtype, way):
+    """A query that is not finite, whatever its sign, leaves no finite gradient of the values it attends to."""
+    torch.manual_seed(11)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        leaves = [torch.randn(1, 1, length, size, dtype=dtype) for _ in range(3)]
+        leaves[0][0, 0, 5] = value
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        context = BlockedAttention.apply(*leaves, None, None, torch.ones(1, length, dtype=torch.bool), 0.0)
+        (dv,) = torch.autograd.grad(context.float().square().sum(), leaves[2:])
+        assert dv.isnan().all()
 
 
 def test_gradient_against_finite_differences():

@@ -83,7 +83,7 @@ def script(folder: Path, text: str) -> str:
     ("compiler", "reason"),
     [
         (None, "there is no C++ compiler /nowhere/g++"),
-        ("[ $1 = --version ] || { echo 'In f:\nf: error: no' >&2; exit 1; }", "kernels.cpp: f: error: no"),
+        ("[ $1 = --version ] || { echo 'In f:\nf: error: no' >&2; exit 1; }", "the kernels: f: error: no"),
         ("[ $1 = --version ] || { for last; do :; done; echo rubbish > $last; }", "cannot be used"),
     ],
 )
@@ -119,13 +119,36 @@ def test_exponentials():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_is_there(dtype):
     x = torch.empty(1, dtype=dtype)
-    fused = dtype == torch.bfloat16 and "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    assert kernels.tiles() == ("amx_bf16" in Path("/proc/cpuinfo").read_text())
+    fused = dtype == torch.bfloat16 and kernels.tiles()
     for name in kernels.SIGNATURES:
         found = kernels.find(name, *[x] * (2 if name == "dropout" else 1))
         assert (found is not None) == (fused or not name.startswith("attention"))
     assert kernels.find("gelu_gradients", x.double()) is None and kernels.find("gelu_gradients", x.to("meta")) is None
     with FakeTensorMode() as fake:
         assert kernels.find("gelu_gradients", fake.from_tensor(x)) is None
+
+
+REFUSED = """
+import ctypes, torch
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+room = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
+from DeBERTa.model import kernels
+from DeBERTa.model.blocked_attention import BlockedAttention
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 2, 64, 32, dtype=torch.bfloat16)
+context = BlockedAttention.apply(q, k, v, None, None, torch.ones(1, 64, dtype=torch.bool), 0.0)
+right = torch.softmax(q.double() @ k.double().transpose(2, 3), -1) @ v.double()
+print(kernels.obstacle(), kernels.tiles(), float((context.transpose(1, 2) - right).norm() / right.norm()) < 0.01)
+"""
+
+
+def test_where_the_system_refuses_tiles():
+    """As Linux does where a stack for signals is too small for their contents: the other kernels do it."""
+    process = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["None", "False", "True"]
 
 
 def test_tensors_that_a_kernel_cannot_read_are_refused():
