@@ -435,6 +435,7 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                 if (sum.at) std::fill(sum.at, sum.at + table_part, 0.0f);
             for (int64_t b = group * SEQUENCES; b < std::min(batch, (group + 1) * SEQUENCES); b++) {
                 int64_t matrix = b * heads + head, start = matrix * length * size;
+                // The context's gradient, scaled as dropout does, and its products with the context.
                 for (int64_t i = 0; i < length; i++) {
                     int64_t row = ((b * length + i) * heads + head) * size;
                     float total = 0, *scaled = block.row(0);
@@ -447,6 +448,7 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                     round_all(scaled, outer.row(i), size);
                     inner[i] = total;
                 }
+                // Gradients of the scores, also transposed; and the probabilities that multiplied v, in pairs of rows.
                 Packed values_packed{vt.at, size, true}, rows_packed{rows.at, size, false};
                 pack_columns(v + start, length, size, values_packed);
                 for (int64_t i = 0; i < length; i += BLOCK) {
@@ -469,6 +471,7 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                     }
                     for (int64_t j = 0; j < length; j += BLOCK) put_transposed(block, mirrored.row(j) + MARGIN + i, width, j);
                 }
+                // Gradients of v; of q and k; of the tables.
                 transposed(outer.at, outer.width, length, size, turned);
                 for (int64_t d = 0; d < size; d += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
@@ -504,17 +507,19 @@ extern "C" __attribute__((visibility("default"))) int tiles_allowed() {
 
 EXPORT attention_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
                           const bfloat16* query_table, const bool* mask, bfloat16* kept, bfloat16* context, int64_t batch,
-                          int64_t heads, int64_t length, int64_t size, uint64_t seed, int64_t threshold, float scale, int threads) {
-    attention(q, k, v, key_table, query_table, mask, kept, context, batch, heads, length, size, seed, threshold, scale, threads);
+                          int64_t heads, int64_t length, int64_t size, uint64_t seed, int64_t threshold, float scale,
+                          int threads) {
+    attention(q, k, v, key_table, query_table, mask, kept, context, batch, heads, length, size, seed, threshold, scale,
+              threads);
 }
 
 EXPORT attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
                                     const bfloat16* query_table, const bfloat16* kept, const bfloat16* context,
-                                    const bfloat16* gradient, bfloat16* dq, bfloat16* dk, bfloat16* dv, bfloat16* dkey_table,
-                                    bfloat16* dquery_table, int64_t batch, int64_t heads, int64_t length, int64_t size, float scale,
-                                    int threads) {
-    attention_gradients(q, k, v, key_table, query_table, kept, context, gradient, dq, dk, dv, dkey_table, dquery_table, batch, heads,
-                        length, size, scale, threads);
+                                    const bfloat16* gradient, bfloat16* dq, bfloat16* dk, bfloat16* dv,
+                                    bfloat16* dkey_table, bfloat16* dquery_table, int64_t batch, int64_t heads,
+                                    int64_t length, int64_t size, float scale, int threads) {
+    attention_gradients(q, k, v, key_table, query_table, kept, context, gradient, dq, dk, dv, dkey_table, dquery_table,
+                        batch, heads, length, size, scale, threads);
 }
 
 #endif
