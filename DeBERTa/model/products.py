@@ -1,8 +1,8 @@
 """Matrix products of linear maps with the factors laid out as a CPU multiplies them fastest in bfloat16.
 
 There a product whose factors are both stored row by row takes about two thirds of the time that one takes which has to
-turn a factor around. A kernel of kernels.cpp does that first, in less time than is saved. Elsewhere these are the products
-of `F.linear`.
+turn a factor around. A kernel of kernels.cpp does that first, in less time than is saved. Elsewhere these are the
+products of `F.linear`.
 """
 
 import torch
