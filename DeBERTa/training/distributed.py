@@ -65,25 +65,33 @@ def process_group(timeout: int) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    try:
+    with told_of_lost_peers(timeout):
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         # One store serves every attempt at the run: each needs keys of its own.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
         yield
         barrier()  # nobody leaves while another one still writes
-    except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "gloo" in text):
-            raise
-        raise PeerLostError(_loss(text, timeout)) from error
     dist.destroy_process_group()
 
 
-def _loss(text: str, timeout: int) -> str:
-    if "imed out" in text or "imeout" in text:
-        return f"no answer from another process within --dist_timeout {timeout} s: it is stopped, too slow or cut off"
-    return "the connection to another process broke off"
+@contextmanager
+def told_of_lost_peers(timeout: int) -> Iterator[None]:
+    """What torch.distributed says when another process is lost becomes a `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        # Gloo's errors have no class of their own. They name its source file; the one of a collective that failed
+        # because another one, in flight beside it, timed out does not.
+        gloo = type(error) is RuntimeError and ("gloo" in text or "pair closure" in text)
+        if not gloo and not isinstance(error, dist.DistError):
+            raise
+        if "imed out" not in text and "imeout" not in text:
+            raise PeerLostError("the connection to another process broke off") from error
+        raise PeerLostError(
+            f"no answer from another process within --dist_timeout {timeout} s: it is stopped, too slow or cut off"
+        ) from error
 
 
 @contextmanager

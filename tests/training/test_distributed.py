@@ -1,12 +1,15 @@
 """N processes compute what one does on the same global batch: gradients, losses, weights, evaluation, checkpoints."""
 
 import functools
+import time
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +19,7 @@ from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.training import steps
-from DeBERTa.training.distributed import is_main, rank, total_sums
+from DeBERTa.training.distributed import PeerLostError, is_main, rank, told_of_lost_peers, total_sums
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.metrics import mean_losses
 from DeBERTa.training.parallel import load_whole_weights, reduced, whole
@@ -260,3 +263,22 @@ def test_evaluation_is_the_same_for_any_number_of_processes(prepared, tmp_path):
             assert many == pytest.approx(one, rel=1e-6)
             if "discriminator_auc" in one:
                 assert many["discriminator_auc"] == pytest.approx(one["discriminator_auc"], abs=1e-9)
+
+
+def wait_for_a_silent_peer() -> None:
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    dist.all_reduce(torch.ones(8), group=group)  # connects them
+    if rank() == 1:
+        time.sleep(8)  # longer than the other one waits
+        return
+    first = dist.all_reduce(torch.ones(8), group=group, async_op=True)
+    time.sleep(0.1)
+    second = dist.all_reduce(torch.ones(8), group=group, async_op=True)
+    for work in (second, first):
+        with pytest.raises(PeerLostError, match=r"no answer .* within --dist_timeout 3 s"), told_of_lost_peers(3):
+            work.wait()
+
+
+def test_every_collective_in_flight_tells_of_a_silent_peer(tmp_path):
+    """The one that times out, and those that gloo ends with it, whose message does not name gloo."""
+    run_ranks(2, tmp_path, wait_for_a_silent_peer)
