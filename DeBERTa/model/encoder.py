@@ -17,7 +17,7 @@ from DeBERTa.model import kernels
 from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
 from DeBERTa.model.backends import flash_lookup
 from DeBERTa.model.dropout import Dropout
-from DeBERTa.model.products import affine, affine_gradients, linear
+from DeBERTa.model.products import affine, affine_gradients, linear, tiled
 from DeBERTa.model.sharing import SharedTables, make_table
 
 ACTIVATION = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -105,19 +105,34 @@ class FeedForward(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if low else x.dtype
         ctx.activation, ctx.types = activation, (x.dtype, inner_weight.dtype)
         x = x.to(dtype)
+        weights = inner_weight, inner_bias, outer_weight
+        kernel = tiled("feed_forward", x, inner_weight) if activation is F.gelu else None
+        if kernel is not None:
+            ctx.save_for_backward(x, *weights, None)
+            (width, size), y = inner_weight.shape, x.new_empty(x.shape)
+            kernel(x.contiguous(), *weights, outer_bias, y, x.numel() // size, size, width)
+            return y
         hidden = affine(x, inner_weight, inner_bias)
-        ctx.save_for_backward(x, inner_weight, inner_bias, outer_weight, None if kind == "cpu" else hidden)
+        ctx.save_for_backward(x, *weights, None if kind == "cpu" else hidden)
         return affine(activation(hidden), outer_weight, outer_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, inner_weight, inner_bias, outer_weight, hidden = ctx.saved_tensors
-        dtype, (x_type, parameter_type) = x.dtype, ctx.types
+        x_type, parameter_type = ctx.types
+        grad = grad.to(x.dtype)
+        kernel = tiled("feed_forward_gradients", x, inner_weight) if ctx.activation is F.gelu else None
+        if kernel is not None:
+            (width, size), dx = inner_weight.shape, x.new_empty(x.shape)
+            gradients = [torch.empty_like(inner_weight), torch.empty_like(inner_bias)]
+            gradients += [torch.empty_like(outer_weight), inner_bias.new_empty(size)]
+            weights = inner_weight, inner_bias, grad.contiguous(), outer_weight
+            kernel(x.contiguous(), *weights, dx, *gradients, x.numel() // size, size, width)
+            return dx.to(x_type), *gradients, None
         if hidden is None:
             hidden = affine(x, inner_weight, inner_bias)
-        grad = grad.to(dtype)
-        dactivated = grad @ outer_weight.to(dtype)
+        dactivated = grad @ outer_weight.to(x.dtype)
         kernel = kernels.find("gelu_gradients", hidden) if ctx.activation is F.gelu else None
         if kernel is None:
             with torch.enable_grad():
@@ -128,8 +143,9 @@ class FeedForward(torch.autograd.Function):
             kernel(hidden, dactivated, hidden.numel())
             activated, dhidden = hidden, dactivated
         activated = activated.detach()
-        gradients = (*affine_gradients(dhidden, x), *affine_gradients(grad, activated))
-        return (dhidden @ inner_weight.to(dtype)).to(x_type), *(g.to(parameter_type) for g in gradients), None
+        dx, *inner = affine_gradients(dhidden, x, inner_weight)
+        _, *outer = affine_gradients(grad, activated, outer_weight, inputs=False)
+        return dx.to(x_type), *(gradient.to(parameter_type) for gradient in (*inner, *outer)), None
 
 
 class AddNorm(nn.Module):

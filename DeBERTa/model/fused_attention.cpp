@@ -7,7 +7,7 @@
 //
 // The second factor of a product has two of its rows in one, in pairs of numbers. Names: L length, D head size.
 
-#include "kernels.h"
+#include "tiles.h"
 
 #ifdef __AMX_BF16__
 
@@ -19,107 +19,11 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;   // rows and columns of a product: two by two tiles
-constexpr int64_t MARGIN = 32;  // elements on both sides of a row that shifted tiles reach
-constexpr int64_t APART = 16;   // elements between rows, so that these do not compete for the same lines of the cache
-constexpr int64_t PAIRED = 128;  // rows whose pairs are made at a time: they stay in the cache
+constexpr int64_t MARGIN = 32;    // elements on both sides of a row that shifted tiles reach
+constexpr int64_t APART = 16;     // elements between rows, so that these do not compete for the same lines of the cache
+constexpr int64_t PAIRED = 128;   // rows whose pairs are made at a time: they stay in the cache
 constexpr int64_t SEQUENCES = 4;  // whose gradients of tables one thread adds up
 constexpr int PERMISSION_FOR_TILES = 0x1023, TILES = 18;  // arch_prctl
-
-// GCC does not know that loading tiles reads memory: what was written before it has to be there.
-inline void finish_writing() { asm volatile("" ::: "memory"); }
-
-struct Tiles {
-    Tiles() {
-        struct alignas(64) {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {};
-        } shape;
-        std::fill(shape.row_bytes, shape.row_bytes + 8, 64);
-        std::fill(shape.rows, shape.rows + 8, 16);
-        finish_writing();
-        _tile_loadconfig(&shape);
-    }
-    ~Tiles() { _tile_release(); }
-};
-
-// Rows in memory, the next `row` bytes further on.
-template <class T>
-struct Rows {
-    T* at;
-    int64_t row;
-};
-
-typedef Rows<const bfloat16> Left;
-typedef Rows<float> Sums;
-
-// Tiles of pairs, in bytes: from row to row, from 32 rows of the factor to the next, to the tile 16 columns further on.
-struct Right {
-    const uint32_t* at;
-    int64_t row, step, beside;
-};
-
-// sums [32, 32] += left [32, 32 * steps] right [32 * steps, 32], where the sums are tiles 0 to 3.
-inline void add_product(Left left, Right right, int64_t steps) {
-    finish_writing();
-    const char* a = reinterpret_cast<const char*>(left.at);
-    const char* b = reinterpret_cast<const char*>(right.at);
-    for (int64_t step = 0; step < steps; step++, a += 64, b += right.step) {
-        _tile_loadd(4, a, left.row);
-        _tile_loadd(6, b, right.row);
-        _tile_loadd(7, b + right.beside, right.row);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + 16 * left.row, left.row);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
-inline void clear_sums() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-inline void load_sums(Sums sums) {
-    finish_writing();
-    const char *first = reinterpret_cast<const char*>(sums.at), *second = first + 16 * sums.row;
-    _tile_loadd(0, first, sums.row);
-    _tile_loadd(1, first + 64, sums.row);
-    _tile_loadd(2, second, sums.row);
-    _tile_loadd(3, second + 64, sums.row);
-}
-
-inline void store_sums(Sums sums) {
-    char *first = reinterpret_cast<char*>(sums.at), *second = first + 16 * sums.row;
-    _tile_stored(0, first, sums.row);
-    _tile_stored(1, first + 64, sums.row);
-    _tile_stored(2, second, sums.row);
-    _tile_stored(3, second + 64, sums.row);
-}
-
-inline void multiply(Sums sums, Left left, Right right, int64_t steps) {
-    clear_sums();
-    add_product(left, right, steps);
-    store_sums(sums);
-}
-
-// A matrix of the room that each thread keeps.
-template <class T>
-struct Matrix {
-    T* at;
-    int64_t width;  // elements from row to row
-
-    T* row(int64_t i) const { return at + i * width; }
-    // From element (i, j) on; `further` elements more from row to row.
-    template <class U>
-    Rows<U> from(int64_t i, int64_t j, int64_t further = 0) const {
-        return {row(i) + j, (width + further) * int64_t(sizeof(T))};
-    }
-};
 
 // Hands out memory piece by piece; without any, it only counts.
 struct Room {
@@ -189,42 +93,6 @@ inline Right pairs_from(Matrix<uint32_t> pairs, int64_t i, int64_t j, int64_t fu
 // Zero for what has a minus sign, but not for NaN.
 inline bfloat16 undropped(bfloat16 p) { return p.bits > 0x8000 && p.bits <= 0xff80 ? bfloat16{0} : p; }
 
-inline uint32_t pair(bfloat16 low, bfloat16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
-
-// [rows, D], or its transpose, as the second factor of a product: in pairs of rows, a tile's words one after the other.
-struct Packed {
-    uint32_t* at;
-    int64_t size;
-    bool by_columns;
-
-    // All of the factor from row `first` of [rows, D] on; else the columns from `d` on.
-    Right from(int64_t first, int64_t d = 0) const {
-        if (by_columns) return {at + first * size / 2, 64, 1024, size * 32};
-        return {at + first * size / 2 + d * 16, 64, size * 64, 1024};
-    }
-};
-
-// [rows, D] for a product over rows.
-void pack_rows(const bfloat16* x, int64_t rows, int64_t size, Packed to) {
-    for (int64_t i = 0; i < rows; i += 2)
-        for (int64_t d = 0; d < size; d += TILE) {
-            const bfloat16 *a = x + i * size + d, *b = a + size;
-            uint32_t* out = to.at + i / 32 * 16 * size + d * 16 + i % 32 / 2 * TILE;
-            for (int64_t n = 0; n < TILE; n++) out[n] = pair(a[n], b[n]);
-        }
-}
-
-// Its transpose [D, rows], for a product over D.
-void pack_columns(const bfloat16* x, int64_t rows, int64_t size, Packed to) {
-    for (int64_t i = 0; i < rows; i += TILE)
-        for (int64_t d = 0; d < size; d += 2 * TILE) {
-            Vector tile[TILE];  // of pairs, which are only moved
-            for (int64_t k = 0; k < TILE; k++) std::memcpy(&tile[k], x + (i + k) * size + d, sizeof(Vector));
-            transpose(tile);
-            std::memcpy(to.at + i * size / 2 + d / 2 * TILE, tile, sizeof(tile));
-        }
-}
-
 // [D, rows] of [rows, D]
 void transposed(const bfloat16* x, int64_t distance, int64_t rows, int64_t size, Matrix<bfloat16> to) {
     for (int64_t i = 0; i < rows; i += TILE)
@@ -234,17 +102,6 @@ void transposed(const bfloat16* x, int64_t distance, int64_t rows, int64_t size,
                 for (int64_t c = 0; c < TILE; c++) tile[k][c] = load(x[(i + k) * distance + d + c]);
             transpose(tile);
             for (int64_t k = 0; k < TILE; k++) round_all(&tile[k][0], to.row(d + k) + i, TILE);
-        }
-}
-
-// to[i][j] = from[j][i] for a block of 32 x 32 from (j, i) on
-void put_transposed(Matrix<float> from, bfloat16* to, int64_t distance, int64_t j) {
-    for (int64_t k = 0; k < BLOCK; k += TILE)
-        for (int64_t c = 0; c < BLOCK; c += TILE) {
-            Vector tile[TILE];
-            for (int64_t n = 0; n < TILE; n++) std::memcpy(&tile[n], from.row(k + n) + j + c, sizeof(Vector));
-            transpose(tile);
-            for (int64_t n = 0; n < TILE; n++) round_all(&tile[n][0], to + (c + n) * distance + k, TILE);
         }
 }
 
@@ -262,7 +119,7 @@ std::unique_ptr<uint32_t[]> pack_tables(const bfloat16* tables, int64_t heads, i
         if (by_columns)
             pack_columns(table.data(), rows + 1, size, to);
         else
-            pack_rows(table.data(), rows + 1, size, to);
+            pack_rows(table.data(), size, rows + 1, size, to);
     }
     return packed;
 }
@@ -287,7 +144,7 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
             Packed key_packed{key_table ? &key_tables[head * length * size] : nullptr, size, true};
             Packed query_packed{query_table ? &query_tables[head * length * size] : nullptr, size, true};
             pack_columns(keys, length, size, keys_packed);
-            pack_rows(v + task * length * size, length, size, values_packed);
+            pack_rows(v + task * length * size, size, length, size, values_packed);
             for (int64_t i = 0; i < length; i += BLOCK) {
                 Left here{queries + i * size, size * 2};
                 for (int64_t j = 0; j < length; j += BLOCK)
@@ -479,9 +336,9 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                 for (int64_t d = 0; d < size; d += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
                         put_transposed({sums.row(d), sums.width}, dv + start + j * size + d, size, j);
-                pack_rows(k + start, length, size, rows_packed);
+                pack_rows(k + start, size, length, size, rows_packed);
                 one_side(gradients, rows_packed, key_packed, length, size, block, dq + start);
-                pack_rows(q + start, length, size, rows_packed);
+                pack_rows(q + start, size, length, size, rows_packed);
                 one_side(mirrored, rows_packed, query_packed, length, size, block, dk + start);
                 if (key_table) {
                     transposed(q + start, size, length, size, turned);

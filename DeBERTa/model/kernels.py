@@ -7,8 +7,10 @@ there is no such compiler, and for other types. Both draw the same dropout masks
 In kernels.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same
 backwards; `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
 `chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place;
-`transposed`: a matrix in bfloat16, and the sums of its columns. In fused_attention.cpp, for bfloat16 on processors with
-AMX: `attention` and `attention_gradients`: all of it.
+`transposed`: a matrix in bfloat16, and the sums of its columns.
+
+For bfloat16 on processors with AMX, in fused_attention.cpp: `attention` and `attention_gradients`: all of it; in
+linear_maps.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`: all of them, too.
 """
 
 import contextlib
@@ -29,7 +31,8 @@ from torch import nn
 from DeBERTa.data.files import cache_dir, file_sha256, sync
 
 FOLDER = Path(__file__).parent
-HEADER, SOURCES = FOLDER / "kernels.h", [FOLDER / "kernels.cpp", FOLDER / "fused_attention.cpp"]
+HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
+SOURCES = [FOLDER / name for name in ("kernels.cpp", "fused_attention.cpp", "linear_maps.cpp")]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
@@ -47,7 +50,13 @@ SIGNATURES = {
     "transposed": [0, torch.bfloat16, torch.float32, COUNT, COUNT],
     "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
     "attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
+    "affine": [0, 1, 1, 0, COUNT, COUNT, COUNT],
+    "affine_gradients": [0, 0, 1, 0, 1, 1, COUNT, COUNT, COUNT],
+    "feed_forward": [0, 1, 1, 1, 1, 0, COUNT, COUNT, COUNT],
+    "feed_forward_gradients": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, COUNT, COUNT, COUNT],
 }
+# Those of fused_attention.cpp and linear_maps.cpp.
+FOR_TILES = {"attention", "attention_gradients", "affine", "affine_gradients", "feed_forward", "feed_forward_gradients"}
 
 
 def find(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
@@ -77,7 +86,7 @@ def tiles() -> bool:
 def _find(name: str, types: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
     symbol = "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in types)])
     function = getattr(_library()[0], symbol, None)
-    if function is None or (name.startswith("attention") and not tiles()):
+    if function is None or (name in FOR_TILES and not tiles()):
         return None
     expected = [types[kind] if isinstance(kind, int) else kind for kind in SIGNATURES[name]]
     function.argtypes = [ctypes.c_void_p if isinstance(kind, torch.dtype) else kind for kind in expected]
@@ -121,7 +130,7 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
 
     Its file's name holds the file's own SHA-256, too: to load one that was cut short would end the process.
     """
-    parts = (*(path.read_text() for path in (HEADER, *SOURCES)), version, *FLAGS, torch.__version__, _processor())
+    parts = (*(path.read_text() for path in (*HEADERS, *SOURCES)), version, *FLAGS, torch.__version__, _processor())
     name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
     cache = _writable(cache_dir() / "kernels")
     for library in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):

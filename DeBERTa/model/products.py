@@ -1,9 +1,12 @@
-"""Matrix products of linear maps with the factors laid out as a CPU multiplies them fastest in bfloat16.
+"""Linear maps and their gradients, in bfloat16 on a CPU by products that are laid out for it.
 
-There a product whose factors are both stored row by row takes about two thirds of the time that one takes which has to
-turn a factor around. A kernel of kernels.cpp does that first, in less time than is saved. Elsewhere these are the
-products of `F.linear`.
+On processors with AMX a kernel of linear_maps.cpp rounds and packs a weight, multiplies, and does what follows in the
+cache. On others a product whose factors are both stored row by row takes about two thirds of the time that one takes
+which has to turn a factor around; a kernel of kernels.cpp does that first, in less time than is saved. Elsewhere these
+are the products of `F.linear`.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -26,18 +29,47 @@ def transposed(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = 
     return out
 
 
+def tiled(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., None] | None:
+    """A kernel of linear_maps.cpp for `x` and `weight` [N, K], if there is one."""
+    return None if any(size % 32 for size in weight.shape) else kernels.find(name, x, weight)
+
+
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x weight^T + bias` [..., N] of `x` [..., K] and `weight` [N, K], in the type of `x`."""
-    columns = transposed(weight, x.dtype)
-    return torch.addmm(bias.to(x.dtype), x.flatten(0, -2), columns).unflatten(0, x.shape[:-1])
+    kernel = tiled("affine", x, weight)
+    if kernel is None:
+        return torch.addmm(bias.to(x.dtype), x.flatten(0, -2), transposed(weight, x.dtype)).unflatten(0, x.shape[:-1])
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    kernel(x.contiguous(), weight, bias, y, y.numel() // len(weight), x.size(-1), len(weight))
+    return y
 
 
-def affine_gradients(grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of weight [N, K] and bias [N], summed over all rows of `grad` [..., N] and `x` [..., K], of one type;
-    the bias's in float32, or in float64 for that."""
+def affine_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inputs: bool = True,
+    bias: bool = True,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `x` [..., K], if `inputs`, of `weight` [N, K] and, if `bias`, of that [N], from `grad` [..., N] of
+    `affine`.
+
+    Those of the parameters are summed over all rows, in float32 at least; the weight's in `out`, if given.
+    """
+    (columns, depth), shape = weight.shape, x.shape
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    dbias = grad.new_empty(grad.size(1), dtype=torch.promote_types(grad.dtype, torch.float32))
-    return transposed(grad, grad.dtype, dbias) @ x, dbias
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    dbias = grad.new_empty(columns, dtype=dtype) if bias else None
+    kernel = tiled("affine_gradients", grad, weight)
+    if kernel is None:
+        dx = (grad @ weight.to(grad.dtype)).view(shape) if inputs else None
+        product = transposed(grad, grad.dtype, dbias) @ x
+        return dx, product.to(dtype) if out is None else out.copy_(product), dbias
+    dx = x.new_empty(shape) if inputs else None
+    dweight = grad.new_empty(columns, depth, dtype=dtype) if out is None else out
+    kernel(grad.contiguous(), x.contiguous(), weight, dx, dweight, dbias, len(x), depth, columns)
+    return dx, dweight, dbias
 
 
 def linear(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
@@ -65,7 +97,6 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        dx = (grad @ weight.to(grad.dtype)).to(ctx.type) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:3]):
-            return dx, None, None, None
-        return dx, *(g.to(weight.dtype) for g in affine_gradients(grad, x)), None
+        dx, *parameters = affine_gradients(grad, x, weight, inputs=ctx.needs_input_grad[0])
+        dx = dx.to(ctx.type) if dx is not None else None
+        return dx, *(gradient.to(weight.dtype) for gradient in parameters), None

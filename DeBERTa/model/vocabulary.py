@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from DeBERTa.model import kernels
-from DeBERTa.model.products import transposed
+from DeBERTa.model.products import affine, affine_gradients
 
 CHUNK = 8192  # words: a chunk of some hundred rows stays in the cache, and the products are large enough to be fast
 GROUP = 32  # words
@@ -55,7 +55,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         largest, sums = [], []
         target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
         for first in range(0, len(table_VE), chunk):
-            logits_MC, _ = _logits(x_ME, table_VE, bias_V, first, chunk)
+            words = slice(first, first + chunk)
+            logits_MC = affine(x_ME, table_VE[words], bias_V[words])
             column, here = _columns(targets_M - first, logits_MC.size(1))
             target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
             largest_M, sums_MS = _chunk_sums(logits_MC, chunk // GROUP)
@@ -87,10 +88,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtable, dbias = torch.empty_like(table_VE), torch.empty_like(bias_V)
         for first in range(0, len(table_VE), ctx.chunk):
             words = slice(first, first + ctx.chunk)
-            logits_MC, table_EC = _logits(x_ME, table_VE, bias_V, first, ctx.chunk)
+            logits_MC = affine(x_ME, table_VE[words], bias_V[words])
             dlogits_MC, dbias[words] = _chunk_gradients(logits_MC, shift_M, size_M, targets_M - first, sign_M)
-            dx_ME += dlogits_MC @ table_EC.t()
-            dtable[words] = transposed(dlogits_MC, dlogits_MC.dtype) @ signed_x_ME
+            part_ME, *_ = affine_gradients(dlogits_MC, signed_x_ME, table_VE[words], bias=False, out=dtable[words])
+            dx_ME += part_ME
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
 
@@ -124,15 +125,6 @@ def _chunk_gradients(
     column_M1, here_M = _columns(column_M, words)
     dlogits_MC.scatter_add_(1, column_M1, torch.where(here_M, -size_M, 0.0)[:, None])
     return dlogits_MC.to(logits_MC.dtype), sign_M @ dlogits_MC
-
-
-def _logits(
-    x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, first: int, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [M, C] of the chunk from word `first` on, and its part of the table, [E, C], in the type of `x_ME`."""
-    words = slice(first, first + chunk)
-    table_EC = transposed(table_VE[words], x_ME.dtype)
-    return torch.addmm(bias_V[words].to(x_ME.dtype), x_ME, table_EC), table_EC
 
 
 def _columns(column_M: torch.Tensor, words: int) -> tuple[torch.Tensor, torch.Tensor]:

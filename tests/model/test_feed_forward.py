@@ -10,14 +10,17 @@ from DeBERTa.model.encoder import ACTIVATION, FeedForward
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("name", ACTIVATION)
-def test_value_and_gradients(name, low):
+@pytest.mark.parametrize(
+    ("name", "rows", "size", "inner"),
+    [*((name, 7, 16, 40) for name in ACTIVATION), ("gelu", 30, 64, 288), ("gelu", 32, 32, 64)],
+)
+def test_value_and_gradients(name, rows, size, inner, low):
     """float32 to 1e-5; under autocast to the rounding of bfloat16, with gradients in the parameters' type."""
     torch.manual_seed(0)
-    inputs = [torch.randn(shape) for shape in ((3, 7, 16), (40, 16), (40,), (16, 40), (16,))]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
+    shapes = ((3, rows, size), (inner, size), (inner,), (size, inner), (size,))
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
     x, w, b, v, c = inputs
-    weights = torch.randn(3, 7, 16)
+    weights = torch.randn(3, rows, size)
     expected = F.linear(ACTIVATION[name](F.linear(x, w, b)), v, c)
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         actual = FeedForward.apply(x, w, b, v, c, ACTIVATION[name])

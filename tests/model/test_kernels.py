@@ -14,6 +14,7 @@ from DeBERTa.model import kernels
 from DeBERTa.model.blocked_attention import BlockedAttention
 from DeBERTa.model.dropout import Dropout, draw_seed, keep_mask
 from DeBERTa.model.encoder import FeedForward
+from DeBERTa.model.products import linear_map
 from DeBERTa.model.vocabulary import vocabulary_loss
 
 DROPOUT = """
@@ -121,9 +122,9 @@ def test_every_kernel_is_there(dtype):
     x = torch.empty(1, dtype=dtype)
     assert kernels.tiles() == ("amx_bf16" in Path("/proc/cpuinfo").read_text())
     fused = dtype == torch.bfloat16 and kernels.tiles()
-    for name in kernels.SIGNATURES:
-        found = kernels.find(name, *[x] * (2 if name == "dropout" else 1))
-        assert (found is not None) == (fused or not name.startswith("attention"))
+    for name, arguments in kernels.SIGNATURES.items():
+        types = [x, x if name == "dropout" else x.float()][: 1 + (1 in arguments)]
+        assert (kernels.find(name, *types) is not None) == (fused or name not in kernels.FOR_TILES)
     assert kernels.find("gelu_gradients", x.double()) is None and kernels.find("gelu_gradients", x.to("meta")) is None
     with FakeTensorMode() as fake:
         assert kernels.find("gelu_gradients", fake.from_tensor(x)) is None
@@ -137,11 +138,14 @@ room = ctypes.create_string_buffer(8192)
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
 from DeBERTa.model import kernels
 from DeBERTa.model.blocked_attention import BlockedAttention
+from DeBERTa.model.products import affine
 torch.manual_seed(0)
 q, k, v = torch.randn(3, 1, 2, 64, 32, dtype=torch.bfloat16)
 context = BlockedAttention.apply(q, k, v, None, None, torch.ones(1, 64, dtype=torch.bool), 0.0)
 right = torch.softmax(q.double() @ k.double().transpose(2, 3), -1) @ v.double()
-print(kernels.obstacle(), kernels.tiles(), float((context.transpose(1, 2) - right).norm() / right.norm()) < 0.01)
+y = affine(q, torch.eye(32), torch.zeros(32))
+good = float((context.transpose(1, 2) - right).norm() / right.norm()) < 0.01 and torch.equal(y, q)
+print(kernels.obstacle(), kernels.tiles(), good)
 """
 
 
@@ -173,6 +177,20 @@ def feed_forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
     return FeedForward.apply(*inputs, torch.nn.functional.gelu), inputs
 
 
+def feed_forward_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(2)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 64), (288, 64), (288,), (64, 288), (64,))]
+    with torch.autocast("cpu", torch.bfloat16):
+        return FeedForward.apply(*inputs, torch.nn.functional.gelu), inputs
+
+
+def linear_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(5)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 64), (288, 64), (288,))]
+    with torch.autocast("cpu", torch.bfloat16):
+        return linear_map(*inputs), inputs
+
+
 def vocabulary() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(3)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((30, 16), (3000, 16), (3000,))]
@@ -185,7 +203,10 @@ def dropout() -> tuple[torch.Tensor, list[torch.Tensor]]:
     return Dropout(0.2).add(residual, x), [x, residual]
 
 
-@pytest.mark.parametrize("function", [attention, feed_forward, vocabulary, dropout])
+FUNCTIONS = [attention, feed_forward, feed_forward_in_bfloat16, linear_in_bfloat16, vocabulary, dropout]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_same_bits_with_any_number_of_threads(function):
     results = []
     threads = torch.get_num_threads()
@@ -198,7 +219,7 @@ def test_the_same_bits_with_any_number_of_threads(function):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("function", [attention, feed_forward, vocabulary, dropout])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_derivatives_are_refused(function):
     """They would be wrong: the first ones are written by kernels that autograd does not see."""
     out, inputs = function()

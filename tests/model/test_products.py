@@ -1,10 +1,13 @@
 """Linear maps in bfloat16 against the same in float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model.products import affine_gradients, linear_map, transposed
+from DeBERTa.model import kernels
+from DeBERTa.model.products import affine, affine_gradients, linear_map, transposed
 
 SHAPES = [(1, 1), (16, 16), (31, 47), (33, 16), (64, 96), (300, 50)]
 
@@ -52,8 +55,55 @@ def test_affine_gradients(shape, dtype, way):
     torch.manual_seed(3)
     rows, columns = shape
     grad, x = torch.randn(2, rows, columns).to(dtype), torch.randn(2, rows, 16).to(dtype)
-    dweight, dbias = affine_gradients(grad, x)
-    assert dweight.dtype == dtype and dbias.dtype == torch.promote_types(dtype, torch.float32)
+    weight = torch.randn(columns, 16, dtype=torch.promote_types(dtype, torch.float32))
+    dx, dweight, dbias = affine_gradients(grad, x, weight)
+    assert dx.dtype == dtype and dweight.dtype == dbias.dtype == weight.dtype
+    close = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5, "atol": 2**-4 if dtype == torch.bfloat16 else 1e-4}
+    torch.testing.assert_close(dx.double(), grad.double() @ weight.to(dtype).double(), **close)
     exact = torch.einsum("bmn,bmk->nk", grad.double(), x.double())
-    torch.testing.assert_close(dweight.double(), exact, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    torch.testing.assert_close(dweight.double(), exact, rtol=close["rtol"], atol=1e-4)
     torch.testing.assert_close(dbias.double(), grad.double().sum((0, 1)), rtol=1e-5, atol=1e-4)
+    out = torch.zeros_like(weight)
+    none, same, nothing = affine_gradients(grad, x, weight, inputs=False, bias=False, out=out)
+    assert none is None and nothing is None and same is out and torch.equal(out, dweight)
+
+
+@pytest.fixture
+def tiles() -> None:
+    if not kernels.tiles():
+        assert "amx_bf16" not in Path("/proc/cpuinfo").read_text()
+        pytest.skip("this processor has no AMX")
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("columns", [32, 96, 288])
+@pytest.mark.parametrize("depth", [32, 64, 1056])
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 64, 65, 200])
+def test_products_of_tiles(rows, depth, columns):
+    """Of numbers rounded to bfloat16, as exact as float32 and rounded once; what lies around them is not read."""
+    torch.manual_seed(4)
+    x, grad = (torch.full((rows + 70, size), float("nan"), dtype=torch.bfloat16) for size in (depth, columns))
+    x, grad = x[1 : rows + 1].normal_(), grad[1 : rows + 1].normal_()
+    weight, bias = torch.randn(columns, depth), torch.randn(columns)
+    y = affine(x, weight, bias)
+    dx, dweight, dbias = affine_gradients(grad, x, weight)
+    rounded = weight.bfloat16().double()
+    for actual, exact, terms in (
+        (y, x.double() @ rounded.t() + bias.double(), depth),
+        (dx, grad.double() @ rounded, columns),
+        (dweight, grad.double().t() @ x.double(), rows),
+        (dbias, grad.double().sum(0), rows),
+    ):
+        last_place = 2.0**-8 if actual.dtype == torch.bfloat16 else 2.0**-22
+        torch.testing.assert_close(actual.double(), exact, rtol=last_place, atol=1e-5 * max(terms, 1) ** 0.5)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_infinite_and_missing_numbers_stay_where_they_are():
+    x, weight = torch.ones(64, 32, dtype=torch.bfloat16), torch.ones(64, 32)
+    x[3, 5], x[40, 0] = float("nan"), float("inf")
+    y = affine(x, weight, torch.zeros(64))
+    assert y[3].isnan().all() and y[40].isposinf().all() and y.isfinite().all(1).sum() == 62
+    _, dweight, dbias = affine_gradients(torch.ones(64, 64, dtype=torch.bfloat16), x, weight)
+    assert dweight[:, 5].isnan().all() and dweight[:, 0].isposinf().all() and dweight.isfinite().all(0).sum() == 30
+    assert dbias.eq(64).all()

@@ -1,0 +1,270 @@
+// Linear maps and the feed-forward, and their gradients, in bfloat16 on processors with AMX. Weights come in float32 and are
+// rounded while they are laid out for the product; what follows a product is done while the tiles compute the next.
+//
+// Names: x [M, K], weight [N, K], y [M, N]. K and N are multiples of 32. Functions "of all threads" are called by each thread
+// of a parallel region, and share their work among them.
+
+#include "tiles.h"
+
+#ifdef __AMX_BF16__
+
+#include <memory>
+
+namespace {
+
+constexpr int64_t ROWS = 64, COLUMNS = 256;  // of a product, by one thread at a time
+constexpr int64_t APART = 32;  // elements between rows, so that these do not compete for the same lines of the cache
+
+// The second factor [depth, columns] of a product, cut into panels of 32 columns.
+struct Factor {
+    int64_t depth, columns;
+    bool by_columns = false;
+    std::unique_ptr<uint32_t[]> words{new uint32_t[columns * depth / 2]};
+
+    Factor(int64_t depth, int64_t columns) : depth((depth + 31) / 32 * 32), columns(columns) {}
+
+    // Of columns from j, from row `i` on.
+    Packed panel(int64_t j, int64_t i = 0) const {
+        return {&words[(j * depth + i * BLOCK) / 2], by_columns ? depth : BLOCK, by_columns};
+    }
+
+    // Of all threads: the transpose of x [columns, depth].
+    template <class T>
+    void take_columns(const T* x) {
+        by_columns = true;
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < columns; j += BLOCK) pack_columns(x + j * depth, BLOCK, depth, panel(j));
+    }
+
+    // Of all threads: x [rows, columns], zeros after it.
+    template <class T>
+    void take_rows(const T* x, int64_t rows) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i += BLOCK)
+            for (int64_t j = 0; j < columns; j += BLOCK)
+                pack_rows(x + i * columns + j, columns, std::min(BLOCK, rows - i), BLOCK, panel(j, i));
+    }
+};
+
+// The first factor [rows, depth] of a product, in blocks of 32 rows, with zeros after it.
+struct Blocks {
+    const bfloat16* x;
+    int64_t rows, distance;  // elements from row to row
+    std::vector<bfloat16> last;
+
+    Blocks(const bfloat16* x, int64_t rows, int64_t distance) : x(x), rows(rows), distance(distance) {
+        if (rows % BLOCK == 0) return;
+        last.resize(BLOCK * distance);
+        std::copy(x + rows / BLOCK * BLOCK * distance, x + rows * distance, last.begin());
+    }
+
+    Left from(int64_t i) const { return {i + BLOCK <= rows ? x + i * distance : last.data(), distance * 2}; }
+};
+
+// A matrix [rows, columns] in bfloat16 between two products.
+struct Between {
+    int64_t distance;
+    std::unique_ptr<bfloat16[]> numbers;
+
+    Between(int64_t rows, int64_t columns) : distance(columns + APART), numbers(new bfloat16[rows * distance]) {}
+    bfloat16* row(int64_t i) const { return &numbers[i * distance]; }
+};
+
+// 32 x 32 numbers
+struct alignas(64) Block {
+    float at[BLOCK * BLOCK];
+
+    float* row(int64_t n) { return at + n * BLOCK; }
+};
+
+// Of all threads: N products of the same size, block by block. `finish(i, j, n, sums)` takes row n of each one's block from
+// (i, j) on, also where that is past the last row; that is done while the tiles compute the next block.
+template <int64_t N, class F>
+void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F finish) {
+    Block blocks[2][N];
+    int64_t count = 0, done_i = 0, done_j = 0, steps = 0;
+    for (const Factor* factor : right) steps += factor->depth / 32;
+    const int64_t together = BLOCK / std::max(steps, int64_t(1)) + 1;
+#pragma omp for schedule(dynamic) collapse(2) nowait
+    for (int64_t i = 0; i < left[0].rows; i += ROWS)
+        for (int64_t first = 0; first < right[0]->columns; first += COLUMNS)
+            for (int64_t j = first; j < std::min(first + COLUMNS, right[0]->columns); j += BLOCK)
+                for (int64_t k = i; k < std::min(i + ROWS, left[0].rows); k += BLOCK) {
+                    Block* done = blocks[count % 2];
+                    int64_t n = count ? 0 : BLOCK;
+                    auto go_on = [&] {
+                        for (int64_t end = std::min(n + together, BLOCK); n < end; n++) finish(done_i, done_j, n, done);
+                    };
+                    for (int64_t m = 0; m < N; m++) {
+                        clear_sums();
+                        add_product(left[m].from(k), right[m]->panel(j).from(0), right[m]->depth / 32, go_on);
+                        store_sums({blocks[(count + 1) % 2][m].at, BLOCK * 4});
+                    }
+                    while (n < BLOCK) go_on();
+                    finish_writing();
+                    count++, done_i = k, done_j = j;
+                }
+    for (int64_t n = 0; n < BLOCK && count; n++) finish(done_i, done_j, n, blocks[count % 2]);
+#pragma omp barrier
+}
+
+// 32 numbers, which fill a line of the cache. The line beside it, which comes next, is fetched.
+inline void put(const float* sums, bfloat16* to) {
+    _mm512_storeu_si512(to, __m512i(_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + TILE), _mm512_load_ps(sums))));
+    __builtin_prefetch(to + BLOCK, 1);
+}
+
+// 32 numbers of two rows, as `pack_rows` places them.
+inline void pack_pair(const float* low, const float* high, uint32_t* to) {
+    for (int64_t half = 0; half < 2; half++)
+        _mm512_storeu_si512(to + half * TILE * TILE, pairs(rounded(low + half * TILE), rounded(high + half * TILE)));
+}
+
+// Of all threads: the transpose of x [rows, columns], zeros after it.
+void turn(const bfloat16* x, int64_t rows, int64_t columns, int64_t depth, const Between& to) {
+    const bfloat16 zeros[BLOCK] = {};
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < columns; j += BLOCK)
+        for (int64_t i = 0; i < depth; i += BLOCK) {
+            Vector tiles[2][TILE];
+            for (int64_t n = 0; n < TILE; n++) {
+                const bfloat16* row = x + (i + 2 * n) * columns + j;
+                const bfloat16 *low = i + 2 * n < rows ? row : zeros, *high = i + 2 * n + 1 < rows ? row + columns : zeros;
+                __builtin_prefetch(row + BLOCK * columns);
+                __builtin_prefetch(row + (BLOCK + 1) * columns);
+                for (int64_t half = 0; half < 2; half++)
+                    tiles[half][n] = Vector(pairs(rounded(low + half * TILE), rounded(high + half * TILE)));
+            }
+            for (int64_t half = 0; half < 2; half++) {
+                transpose(tiles[half]);
+                for (int64_t c = 0; c < TILE; c++)
+                    std::memcpy(to.row(j + half * TILE + c) + i, &tiles[half][c], sizeof(Vector));
+            }
+        }
+}
+
+// Of all threads, which may go on: sums of the rows of x [rows, columns].
+void sum_rows(const Between& x, int64_t rows, int64_t columns, float* sums) {
+    const __m512bh ones = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1), _mm512_set1_ps(1));
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < rows; i++) {
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t j = 0; j < columns; j += 2 * TILE)
+            total = _mm512_dpbf16_ps(total, __m512bh(_mm512_loadu_si512(x.row(i) + j)), ones);
+        sums[i] = _mm512_reduce_add_ps(total);
+    }
+}
+
+// Of all threads: y = x weight^T + bias, or GELU of that. The factor takes the weight.
+template <bool GELU>
+void affine(const bfloat16* x, const float* weight, const float* bias, Factor& factor, bfloat16* y, int64_t rows) {
+    int64_t columns = factor.columns;
+    factor.take_columns(weight);
+    multiply_all<1>({{x, rows, factor.depth}}, {&factor}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
+        if (i + n >= rows) return;
+        float* sums = done->row(n);
+        for (int64_t c = 0; c < BLOCK; c++) sums[c] += bias[j + c];
+        if (GELU)
+            for (int64_t c = 0; c < BLOCK; c++) {
+                float below, density;
+                normal(sums[c], below, density);
+                sums[c] *= below;
+            }
+        put(sums, y + (i + n) * columns + j);
+    });
+}
+
+// Of all threads: the gradient of x, from that of y, rows `distance` elements apart. The factor takes the weight.
+void affine_inputs(const bfloat16* gradient, int64_t distance, const float* weight, Factor& factor, bfloat16* dx,
+                   int64_t rows) {
+    int64_t columns = factor.columns;
+    factor.take_rows(weight, factor.depth);
+    multiply_all<1>({{gradient, rows, distance}}, {&factor}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
+        if (i + n < rows) put(done->row(n), dx + (i + n) * columns + j);
+    });
+}
+
+// Of all threads: the gradients of weight and bias, if wanted, from y's, transposed, and x.
+void affine_weights(const Between& gradient, const Factor& x, float* dweight, float* dbias, int64_t rows) {
+    int64_t columns = x.columns;
+    if (dbias) sum_rows(gradient, rows, x.depth, dbias);
+    multiply_all<1>({{gradient.row(0), rows, gradient.distance}}, {&x}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
+        std::copy_n(done->row(n), BLOCK, dweight + (i + n) * columns + j);
+    });
+}
+
+}  // namespace
+
+EXPORT affine_bfloat16_float32(const bfloat16* x, const float* weight, const float* bias, bfloat16* y, int64_t rows,
+                               int64_t depth, int64_t columns, int threads) {
+    Factor factor(depth, columns);
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        affine<false>(x, weight, bias, factor, y, rows);
+    }
+}
+
+// `dx` and `dbias` may be null.
+EXPORT affine_gradients_bfloat16_float32(const bfloat16* gradient, const bfloat16* x, const float* weight, bfloat16* dx,
+                                         float* dweight, float* dbias, int64_t rows, int64_t depth, int64_t columns,
+                                         int threads) {
+    Factor weights(columns, depth), inputs(rows, depth);
+    Between turned(columns, inputs.depth);
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        if (dx) affine_inputs(gradient, columns, weight, weights, dx, rows);
+        turn(gradient, rows, columns, inputs.depth, turned);
+        inputs.take_rows(x, rows);
+        affine_weights(turned, inputs, dweight, dbias, columns);
+    }
+}
+
+// outer(GELU(inner(x))) for two linear maps.
+EXPORT feed_forward_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias, const float* outer,
+                                     const float* outer_bias, bfloat16* y, int64_t rows, int64_t depth, int64_t columns,
+                                     int threads) {
+    Factor first(depth, columns), second(columns, depth);
+    std::unique_ptr<bfloat16[]> activated(new bfloat16[rows * columns]);
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        affine<true>(x, inner, inner_bias, first, activated.get(), rows);
+        affine<false>(activated.get(), outer, outer_bias, second, y, rows);
+    }
+}
+
+EXPORT feed_forward_gradients_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias,
+                                               const bfloat16* gradient, const float* outer, bfloat16* dx, float* dinner,
+                                               float* dinner_bias, float* douter, float* douter_bias, int64_t rows,
+                                               int64_t depth, int64_t columns, int threads) {
+    Factor forth(depth, columns), back(depth, columns), down(columns, depth), inputs(rows, depth), activated(rows, columns);
+    Between dhidden(inputs.depth, columns), turned_dhidden(columns, inputs.depth), turned(depth, inputs.depth);
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        forth.take_columns(inner);
+        back.take_rows(outer, depth);
+        multiply_all<2>(
+            {{x, rows, depth}, {gradient, rows, depth}}, {&forth, &back}, [&](int64_t i, int64_t j, int64_t n, Block* done) {
+                float *hidden = done[0].row(n), *slope = done[1].row(n);
+                for (int64_t c = 0; c < BLOCK; c++) {
+                    float value = hidden[c] + inner_bias[j + c], below, density;
+                    normal(value, below, density);
+                    hidden[c] = value * below;
+                    slope[c] *= below + value * density;
+                }
+                put(slope, dhidden.row(i + n) + j);
+                if (n % 2) pack_pair(done[0].row(n - 1), hidden, activated.panel(j, i).at + n / 2 * TILE);
+                if (n == BLOCK - 1) put_transposed({done[1].at, BLOCK}, turned_dhidden.row(j) + i, turned_dhidden.distance, 0);
+            });
+        affine_inputs(dhidden.row(0), dhidden.distance, inner, down, dx, rows);
+        inputs.take_rows(x, rows);
+        affine_weights(turned_dhidden, inputs, dinner, dinner_bias, columns);
+        turn(gradient, rows, depth, inputs.depth, turned);
+        affine_weights(turned, activated, douter, douter_bias, depth);
+    }
+}
+
+#endif

@@ -1,0 +1,183 @@
+// Tiles of matrices in the processor's registers (AMX), for products in bfloat16.
+//
+// A tile holds 16 rows of 64 bytes, with any distance between the rows in memory. The second factor of a product has two of
+// its rows in one, in pairs of numbers.
+
+#pragma once
+
+#include "kernels.h"
+
+#ifdef __AMX_BF16__
+
+#include <immintrin.h>
+
+namespace {
+
+constexpr int64_t BLOCK = 32;   // rows and columns of a product: two by two tiles
+
+// GCC does not know that loading tiles reads memory: what was written before it has to be there.
+inline void finish_writing() { asm volatile("" ::: "memory"); }
+
+struct Tiles {
+    Tiles() {
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shape;
+        std::fill(shape.row_bytes, shape.row_bytes + 8, 64);
+        std::fill(shape.rows, shape.rows + 8, 16);
+        finish_writing();
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { _tile_release(); }
+};
+
+// Rows in memory, the next `row` bytes further on.
+template <class T>
+struct Rows {
+    T* at;
+    int64_t row;
+};
+
+typedef Rows<const bfloat16> Left;
+typedef Rows<float> Sums;
+
+// Tiles of pairs, in bytes: from row to row, from 32 rows of the factor to the next, to the tile 16 columns further on.
+struct Right {
+    const uint32_t* at;
+    int64_t row, step, beside;
+};
+
+// sums [32, 32] += left [32, 32 * steps] right [32 * steps, 32], where the sums are tiles 0 to 3. After each step `beside`
+// has its turn: what it computes costs little, as the tiles are slower.
+template <class F>
+inline void add_product(Left left, Right right, int64_t steps, F beside) {
+    finish_writing();
+    const char* a = reinterpret_cast<const char*>(left.at);
+    const char* b = reinterpret_cast<const char*>(right.at);
+    for (int64_t step = 0; step < steps; step++, a += 64, b += right.step) {
+        _tile_loadd(4, a, left.row);
+        _tile_loadd(6, b, right.row);
+        _tile_loadd(7, b + right.beside, right.row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 16 * left.row, left.row);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        beside();
+    }
+}
+
+inline void add_product(Left left, Right right, int64_t steps) {
+    add_product(left, right, steps, [] {});
+}
+
+inline void clear_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+inline void load_sums(Sums sums) {
+    finish_writing();
+    const char *first = reinterpret_cast<const char*>(sums.at), *second = first + 16 * sums.row;
+    _tile_loadd(0, first, sums.row);
+    _tile_loadd(1, first + 64, sums.row);
+    _tile_loadd(2, second, sums.row);
+    _tile_loadd(3, second + 64, sums.row);
+}
+
+inline void store_sums(Sums sums) {
+    char *first = reinterpret_cast<char*>(sums.at), *second = first + 16 * sums.row;
+    _tile_stored(0, first, sums.row);
+    _tile_stored(1, first + 64, sums.row);
+    _tile_stored(2, second, sums.row);
+    _tile_stored(3, second + 64, sums.row);
+}
+
+inline void multiply(Sums sums, Left left, Right right, int64_t steps) {
+    clear_sums();
+    add_product(left, right, steps);
+    store_sums(sums);
+}
+
+// A matrix in memory.
+template <class T>
+struct Matrix {
+    T* at;
+    int64_t width;  // elements from row to row
+
+    T* row(int64_t i) const { return at + i * width; }
+    // From element (i, j) on; `further` elements more from row to row.
+    template <class U>
+    Rows<U> from(int64_t i, int64_t j, int64_t further = 0) const {
+        return {row(i) + j, (width + further) * int64_t(sizeof(T))};
+    }
+};
+
+inline uint32_t pair(bfloat16 low, bfloat16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
+
+// 16 pairs from 16 numbers of each of two rows.
+inline __m512i pairs(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// 16 numbers, in bfloat16
+inline __m256i rounded(const bfloat16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+inline __m256i rounded(const float* x) { return __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
+
+// [rows, D], or its transpose, as the second factor of a product: in pairs of rows, a tile's words one after the other.
+struct Packed {
+    uint32_t* at;
+    int64_t size;
+    bool by_columns;
+
+    // All of the factor from row `first` of [rows, D] on; else the columns from `d` on.
+    Right from(int64_t first, int64_t d = 0) const {
+        if (by_columns) return {at + first * size / 2, 64, 2048, 1024};
+        return {at + first * size / 2 + d * 16, 64, size * 64, 1024};
+    }
+};
+
+// [rows, D] for a product over rows, `distance` elements apart; zeros after it, to a multiple of 32 rows.
+template <class T>
+void pack_rows(const T* x, int64_t distance, int64_t rows, int64_t size, Packed to) {
+    for (int64_t i = 0; i < (rows + 31) / 32 * 32; i += 2)
+        for (int64_t d = 0; d < size; d += TILE) {
+            __m256i low = i < rows ? rounded(x + i * distance + d) : _mm256_setzero_si256();
+            __m256i high = i + 1 < rows ? rounded(x + (i + 1) * distance + d) : _mm256_setzero_si256();
+            _mm512_storeu_si512(to.at + i / 32 * 16 * size + d * 16 + i % 32 / 2 * TILE, pairs(low, high));
+        }
+}
+
+// Its transpose [D, rows], for a product over D.
+template <class T>
+void pack_columns(const T* x, int64_t rows, int64_t size, Packed to) {
+    for (int64_t i = 0; i < rows; i += TILE)
+        for (int64_t d = 0; d < size; d += 2 * TILE) {
+            Vector tile[TILE];  // of pairs, which are only moved
+            for (int64_t k = 0; k < TILE; k++) {
+                const T* row = x + (i + k) * size + d;
+                tile[k] = Vector(_mm512_inserti64x4(_mm512_castsi256_si512(rounded(row)), rounded(row + TILE), 1));
+            }
+            transpose(tile);
+            std::memcpy(to.at + i / 32 * 16 * size + d * 16 + i % 32 * TILE, tile, sizeof(tile));
+        }
+}
+
+// to[i][j] = from[j][i] for a block of 32 x 32 from (j, i) on
+void put_transposed(Matrix<float> from, bfloat16* to, int64_t distance, int64_t j) {
+    for (int64_t k = 0; k < BLOCK; k += TILE)
+        for (int64_t c = 0; c < BLOCK; c += TILE) {
+            Vector tile[TILE];
+            for (int64_t n = 0; n < TILE; n++) std::memcpy(&tile[n], from.row(k + n) + j + c, sizeof(Vector));
+            transpose(tile);
+            for (int64_t n = 0; n < TILE; n++) round_all(&tile[n][0], to + (c + n) * distance + k, TILE);
+        }
+}
+
+}  // namespace
+
+#endif
