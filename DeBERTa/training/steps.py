@@ -27,6 +27,8 @@ from DeBERTa.training.parallel import (
 from DeBERTa.training.precision import autocast, loss_scaler
 from DeBERTa.training.stability import Stability
 
+LARGE = 2**20  # numbers, of which PyTorch's norm on a CPU is 1e-5 off; the error grows faster than their count
+
 
 class TrainingStep:
     """What both tasks share: precision, learning rate, update."""
@@ -102,13 +104,26 @@ class TrainingStep:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.config.max_grad_norm or float("inf")
-        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
+        total_norm = gradient_norm(parameters)
+        nn.utils.clip_grads_with_norm_(parameters, limit, total_norm)
+        norm = whole(total_norm)
         sums[f"{prefix}grad_norm"] = norm
         taken = self.stability.allows(sums, losses, norm)
         if taken:
             self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         return taken
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients as one vector; of a large one from the norms of its rows.
+
+    On a CPU, PyTorch adds up the squares of a tensor in float32 one after the other, which for a table of 49 million
+    numbers is 0.4 % off, and takes longer.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parts = [torch.linalg.vector_norm(g, dim=-1) if g.numel() > LARGE else g for g in gradients]
+    return nn.utils.get_total_norm(parts)
 
 
 class MaskedLMStep(TrainingStep):

@@ -71,6 +71,7 @@ def train_all(folder: Path, size: int) -> None:
     if size == 2:
         reductions_all(folder)
         collectives_all(folder)
+        norms_all(folder)
 
 
 def operations(recorded: profile) -> list[str]:
@@ -112,6 +113,14 @@ def collectives_all(folder: Path) -> None:
         found[mode] = {name for name in operations(recorded) if name.startswith("c10d::")}
     if is_main():
         torch.save(found, folder / "collectives.pt")
+
+
+def norms_all(folder: Path) -> None:
+    """Losses and norms of the first step when norms of all tables go over their rows."""
+    with mock.patch.object(steps, "LARGE", 0):
+        found = {mode: train("gdes", mode, 0, 1)["losses"][0] for mode in MODES}
+    if is_main():
+        torch.save(found, folder / "norms.pt")
 
 
 def go_on_all(folder: Path, size: int) -> None:
@@ -192,6 +201,11 @@ def test_no_collective_is_a_coalesced_one(trained, mode):
     found = read(trained / "collectives.pt")[mode]
     assert "c10d::allreduce_" in found
     assert not [name for name in found if "coalesced" in name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_over_rows_of_what_is_cut_up(trained, mode):
+    assert read(trained / "norms.pt")[mode] == pytest.approx(read(trained / "gdes-1.pt")["losses"][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", SAVED)
