@@ -105,11 +105,14 @@ class FeedForward(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if low else x.dtype
         ctx.activation, ctx.types = activation, (x.dtype, inner_weight.dtype)
         x = x.to(dtype)
-        weights = inner_weight, inner_bias, outer_weight
-        kernel = tiled("feed_forward", x, inner_weight) if activation is F.gelu else None
+        weights, size, width = (inner_weight, inner_bias, outer_weight), x.size(-1), len(inner_weight)
+        shapes = (width, size), (width,), (size, width), (size,)
+        fitting = zip((*weights, outer_bias), shapes, strict=True)
+        kernel = tiled("feed_forward", x, *fitting) if activation is F.gelu else None
+        ctx.tiled = kernel is not None
         if kernel is not None:
             ctx.save_for_backward(x, *weights, None)
-            (width, size), y = inner_weight.shape, x.new_empty(x.shape)
+            y = x.new_empty(x.shape)
             kernel(x.contiguous(), *weights, outer_bias, y, x.numel() // size, size, width)
             return y
         hidden = affine(x, inner_weight, inner_bias)
@@ -122,12 +125,12 @@ class FeedForward(torch.autograd.Function):
         x, inner_weight, inner_bias, outer_weight, hidden = ctx.saved_tensors
         x_type, parameter_type = ctx.types
         grad = grad.to(x.dtype)
-        kernel = tiled("feed_forward_gradients", x, inner_weight) if ctx.activation is F.gelu else None
-        if kernel is not None:
+        if ctx.tiled:
             (width, size), dx = inner_weight.shape, x.new_empty(x.shape)
             gradients = [torch.empty_like(inner_weight), torch.empty_like(inner_bias)]
             gradients += [torch.empty_like(outer_weight), inner_bias.new_empty(size)]
             weights = inner_weight, inner_bias, grad.contiguous(), outer_weight
+            kernel = kernels.find("feed_forward_gradients", x, inner_weight)
             kernel(x.contiguous(), *weights, dx, *gradients, x.numel() // size, size, width)
             return dx.to(x_type), *gradients, None
         if hidden is None:

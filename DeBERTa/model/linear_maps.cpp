@@ -1,8 +1,8 @@
 // Linear maps and the feed-forward, and their gradients, in bfloat16 on processors with AMX. Weights come in float32 and are
 // rounded while they are laid out for the product; what follows a product is done while the tiles compute the next.
 //
-// Names: x [M, K], weight [N, K], y [M, N]. K and N are multiples of 32. Functions "of all threads" are called by each thread
-// of a parallel region, and share their work among them.
+// Names: x [M, K], weight [N, K], y [M, N]; in functions `rows`, `depth` and `columns` are M, K and N. K and N are multiples of
+// 32. Functions "of all threads" are called by each thread of a parallel region, and share their work among them.
 
 #include "tiles.h"
 
@@ -15,28 +15,25 @@ namespace {
 constexpr int64_t ROWS = 64, COLUMNS = 256;  // of a product, by one thread at a time
 constexpr int64_t APART = 32;  // elements between rows, so that these do not compete for the same lines of the cache
 
-// The second factor [depth, columns] of a product, cut into panels of 32 columns.
+// The second factor [depth, columns] of a product, cut into panels of 32 columns, each packed from its first row to its last.
 struct Factor {
     int64_t depth, columns;
-    bool by_columns = false;
     std::unique_ptr<uint32_t[]> words{new uint32_t[columns * depth / 2]};
 
+    // `depth` is filled up to a multiple of 32.
     Factor(int64_t depth, int64_t columns) : depth((depth + 31) / 32 * 32), columns(columns) {}
 
     // Of columns from j, from row `i` on.
-    Packed panel(int64_t j, int64_t i = 0) const {
-        return {&words[(j * depth + i * BLOCK) / 2], by_columns ? depth : BLOCK, by_columns};
-    }
+    Packed panel(int64_t j, int64_t i = 0) const { return {&words[(j * depth + i * BLOCK) / 2], BLOCK, false}; }
 
-    // Of all threads: the transpose of x [columns, depth].
+    // Of all threads: the transpose of x [columns, depth], as y takes the weight.
     template <class T>
     void take_columns(const T* x) {
-        by_columns = true;
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < columns; j += BLOCK) pack_columns(x + j * depth, BLOCK, depth, panel(j));
     }
 
-    // Of all threads: x [rows, columns], zeros after it.
+    // Of all threads: x [rows, columns], zeros after it, as gradients take the weight and x.
     template <class T>
     void take_rows(const T* x, int64_t rows) {
 #pragma omp for schedule(static)
@@ -78,13 +75,14 @@ struct alignas(64) Block {
 };
 
 // Of all threads: N products of the same size, block by block. `finish(i, j, n, sums)` takes row n of each one's block from
-// (i, j) on, also where that is past the last row; that is done while the tiles compute the next block.
+// (i, j) on, in order, also where that is past the last row, and may write over it. Some rows have their turn after each step
+// of the next block, so that this is done while the tiles compute that.
 template <int64_t N, class F>
 void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F finish) {
     Block blocks[2][N];
     int64_t count = 0, done_i = 0, done_j = 0, steps = 0;
     for (const Factor* factor : right) steps += factor->depth / 32;
-    const int64_t together = BLOCK / std::max(steps, int64_t(1)) + 1;
+    const int64_t at_once = BLOCK / std::max(steps, int64_t(1)) + 1;
 #pragma omp for schedule(dynamic) collapse(2) nowait
     for (int64_t i = 0; i < left[0].rows; i += ROWS)
         for (int64_t first = 0; first < right[0]->columns; first += COLUMNS)
@@ -93,7 +91,7 @@ void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F fi
                     Block* done = blocks[count % 2];
                     int64_t n = count ? 0 : BLOCK;
                     auto go_on = [&] {
-                        for (int64_t end = std::min(n + together, BLOCK); n < end; n++) finish(done_i, done_j, n, done);
+                        for (int64_t end = std::min(n + at_once, BLOCK); n < end; n++) finish(done_i, done_j, n, done);
                     };
                     for (int64_t m = 0; m < N; m++) {
                         clear_sums();
@@ -184,12 +182,12 @@ void affine_inputs(const bfloat16* gradient, int64_t distance, const float* weig
     });
 }
 
-// Of all threads: the gradients of weight and bias, if wanted, from y's, transposed, and x.
-void affine_weights(const Between& gradient, const Factor& x, float* dweight, float* dbias, int64_t rows) {
-    int64_t columns = x.columns;
-    if (dbias) sum_rows(gradient, rows, x.depth, dbias);
-    multiply_all<1>({{gradient.row(0), rows, gradient.distance}}, {&x}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
-        std::copy_n(done->row(n), BLOCK, dweight + (i + n) * columns + j);
+// Of all threads: the gradients of weight [N, K] and bias, if wanted, from y's, transposed [N, M], and x.
+void affine_weights(const Between& gradient, const Factor& x, float* dweight, float* dbias, int64_t columns) {
+    int64_t depth = x.columns;
+    if (dbias) sum_rows(gradient, columns, x.depth, dbias);
+    multiply_all<1>({{gradient.row(0), columns, gradient.distance}}, {&x}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
+        std::copy_n(done->row(n), BLOCK, dweight + (i + n) * depth + j);
     });
 }
 

@@ -29,18 +29,28 @@ def transposed(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = 
     return out
 
 
-def tiled(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., None] | None:
-    """A kernel of linear_maps.cpp for `x` and `weight` [N, K], if there is one."""
-    return None if any(size % 32 for size in weight.shape) else kernels.find(name, x, weight)
+def tiled(name: str, x: torch.Tensor, *parameters: tuple[torch.Tensor, tuple[int, ...]]) -> Callable[..., None] | None:
+    """A kernel of linear_maps.cpp for `x` and these parameters, if there is one.
+
+    With each parameter comes the shape it has to have. What does not fit is left to PyTorch's operations, which take
+    other layouts and say what is wrong with shapes.
+    """
+    for parameter, shape in parameters:
+        if kernels.find(name, x, parameter) is None or tuple(parameter.shape) != shape:
+            return None
+        if not parameter.is_contiguous() or any(size % 32 or not size for size in shape):
+            return None
+    return kernels.find(name, x, parameters[0][0])
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x weight^T + bias` [..., N] of `x` [..., K] and `weight` [N, K], in the type of `x`."""
-    kernel = tiled("affine", x, weight)
+    columns, depth = weight.shape
+    kernel = tiled("affine", x, (weight, (columns, x.size(-1))), (bias, (columns,)))
     if kernel is None:
         return torch.addmm(bias.to(x.dtype), x.flatten(0, -2), transposed(weight, x.dtype)).unflatten(0, x.shape[:-1])
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    kernel(x.contiguous(), weight, bias, y, y.numel() // len(weight), x.size(-1), len(weight))
+    y = x.new_empty(*x.shape[:-1], columns)
+    kernel(x.contiguous(), weight, bias, y, y.numel() // columns, depth, columns)
     return y
 
 
@@ -55,21 +65,21 @@ def affine_gradients(
     """Gradients of `x` [..., K], if `inputs`, of `weight` [N, K] and, if `bias`, of that [N], from `grad` [..., N] of
     `affine`.
 
-    Those of the parameters are summed over all rows, in float32 at least; the weight's in `out`, if given.
+    Those of the parameters are summed over all rows, in float32 at least; the weight's in `out`, if given. Where there
+    is no kernel, the weight's has been rounded to the type of `grad`.
     """
     (columns, depth), shape = weight.shape, x.shape
+    out = weight.new_empty(columns, depth, dtype=torch.promote_types(grad.dtype, torch.float32)) if out is None else out
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    dbias = grad.new_empty(columns, dtype=dtype) if bias else None
-    kernel = tiled("affine_gradients", grad, weight)
-    if kernel is None:
+    dbias = out.new_empty(columns) if bias else None
+    kernel = tiled("affine_gradients", grad, (weight, (grad.size(-1), x.size(-1))), (out, (columns, depth)))
+    if kernel is None or len(x) != len(grad):
         dx = (grad @ weight.to(grad.dtype)).view(shape) if inputs else None
-        product = transposed(grad, grad.dtype, dbias) @ x
-        return dx, product.to(dtype) if out is None else out.copy_(product), dbias
+        turned = transposed(grad, grad.dtype, dbias)
+        return dx, torch.mm(turned, x, out=out) if out.dtype == x.dtype else out.copy_(turned @ x), dbias
     dx = x.new_empty(shape) if inputs else None
-    dweight = grad.new_empty(columns, depth, dtype=dtype) if out is None else out
-    kernel(grad.contiguous(), x.contiguous(), weight, dx, dweight, dbias, len(x), depth, columns)
-    return dx, dweight, dbias
+    kernel(grad.contiguous(), x.contiguous(), weight, dx, out, dbias, len(x), depth, columns)
+    return dx, out, dbias
 
 
 def linear(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
@@ -97,6 +107,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[1:3]):
+            return (grad @ weight.to(grad.dtype)).to(ctx.type), None, None, None
         dx, *parameters = affine_gradients(grad, x, weight, inputs=ctx.needs_input_grad[0])
         dx = dx.to(ctx.type) if dx is not None else None
         return dx, *(gradient.to(weight.dtype) for gradient in parameters), None

@@ -116,7 +116,7 @@ class TrainingStep:
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Norm of all gradients as one vector; of a large one from the norms of its rows.
+    """Norm of all gradients as one vector; of a large table from the norms of its rows.
 
     On a CPU, PyTorch adds up the squares of a tensor in float32 one after the other, which for a table of 49 million
     numbers is 0.4 % off, and takes longer.

@@ -197,13 +197,21 @@ def vocabulary() -> tuple[torch.Tensor, list[torch.Tensor]]:
     return vocabulary_loss(*inputs, torch.arange(30), chunk=1024).loss, inputs
 
 
+def vocabulary_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    x, table = torch.randn(30, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(300, 64, requires_grad=True)
+    bias = torch.randn(300, requires_grad=True)
+    return vocabulary_loss(x, table, bias, torch.arange(30), chunk=96).loss, [x, table, bias]
+
+
 def dropout() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(4)
     x, residual = torch.randn(3, 9000, requires_grad=True), torch.randn(9000, requires_grad=True)
     return Dropout(0.2).add(residual, x), [x, residual]
 
 
-FUNCTIONS = [attention, feed_forward, feed_forward_in_bfloat16, linear_in_bfloat16, vocabulary, dropout]
+FUNCTIONS = [attention, feed_forward, feed_forward_in_bfloat16, linear_in_bfloat16]
+FUNCTIONS += [vocabulary, vocabulary_in_bfloat16, dropout]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

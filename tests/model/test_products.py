@@ -80,7 +80,7 @@ def tiles() -> None:
 @pytest.mark.parametrize("depth", [32, 64, 1056])
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 64, 65, 200])
 def test_products_of_tiles(rows, depth, columns):
-    """Of numbers rounded to bfloat16, as exact as float32 and rounded once; what lies around them is not read."""
+    """Of numbers rounded to bfloat16, as exact as float32 and rounded once; rows beside x and grad are not summed."""
     torch.manual_seed(4)
     x, grad = (torch.full((rows + 70, size), float("nan"), dtype=torch.bfloat16) for size in (depth, columns))
     x, grad = x[1 : rows + 1].normal_(), grad[1 : rows + 1].normal_()
@@ -96,6 +96,31 @@ def test_products_of_tiles(rows, depth, columns):
     ):
         last_place = 2.0**-8 if actual.dtype == torch.bfloat16 else 2.0**-22
         torch.testing.assert_close(actual.double(), exact, rtol=last_place, atol=1e-5 * max(terms, 1) ** 0.5)
+    wide = torch.full((columns + 2, depth), float("nan"))
+    none, same, nothing = affine_gradients(grad, x, weight, inputs=False, bias=False, out=wide[1:-1])
+    assert none is None and nothing is None and torch.equal(same, dweight) and torch.equal(wide[1:-1], dweight)
+    assert wide[[0, -1]].isnan().all()
+
+
+@pytest.mark.usefixtures("way")
+def test_other_layouts_and_frozen_parameters():
+    torch.manual_seed(5)
+    x, weight, bias = torch.randn(40, 64), torch.randn(64, 96).t(), torch.randn(1).expand(96)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear_map(x, weight, bias)
+        turned = linear_map(x.t().contiguous().t(), weight.contiguous(), bias.bfloat16())
+        frozen = linear_map(x.requires_grad_(), weight, bias)
+    torch.testing.assert_close(turned, y, rtol=0.02, atol=0.1)
+    (dx,) = torch.autograd.grad(frozen.float().sum(), x)
+    torch.testing.assert_close(dx, weight.sum(0).expand(40, 64), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("size", "biases"), [(96, 32), (32, 96), (64, 32)])
+def test_shapes_that_do_not_match_are_refused(size, biases):
+    x, weight = torch.zeros(8, size), torch.zeros(96, 64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        linear_map(x, weight, torch.zeros(biases))
 
 
 @pytest.mark.usefixtures("tiles")
