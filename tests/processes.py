@@ -5,8 +5,12 @@ from pathlib import Path
 
 
 def children(process: int) -> list[int]:
-    threads = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    """Ids of the processes that its threads have started. A thread may end meanwhile."""
+    found = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(child) for child in (thread / "children").read_text().split()]
+    return found
 
 
 def is_running(process: int) -> bool:
