@@ -47,6 +47,13 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture
+def tiles() -> None:
+    if not kernels.tiles():
+        assert "amx_bf16" not in Path("/proc/cpuinfo").read_text()
+        pytest.skip("this processor has no AMX")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(GOLDEN / "prepare" / "spm.model")

@@ -20,7 +20,6 @@
 namespace {
 
 constexpr int64_t MARGIN = 32;    // elements on both sides of a row that shifted tiles reach
-constexpr int64_t APART = 16;     // elements between rows, so that these do not compete for the same lines of the cache
 constexpr int64_t PAIRED = 128;   // rows whose pairs are made at a time: they stay in the cache
 constexpr int64_t SEQUENCES = 4;  // whose gradients of tables one thread adds up
 constexpr int PERMISSION_FOR_TILES = 0x1023, TILES = 18;  // arch_prctl

@@ -163,16 +163,18 @@ void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t
 }
 
 template <class T>
-void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t groups, int threads) {
+void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t group, int threads) {
+    int64_t groups = (columns + group - 1) / group;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t m = 0; m < rows; m++) {
         const T* x = logits + m * columns;
         float top = largest[m] = maximum(x, columns);
-        float* __restrict sum = sums + m * groups;
-        std::fill(sum, sum + groups, 0.0f);
-        for (int64_t first = 0; first < columns; first += groups) {
-            int64_t size = std::min(groups, columns - first);
-            for (int64_t s = 0; s < size; s++) sum[s] += exponential(load(x[first + s]) - top);
+        for (int64_t s = 0; s < groups; s++) {
+            float total = 0;
+            int64_t end = std::min((s + 1) * group, columns);
+#pragma omp simd reduction(+ : total)
+            for (int64_t c = s * group; c < end; c++) total += exponential(load(x[c]) - top);
+            sums[m * groups + s] = total;
         }
     }
 }
@@ -268,8 +270,8 @@ void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
         score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows, threads);                \
     }                                                                                                                  \
     EXPORT chunk_sums_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,              \
-                             int64_t groups, int threads) {                                                            \
-        chunk_sums(logits, largest, sums, rows, columns, groups, threads);                                             \
+                             int64_t group, int threads) {                                                             \
+        chunk_sums(logits, largest, sums, rows, columns, group, threads);                                              \
     }                                                                                                                  \
     EXPORT chunk_gradients_##NAME(T* logits, const float* shift, const float* weight, const int64_t* target,           \
                                   const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {       \

@@ -10,7 +10,8 @@ backwards; `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sum
 `transposed`: a matrix in bfloat16, and the sums of its columns.
 
 For bfloat16 on processors with AMX, in fused_attention.cpp: `attention` and `attention_gradients`: all of it; in
-linear_maps.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`: all of them, too.
+linear_maps.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`: all of them, too; in
+vocabulary.cpp: `vocabulary_sums` and `vocabulary_gradients`: logits and what is made of them.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from DeBERTa.data.files import cache_dir, file_sha256, sync
 
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
-SOURCES = [FOLDER / name for name in ("kernels.cpp", "fused_attention.cpp", "linear_maps.cpp")]
+SOURCES = [FOLDER / name for name in ("kernels.cpp", "fused_attention.cpp", "linear_maps.cpp", "vocabulary.cpp")]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
@@ -54,9 +55,12 @@ SIGNATURES = {
     "affine_gradients": [0, 0, 1, 0, 1, 1, COUNT, COUNT, COUNT],
     "feed_forward": [0, 1, 1, 1, 1, 0, COUNT, COUNT, COUNT],
     "feed_forward_gradients": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, COUNT, COUNT, COUNT],
+    "vocabulary_sums": [0, 1, 1, torch.int64, *[torch.float32] * 3, COUNT, COUNT, COUNT, COUNT],
+    "vocabulary_gradients": [0, 1, 1, torch.int64, *[torch.float32] * 5, COUNT, COUNT, COUNT],
 }
-# Those of fused_attention.cpp and linear_maps.cpp.
+# Those of fused_attention.cpp, linear_maps.cpp and vocabulary.cpp.
 FOR_TILES = {"attention", "attention_gradients", "affine", "affine_gradients", "feed_forward", "feed_forward_gradients"}
+FOR_TILES |= {"vocabulary_sums", "vocabulary_gradients"}
 
 
 def find(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:

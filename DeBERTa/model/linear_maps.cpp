@@ -8,40 +8,9 @@
 
 #ifdef __AMX_BF16__
 
-#include <memory>
-
 namespace {
 
 constexpr int64_t ROWS = 64, COLUMNS = 256;  // of a product, by one thread at a time
-constexpr int64_t APART = 32;  // elements between rows, so that these do not compete for the same lines of the cache
-
-// The second factor [depth, columns] of a product, cut into panels of 32 columns, each packed from its first row to its last.
-struct Factor {
-    int64_t depth, columns;
-    std::unique_ptr<uint32_t[]> words{new uint32_t[columns * depth / 2]};
-
-    // `depth` is filled up to a multiple of 32.
-    Factor(int64_t depth, int64_t columns) : depth((depth + 31) / 32 * 32), columns(columns) {}
-
-    // Of columns from j, from row `i` on.
-    Packed panel(int64_t j, int64_t i = 0) const { return {&words[(j * depth + i * BLOCK) / 2], BLOCK, false}; }
-
-    // Of all threads: the transpose of x [columns, depth], as y takes the weight.
-    template <class T>
-    void take_columns(const T* x) {
-#pragma omp for schedule(static)
-        for (int64_t j = 0; j < columns; j += BLOCK) pack_columns(x + j * depth, BLOCK, depth, panel(j));
-    }
-
-    // Of all threads: x [rows, columns], zeros after it, as gradients take the weight and x.
-    template <class T>
-    void take_rows(const T* x, int64_t rows) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i += BLOCK)
-            for (int64_t j = 0; j < columns; j += BLOCK)
-                pack_rows(x + i * columns + j, columns, std::min(BLOCK, rows - i), BLOCK, panel(j, i));
-    }
-};
 
 // The first factor [rows, depth] of a product, in blocks of 32 rows, with zeros after it.
 struct Blocks {
@@ -58,58 +27,23 @@ struct Blocks {
     Left from(int64_t i) const { return {i + BLOCK <= rows ? x + i * distance : last.data(), distance * 2}; }
 };
 
-// A matrix [rows, columns] in bfloat16 between two products.
-struct Between {
-    int64_t distance;
-    std::unique_ptr<bfloat16[]> numbers;
-
-    Between(int64_t rows, int64_t columns) : distance(columns + APART), numbers(new bfloat16[rows * distance]) {}
-    bfloat16* row(int64_t i) const { return &numbers[i * distance]; }
-};
-
-// 32 x 32 numbers
-struct alignas(64) Block {
-    float at[BLOCK * BLOCK];
-
-    float* row(int64_t n) { return at + n * BLOCK; }
-};
-
 // Of all threads: N products of the same size, block by block. `finish(i, j, n, sums)` takes row n of each one's block from
-// (i, j) on, in order, also where that is past the last row, and may write over it. Some rows have their turn after each step
-// of the next block, so that this is done while the tiles compute that.
+// (i, j) on, in order, also where that is past the last row, and may write over it.
 template <int64_t N, class F>
 void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F finish) {
-    Block blocks[2][N];
-    int64_t count = 0, done_i = 0, done_j = 0, steps = 0;
+    int64_t steps = 0;
     for (const Factor* factor : right) steps += factor->depth / 32;
-    const int64_t at_once = BLOCK / std::max(steps, int64_t(1)) + 1;
+    Pipeline<N, F> blocks(finish, BLOCK, steps);
 #pragma omp for schedule(dynamic) collapse(2) nowait
     for (int64_t i = 0; i < left[0].rows; i += ROWS)
         for (int64_t first = 0; first < right[0]->columns; first += COLUMNS)
             for (int64_t j = first; j < std::min(first + COLUMNS, right[0]->columns); j += BLOCK)
-                for (int64_t k = i; k < std::min(i + ROWS, left[0].rows); k += BLOCK) {
-                    Block* done = blocks[count % 2];
-                    int64_t n = count ? 0 : BLOCK;
-                    auto go_on = [&] {
-                        for (int64_t end = std::min(n + at_once, BLOCK); n < end; n++) finish(done_i, done_j, n, done);
-                    };
-                    for (int64_t m = 0; m < N; m++) {
-                        clear_sums();
-                        add_product(left[m].from(k), right[m]->panel(j).from(0), right[m]->depth / 32, go_on);
-                        store_sums({blocks[(count + 1) % 2][m].at, BLOCK * 4});
-                    }
-                    while (n < BLOCK) go_on();
-                    finish_writing();
-                    count++, done_i = k, done_j = j;
-                }
-    for (int64_t n = 0; n < BLOCK && count; n++) finish(done_i, done_j, n, blocks[count % 2]);
+                for (int64_t k = i; k < std::min(i + ROWS, left[0].rows); k += BLOCK)
+                    blocks.multiply(k, j, [&](int64_t m) {
+                        return Product{left[m].from(k), right[m]->panel(j).from(0), right[m]->depth / 32};
+                    });
+    blocks.end();
 #pragma omp barrier
-}
-
-// 32 numbers, which fill a line of the cache. The line beside it, which comes next, is fetched.
-inline void put(const float* sums, bfloat16* to) {
-    _mm512_storeu_si512(to, __m512i(_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + TILE), _mm512_load_ps(sums))));
-    __builtin_prefetch(to + BLOCK, 1);
 }
 
 // 32 numbers of two rows, as `pack_rows` places them.

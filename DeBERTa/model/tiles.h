@@ -11,9 +11,12 @@
 
 #include <immintrin.h>
 
+#include <memory>
+
 namespace {
 
 constexpr int64_t BLOCK = 32;   // rows and columns of a product: two by two tiles
+constexpr int64_t APART = 16;   // floats, or twice as many bfloat16, between rows, lest these compete for the same lines of the cache
 
 // GCC does not know that loading tiles reads memory: what was written before it has to be there.
 inline void finish_writing() { asm volatile("" ::: "memory"); }
@@ -176,6 +179,102 @@ void put_transposed(Matrix<float> from, bfloat16* to, int64_t distance, int64_t 
             transpose(tile);
             for (int64_t n = 0; n < TILE; n++) round_all(&tile[n][0], to + (c + n) * distance + k, TILE);
         }
+}
+
+// The second factor [depth, columns] of a product, cut into panels of 32 columns, each packed from its first row to its last.
+struct Factor {
+    int64_t depth, columns;
+    std::unique_ptr<uint32_t[]> words{new uint32_t[columns * depth / 2]};
+
+    // `depth` is filled up to a multiple of 32.
+    Factor(int64_t depth, int64_t columns) : depth((depth + 31) / 32 * 32), columns(columns) {}
+
+    // Of columns from j, from row `i` on.
+    Packed panel(int64_t j, int64_t i = 0) const { return {&words[(j * depth + i * BLOCK) / 2], BLOCK, false}; }
+
+    // Of all threads: the transpose of x [columns, depth], as y takes the weight.
+    template <class T>
+    void take_columns(const T* x) {
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < columns; j += BLOCK) pack_columns(x + j * depth, BLOCK, depth, panel(j));
+    }
+
+    // Of all threads: x [rows, columns], zeros after it, as gradients take the weight and x.
+    template <class T>
+    void take_rows(const T* x, int64_t rows) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i += BLOCK)
+            for (int64_t j = 0; j < columns; j += BLOCK)
+                pack_rows(x + i * columns + j, columns, std::min(BLOCK, rows - i), BLOCK, panel(j, i));
+    }
+};
+
+// A matrix [rows, columns] in bfloat16 between two products.
+struct Between {
+    int64_t distance;
+    std::unique_ptr<bfloat16[]> numbers;
+
+    Between(int64_t rows, int64_t columns) : distance(columns + 2 * APART), numbers(new bfloat16[rows * distance]) {}
+    bfloat16* row(int64_t i) const { return &numbers[i * distance]; }
+};
+
+// 32 x 32 numbers
+struct alignas(64) Block {
+    float at[BLOCK * BLOCK];
+
+    float* row(int64_t n) { return at + n * BLOCK; }
+};
+
+// One of the products of a block.
+struct Product {
+    Left left;
+    Right right;
+    int64_t steps;
+};
+
+// Blocks of N products each, one after the other. `finish(i, j, n, sums)` has turn n of `turns` with the block from (i, j) on,
+// in order, and may write over it. Some turns come after each of a block's `steps` and take the block before, so that what
+// they do is done while the tiles compute.
+template <int64_t N, class F>
+class Pipeline {
+    Block blocks[2][N];
+    F finish;
+    int64_t turns, at_once, count = 0, done_i = 0, done_j = 0;
+
+public:
+    Pipeline(F finish, int64_t turns, int64_t steps)
+        : finish(finish), turns(turns), at_once(turns / std::max(steps, int64_t(1)) + 1) {}
+
+    // `product(m)` is the block's product m.
+    template <class P>
+    void multiply(int64_t i, int64_t j, P product) {
+        Block* done = blocks[count % 2];
+        int64_t n = count ? 0 : turns;
+        auto go_on = [&] {
+            for (int64_t end = std::min(n + at_once, turns); n < end; n++) finish(done_i, done_j, n, done);
+        };
+        for (int64_t m = 0; m < N; m++) {
+            Product next = product(m);
+            clear_sums();
+            add_product(next.left, next.right, next.steps, go_on);
+            store_sums({blocks[(count + 1) % 2][m].at, BLOCK * 4});
+        }
+        while (n < turns) go_on();
+        finish_writing();
+        count++, done_i = i, done_j = j;
+    }
+
+    // The last block's turns.
+    void end() {
+        for (int64_t n = 0; n < turns && count; n++) finish(done_i, done_j, n, blocks[count % 2]);
+        count = 0;
+    }
+};
+
+// 32 numbers, which fill a line of the cache. The line beside it, which comes next, is fetched.
+inline void put(const float* sums, bfloat16* to) {
+    _mm512_storeu_si512(to, __m512i(_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + TILE), _mm512_load_ps(sums))));
+    __builtin_prefetch(to + BLOCK, 1);
 }
 
 }  // namespace

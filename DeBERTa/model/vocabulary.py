@@ -3,12 +3,16 @@
 Shapes: M masked positions, E embedding width, V vocabulary, C words of a chunk, N chunks, S groups of a chunk, G words
 of a group.
 
-The first pass over the vocabulary keeps the maximum of every chunk, and the sum of exponentials of every group: words
-of a chunk that are S apart, so that the sums are sums of columns. Loss and accuracy follow from these. A sample picks
-its chunk, then its group by these sums, then the word, for which only the logits of that group are computed again. The
-backward pass computes each chunk's logits again, for the gradients.
+The first pass over the vocabulary keeps the largest logit of every chunk, and the sum of exponentials of every group.
+Loss and accuracy follow from these. A sample picks its chunk, then its group by these sums, then the word, for which
+only the logits of that group are computed again. The backward pass computes each chunk's logits again, for the
+gradients.
+
+In bfloat16 on processors with AMX two kernels of vocabulary.cpp do this, with logits in float32 that never leave the
+core's cache.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,17 +56,10 @@ def vocabulary_loss(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ME, table_VE, bias_V, targets_M, uniforms_M, chunk):
-        largest, sums = [], []
-        target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
-        for first in range(0, len(table_VE), chunk):
-            words = slice(first, first + chunk)
-            logits_MC = affine(x_ME, table_VE[words], bias_V[words])
-            column, here = _columns(targets_M - first, logits_MC.size(1))
-            target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
-            largest_M, sums_MS = _chunk_sums(logits_MC, chunk // GROUP)
-            largest.append(largest_M)
-            sums.append(sums_MS)
-        largest_NM, sums_NMS = torch.stack(largest), torch.stack(sums)
+        if _tiled("vocabulary_sums", x_ME, table_VE, bias_V):
+            target_logits, largest_NM, sums_NMS = _tiled_sums(x_ME, table_VE, bias_V, targets_M, chunk)
+        else:
+            target_logits, largest_NM, sums_NMS = _sums(x_ME, table_VE, bias_V, targets_M, chunk)
         top_M = largest_NM.amax(0)
         scales_NM = (largest_NM - top_M).double().exp()
         weights_NM = scales_NM * sums_NMS.sum(2)
@@ -80,6 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_M, _correct, _samples):
         x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
+        if _tiled("vocabulary_gradients", x_ME, table_VE, bias_V):
+            return *_tiled_gradients(x_ME, table_VE, bias_V, targets_M, log_total_M, grad_M), None, None, None
         # |gradient| times the probability in one pass over the logits; the signs go to the rows of x.
         sign_M, size_M = grad_M.sign(), grad_M.abs()
         shift_M = log_total_M - size_M.log()
@@ -95,18 +94,81 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
 
-def _chunk_sums(logits_MC: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit of each row, float32 [M], and the sums of exponentials relative to it of `groups` groups, [M,
-    S]: word c belongs to group c % S."""
+def _tiled(name: str, x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor) -> bool:
+    """Whether a kernel of vocabulary.cpp can do it."""
+    there = kernels.find(name, x_ME, table_VE) is not None and bias_V.dtype == table_VE.dtype and len(x_ME) > 0
+    return there and x_ME.size(1) % 32 == 0 and table_VE.is_contiguous() and bias_V.is_contiguous()
+
+
+def _padded(x_ME: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Filled up to a multiple of 32 positions, without a target."""
+    missing = -len(x_ME) % 32
+    return F.pad(x_ME, (0, 0, 0, missing)), F.pad(targets_M.long(), (0, missing), value=-1)
+
+
+def _tiled_sums(
+    x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, targets_M: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_sums`."""
+    rows, words = len(x_ME), len(table_VE)
+    x_ME, targets_M = _padded(x_ME, targets_M)
+    chunks = -(-words // chunk)
+    shapes = ((len(x_ME),), (chunks, len(x_ME)), (chunks, chunk // GROUP, len(x_ME)))
+    target_logits, largest_NM, sums_NSM = out = [table_VE.new_zeros(shape) for shape in shapes]
+    kernel = kernels.find("vocabulary_sums", x_ME, table_VE)
+    kernel(x_ME, table_VE, bias_V, targets_M, *out, *x_ME.shape, words, chunk)
+    return target_logits[:rows], largest_NM[:, :rows], sums_NSM[:, :, :rows].transpose(1, 2)
+
+
+def _tiled_gradients(
+    x_ME: torch.Tensor,
+    table_VE: torch.Tensor,
+    bias_V: torch.Tensor,
+    targets_M: torch.Tensor,
+    log_total_M: torch.Tensor,
+    grad_M: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, table and bias."""
+    rows, kind = len(x_ME), x_ME.dtype
+    x_ME, targets_M = _padded(x_ME, targets_M)
+    missing = len(x_ME) - rows
+    log_total_M, grad_M = F.pad(log_total_M, (0, missing), value=math.inf), F.pad(grad_M.float(), (0, missing))
+    dx_ME, dtable, dbias = out = [torch.empty_like(t, dtype=torch.float32) for t in (x_ME, table_VE, bias_V)]
+    kernel = kernels.find("vocabulary_gradients", x_ME, table_VE)
+    kernel(x_ME, table_VE, bias_V, targets_M, log_total_M, grad_M, *out, *x_ME.shape, len(table_VE))
+    return dx_ME[:rows].to(kind), dtable, dbias
+
+
+def _sums(
+    x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, targets_M: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The target's logit, float32 [M]; the largest of each chunk, float32 [N, M]; and the sums of exponentials relative
+    to it of groups, [N, M, S]: word c of a chunk belongs to group c // G."""
+    largest, sums = [], []
+    target_logits = torch.zeros_like(targets_M, dtype=torch.float32)
+    for first in range(0, len(table_VE), chunk):
+        words = slice(first, first + chunk)
+        logits_MC = affine(x_ME, table_VE[words], bias_V[words])
+        column, here = _columns(targets_M - first, logits_MC.size(1))
+        target_logits = torch.where(here, logits_MC.gather(1, column).squeeze(1).float(), target_logits)
+        largest_M, sums_MS = _chunk_sums(logits_MC)
+        largest.append(largest_M)
+        sums.append(F.pad(sums_MS, (0, chunk // GROUP - sums_MS.size(1))))
+    return target_logits, torch.stack(largest), torch.stack(sums)
+
+
+def _chunk_sums(logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one chunk: the largest logit, float32 [M], and the sums of groups, as many as there are words for."""
     rows, words = logits_MC.shape
     kernel = kernels.find("chunk_sums", logits_MC)
     if kernel is not None:
-        largest_M, sums_MS = (logits_MC.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, groups)))
-        kernel(logits_MC.contiguous(), largest_M, sums_MS, rows, words, groups)
+        shapes = ((rows,), (rows, -(-words // GROUP)))
+        largest_M, sums_MS = (logits_MC.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        kernel(logits_MC.contiguous(), largest_M, sums_MS, rows, words, GROUP)
         return largest_M, sums_MS
     largest_M = logits_MC.amax(1).float()
     exps_MC = logits_MC.float().sub_(largest_M[:, None]).exp_()
-    return largest_M, F.pad(exps_MC, (0, -words % groups)).unflatten(1, (-1, groups)).sum(1)
+    return largest_M, F.pad(exps_MC, (0, -words % GROUP)).unflatten(1, (-1, GROUP)).sum(2)
 
 
 def _chunk_gradients(
@@ -144,12 +206,12 @@ def _sample(
     """One word a row, int64 [M]: chunk, group and word, each with what the uniform number has left."""
     chunk_M, rest_M = _pick(weights_NM.t(), uniforms_M.double())
     group_M, rest_M = _pick(sums_NMS[chunk_M, torch.arange(len(x_ME), device=x_ME.device)], rest_M)
-    spaced_G = torch.arange(GROUP, device=x_ME.device) * (chunk // GROUP)
-    words_MG = (chunk_M * chunk + group_M)[:, None] + spaced_G
+    words_MG = (chunk_M * chunk + group_M * GROUP)[:, None] + torch.arange(GROUP, device=x_ME.device)
     choices = []
     for rows in torch.arange(len(x_ME), device=x_ME.device).split(SAMPLE_ROWS):
         words_RG = words_MG[rows].clamp(max=len(table_VE) - 1)
-        logits_RG = (table_VE[words_RG].to(x_ME.dtype) @ x_ME[rows][:, :, None]).squeeze(2).float() + bias_V[words_RG]
+        rounded_RGE = table_VE[words_RG].to(x_ME.dtype).float()
+        logits_RG = (rounded_RGE @ x_ME[rows, :, None].float()).squeeze(2) + bias_V[words_RG]
         weights_RG = torch.softmax(logits_RG.masked_fill(words_MG[rows] >= len(table_VE), float("-inf")), dim=1)
         choices.append(_pick(weights_RG, rest_M[rows])[0])
     return words_MG.gather(1, torch.cat(choices)[:, None]).squeeze(1) if choices else torch.empty_like(chunk_M)

@@ -1,12 +1,9 @@
 """Linear maps in bfloat16 against the same in float64."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model import kernels
 from DeBERTa.model.products import affine, affine_gradients, linear_map, transposed
 
 SHAPES = [(1, 1), (16, 16), (31, 47), (33, 16), (64, 96), (300, 50)]
@@ -66,13 +63,6 @@ def test_affine_gradients(shape, dtype, way):
     out = torch.zeros_like(weight)
     none, same, nothing = affine_gradients(grad, x, weight, inputs=False, bias=False, out=out)
     assert none is None and nothing is None and same is out and torch.equal(out, dweight)
-
-
-@pytest.fixture
-def tiles() -> None:
-    if not kernels.tiles():
-        assert "amx_bf16" not in Path("/proc/cpuinfo").read_text()
-        pytest.skip("this processor has no AMX")
 
 
 @pytest.mark.usefixtures("tiles")

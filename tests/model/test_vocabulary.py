@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model.vocabulary import GROUP, vocabulary_loss
+from DeBERTa.model import kernels
+from DeBERTa.model.vocabulary import vocabulary_loss
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -65,12 +66,8 @@ def test_samples_are_the_inverse_of_the_cumulative_distribution(head):
     targets, uniforms = torch.zeros(ROWS, dtype=torch.long), torch.rand(ROWS, dtype=torch.float64)
     probabilities = torch.softmax(F.linear(x, table, bias).double(), -1)
     for chunk in (32, 64, 256):
-        chunks = torch.arange(1024).view(-1, GROUP, chunk // GROUP)  # groups are the columns of a chunk
-        order = chunks.transpose(1, 2).flatten()
-        order = order[order < WORDS]
-        place = torch.searchsorted(probabilities[:, order].cumsum(1), uniforms[:, None], right=True).squeeze(1)
-        samples = vocabulary_loss(x, table, bias, targets, uniforms, chunk).samples
-        assert torch.equal(samples, order[place])
+        words = torch.searchsorted(probabilities.cumsum(1), uniforms[:, None], right=True).squeeze(1)
+        assert torch.equal(vocabulary_loss(x, table, bias, targets, uniforms, chunk).samples, words)
 
 
 def test_bfloat16_is_near_float32(head):
@@ -91,3 +88,43 @@ def test_no_rows(head):
     out = vocabulary_loss(x[:0], table, bias, torch.zeros(0, dtype=torch.long), torch.zeros(0))
     assert out.loss.shape == (0,) and out.samples.shape == (0,)
     assert torch.count_nonzero(torch.autograd.grad(out.loss.sum(), table)[0]) == 0
+
+
+@pytest.mark.parametrize("chunk", [32, 96, 1024])
+@pytest.mark.parametrize(("rows", "width", "words"), [(1, 32, 1), (31, 64, 250), (64, 96, 992), (130, 1056, 8225)])
+def test_bfloat16_is_exact_but_for_rounding(rows, width, words, chunk, way):
+    """Of numbers rounded to bfloat16, against float64. With tiles, logits are in float32, and only their gradients are
+    rounded; else, logits are, too."""
+    torch.manual_seed(2)
+    x, table, bias = torch.randn(rows, width).bfloat16(), torch.randn(words, width) / width**0.5, torch.randn(words)
+    targets, weights, uniforms = torch.randint(0, words, (rows,)), torch.rand(rows) - 0.3, torch.rand(rows).double()
+    targets[: rows // 4] = (x.float() @ table.t() + bias).argmax(1)[: rows // 4]
+    leaves = [x.requires_grad_(), table.requires_grad_(), bias.requires_grad_()]
+    actual = vocabulary_loss(*leaves, targets, uniforms, chunk)
+    ours = torch.autograd.grad((actual.loss * weights).sum(), leaves)
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, table)] + [bias.detach().double()]
+    logits = F.linear(exact[0], exact[1], exact[2].requires_grad_())
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    theirs = torch.autograd.grad((expected * weights).sum(), exact)
+    tiled = way == "kernels" and kernels.tiles()
+    torch.testing.assert_close(actual.loss.double(), expected, atol=1e-5 if tiled else 0.05, rtol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= (0.004 if tiled else 0.02) * b.norm() + 1e-6
+    if not tiled:
+        return
+    assert torch.equal(actual.correct, logits.argmax(1) == targets)
+    ends = torch.softmax(logits, 1).cumsum(1)
+    start, end = (F.pad(ends, (1, 0)).gather(1, actual.samples[:, None] + n).squeeze(1) for n in (0, 1))
+    assert (uniforms >= start - 1e-5).all() and (uniforms <= end + 1e-5).all()
+
+
+@pytest.mark.usefixtures("tiles")
+def test_infinite_and_missing_numbers_on_tiles():
+    """A row that has one says so; the others do not notice."""
+    x, table, bias = torch.randn(40, 32).bfloat16(), torch.randn(1000, 32), torch.randn(1000)
+    targets = torch.arange(40)
+    usual = vocabulary_loss(x, table, bias, targets).loss
+    x[3, 5], x[7, 0] = float("nan"), float("inf")
+    loss = vocabulary_loss(x, table, bias, targets).loss
+    assert loss.isnan().nonzero().flatten().tolist() == [3, 7]
+    assert torch.equal(loss[~loss.isnan()], usual[~loss.isnan()])
