@@ -12,6 +12,8 @@ backwards; `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sum
 For bfloat16 on processors with AMX, in fused_attention.cpp: `attention` and `attention_gradients`: all of it; in
 linear_maps.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`: all of them, too; in
 vocabulary.cpp: `vocabulary_sums` and `vocabulary_gradients`: logits and what is made of them.
+
+In ../training/optimizer.cpp, which take addresses of tensors: `gradient_norm` and `adamw`.
 """
 
 import contextlib
@@ -34,12 +36,13 @@ from DeBERTa.data.files import cache_dir, file_sha256, sync
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
 SOURCES = [FOLDER / name for name in ("kernels.cpp", "fused_attention.cpp", "linear_maps.cpp", "vocabulary.cpp")]
+SOURCES.append(FOLDER.parent / "training" / "optimizer.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
 COMPILE_SECONDS = 120  # each; it takes 3 on an idle machine
 
-COUNT, SEED, REAL = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+COUNT, SEED, REAL, FINE = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_double
 # Arguments: tensors, by their type (0 and 1 stand for those of the tensors that `find` was asked for), and numbers.
 SIGNATURES = {
     "probabilities": [0, 0, 0, 0, torch.bool, COUNT, COUNT, COUNT, SEED, COUNT, COUNT],
@@ -57,6 +60,8 @@ SIGNATURES = {
     "feed_forward_gradients": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, COUNT, COUNT, COUNT],
     "vocabulary_sums": [0, 1, 1, torch.int64, *[torch.float32] * 3, COUNT, COUNT, COUNT, COUNT],
     "vocabulary_gradients": [0, 1, 1, torch.int64, *[torch.float32] * 5, COUNT, COUNT, COUNT],
+    "gradient_norm": [0, torch.int64, torch.float32, COUNT],
+    "adamw": [0, torch.int64, COUNT, *[FINE] * 6],
 }
 # Those of fused_attention.cpp, linear_maps.cpp and vocabulary.cpp.
 FOR_TILES = {"attention", "attention_gradients", "affine", "affine_gradients", "feed_forward", "feed_forward_gradients"}
