@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int64_t MARGIN = 32;    // elements on both sides of a row that shifted tiles reach
+constexpr int64_t TOGETHER = 128; // rows of scores, since those of keys against their table take 32 distances more
 constexpr int64_t PAIRED = 128;   // rows whose pairs are made at a time: they stay in the cache
 constexpr int64_t SEQUENCES = 4;  // whose gradients of tables one thread adds up
 constexpr int PERMISSION_FOR_TILES = 0x1023, TILES = 18;  // arch_prctl
@@ -57,9 +58,9 @@ struct ForwardRoom {
     ForwardRoom(Room& room, int64_t length, int64_t size)
         : kt(room.matrix<uint32_t>(length / 2, size)),
           values(room.matrix<uint32_t>(length / 2, size)),
-          scores(room.matrix<float>(BLOCK, length + APART)),
+          scores(room.matrix<float>(TOGETHER, length + APART)),
           distances(room.matrix<float>(BLOCK, length + BLOCK + APART)),
-          term(room.matrix<float>(BLOCK, 2 * BLOCK + APART)),
+          term(room.matrix<float>(BLOCK, TOGETHER + BLOCK + APART)),
           sums(room.matrix<float>(BLOCK, size)),
           dropped(room.matrix<bfloat16>(BLOCK, length + 2 * APART)) {}
 };
@@ -133,7 +134,7 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
         Tiles tiles;
         std::vector<uint64_t> words;
         auto [kt, values, scores, distances, term, sums, dropped] = make_room<ForwardRoom>(length, size);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < batch * heads; task++) {
             int64_t head = task % heads, b = task / heads;
             const bfloat16 *queries = q + task * length * size, *keys = k + task * length * size;
@@ -144,54 +145,55 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
             Packed query_packed{query_table ? &query_tables[head * length * size] : nullptr, size, true};
             pack_columns(keys, length, size, keys_packed);
             pack_rows(v + task * length * size, size, length, size, values_packed);
-            for (int64_t i = 0; i < length; i += BLOCK) {
-                Left here{queries + i * size, size * 2};
-                for (int64_t j = 0; j < length; j += BLOCK)
-                    multiply(scores.from<float>(0, j), here, keys_packed.from(j), size / 32);
-                if (key_table)
-                    for (int64_t c = 0; c < length + BLOCK; c += BLOCK)
-                        multiply(distances.from<float>(0, c), here,
-                                 key_packed.from(length - BLOCK - i + c), size / 32);
-                if (query_table)
-                    for (int64_t j = 0; j < length; j += BLOCK) {
-                        for (int64_t c = 0; c < 2 * BLOCK; c += BLOCK)
-                            multiply(term.from<float>(0, c), {keys + j * size, size * 2},
-                                     query_packed.from(length - BLOCK + i - j + c), size / 32);
-                        for (int64_t s = 0; s < BLOCK; s += TILE)
-                            for (int64_t r = 0; r < BLOCK; r += TILE) {
-                                Vector tile[TILE];
-                                for (int64_t n = 0; n < TILE; n++)
-                                    std::memcpy(&tile[n], term.row(s + n) + BLOCK - 1 - s - n + r, sizeof(Vector));
-                                transpose(tile);
-                                for (int64_t n = 0; n < TILE; n++) {
-                                    float* to = scores.row(r + n) + j + s;
-                                    for (int64_t m = 0; m < TILE; m++) to[m] += tile[n][m];
-                                }
+            for (int64_t start = 0; start < length; start += TOGETHER) {
+                int64_t end = std::min(start + TOGETHER, length);
+                for (int64_t i = start; i < end; i += BLOCK)
+                    for (int64_t j = 0; j < length; j += BLOCK)
+                        multiply(scores.from<float>(i - start, j), {queries + i * size, size * 2}, keys_packed.from(j), size / 32);
+                for (int64_t j = 0; j < length && query_table; j += BLOCK) {
+                    for (int64_t c = 0; c < end - start + BLOCK; c += BLOCK)
+                        multiply(term.from<float>(0, c), {keys + j * size, size * 2},
+                                 query_packed.from(length - BLOCK + start - j + c), size / 32);
+                    for (int64_t r = 0; r < end - start; r += TILE)
+                        for (int64_t s = 0; s < BLOCK; s += TILE) {
+                            Vector tile[TILE];
+                            for (int64_t n = 0; n < TILE; n++)
+                                std::memcpy(&tile[n], term.row(s + n) + BLOCK - 1 - s - n + r, sizeof(Vector));
+                            transpose(tile);
+                            for (int64_t n = 0; n < TILE; n++) {
+                                float* to = scores.row(r + n) + j + s;
+                                for (int64_t m = 0; m < TILE; m++) to[m] += tile[n][m];
                             }
-                    }
-                for (int64_t n = 0; n < BLOCK; n++) {
-                    int64_t row = (task * length + i + n) * length;
-                    float* s = scores.row(n);
-                    if (!real[i + n]) {
-                        std::memset(kept + row, 0, length * sizeof(bfloat16));
-                        std::memset(dropped.row(n), 0, length * sizeof(bfloat16));
-                        continue;
-                    }
-                    if (key_table) {  // column c is distance i + 31 - c
-                        const float* products = distances.row(n) + BLOCK - 1 - n;
-                        for (int64_t j = 0; j < length; j++) s[j] += products[j];
-                    }
-                    if (padded)
-                        for (int64_t j = 0; j < length; j++) s[j] = real[j] ? s[j] : -INFINITY;
-                    softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
+                        }
                 }
-                for (int64_t d = 0; d < size; d += BLOCK)
-                    multiply(sums.from<float>(0, d), dropped.from<const bfloat16>(0, 0), values_packed.from(0, d),
-                             length / 32);
-                for (int64_t n = 0; n < BLOCK; n++) {
-                    bfloat16* to = context + ((b * length + i + n) * heads + head) * size;
-                    for (int64_t d = 0; d < size; d++) sums.row(n)[d] *= scale;
-                    round_all(sums.row(n), to, size);
+                for (int64_t i = start; i < end; i += BLOCK) {
+                    for (int64_t c = 0; c < length + BLOCK && key_table; c += BLOCK)
+                        multiply(distances.from<float>(0, c), {queries + i * size, size * 2},
+                                 key_packed.from(length - BLOCK - i + c), size / 32);
+                    for (int64_t n = 0; n < BLOCK; n++) {
+                        int64_t row = (task * length + i + n) * length;
+                        float* s = scores.row(i - start + n);
+                        if (!real[i + n]) {
+                            std::memset(kept + row, 0, length * sizeof(bfloat16));
+                            std::memset(dropped.row(n), 0, length * sizeof(bfloat16));
+                            continue;
+                        }
+                        if (key_table) {  // column c is distance i + 31 - c
+                            const float* products = distances.row(n) + BLOCK - 1 - n;
+                            for (int64_t j = 0; j < length; j++) s[j] += products[j];
+                        }
+                        if (padded)
+                            for (int64_t j = 0; j < length; j++) s[j] = real[j] ? s[j] : -INFINITY;
+                        softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
+                    }
+                    for (int64_t d = 0; d < size; d += BLOCK)
+                        multiply(sums.from<float>(0, d), dropped.from<const bfloat16>(0, 0), values_packed.from(0, d),
+                                 length / 32);
+                    for (int64_t n = 0; n < BLOCK; n++) {
+                        bfloat16* to = context + ((b * length + i + n) * heads + head) * size;
+                        for (int64_t d = 0; d < size; d++) sums.row(n)[d] *= scale;
+                        round_all(sums.row(n), to, size);
+                    }
                 }
             }
         }
@@ -280,7 +282,7 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                 std::memset(matrix.row(i), 0, MARGIN * sizeof(bfloat16));
                 std::memset(matrix.row(i) + MARGIN + length, 0, (width - MARGIN - length) * sizeof(bfloat16));
             }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < groups * heads; task++) {
             int64_t head = task % heads, group = task / heads;
             Packed key_packed{key_table ? &key_tables[head * length * size] : nullptr, size, false};

@@ -121,8 +121,9 @@ void affine_weights(const Between& gradient, const Factor& x, float* dweight, fl
     int64_t depth = x.columns;
     if (dbias) sum_rows(gradient, columns, x.depth, dbias);
     multiply_all<1>({{gradient.row(0), columns, gradient.distance}}, {&x}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
-        std::copy_n(done->row(n), BLOCK, dweight + (i + n) * depth + j);
+        put_through(done->row(n), dweight + (i + n) * depth + j);
     });
+    _mm_sfence();
 }
 
 }  // namespace

@@ -138,10 +138,7 @@ void softmax_gradients(const bfloat16* x, const float* table, const float* bias,
             if (n == BLOCK - 1) put_transposed({done->at, BLOCK}, turned.row(m) + word - start, turned.distance, 0);
         };
         auto keep = [&](int64_t word, int64_t e, int64_t n, Block* done) {
-            if (word + n >= words) return;
-            const float* from = done->row(n);
-            float* to = dtable + (word + n) * width + e;
-            for (int64_t c = 0; c < BLOCK; c += TILE) _mm512_stream_ps(to + c, _mm512_load_ps(from + c));
+            if (word + n < words) put_through(done->row(n), dtable + (word + n) * width + e);
         };
         Pipeline<1, decltype(from_logits)> logits(from_logits, BLOCK, width / 32);
         Pipeline<1, decltype(keep)> gradients(keep, BLOCK, rows / 32);
