@@ -149,7 +149,8 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
                 int64_t end = std::min(start + TOGETHER, length);
                 for (int64_t i = start; i < end; i += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
-                        multiply(scores.from<float>(i - start, j), {queries + i * size, size * 2}, keys_packed.from(j), size / 32);
+                        multiply(scores.from<float>(i - start, j), {queries + i * size, size * 2}, keys_packed.from(j),
+                                 size / 32);
                 for (int64_t j = 0; j < length && query_table; j += BLOCK) {
                     for (int64_t c = 0; c < end - start + BLOCK; c += BLOCK)
                         multiply(term.from<float>(0, c), {keys + j * size, size * 2},

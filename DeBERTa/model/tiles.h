@@ -15,8 +15,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;   // rows and columns of a product: two by two tiles
-constexpr int64_t APART = 16;   // floats, or twice as many bfloat16, between rows, lest these compete for the same lines of the cache
+constexpr int64_t BLOCK = 32;  // rows and columns of a product: two by two tiles
+constexpr int64_t APART = 16;  // floats, or twice as many bfloat16, between rows, lest these compete for lines of the cache
 
 // GCC does not know that loading tiles reads memory: what was written before it has to be there.
 inline void finish_writing() { asm volatile("" ::: "memory"); }

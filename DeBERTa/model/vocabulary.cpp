@@ -149,13 +149,14 @@ void softmax_gradients(const bfloat16* x, const float* table, const float* bias,
             std::fill(sum, sum + rows * width, 0.0f);
             for (start = groups * part / PARTS * GROUP; start < end; start += WORDS) {
                 int64_t count = std::min(WORDS, end - start);
-                // The logits' gradients of some words are complete when logits of the next ones have been computed.
+                // Gradients of the logits of 32 words are complete when those of the next have been multiplied.
                 for (int64_t i = 0; i <= count; i += GROUP) {
                     if (i < count) {
+                        Left here{rounded_words.row(i), rounded_words.distance * 2};
                         all.round(start + i, rounded_words.row(i), rounded_words.distance);
                         for (int64_t m = 0; m < rows; m += BLOCK)
                             logits.multiply(start + i, m, [&](int64_t) {
-                                return Product{{rounded_words.row(i), rounded_words.distance * 2}, states.panel(m).from(0), width / 32};
+                                return Product{here, states.panel(m).from(0), width / 32};
                             });
                         for (int64_t e = 0; e < width; e += BLOCK)
                             pack_rows(rounded_words.row(i) + e, rounded_words.distance, GROUP, BLOCK, pairs.panel(e, i));
@@ -165,7 +166,8 @@ void softmax_gradients(const bfloat16* x, const float* table, const float* bias,
                     int64_t word = start + i - GROUP;
                     for (int64_t e = 0; e < width && i > 0; e += BLOCK)
                         gradients.multiply(word, e, [&](int64_t) {
-                            return Product{{dlogits.row(word % (2 * GROUP)), dlogits.distance * 2}, inputs.panel(e).from(0), rows / 32};
+                            Left complete{dlogits.row(word % (2 * GROUP)), dlogits.distance * 2};
+                            return Product{complete, inputs.panel(e).from(0), rows / 32};
                         });
                 }
                 for (int64_t m = 0; m < rows; m += BLOCK)

@@ -60,7 +60,7 @@ EXPORT gradient_norm_int64(const int64_t* addresses, const int64_t* sizes, float
 // `addresses` [5, count]: of each parameter, its gradient, both moments, and the number of updates, which counts this one.
 // Decoupled weight decay (Loshchilov and Hutter, algorithm 2); `factor` multiplies the gradients.
 EXPORT adamw_int64(const int64_t* addresses, const int64_t* sizes, int64_t count, double rate, double beta1, double beta2,
-                     double epsilon, double decay, double factor, int threads) {
+                   double epsilon, double decay, double factor, int threads) {
     const auto all = pieces(sizes, count);
     for (int64_t n = 0; n < count; n++) *pointer(addresses[4 * count + n]) += 1;
 #pragma omp parallel for num_threads(threads) schedule(static)

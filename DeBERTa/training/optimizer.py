@@ -71,11 +71,12 @@ def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
 def _plain(parameters: list[nn.Parameter]) -> bool:
     """Whether the kernels can take these and their gradients."""
     there = kernels.find("adamw", torch.empty(0, dtype=torch.long)) is not None
-    return there and all(type(p) is nn.Parameter and p.grad.layout == torch.strided and _fits(p) for p in parameters)
+    return there and all(_fits(p) and p.grad.layout == torch.strided for p in parameters)
 
 
 def _fits(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return plain and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
