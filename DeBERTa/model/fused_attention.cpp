@@ -11,16 +11,13 @@
 
 #ifdef __AMX_BF16__
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <memory>
 
 namespace {
 
 constexpr int64_t MARGIN = 32;    // elements on both sides of a row that shifted tiles reach
-constexpr int64_t TOGETHER = 128; // rows of scores, since those of keys against their table take 32 distances more
+constexpr int64_t TOGETHER = 128; // rows of scores at a time, which need 32 more distances of p2c than they are
 constexpr int64_t PAIRED = 128;   // rows whose pairs are made at a time: they stay in the cache
 constexpr int64_t SEQUENCES = 4;  // whose gradients of tables one thread adds up
 constexpr int PERMISSION_FOR_TILES = 0x1023, TILES = 18;  // arch_prctl

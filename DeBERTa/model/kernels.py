@@ -13,7 +13,7 @@ For bfloat16 on processors with AMX, in fused_attention.cpp: `attention` and `at
 linear_maps.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`: all of them, too; in
 vocabulary.cpp: `vocabulary_sums` and `vocabulary_gradients`: logits and what is made of them.
 
-In ../training/optimizer.cpp, which take addresses of tensors: `gradient_norm` and `adamw`.
+In optimizer.cpp, given addresses of float32 tensors: `gradient_norm` and `adamw`.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from DeBERTa.data.files import cache_dir, file_sha256, sync
 
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
-SOURCES = [FOLDER / name for name in ("kernels.cpp", "fused_attention.cpp", "linear_maps.cpp", "vocabulary.cpp")]
-SOURCES.append(FOLDER.parent / "training" / "optimizer.cpp")
+SOURCES = ["kernels.cpp", "fused_attention.cpp", "linear_maps.cpp", "vocabulary.cpp", "optimizer.cpp"]
+SOURCES = [FOLDER / name for name in SOURCES]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")

@@ -8,8 +8,8 @@ Loss and accuracy follow from these. A sample picks its chunk, then its group by
 only the logits of that group are computed again. The backward pass computes each chunk's logits again, for the
 gradients.
 
-In bfloat16 on processors with AMX two kernels of vocabulary.cpp do this, with logits in float32 that never leave the
-core's cache.
+In bfloat16 on processors with AMX two kernels of vocabulary.cpp make these two passes, with logits in float32 that
+never leave the core's cache.
 """
 
 import math
@@ -56,7 +56,7 @@ def vocabulary_loss(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ME, table_VE, bias_V, targets_M, uniforms_M, chunk):
-        if _tiled("vocabulary_sums", x_ME, table_VE, bias_V):
+        if _tiled("vocabulary_sums", x_ME, table_VE, bias_V, targets_M):
             target_logits, largest_NM, sums_NMS = _tiled_sums(x_ME, table_VE, bias_V, targets_M, chunk)
         else:
             target_logits, largest_NM, sums_NMS = _sums(x_ME, table_VE, bias_V, targets_M, chunk)
@@ -77,7 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_M, _correct, _samples):
         x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
-        if _tiled("vocabulary_gradients", x_ME, table_VE, bias_V):
+        if _tiled("vocabulary_gradients", x_ME, table_VE, bias_V, targets_M):
             return *_tiled_gradients(x_ME, table_VE, bias_V, targets_M, log_total_M, grad_M), None, None, None
         # |gradient| times the probability in one pass over the logits; the signs go to the rows of x.
         sign_M, size_M = grad_M.sign(), grad_M.abs()
@@ -94,16 +94,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
 
-def _tiled(name: str, x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor) -> bool:
-    """Whether a kernel of vocabulary.cpp can do it."""
-    there = kernels.find(name, x_ME, table_VE) is not None and bias_V.dtype == table_VE.dtype and len(x_ME) > 0
-    return there and x_ME.size(1) % 32 == 0 and table_VE.is_contiguous() and bias_V.is_contiguous()
+def _tiled(
+    name: str, x_ME: torch.Tensor, table_VE: torch.Tensor, bias_V: torch.Tensor, targets_M: torch.Tensor
+) -> bool:
+    """Whether a kernel of vocabulary.cpp can do it. What does not fit is left to PyTorch's operations."""
+    (rows, width), words = x_ME.shape, len(table_VE)
+    shapes = table_VE.shape == (words, width) and bias_V.shape == (words,) and targets_M.shape == (rows,)
+    fit = shapes and rows > 0 and width % 32 == 0 and table_VE.is_contiguous() and bias_V.is_contiguous()
+    return fit and bias_V.dtype == table_VE.dtype and kernels.find(name, x_ME, table_VE) is not None
 
 
 def _padded(x_ME: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Filled up to a multiple of 32 positions, without a target."""
     missing = -len(x_ME) % 32
-    return F.pad(x_ME, (0, 0, 0, missing)), F.pad(targets_M.long(), (0, missing), value=-1)
+    return F.pad(x_ME, (0, 0, 0, missing)).contiguous(), F.pad(targets_M.long(), (0, missing), value=-1)
 
 
 def _tiled_sums(
@@ -211,10 +215,13 @@ def _sample(
     for rows in torch.arange(len(x_ME), device=x_ME.device).split(SAMPLE_ROWS):
         words_RG = words_MG[rows].clamp(max=len(table_VE) - 1)
         rounded_RGE = table_VE[words_RG].to(x_ME.dtype).float()
-        logits_RG = (rounded_RGE @ x_ME[rows, :, None].float()).squeeze(2) + bias_V[words_RG]
+        logits_RG = (rounded_RGE * x_ME[rows, None].float()).sum(2) + bias_V[words_RG]  # not rounded, as `@` may be
         weights_RG = torch.softmax(logits_RG.masked_fill(words_MG[rows] >= len(table_VE), float("-inf")), dim=1)
         choices.append(_pick(weights_RG, rest_M[rows])[0])
-    return words_MG.gather(1, torch.cat(choices)[:, None]).squeeze(1) if choices else torch.empty_like(chunk_M)
+    if not choices:
+        return torch.empty_like(chunk_M)
+    samples_M = words_MG.gather(1, torch.cat(choices)[:, None]).squeeze(1)
+    return samples_M.clamp(max=len(table_VE) - 1)  # of a row with NaN, for which there is no distribution
 
 
 def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

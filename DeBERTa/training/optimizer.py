@@ -1,8 +1,10 @@
 """AdamW with the published parameter groups, clipping, and the learning-rate schedule as a function of the step.
 
-On a CPU, kernels of optimizer.cpp read all gradients once for their norm, and take the update and its clipping in one
-more pass over memory.
+On a CPU, kernels of model/optimizer.cpp read all gradients once for their norm, and take the update and its clipping in
+one more pass over memory.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -16,9 +18,10 @@ LARGE = 2**20  # numbers, of which PyTorch's norm on a CPU is 1e-5 off; the erro
 class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW (Loshchilov and Hutter, algorithm 2) with clipping."""
 
+    factor = 1.0  # on the gradients of the next step
+
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, betas=betas, eps=eps, fused=True)
-        self.factor = 1.0  # on the gradients of the next step
 
     def clip(self, norm: torch.Tensor, limit: float) -> None:
         """Let all gradients as one vector, of `norm`, have a norm of `limit` at most in the next step."""
@@ -29,24 +32,31 @@ class AdamW(torch.optim.AdamW):
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        factor, self.factor = self.factor, 1.0
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        if not _plain([p for _, parameters in groups for p in parameters]):
-            super().step(closure)
-            return
+        scaled = getattr(self, "grad_scale", None) is not None  # a loss scaler leaves it to PyTorch to undo its work
+        if closure is not None or scaled or not _plain([p for _, parameters in groups for p in parameters]):
+            return super().step(closure)
+        calls = []
         for group, parameters in groups:
             rows = [[p, p.grad.contiguous(), *self._state(p)] for p in parameters]
             columns = list(zip(*rows, strict=True)) or [[]] * 5
-            addresses = torch.stack([_addresses(tensors) for tensors in columns])
-            settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.factor)
-            kernels.find("adamw", addresses)(addresses, _sizes(parameters), len(parameters), *settings)
-        self.factor = 1.0
+            sizes = [p.numel() for p in parameters]
+            addresses = [_addresses(tensors, sizes) for tensors in columns[:4]]
+            addresses.append(_addresses(columns[4], [1] * len(rows)))
+            settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], factor)
+            calls.append((columns, torch.stack(addresses), torch.tensor(sizes, dtype=torch.long), len(rows), *settings))
+        for (parameters, *_), addresses, *arguments in calls:
+            kernels.find("adamw", addresses)(addresses, *arguments)
+            torch.autograd.graph.increment_version(parameters)
+        return None
 
     def _state(self, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Both moments and the number of updates, under PyTorch's names."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
@@ -59,9 +69,10 @@ def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     """
     parameters = [p for p in parameters if p.grad is not None]
     if _plain(parameters):
-        gradients, norm = [p.grad.contiguous() for p in parameters], torch.zeros(())
-        addresses = _addresses(gradients)
-        kernels.find("gradient_norm", addresses)(addresses, _sizes(gradients), norm, len(gradients))
+        gradients, norm = [p.grad.contiguous() for p in parameters], torch.zeros((), dtype=torch.float32)
+        sizes = [g.numel() for g in gradients]
+        addresses = _addresses(gradients, sizes)
+        kernels.find("gradient_norm", addresses)(addresses, torch.tensor(sizes, dtype=torch.long), norm, len(sizes))
         return norm
     gradients = [p.grad for p in parameters]
     parts = [torch.linalg.vector_norm(g, dim=-1) if g.numel() > LARGE else g for g in gradients]
@@ -70,8 +81,8 @@ def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
 
 def _plain(parameters: list[nn.Parameter]) -> bool:
     """Whether the kernels can take these and their gradients."""
-    there = kernels.find("adamw", torch.empty(0, dtype=torch.long)) is not None
-    return there and all(_fits(p) and p.grad.layout == torch.strided for p in parameters)
+    fit = all(_fits(p) and p.grad.layout == torch.strided for p in parameters)
+    return fit and kernels.find("adamw", torch.empty(0, dtype=torch.long)) is not None
 
 
 def _fits(tensor: torch.Tensor) -> bool:
@@ -79,15 +90,11 @@ def _fits(tensor: torch.Tensor) -> bool:
     return plain and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _addresses(tensors: Sequence[torch.Tensor], sizes: list[int]) -> torch.Tensor:
     """int64 [tensors], for a kernel, while they are alive."""
-    if not all(map(_fits, tensors)):
-        raise TypeError("gradients and moments have to be contiguous float32 tensors on the CPU, as their parameters")
+    if not all(_fits(x) and x.numel() == size for x, size in zip(tensors, sizes, strict=True)):
+        raise TypeError("gradients and moments have to be contiguous float32 tensors, each of its parameter's size")
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.long)
-
-
-def _sizes(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.tensor([tensor.numel() for tensor in tensors], dtype=torch.long)
 
 
 def build_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> AdamW:

@@ -112,7 +112,7 @@ def test_dropout_on_probabilities(rows, way, monkeypatch):
     assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
 
 
-FUSED = [(32, 32), (64, 64), (96, 64), (544, 64), (64, 128)]
+FUSED = [(32, 32), (64, 64), (96, 64), (128, 32), (160, 64), (544, 64), (64, 128)]
 
 
 @pytest.mark.parametrize(("length", "size"), [(length, 8) for length in (1, 15, 16, 17, 63, 300)] + FUSED)

@@ -43,9 +43,9 @@ def test_update_is_adamw_of_the_paper():
 SHAPES = [(300, 400), (3, 5, 7), (1,), (), (65_537,), (0, 4), (9,)]
 
 
-@pytest.mark.usefixtures("way")
-def test_updates_with_clipping():
-    """Three, against PyTorch's AdamW in float64. The last parameter has no gradient at first."""
+def test_updates_with_clipping(way):
+    """Three, against PyTorch's AdamW in float64. The last parameter has no gradient at first. The kernel takes
+    gradients of any layout; PyTorch's fused one takes their numbers in the wrong order."""
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in SHAPES]
     ours, exact = ([torch.nn.Parameter(x.to(kind)) for x in starts] for kind in (torch.float32, torch.float64))
@@ -58,6 +58,8 @@ def test_updates_with_clipping():
         for mine, theirs in zip(ours, exact, strict=True):
             if number or mine is not ours[-1]:
                 mine.grad = torch.randn_like(mine)
+                if mine.dim() == 2 and way == "kernels":
+                    mine.grad = mine.grad.t().contiguous().t()
                 theirs.grad = mine.grad.double()
         norm = gradient_norm(ours)
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(exact, limit)), rel=1e-6)
@@ -105,7 +107,44 @@ def test_norm_of_large_gradients():
     assert gradient_norm(parameters[-1:]) == 0
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]])
+def test_the_same_bits_with_any_number_of_threads():
+    torch.manual_seed(2)
+    start, gradient, results = torch.randn(300, 401), torch.randn(300, 401), []
+    threads = torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        weight = torch.nn.Parameter(start.clone())
+        optimizer, weight.grad = AdamW([{"params": [weight]}], (0.9, 0.99), 1e-6), gradient
+        norm = gradient_norm([weight])
+        optimizer.step()
+        results.append((norm, weight.detach()))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_loss_scaler():
+    """One that has not been asked to undo its scale does so in the step, and leaves out one that is not finite."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer, scaler = AdamW([{"params": [weight], "lr": 0.1}], (0.9, 0.99), 1e-6), torch.amp.GradScaler("cpu")
+    for scale in (1.0, float("inf")):
+        before = weight.detach().clone()
+        scaler.scale((weight * scale).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert weight.isfinite().all() and torch.equal(weight, before) == (scale != 1)
+
+
+def test_graphs_from_before_a_step_are_refused():
+    weight = torch.nn.Parameter(torch.ones(4))
+    loss = weight.square().sum()
+    optimizer, weight.grad = AdamW([{"params": [weight]}], (0.9, 0.99), 1e-6), torch.ones(4)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2], torch.zeros(1)])
 def test_moments_of_another_kind_are_refused(wrong):
     """A kernel would read past their end."""
     weight = torch.nn.Parameter(torch.zeros(3))

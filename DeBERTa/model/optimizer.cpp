@@ -1,6 +1,7 @@
-// The norm of all gradients, and AdamW's update with their clipping, each in one pass over memory. See optimizer.py.
+// The norm of all gradients, and AdamW's update with their clipping, each in one pass over memory. See
+// training/optimizer.py.
 
-#include "../model/kernels.h"
+#include "kernels.h"
 
 namespace {
 
