@@ -18,6 +18,7 @@ from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.training import optimizer as optimizers
 from DeBERTa.training import steps
 from DeBERTa.training.distributed import PeerLostError, is_main, rank, told_of_lost_peers, total_sums
 from DeBERTa.training.evaluation import evaluate_splits
@@ -116,8 +117,8 @@ def collectives_all(folder: Path) -> None:
 
 
 def norms_all(folder: Path) -> None:
-    """Losses and norms of the first step when norms of all tables go over their rows."""
-    with mock.patch.object(steps, "LARGE", 0):
+    """Losses and norms of the first step when norms of all tables go over their rows, but where a kernel makes them."""
+    with mock.patch.object(optimizers, "LARGE", 0):
         found = {mode: train("gdes", mode, 0, 1)["losses"][0] for mode in MODES}
     if is_main():
         torch.save(found, folder / "norms.pt")
