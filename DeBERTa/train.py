@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -103,12 +104,20 @@ class WorkerDiedError(Exception):
 
 @contextmanager
 def told_of_workers() -> Iterator[None]:
-    """The death of a data worker as `WorkerDiedError`."""
+    """The death of a data worker as `WorkerDiedError`.
+
+    It shows in up to two ways: DataLoader raises a RuntimeError wherever the main thread is when SIGCHLD comes, and a
+    batch that the worker was handing over breaks off (`ConnectionError`, `EOFError`; nothing else here has connections
+    that raise these). The second would interrupt telling the first.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # what DataLoader says of it
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):  # what DataLoader says of it
             raise
+        for _ in range(2):  # a handler that is waiting already has its turn in the first call, before it is replaced
+            with suppress(RuntimeError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise WorkerDiedError(WORKER_DIED) from error
 
 

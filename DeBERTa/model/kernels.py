@@ -35,8 +35,7 @@ from DeBERTa.data.files import cache_dir, file_sha256, sync
 
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
-SOURCES = ["kernels.cpp", "fused_attention.cpp", "linear_maps.cpp", "vocabulary.cpp", "optimizer.cpp"]
-SOURCES = [FOLDER / name for name in SOURCES]
+SOURCES = [FOLDER / f"{name}.cpp" for name in ("kernels", "fused_attention", "linear_maps", "vocabulary", "optimizer")]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
 from DeBERTa.training.signals import Interrupted, Signals
+from tests.conftest import ROOT
 from tests.processes import children, is_running
 from tests.runs import CONTEXT, ForkedRun, final_files, run, tiny_flags
 
@@ -178,3 +181,36 @@ def test_workers_end_with_a_killed_run(tmp_path, undisturbed):
     os.kill(process.pid, signal.SIGKILL)
     assert process.finish()[0] == -9
     assert all_ended(workers)
+
+
+BROKEN = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")  # as the moment will have it
+DEAD_WORKER = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # in all threads to come
+import os, time, torch
+from unittest import mock
+from torch.utils.data import DataLoader
+from DeBERTa.train import WorkerDiedError, told_of_workers
+
+batches = iter(DataLoader([torch.ones(9)] * 99, batch_size=None, num_workers=1))
+next(batches)
+time.sleep(1)  # the next ones are in the queue; their memory is handed over when they are taken from it
+(worker,) = batches._workers
+os.kill(worker.pid, signal.SIGKILL)
+os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+assert signal.SIGCHLD in signal.sigpending()
+try:
+    with told_of_workers(), mock.patch.object(type(worker), "is_alive", lambda _: True):
+        next(batches)
+except WorkerDiedError as error:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    print("told of", type(error.__cause__).__name__)
+os._exit(0)
+"""
+
+
+def test_a_worker_that_is_killed_while_it_hands_a_batch_over():
+    """A broken connection is seen first, before the process counts as dead; SIGCHLD comes while that is being told."""
+    done = subprocess.run([sys.executable, "-c", DEAD_WORKER], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout in {f"told of {kind}\n" for kind in BROKEN}, done.stdout + done.stderr
+    assert done.stderr == ""
