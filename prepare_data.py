@@ -5,10 +5,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from DeBERTa.data.corpus import DataError, DownloadError, deberta_v3_vocabulary, sample, wikitext_103
+from DeBERTa.data.corpus import DownloadError, deberta_v3_vocabulary, sample, wikitext_103
 from DeBERTa.data.files import cache_dir
 from DeBERTa.data.prepare import MIN_SEQ_LENGTH, Prepared, prepare, trained_vocabulary
-from DeBERTa.data.tokenizer import VocabularyError
+from DeBERTa.errors import DataError, VocabularyError
 
 DESCRIPTION = """\
 Turn text into lines of at most max_seq_length - 2 SentencePiece pieces, separated by single spaces.
@@ -18,15 +18,27 @@ Without --input: WikiText-103 with the DeBERTa-V3 vocabulary, all three splits, 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-i", "--input", type=Path, help="a text file in UTF-8, also .gz or .xz")
-    parser.add_argument("-o", "--output", type=Path, help="the file to write for --input; with --corpus, the folder")
-    parser.add_argument(
-        "--corpus", choices=("wikitext-103", "sample"), help="what to prepare without --input (default: wikitext-103)"
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--wikitext", type=Path, metavar="ZIP", help="the WikiText-103 archive, fetched by hand")
-    parser.add_argument("--max_seq_length", type=int, default=512, help="tokens a line, [CLS] and [SEP] included (512)")
-    parser.add_argument("--vocab_path", type=Path, help="a SentencePiece model (default: the DeBERTa-V3 vocabulary)")
+    parser.add_argument("-i", "--input", type=Path, help="a text file in UTF-8, also .gz or .xz")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="the file to write for --input; with --corpus, the folder"
+    )
+    parser.add_argument(
+        "--corpus",
+        choices=("wikitext-103", "sample"),
+        help="what to prepare without --input (default: wikitext-103)",
+    )
+    parser.add_argument(
+        "--wikitext", type=Path, metavar="ZIP", help="the WikiText-103 archive, fetched by hand"
+    )
+    parser.add_argument(
+        "--max_seq_length", type=int, default=512, help="tokens a line, [CLS] and [SEP] included (512)"
+    )
+    parser.add_argument(
+        "--vocab_path", type=Path, help="a SentencePiece model (default: the DeBERTa-V3 vocabulary)"
+    )
     parser.add_argument(
         "--train_vocab",
         type=int,
@@ -40,7 +52,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="strict",
         help="invalid UTF-8: an error that says where (strict, the default), or U+FFFD for every bad byte (replace)",
     )
-    parser.add_argument("--workers", type=int, help="processes that encode (default: one for each usable core)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that encode (default: one for each usable core)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.input is None and arguments.output is not None and arguments.corpus is None:
         parser.error("--output needs --input, or --corpus")

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from DeBERTa.errors import ConfigError
+
 if TYPE_CHECKING:
     from DeBERTa.config import ConfigError, ModelConfig, RTDConfig, TrainConfig
     from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel, RTDModel

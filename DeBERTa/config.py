@@ -15,19 +15,19 @@ from pathlib import Path
 
 import ujson
 
+from DeBERTa.errors import ConfigError
+
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one sentence for the person who wrote it."""
 
 
 def _check_keys(values: dict, cls: type, where: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ConfigError(f"{where}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(known)}")
+        raise ConfigError(
+            f"{where}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(known)}"
+        )
 
 
 def _check_type(name: str, value: object, annotation: object, where: str) -> None:
@@ -87,7 +87,11 @@ class ModelConfig:
         hints = typing.get_type_hints(cls)
         for name, value in values.items():
             _check_type(name, value, hints[name], where)
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.name not in values
+        ]
         if missing:
             raise ConfigError(f"{where}: missing {', '.join(missing)}")
         config = cls(**values)
@@ -102,7 +106,13 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     def _validate(self, where: str) -> None:
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        )
         for name in (*positive, "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{where}: {name} must be at least 1, not {getattr(self, name)}")
@@ -122,16 +132,24 @@ class ModelConfig:
             )
         for name in ("hidden_act", "conv_act"):
             if getattr(self, name) not in ACTIVATIONS:
-                raise ConfigError(f"{where}: {name} {getattr(self, name)!r} is not one of {', '.join(ACTIVATIONS)}")
+                raise ConfigError(
+                    f"{where}: {name} {getattr(self, name)!r} is not one of {', '.join(ACTIVATIONS)}"
+                )
         if self.norm_rel_ebd not in ("none", "layer_norm"):
             raise ConfigError(f"{where}: norm_rel_ebd {self.norm_rel_ebd!r} is not 'none' or 'layer_norm'")
         for term in self.pos_att_type.lower().split("|"):
             if term.strip() not in (*POSITION_TERMS, "none", ""):
-                raise ConfigError(f"{where}: pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none")
+                raise ConfigError(
+                    f"{where}: pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none"
+                )
         if self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
-            raise ConfigError(f"{where}: conv_kernel_size must be odd to keep the length, not {self.conv_kernel_size}")
+            raise ConfigError(
+                f"{where}: conv_kernel_size must be odd to keep the length, not {self.conv_kernel_size}"
+            )
         if self.conv_kernel_size and self.num_hidden_layers < 2:
-            raise ConfigError(f"{where}: conv_kernel_size needs at least 2 layers: it stands between the first two")
+            raise ConfigError(
+                f"{where}: conv_kernel_size needs at least 2 layers: it stands between the first two"
+            )
         if self.relative_attention and self.position_buckets == 1:
             raise ConfigError(f"{where}: position_buckets must be at least 2, or below 1 for none")
 
@@ -154,7 +172,9 @@ class ModelConfig:
     @property
     def max_distance(self) -> int:
         """Distances are clamped to one less than this (`max_relative_positions`)."""
-        return self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
+        return (
+            self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
+        )
 
     @property
     def position_span(self) -> int:
@@ -226,7 +246,9 @@ class TrainConfig:
 
     task_name: str = _flag("MLM", "masked language modelling, or replaced token detection", ("MLM", "RTD"))
     model_config: str = _flag("", "JSON model config (names under experiments/language_model/ need no path)")
-    data_dir: str = _flag("", "folder with train.txt and valid.txt (and test.txt), as prepare_data.py writes them")
+    data_dir: str = _flag(
+        "", "folder with train.txt and valid.txt (and test.txt), as prepare_data.py writes them"
+    )
     vocab_path: str = _flag("", "SentencePiece model the data was prepared with")
     vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",))
     vocab_size: int = _flag(0, "rows of the word embedding table; 0: the model config's number")
@@ -237,12 +259,16 @@ class TrainConfig:
     do_eval: bool = _flag(False, "evaluate on the validation split, and on the test split if there is one")
     init_model: str = _flag("", "start MLM from these weights (.bin or .safetensors, published names)")
     init_generator: str = _flag("", "start the RTD generator from these weights (.bin or .safetensors)")
-    init_discriminator: str = _flag("", "start the RTD discriminator from these weights (.bin or .safetensors)")
+    init_discriminator: str = _flag(
+        "", "start the RTD discriminator from these weights (.bin or .safetensors)"
+    )
 
     max_seq_length: int = _flag(512, "tokens a sequence, [CLS] and [SEP] included")
     max_ngram: int = _flag(1, "MLM: longest masked span in words; 1: single tokens")
     num_training_steps: int = _flag(0, "optimiser steps; 0: by --num_train_epochs")
-    num_train_epochs: float = _flag(1.0, "passes over the training data, when --num_training_steps is not given")
+    num_train_epochs: float = _flag(
+        1.0, "passes over the training data, when --num_training_steps is not given"
+    )
     train_batch_size: int = _flag(256, "sequences an optimiser step, over all processes")
     eval_batch_size: int = _flag(32, "sequences an evaluation batch")
     accumulative_update: int = _flag(1, "parts a step's batch is cut into, to need less memory")
@@ -250,7 +276,9 @@ class TrainConfig:
     seed: int = _flag(42, "seed of initialisation, data order, masks, dropout and sampling")
 
     learning_rate: float = _flag(1e-4, "peak learning rate")
-    discriminator_learning_rate: float = _flag(0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate")
+    discriminator_learning_rate: float = _flag(
+        0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate"
+    )
     warmup: float = _flag(10000.0, "linear warm-up: steps if >= 1, else a proportion of all steps")
     lr_schedule_ends: float = _flag(0.0, "learning rate at the last step, as a proportion of the peak")
     weight_decay: float = _flag(0.01, "AdamW weight decay (none on biases and LayerNorm)")
@@ -267,34 +295,52 @@ class TrainConfig:
         "auto: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, else fp32",
         ("auto", "fp32", "bf16", "fp16"),
     )
-    fp16: bool | None = _flag(None, "published name: True means --precision auto, False means --precision fp32")
+    fp16: bool | None = _flag(
+        None, "published name: True means --precision auto, False means --precision fp32"
+    )
+    kernels: str = _flag(
+        "auto",
+        "auto: faster implementations from DeBERTa/ops where they exist; off: plain PyTorch",
+        ("auto", "off"),
+    )
     attention: str = _flag(
         "auto",
-        "auto: own blocked attention on a CPU, flash if it can run, else sdpa on a GPU; eager: plain operations; sdpa: "
-        "the library's, with position scores as its bias; flash: the package disentangled-flash, on a GPU",
-        ("auto", "eager", "sdpa", "flash"),
+        "auto: the fastest for the device; eager: plain operations; sdpa: PyTorch's fused attention",
+        ("auto", "eager", "sdpa"),
     )
     gradient_checkpointing: bool = _flag(
-        False, "compute each layer again in the backward pass: less memory, about a third more time, the same numbers"
+        False,
+        "compute each layer again in the backward pass: less memory, about a third more time, the same numbers",
     )
     compile: bool = _flag(False, "torch.compile the encoder's layers; a CPU needs a C++ compiler for it")
 
     nproc_per_node: int = _flag(0, "processes on this node; 0: one a GPU, or one on a machine without GPUs")
-    zero: int = _flag(0, "1: gradients and optimiser state are cut up between the processes (ZeRO)")
-    fsdp: bool = _flag(False, "weights are cut up too, and gathered layer by layer, for models that do not fit")
-    max_restarts: int = _flag(0, "times all processes start again from the last checkpoint after one was lost")
+    sharding: str = _flag(
+        "none",
+        "none: every rank holds the model (DDP); zero2: gradients and optimizer state are sharded; fsdp: parameters too",
+        ("none", "zero2", "fsdp"),
+    )
+    max_restarts: int = _flag(
+        0, "times all processes start again from the last checkpoint after one was lost"
+    )
     dist_timeout: int = _flag(600, "seconds to wait for other nodes and processes before giving up")
 
     dump_interval: int = _flag(10000, "steps between checkpoints; each is followed by an evaluation")
     keep_last: int = _flag(
-        3, "newest checkpoints to keep, besides the best by validation loss (MLM: loss, RTD: discriminator_loss)"
+        3,
+        "newest checkpoints to keep, besides the best by validation loss (MLM: loss, RTD: discriminator_loss)",
     )
-    fresh: bool = _flag(False, "start over; what an earlier run left is moved aside to OUTPUT_DIR.old-1, .old-2, ...")
+    fresh: bool = _flag(
+        False, "start over; what an earlier run left is moved aside to OUTPUT_DIR.old-1, .old-2, ..."
+    )
     max_skipped_steps: int = _flag(20, "stop after that many steps in a row whose update was left out")
     skip_spikes: bool = _flag(
         False, "leave out updates whose loss is above 6 standard deviations of the last 128 steps' losses"
     )
     log_interval: int = _flag(100, "steps between lines of metrics.jsonl")
+    log_level: str = _flag(
+        "info", "least severe console messages to show", ("debug", "info", "warning", "error")
+    )
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming the flag."""
@@ -329,14 +375,14 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
-        if self.zero not in (0, 1) or (self.zero and self.fsdp):
-            raise ConfigError("--zero is 0 or 1, and --fsdp contains it: give one of --zero 1 and --fsdp")
         if self.fresh and not self.do_train:
             raise ConfigError("--fresh starts training over: give --do_train too")
         if self.seed >= 2**63:
             raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
         if self.max_seq_length < 3:
-            raise ConfigError(f"--max_seq_length must be at least 3 ([CLS], a token, [SEP]), not {self.max_seq_length}")
+            raise ConfigError(
+                f"--max_seq_length must be at least 3 ([CLS], a token, [SEP]), not {self.max_seq_length}"
+            )
         if self.train_batch_size % self.accumulative_update:
             raise ConfigError(
                 f"--train_batch_size {self.train_batch_size} is not a multiple of "
@@ -345,16 +391,24 @@ class TrainConfig:
         if not self.num_training_steps and self.num_train_epochs <= 0:
             raise ConfigError("--num_train_epochs must be positive when --num_training_steps is not given")
         if not 0 <= self.lr_schedule_ends <= 1:
-            raise ConfigError(f"--lr_schedule_ends is a proportion of the peak, in [0, 1], not {self.lr_schedule_ends}")
+            raise ConfigError(
+                f"--lr_schedule_ends is a proportion of the peak, in [0, 1], not {self.lr_schedule_ends}"
+            )
         if self.learning_rate <= 0 or self.discriminator_learning_rate < 0:
-            raise ConfigError("--learning_rate must be positive and --discriminator_learning_rate not negative")
+            raise ConfigError(
+                "--learning_rate must be positive and --discriminator_learning_rate not negative"
+            )
         if self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"):
-            raise ConfigError(f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them")
+            raise ConfigError(
+                f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them"
+            )
         for name in ("init_generator", "init_discriminator"):
             if self.task_name == "MLM" and getattr(self, name):
                 raise ConfigError(f"--{name} belongs to --task_name RTD; MLM starts from --init_model")
         if self.task_name == "RTD" and self.init_model:
-            raise ConfigError("--init_model belongs to MLM; RTD takes --init_generator and --init_discriminator")
+            raise ConfigError(
+                "--init_model belongs to MLM; RTD takes --init_generator and --init_discriminator"
+            )
 
     @property
     def run_dir(self) -> Path:

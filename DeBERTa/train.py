@@ -15,42 +15,46 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from DeBERTa.config import ConfigError, ModelConfig, RTDConfig, TrainConfig, read_json
-from DeBERTa.data.corpus import DataError
+from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig, read_json
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
-from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import (
+    ConfigError,
+    DataError,
+    DataWorkerError,
+    ReportedError,
+)
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
-from DeBERTa.training.checkpoint import SaveError, checkpoint_path, newest_whole, read_model, write_json
+from DeBERTa.training.checkpoint import checkpoint_path, find_newest_valid, read_model, write_json
 from DeBERTa.training.distributed import (
-    ToldError,
-    end_process,
-    from_all,
-    from_main,
-    is_main,
+    broadcast_object,
+    exit_process,
+    gather_objects,
+    get_local_rank,
+    get_rank,
+    get_world_size,
+    is_rank_zero,
     is_worker,
-    local_rank,
     process_group,
-    rank,
     rank_log,
-    world_size,
 )
 from DeBERTa.training.evaluation import evaluate_splits, outputs_of
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
-from DeBERTa.training.loop import NotFiniteError, Run, resume, train
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import warmup_steps
-from DeBERTa.training.parallel import whole
+from DeBERTa.training.parallel import gather_full
 from DeBERTa.training.precision import resolve_precision
-from DeBERTa.training.run_folder import check_room, flat, open_run_folder, save_models
+from DeBERTa.training.run_dir import check_room, flat, open_run_folder, save_models
 from DeBERTa.training.signals import Interrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
+from DeBERTa.training.trainer import Run, resume, train
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "experiments" / "language_model"
 # Nodes may have their own disks; model config, data and vocabulary are compared by content.
@@ -58,7 +62,9 @@ FREE_PER_NODE = (
     "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator", "init_discriminator",
     "workers", "nproc_per_node",
 )  # fmt: skip
-SPARE_ROWS = 127  # a word table may have that many rows more than the vocabulary has pieces (128100 for 128001)
+SPARE_ROWS = (
+    127  # a word table may have that many rows more than the vocabulary has pieces (128100 for 128001)
+)
 WORKER_DIED = (
     "a process that prepares batches died or was killed, perhaps because memory ran out (fewer --workers need less); "
     "the same command goes on from the last checkpoint"
@@ -79,18 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(job, config, argv)
         with Signals() as signals:
             if is_worker():
-                with rank_log(config.run_dir), process_group(config.dist_timeout), told_of_workers():
+                with rank_log(config.run_dir), process_group(config.dist_timeout), translate_worker_errors():
                     run(config, signals)
             else:
-                with told_of_workers():
+                with translate_worker_errors():
                     run(config, signals)
-    except (ConfigError, DataError, VocabularyError, NotFiniteError, SaveError, WorkerDiedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except DebertaError as error:
+        if not isinstance(error, ReportedError):
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except ToldError:
         return 1
     except Interrupted as error:
         print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -98,13 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class WorkerDiedError(Exception):
-    """A process that prepares batches is no longer there."""
-
-
 @contextmanager
-def told_of_workers() -> Iterator[None]:
-    """The death of a data worker as `WorkerDiedError`.
+def translate_worker_errors() -> Iterator[None]:
+    """The death of a data worker as `DataWorkerError`.
 
     It shows in up to two ways: DataLoader raises a RuntimeError wherever the main thread is when SIGCHLD comes, and a
     batch that the worker was handing over breaks off (`ConnectionError`, `EOFError`; nothing else here has connections
@@ -113,17 +114,23 @@ def told_of_workers() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):  # what DataLoader says of it
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(
+            error
+        ):  # what DataLoader says of it
             raise
-        for _ in range(2):  # a handler that is waiting already has its turn in the first call, before it is replaced
+        for _ in range(
+            2
+        ):  # a handler that is waiting already has its turn in the first call, before it is replaced
             with suppress(RuntimeError):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise WorkerDiedError(WORKER_DIED) from error
+        raise DataWorkerError(WORKER_DIED) from error
 
 
 def parse_flags(argv: Sequence[str] | None) -> TrainConfig:
     """Flags to a `TrainConfig`: one flag a field. Unambiguous beginnings of a flag work too, as they always did."""
-    parser = argparse.ArgumentParser(prog="python -m DeBERTa.train", description="Pre-train a DeBERTa encoder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m DeBERTa.train", description="Pre-train a DeBERTa encoder."
+    )
     hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         text = field.metadata["help"].replace("%", "%%")
@@ -147,13 +154,15 @@ def parse_bool(text: str) -> bool:
 
 def run(config: TrainConfig, signals: Signals) -> None:
     """One run, from flags to final models or figures."""
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config, device)
     if device.type == "cpu":
         keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
     model_config = load_model_config(config, tokenizer)
-    masker = Masker(tokenizer, 1 if config.task_name == "RTD" else config.max_ngram, config.task_name == "RTD")
+    masker = Masker(
+        tokenizer, 1 if config.task_name == "RTD" else config.max_ngram, config.task_name == "RTD"
+    )
     train_store = open_split(config, "train", tokenizer) if config.do_train else None
     evaluation = open_evaluation(config, tokenizer, masker)
     texts = {f"{split}_sha256": batches.store.text_sha256 for split, batches in evaluation.items()}
@@ -163,7 +172,9 @@ def run(config: TrainConfig, signals: Signals) -> None:
     set_execution(model, config, device)
     if train_store is not None:
         check_batch_size(config)
-        plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length, rank(), world_size())
+        plan = BatchPlan(
+            config.seed, config.train_batch_size, config.max_seq_length, get_rank(), get_world_size()
+        )
         batches = TrainingBatches(train_store, tokenizer, masker, plan)
         total_steps = number_of_steps(config, batches)
         step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
@@ -175,42 +186,43 @@ def run(config: TrainConfig, signals: Signals) -> None:
             "precision": precision,
         }
         settings = {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
-        check_same_everywhere(settings | {"evaluation": texts})
+        check_same_on_all_ranks(settings | {"evaluation": texts})
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
-        first_step = start_or_go_on(this_run)
+        first_step = start_or_resume(this_run)
         say(banner(this_run, first_step))
         train(this_run, first_step, signals)
-        if config.zero or config.fsdp:  # a model of its own for the whole weights
-            weights = whole(model.state_dict(), on_host=True)
+        if config.sharding != "none":  # a separate model for the full weights
+            weights = gather_full(model.state_dict(), on_host=True)
             model = build_model(
-                dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""), model_config
+                dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""),
+                model_config,
             )
             model.load_state_dict(weights)
-        if is_main():
+        if is_rank_zero():
             folders = save_models(config.run_dir, model, tokenizer.path)
             say(f"final models: {', '.join(map(str, folders))}")
     else:
         data = {"vocabulary_sha256": tokenizer.fingerprint, **texts}
-        check_same_everywhere({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
+        check_same_on_all_ranks({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
         load_trained(config, model)
     if config.do_eval:
         results = evaluate_splits(model, outputs_of(model), evaluation, config, precision, device)
         for split, metrics in results.items():
             say(f"{split}  {describe(metrics)}")
-        if is_main():
+        if is_rank_zero():
             config.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(config.run_dir / "evaluation.json", results)
 
 
 def say(text: str) -> None:
     """To the console, once for all processes."""
-    if is_main():
+    if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
 
 
 def check_batch_size(config: TrainConfig) -> None:
     """Raise `ConfigError` when a process would have no sequence in some part of a step."""
-    needed = world_size() * config.accumulative_update
+    needed = get_world_size() * config.accumulative_update
     if config.train_batch_size < needed:
         raise ConfigError(
             f"--train_batch_size {config.train_batch_size} is too small for {world_size()} processes with "
@@ -218,9 +230,11 @@ def check_batch_size(config: TrainConfig) -> None:
         )
 
 
-def check_same_everywhere(settings: dict) -> None:
+def check_same_on_all_ranks(settings: dict) -> None:
     """Raise `ConfigError` naming what differs, in all processes alike, unless they agree on all but paths."""
-    everywhere = from_all({name: value for section in settings.values() for name, value in flat(section).items()})
+    everywhere = gather_objects(
+        {name: value for section in settings.values() for name, value in flat(section).items()}
+    )
     for number, values in enumerate(everywhere):
         names = sorted((values.keys() | everywhere[0].keys()) - set(FREE_PER_NODE))
         differing = [
@@ -242,7 +256,9 @@ def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig 
         path = CONFIG_DIR / path
     values = read_json(path)
     if config.task_name == "RTD":
-        parts = [values[name] for name in ("generator", "discriminator") if isinstance(values.get(name), dict)]
+        parts = [
+            values[name] for name in ("generator", "discriminator") if isinstance(values.get(name), dict)
+        ]
     else:
         parts = [values]
     if config.vocab_size:
@@ -273,17 +289,24 @@ def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenSt
     if not Path(config.data_dir).is_dir():
         raise DataError(f"--data_dir {config.data_dir}: no such folder; prepare_data.py makes one")
     text = Path(config.data_dir) / f"{split}.txt"
-    return open_store(text, tokenizer, config.max_seq_length - 2, progress=local_rank() == 0)
+    return open_store(text, tokenizer, config.max_seq_length - 2, progress=get_local_rank() == 0)
 
 
-def open_evaluation(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> dict[str, EvaluationBatches]:
+def open_evaluation(
+    config: TrainConfig, tokenizer: Tokenizer, masker: Masker
+) -> dict[str, EvaluationBatches]:
     """Batches of the validation split, and with `--do_eval` of the test split, where the data folder has them."""
     plan = BatchPlan(config.seed, config.eval_batch_size, config.max_seq_length)
     wanted = ("valid", "test") if config.do_eval else ("valid",)
     there = [split for split in wanted if (Path(config.data_dir) / f"{split}.txt").exists()]
     if config.do_eval and not there:
-        raise DataError(f"--do_eval: {config.data_dir} has neither valid.txt nor test.txt; prepare_data.py makes them")
-    return {split: EvaluationBatches(open_split(config, split, tokenizer), tokenizer, masker, plan) for split in there}
+        raise DataError(
+            f"--do_eval: {config.data_dir} has neither valid.txt nor test.txt; prepare_data.py makes them"
+        )
+    return {
+        split: EvaluationBatches(open_split(config, split, tokenizer), tokenizer, masker, plan)
+        for split in there
+    }
 
 
 def number_of_steps(config: TrainConfig, batches: TrainingBatches) -> int:
@@ -313,14 +336,14 @@ def load_trained(config: TrainConfig, model: nn.Module) -> None:
     if config.init_model or config.init_generator:
         return
     weights = None
-    if is_main():  # nodes may have disks of their own
-        step, damages = newest_whole(config.run_dir)
+    if is_rank_zero():  # nodes may have disks of their own
+        step, damages = find_newest_valid(config.run_dir)
         for damage in damages:
             say(f"warning: damaged checkpoint: {damage}")
         if step:
             weights = read_model(config.run_dir, step, model)
             say(f"evaluating {checkpoint_path(config.run_dir, step)}")
-    weights = from_main(weights)
+    weights = broadcast_object(weights)
     if weights is None:
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
@@ -335,14 +358,14 @@ def describe_data(batches: TrainingBatches) -> dict:
     return {"train_sha256": store.text_sha256, "train_lines": len(store), "train_tokens": store.num_tokens}
 
 
-def start_or_go_on(this_run: Run) -> int:
+def start_or_resume(this_run: Run) -> int:
     """Open the run's folder and load its newest whole checkpoint, if any; returns the updates done.
 
     The first process looks and tells the others, which then fail with it.
     """
     config, device = this_run.config, this_run.training.device
     step, problem = 0, None
-    if is_main():
+    if is_rank_zero():
         try:
             # A restart by torchrun is to go on with what this run has saved, as one by our launcher is.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -351,7 +374,7 @@ def start_or_go_on(this_run: Run) -> int:
             check_room(config.run_dir, this_run.model, coming, config.keep_last)
         except ConfigError as error:
             problem = str(error)
-    step, problem = from_main((step, problem))
+    step, problem = broadcast_object((step, problem))
     if problem:
         raise ConfigError(problem)
     if step:
@@ -360,4 +383,4 @@ def start_or_go_on(this_run: Run) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    exit_process(main())

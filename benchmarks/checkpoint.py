@@ -72,11 +72,15 @@ def measure(folder: Path, rounds: int, precision: str) -> dict[str, list[float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--folder", type=Path, default=Path("output") / "checkpoint-benchmark", help="written, removed")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("output") / "checkpoint-benchmark", help="written, removed"
+    )
     arguments = parser.parse_args()
     if arguments.folder.exists():
         parser.error(f"--folder {arguments.folder} exists; it would be removed")

@@ -44,7 +44,9 @@ def measure_shape(size: int, length: int, steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each shape, in turns")
     parser.add_argument("--steps", type=int, default=3, help="steps measured in each process")

@@ -91,10 +91,14 @@ def measure(command: list[str]) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=300, help="size of the text")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks", help="where the files go")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build" / "benchmarks", help="where the files go"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--loop", type=Path, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -124,7 +128,9 @@ def main() -> None:
             output.unlink(missing_ok=True)
             run = measure(command)
             runs[name].append(run)
-            print(f"{name}: {megabytes / run.seconds:.1f} MB/s, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+            print(
+                f"{name}: {megabytes / run.seconds:.1f} MB/s, load {os.getloadavg()[0]:.1f}", file=sys.stderr
+            )
     output.unlink()
 
     print("| | MB/s, median (all runs) | CPU seconds, median | peak memory, MB |\n| --- | --- | --- | --- |")

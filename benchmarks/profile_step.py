@@ -25,7 +25,9 @@ STEPS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, default="rtd-xsmall")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--rows", type=int, default=40, help="operators to list; the rest is added up")
@@ -59,9 +61,13 @@ def main() -> None:
     ]
     rows = [(event.self_cpu_time_total, event.count, event.key) for event in events[: arguments.rows]]
     rest = events[arguments.rows :]
-    rows.append((sum(e.self_cpu_time_total for e in rest), sum(e.count for e in rest), f"({len(rest)} others)"))
+    rows.append(
+        (sum(e.self_cpu_time_total for e in rest), sum(e.count for e in rest), f"({len(rest)} others)")
+    )
     for microseconds, calls, name in rows:
-        lines.append(f"{microseconds / STEPS / 1e3:>16.1f}{microseconds / total:>8.1%}{calls / STEPS:>14.1f}  {name}")
+        lines.append(
+            f"{microseconds / STEPS / 1e3:>16.1f}{microseconds / total:>8.1%}{calls / STEPS:>14.1f}  {name}"
+        )
     text = "\n".join(lines) + "\n"
     print(text, end="")
     arguments.output.write_text(text)

@@ -176,7 +176,9 @@ def measure(folder: Path, tokens: int, tokenizer: Tokenizer, rounds: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_200_000, 12_000_000, 120_000_000])
     parser.add_argument("--rounds", type=int, default=3, help="later starts with each text")
     parser.add_argument(
@@ -190,7 +192,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         which, folder, started = arguments.one
-        print(json.dumps(first_start(Path(folder)) if which == "first" else later_start(Path(folder), float(started))))
+        print(
+            json.dumps(
+                first_start(Path(folder)) if which == "first" else later_start(Path(folder), float(started))
+            )
+        )
         return
 
     results = []

@@ -68,7 +68,9 @@ def ours(config_name: str, precision: str):
     rtd = "generator" in values
     config = TrainConfig(task_name="RTD" if rtd else "MLM")
     if rtd:
-        step = ReplacedTokenStep(RTDModel(RTDConfig.from_dict(values)), config, precision, torch.device("cpu"), 1000)
+        step = ReplacedTokenStep(
+            RTDModel(RTDConfig.from_dict(values)), config, precision, torch.device("cpu"), 1000
+        )
     else:
         model = MaskedLanguageModel(ModelConfig.from_dict(values))
         step = MaskedLMStep(model, config, precision, torch.device("cpu"), 1000)
@@ -81,10 +83,14 @@ class ComposedRTD:
 
     def __init__(self, values: dict, precision: str) -> None:
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        self.generator, self.discriminator = (self._encoder(values[name]) for name in ("generator", "discriminator"))
+        self.generator, self.discriminator = (
+            self._encoder(values[name]) for name in ("generator", "discriminator")
+        )
         width, rows = values["generator"]["hidden_size"], values["generator"]["vocab_size"]
         self.positions = torch.nn.Embedding(512, width)
-        self.head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.LayerNorm(width, 1e-7))
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.LayerNorm(width, 1e-7)
+        )
         self.bias = torch.nn.Parameter(torch.zeros(rows))
         self.residual = torch.nn.Parameter(torch.zeros(rows, width))
         self.detect = torch.nn.Sequential(
@@ -108,16 +114,23 @@ class ComposedRTD:
         from transformers import DebertaV2Config, DebertaV2Model
 
         config = {k: v for k, v in values.items() if k != "attention_head_size"}
-        return DebertaV2Model(DebertaV2Config(**config | {"pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 0}))
+        return DebertaV2Model(
+            DebertaV2Config(**config | {"pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 0})
+        )
 
     def __call__(self, batch: Batch) -> None:
         masked = batch.labels > 0
         table = self.generator.embeddings.word_embeddings.weight
         with self.autocast:
-            states = self.generator(batch.input_ids, batch.input_mask, output_hidden_states=True).hidden_states[-2]
+            states = self.generator(
+                batch.input_ids, batch.input_mask, output_hidden_states=True
+            ).hidden_states[-2]
             encoder = self.generator.encoder
             attention_mask = encoder.get_attention_mask(batch.input_mask)
-            positions = {"rel_embeddings": encoder.get_rel_embedding(), "relative_pos": encoder.get_rel_pos(states)}
+            positions = {
+                "rel_embeddings": encoder.get_rel_embedding(),
+                "relative_pos": encoder.get_rel_pos(states),
+            }
             queries = states + self.positions.weight[: states.size(1)]
             for _ in range(2):
                 out = encoder.layer[-1](states, attention_mask, query_states=queries, **positions)
@@ -129,7 +142,9 @@ class ComposedRTD:
         corrupted = batch.input_ids.masked_scatter(masked, samples)
         with self.autocast:
             words = F.embedding(corrupted, table.detach() + self.residual)
-            states = self.discriminator(inputs_embeds=words, attention_mask=batch.input_mask).last_hidden_state
+            states = self.discriminator(
+                inputs_embeds=words, attention_mask=batch.input_mask
+            ).last_hidden_state
             logits = self.classify(self.detect(states + states[:, :1])).squeeze(-1)
             replaced = (masked & (corrupted != batch.labels)).float()
             loss = 10 * F.binary_cross_entropy_with_logits(logits.float(), replaced)
@@ -153,7 +168,13 @@ class LibraryMLM:
             config = {k: v for k, v in values.items() if k != "attention_head_size"}
             self.model = DebertaV2ForMaskedLM(DebertaV2Config(**config | {"pos_att_type": ["p2c", "c2p"]}))
         else:
-            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+            names = (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "vocab_size",
+            )
             self.model = BertForMaskedLM(BertConfig(**{name: values[name] for name in names}))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=precision == "bf16")
 
@@ -234,7 +255,9 @@ def measure(case: str, who: str, precision: str, steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
@@ -255,15 +278,28 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for precision in arguments.precisions:
                 for who in ("ours", "theirs"):
-                    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--one", case, who, precision]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        "--steps",
+                        str(arguments.steps),
+                        "--one",
+                        case,
+                        who,
+                        precision,
+                    ]
                     env = scripts_environment() if who == "ours" else None
-                    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+                    output = subprocess.run(
+                        command, check=True, capture_output=True, text=True, env=env
+                    ).stdout
                     runs.setdefault((precision, who), []).append(json.loads(output))
         _, size, length = CASES[case]
         for (precision, who), results in runs.items():
             flops = runs[precision, "ours"][0]["flops"]
             seconds = statistics.median(result["seconds"] for result in results)
-            rate = statistics.median(r["product_rate"] for who in ("ours", "theirs") for r in runs[precision, who])
+            rate = statistics.median(
+                r["product_rate"] for who in ("ours", "theirs") for r in runs[precision, who]
+            )
             row = {
                 "seconds": seconds,
                 "spread": [min(r["seconds"] for r in results), max(r["seconds"] for r in results)],
@@ -286,7 +322,9 @@ def main() -> None:
                 them, us = table[case][a]["theirs"], table[case][b]["ours"]
                 figures = {"time": them["seconds"] / us["seconds"], "memory": us["peak_gb"] / them["peak_gb"]}
                 table[case].setdefault("ratios", {})[ratio] = figures
-                print(f"{'':<18}theirs {ratio} ours: {figures['time']:.2f} times, memory {figures['memory']:.0%}")
+                print(
+                    f"{'':<18}theirs {ratio} ours: {figures['time']:.2f} times, memory {figures['memory']:.0%}"
+                )
     if arguments.json:
         arguments.json.write_text(json.dumps(about() | {"cases": table}, indent=1) + "\n")
 

@@ -79,7 +79,12 @@ class Command:
             except (OSError, TypeError):  # it ended meanwhile
                 continue
             rank = re.search(r"(?:^|\0)RANK=(\d+)", environment)
-            if str(self.run_dir) in arguments and "TORCHELASTIC_RUN_ID" in environment and rank and state != "Z":
+            if (
+                str(self.run_dir) in arguments
+                and "TORCHELASTIC_RUN_ID" in environment
+                and rank
+                and state != "Z"
+            ):
                 found[int(rank[1])] = min(int(path.name), found.get(int(rank[1]), math.inf))
         return found
 
@@ -91,10 +96,14 @@ class Command:
             time.sleep(0.05)
 
 
-def start_nodes(flags: dict, port: int, *changes: dict, ranks: tuple[int, ...] = (0, 1), nodes: int = 2) -> list:
+def start_nodes(
+    flags: dict, port: int, *changes: dict, ranks: tuple[int, ...] = (0, 1), nodes: int = 2
+) -> list:
     """The same command on several nodes, each with a disk of its own."""
     return [
-        Command(flags | change | {"output_dir": f"{flags['output_dir']}-{number}"}, **cluster(port, nodes, rank))
+        Command(
+            flags | change | {"output_dir": f"{flags['output_dir']}-{number}"}, **cluster(port, nodes, rank)
+        )
         for number, (rank, change) in enumerate(zip(ranks, changes or ({},) * len(ranks), strict=True))
     ]
 

@@ -34,7 +34,11 @@ def tiny_model() -> dict:
 
 
 def tiny_rtd(sharing: str = "gdes") -> dict:
-    return {"embedding_sharing": sharing, "generator": TINY | {"num_hidden_layers": 1}, "discriminator": dict(TINY)}
+    return {
+        "embedding_sharing": sharing,
+        "generator": TINY | {"num_hidden_layers": 1},
+        "discriminator": dict(TINY),
+    }
 
 
 @pytest.fixture(params=["kernels", "torch"])

@@ -53,7 +53,9 @@ class TwoNodes:
         """Pull the cable: packets are lost without an error."""
         for node in (0, 1):
             for chain in ("INPUT", "OUTPUT"):
-                self.output(node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP")
+                self.output(
+                    node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP"
+                )
 
     def mend(self) -> None:
         for node in (0, 1):

@@ -53,10 +53,12 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     import torch
 
     from DeBERTa.train import main
-    from DeBERTa.training.distributed import end_process
+    from DeBERTa.training.distributed import exit_process
 
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # as in a process started by a shell; ours is inherited here
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in a process started by a shell; ours is inherited here
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -64,7 +66,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     if "LARGEST_FILE" in environment:  # bytes; writing more gives the error "File too large", as a quota does
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
     torch.set_num_threads(1)
-    end_process(main(arguments))
+    exit_process(main(arguments))
 
 
 class ForkedRun:
@@ -111,7 +113,12 @@ def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int,
 
 def run_pair(values: dict, port: int) -> tuple[int, str]:
     """A run of two processes without a launcher, which costs seconds: status and output of the first one."""
-    group = {"TORCHELASTIC_RUN_ID": "pair", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    group = {
+        "TORCHELASTIC_RUN_ID": "pair",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "1",
+    }
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     log = Path(values["output_dir"]).with_name("pair.log")
     both = [
@@ -125,8 +132,12 @@ def run_pair(values: dict, port: int) -> tuple[int, str]:
 def final_files(run_dir: Path) -> dict[str, bytes]:
     """What must be the same for two runs that are the same: newest weights and moments, final models, metrics."""
     newest = checkpoint_path(run_dir, saved_steps(run_dir)[-1])
-    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".safetensors", ".pt")}
-    files |= {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.glob("*/model.safetensors")}
+    files = {
+        path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".safetensors", ".pt")
+    }
+    files |= {
+        str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.glob("*/model.safetensors")
+    }
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)

@@ -61,7 +61,16 @@ class Job:
         self.slurm = slurm
         self.printed = script.with_suffix(".printed")
         self.printed.unlink(missing_ok=True)
-        command = ["sbatch", "--wait", "--parsable", "--chdir", slurm.directory, "--output", self.printed, *flags]
+        command = [
+            "sbatch",
+            "--wait",
+            "--parsable",
+            "--chdir",
+            slurm.directory,
+            "--output",
+            self.printed,
+            *flags,
+        ]
         log = script.with_suffix(".sbatch")
         self.process = slurm.nodes.start(0, [*command, script], log, **slurm.environment, **environment)
         self.wait_for(log.read_text)
@@ -91,7 +100,9 @@ class Job:
     def limit(self, minutes: int) -> None:
         """Let it run between `minutes` - 1 and `minutes` from now."""
         hours, gone, _ = map(int, self.record()["RunTime"].split(":"))
-        self.slurm.run("scontrol", "update", f"JobId={self.number}", f"TimeLimit={60 * hours + gone + minutes}")
+        self.slurm.run(
+            "scontrol", "update", f"JobId={self.number}", f"TimeLimit={60 * hours + gone + minutes}"
+        )
 
     def text(self) -> str:
         return self.printed.read_text() if self.printed.exists() else ""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from DeBERTa import ConfigError, ModelConfig, RTDConfig, TrainConfig
+from DeBERTa import ModelConfig, RTDConfig, TrainConfig
+from DeBERTa.errors import ConfigError
 from tests.conftest import TINY, tiny_model, tiny_rtd
 
 

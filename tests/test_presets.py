@@ -72,7 +72,9 @@ def test_no_name_or_a_wrong_one(script, arguments):
 
 
 def test_continue_asks_for_weights():
-    result = subprocess.run([ROOT / "rtd.sh", "deberta-v3-base-continue"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [ROOT / "rtd.sh", "deberta-v3-base-continue"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert "--init_generator" in result.stderr and "--init_discriminator" in result.stderr
 

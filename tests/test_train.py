@@ -72,7 +72,13 @@ def assert_refused(result: subprocess.CompletedProcess, *named: str) -> None:
 def test_rtd_run_leaves_models_metrics_and_settings(flags):
     result = train(*command(flags), "--do_eval")
     assert result.returncode == 0, result.stderr
-    for word in ("replaced token detection, GDES", "precision fp32", "8 sequences of 64", "512 tokens a step", "to go"):
+    for word in (
+        "replaced token detection, GDES",
+        "precision fp32",
+        "8 sequences of 64",
+        "512 tokens a step",
+        "to go",
+    ):
         assert word in result.stderr
     run = flags["output_dir"]
     lines = read_metrics(run)
@@ -80,7 +86,9 @@ def test_rtd_run_leaves_models_metrics_and_settings(flags):
         (1, "train"), (2, "train"), (3, "train"), (3, "valid"), (4, "train"), (6, "train"), (6, "valid")
     ]  # fmt: skip
     for line in lines:
-        assert line["generator_loss"] > 0 and line["discriminator_loss"] > 0 and "discriminator_accuracy" in line
+        assert (
+            line["generator_loss"] > 0 and line["discriminator_loss"] > 0 and "discriminator_accuracy" in line
+        )
     assert {"discriminator_auc", "discriminator_precision", "discriminator_recall"} <= lines[-1].keys()
     settings = json.loads((run / "config.json").read_text())["train"]
     assert (settings["num_training_steps"], settings["warmup"], settings["precision"]) == (6, 2, "fp32")
@@ -159,14 +167,20 @@ def test_logged_losses_are_of_the_interval_and_unscaled(flags, tmp_path):
     interval = next(line for line in read_metrics(third["output_dir"]) if line["step"] == 5)
     for name in ("generator_loss", "discriminator_loss"):
         mean = sum(steps[step][name] for step in (2, 3, 4, 5)) / 4
-        assert interval[name] == pytest.approx(mean, rel=2e-3)  # the number of masks differs a little from step to step
-    assert steps[1]["discriminator_loss"] == pytest.approx(0.693, abs=0.05)  # ln 2 at the start, not lambda times it
+        assert interval[name] == pytest.approx(
+            mean, rel=2e-3
+        )  # the number of masks differs a little from step to step
+    assert steps[1]["discriminator_loss"] == pytest.approx(
+        0.693, abs=0.05
+    )  # ln 2 at the start, not lambda times it
 
 
 def test_another_run_in_the_same_folder_is_refused(flags):
     assert train(*command(flags)).returncode == 0
     before = (flags["output_dir"] / "config.json").read_bytes()
-    assert_refused(train(*command(flags | {"learning_rate": 2e-3, "seed": 1})), "learning_rate", "seed", "--tag")
+    assert_refused(
+        train(*command(flags | {"learning_rate": 2e-3, "seed": 1})), "learning_rate", "seed", "--tag"
+    )
     assert (flags["output_dir"] / "config.json").read_bytes() == before
     assert train(*command(flags | {"workers": 1, "log_interval": 1})).returncode == 0
 
@@ -210,7 +224,9 @@ def test_refusals(flags, change, named):
 
 def test_empty_data_folder(flags, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert_refused(train(*command(flags | {"data_dir": tmp_path / "empty"})), tmp_path / "empty", "prepare_data.py")
+    assert_refused(
+        train(*command(flags | {"data_dir": tmp_path / "empty"})), tmp_path / "empty", "prepare_data.py"
+    )
     (tmp_path / "empty" / "train.txt").touch()
     assert_refused(train(*command(flags | {"data_dir": tmp_path / "empty"})), "train.txt")
 
@@ -219,19 +235,32 @@ def test_checkpoint_with_other_shapes(flags, tmp_path):
     config = ModelConfig.from_dict(tiny_model() | {"intermediate_size": 48, "num_hidden_layers": 1})
     torch.save(MaskedLanguageModel(config).state_dict(), tmp_path / "generator.bin")
     torch.save(ReplacedTokenDetectionModel(config).state_dict(), tmp_path / "discriminator.bin")
-    weights = {"init_generator": tmp_path / "generator.bin", "init_discriminator": tmp_path / "discriminator.bin"}
+    weights = {
+        "init_generator": tmp_path / "generator.bin",
+        "init_discriminator": tmp_path / "discriminator.bin",
+    }
     result = train(*command(flags | weights))
     assert_refused(result, tmp_path / "generator.bin", "intermediate.dense.weight", "[48, 32]", "[64, 32]")
 
 
 def test_not_a_number_stops_the_run_and_keeps_the_checkpoints(flags):
     """Weights that blow up between two lines of the log never replace a good checkpoint."""
-    flags |= {"learning_rate": 1e30, "num_training_steps": 40, "warmup": 0, "log_interval": 100, "dump_interval": 4}
+    flags |= {
+        "learning_rate": 1e30,
+        "num_training_steps": 40,
+        "warmup": 0,
+        "log_interval": 100,
+        "dump_interval": 4,
+    }
     result = train(*command(flags))
     assert_refused(result, "step", "diverged", "--learning_rate", "--tag")
     assert not list((flags["output_dir"]).glob("checkpoints/*"))
     # A run with one good checkpoint, from which it diverges.
-    flags |= {"learning_rate": 1e-3, "output_dir": flags["output_dir"].with_name("second"), "num_training_steps": 8}
+    flags |= {
+        "learning_rate": 1e-3,
+        "output_dir": flags["output_dir"].with_name("second"),
+        "num_training_steps": 8,
+    }
     assert train(*command(flags)).returncode == 0
     shutil.rmtree(flags["output_dir"] / "checkpoints" / "step-00000008")
     good = flags["output_dir"] / "checkpoints" / "step-00000004" / "optimizer.pt"
@@ -279,7 +308,9 @@ def test_layers_computed_again_train_the_same_model(flags, tmp_path):
     states = []
     for again in (False, True):
         run = tmp_path / f"again-{again}"
-        result = train(*command(values | {"gradient_checkpointing": again, "output_dir": run}), CUDA_VISIBLE_DEVICES="")
+        result = train(
+            *command(values | {"gradient_checkpointing": again, "output_dir": run}), CUDA_VISIBLE_DEVICES=""
+        )
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("--attention flash is not possible") == 1
         states.append(load_file(run / "discriminator" / "model.safetensors"))

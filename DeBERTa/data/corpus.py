@@ -22,15 +22,12 @@ from tqdm import tqdm
 
 from DeBERTa.data.files import CHUNK_BYTES, cache_dir, file_sha256, open_partial, partial_path, written_aside
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 USER_AGENT = "DeBERTa-pretraining/1.0"
 TIMEOUT_SECONDS = 30
 CONNECTIONS_PER_ADDRESS = 5  # a transfer that is cut off goes on as long as each connection brings something
-
-
-class DataError(ValueError):
-    """Text or prepared data that is missing or cannot be used."""
 
 
 class DownloadError(DataError):
@@ -104,7 +101,9 @@ def fetch(download: Download, destination: Path, check: Callable[[Path], object]
         if _size(file) == 0:
             partial_path(destination).unlink()
     raise DownloadError(
-        "\n".join([f"Cannot fetch {download.name}. Tried:", *failures, f"Put the file at {destination} by hand."])
+        "\n".join(
+            [f"Cannot fetch {download.name}. Tried:", *failures, f"Put the file at {destination} by hand."]
+        )
     )
 
 
@@ -148,7 +147,9 @@ def _receive(url: str, file: BinaryIO, name: str) -> None:
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
+        )
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
             raise
@@ -221,7 +222,9 @@ def sample() -> dict[str, Path]:
     The last 10 addresses are the test split, the 10 before them the validation split, all others the training split.
     """
     if not SAMPLE.is_file():
-        raise DataError(f"The bundled sample is missing from {SAMPLE}; run from a complete copy of the repository.")
+        raise DataError(
+            f"The bundled sample is missing from {SAMPLE}; run from a complete copy of the repository."
+        )
     folder = cache_dir() / "sample" / "text"
     texts = {split: folder / f"{split}.txt" for split in SPLITS}
     record = folder / "source.json"

@@ -42,7 +42,9 @@ class MaskedPositions(NamedTuple):
         most = int(counts.max()) if len(labels) else 0
         at = torch.argsort(~masked, dim=1, stable=True)[:, :most]
         there = torch.arange(most, device=labels.device) < counts
-        return MaskedPositions(at, there.flatten().nonzero().squeeze(1), masked.flatten().nonzero().squeeze(1))
+        return MaskedPositions(
+            at, there.flatten().nonzero().squeeze(1), masked.flatten().nonzero().squeeze(1)
+        )
 
 
 class Batch(NamedTuple):
@@ -57,9 +59,13 @@ class Batch(NamedTuple):
     real_tokens: int
 
     @staticmethod
-    def of(input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor) -> "Batch":
+    def of(
+        input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor
+    ) -> "Batch":
         """A batch of host tensors."""
-        return Batch(input_ids, input_mask, labels, uniforms, MaskedPositions.of(labels), int(input_mask.sum()))
+        return Batch(
+            input_ids, input_mask, labels, uniforms, MaskedPositions.of(labels), int(input_mask.sum())
+        )
 
     @property
     def masked_tokens(self) -> int:
@@ -67,7 +73,9 @@ class Batch(NamedTuple):
 
     def split(self, parts: int) -> list["Batch"]:
         """Consecutive parts for gradient accumulation, before they go to a device."""
-        return [Batch.of(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in self[:4]), strict=True)]
+        return [
+            Batch.of(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in self[:4]), strict=True)
+        ]
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
@@ -100,7 +108,9 @@ class TrainingBatches(Dataset):
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The order of all lines in `epoch`; the last two epochs asked for are kept."""
         if epoch not in self._orders:
-            generator = np.random.Generator(np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0]))
+            generator = np.random.Generator(
+                np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0])
+            )
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = generator.permutation(np.arange(len(self.store), dtype=np.int32))
         return self._orders[epoch]
@@ -142,7 +152,9 @@ class EvaluationBatches(Dataset):
             raise IndexError(index)
         first = index * self.plan.batch_size
         lines = range(first, min(first + self.plan.batch_size, len(self.store)))
-        return make_batch([self.store.line(line) for line in lines], self.tokenizer, self.masker, self.plan, 0, first)
+        return make_batch(
+            [self.store.line(line) for line in lines], self.tokenizer, self.masker, self.plan, 0, first
+        )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -150,17 +162,26 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def row_uniforms(plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int) -> np.ndarray:
+def row_uniforms(
+    plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int
+) -> np.ndarray:
     """float64 [rows, draws] in [0, 1) for rows `first_row` onwards of a global batch: any cut gives the same numbers.
 
     `draws` must be a multiple of 4, the block size of numpy's Philox.
     """
     counter = [first_row * draws // 4, 0, step, 0]
-    return np.random.Generator(np.random.Philox(key=[plan.seed, stream], counter=counter)).random((rows, draws))
+    return np.random.Generator(np.random.Philox(key=[plan.seed, stream], counter=counter)).random(
+        (rows, draws)
+    )
 
 
 def make_batch(
-    sequences: list[np.ndarray], tokenizer: Tokenizer, masker: Masker, plan: BatchPlan, step: int, first_row: int
+    sequences: list[np.ndarray],
+    tokenizer: Tokenizer,
+    masker: Masker,
+    plan: BatchPlan,
+    step: int,
+    first_row: int,
 ) -> Batch:
     """[CLS] tokens [SEP] of each sequence (at most `max_seq_length - 2` ids), padded to the longest, masked.
 

@@ -105,7 +105,9 @@ def _sample_spans(kinds: np.ndarray, max_ngram: int, draws: np.ndarray, keys: np
     if most == 0:
         return np.zeros(kinds.shape, dtype=bool)
 
-    drawn = lengths[np.minimum(np.searchsorted(weights.cumsum(), draws[:, 1 : most + 1], side="right"), max_ngram - 1)]
+    drawn = lengths[
+        np.minimum(np.searchsorted(weights.cumsum(), draws[:, 1 : most + 1], side="right"), max_ngram - 1)
+    ]
     span = np.where(np.arange(most) < spans[:, None], drawn, 0)
     # A line of fewer words than its span goes without it.
     fits = np.cumsum(span + (span > 0), axis=1) <= words[:, None] + 1

@@ -29,11 +29,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.corpus import DataError
 from DeBERTa.data.files import file_sha256, open_partial, partial_path, written_aside
 from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, split_lines, training_sentences
 from DeBERTa.data.token_store import TokenStoreWriter, ids_folder, matches, read_meta
-from DeBERTa.data.tokenizer import Tokenizer, VocabularyError, train_vocabulary
+from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
+from DeBERTa.errors import DataError, VocabularyError
 
 BLOCKS_AHEAD = 2  # blocks in flight for each process, so that none waits for the writer
 WARN_UNKNOWN, MAX_UNKNOWN = 0.05, 0.2  # shares of [UNK]
@@ -84,7 +84,9 @@ def prepare(
     `output` is then as it was before.
     """
     if max_seq_length < MIN_SEQ_LENGTH:
-        raise DataError(f"--max_seq_length {max_seq_length} leaves no room between [CLS] and [SEP]; 512 is usual.")
+        raise DataError(
+            f"--max_seq_length {max_seq_length} leaves no room between [CLS] and [SEP]; 512 is usual."
+        )
     for path, what in ((source, "input"), (vocabulary, "vocabulary")):
         if output.exists() and path.exists() and output.samefile(path):
             raise DataError(f"The output {output} is also the {what}; give it another name.")
@@ -105,7 +107,10 @@ def prepare(
         if done is not None:  # another process has made it meanwhile
             partial_path(output).unlink()
             return done
-        with _removed_on_failure(partial_path(output)), TokenStoreWriter(partial_path(ids_folder(output))) as store:
+        with (
+            _removed_on_failure(partial_path(output)),
+            TokenStoreWriter(partial_path(ids_folder(output))) as store,
+        ):
             file.truncate(0)
             encoder = _Encoder(vocabulary)
             chunks = _encoded(text, encoder, errors, workers or usable_cores(), block_bytes)
@@ -328,7 +333,12 @@ def trained_vocabulary(source: Path, size: int, path: Path, errors: str = "stric
                 fresh.unlink()
                 raise refusal
             fresh.replace(path)
-        made = {"pieces": size, **_identity(source), "text": file_sha256(source), "vocabulary": file_sha256(path)}
+        made = {
+            "pieces": size,
+            **_identity(source),
+            "text": file_sha256(source),
+            "vocabulary": file_sha256(path),
+        }
         file.write(json.dumps(made, indent=1).encode())
     return path
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from DeBERTa.data.corpus import DataError
 from DeBERTa.data.tokenizer import character_boundary, split_at_spaces
+from DeBERTa.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 # Longer lines are encoded in parts: SentencePiece adds up scores in float32, and its memory grows with the line.
@@ -95,7 +95,9 @@ def _refuse_utf16(path: Path, beginning: bytes) -> None:
     zeros = max(sample[0::2].count(0), sample[1::2].count(0))
     marked = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if marked or (len(sample) >= 64 and zeros > 0.3 * len(sample)):
-        raise DataError(f"{path} looks like UTF-16 or binary data: convert it to UTF-8, for example with iconv.")
+        raise DataError(
+            f"{path} looks like UTF-16 or binary data: convert it to UTF-8, for example with iconv."
+        )
 
 
 def decode_block(path: Path, offset: int, block: bytes, errors: str) -> bytes:

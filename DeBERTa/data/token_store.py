@@ -27,9 +27,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.corpus import DataError
 from DeBERTa.data.files import cache_dir, lock
-from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DataError, VocabularyError
 
 FORMAT = 1
 BLOCK_BYTES = 4 << 20
@@ -194,7 +194,9 @@ def _replace_folder(staging: Path, folder: Path) -> None:
         except OSError:
             if not folder.exists():
                 raise
-            shutil.rmtree(previous, ignore_errors=True)  # another process was faster; take its folder away in turn
+            shutil.rmtree(
+                previous, ignore_errors=True
+            )  # another process was faster; take its folder away in turn
     shutil.rmtree(folder / "previous", ignore_errors=True)
 
 
@@ -228,13 +230,17 @@ def _open_valid(text: Path, tokenizer: Tokenizer, folders: tuple[Path, ...]) -> 
     return None
 
 
-def _build(text: Path, file: BinaryIO, tokenizer: Tokenizer, folders: tuple[Path, ...], progress: bool) -> None:
+def _build(
+    text: Path, file: BinaryIO, tokenizer: Tokenizer, folders: tuple[Path, ...], progress: bool
+) -> None:
     folder, staging = _new_staging(text, folders)
     status = os.fstat(file.fileno())
     reader = _LineReader(text, file, tokenizer)
     with (
         TokenStoreWriter(staging) as writer,
-        tqdm(desc=f"reading {text.name}", total=status.st_size, unit="B", unit_scale=True, disable=not progress) as bar,
+        tqdm(
+            desc=f"reading {text.name}", total=status.st_size, unit="B", unit_scale=True, disable=not progress
+        ) as bar,
     ):
         while block := reader.read():
             ids, ends = reader.parse(block)

@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from DeBERTa.data.files import written_aside
+from DeBERTa.errors import VocabularyError
 
 WORD_MARK = "\u2581"  # SentencePiece writes it where a space stood
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # their ids are their places here
@@ -30,10 +31,6 @@ PUNCTUATION = 3
 MAX_SENTENCE_BYTES = 4000
 # The result depends on the number of threads (order of float sums), so it does not follow the machine.
 TRAINING_THREADS = 4
-
-
-class VocabularyError(ValueError):
-    """A vocabulary file that is missing, is not one, or does not fit DeBERTa or the text."""
 
 
 class Tokenizer:

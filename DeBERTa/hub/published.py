@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from DeBERTa.config import ConfigError
+from DeBERTa.errors import ConfigError
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 
 TABLES = ("word_embeddings", "position_embeddings")
@@ -78,7 +78,9 @@ def load_rtd(model: RTDModel, generator_path: str, discriminator_path: str) -> N
                 residual = whole - base.detach()
             elif residual is None:
                 if name == "word_embeddings":
-                    raise ConfigError(f"{discriminator_path}: holds no word embeddings ({key}.weight or ._weight)")
+                    raise ConfigError(
+                        f"{discriminator_path}: holds no word embeddings ({key}.weight or ._weight)"
+                    )
                 residual = torch.zeros_like(base)
             state[f"{key}._weight"] = residual
         elif sharing == "nes":

@@ -17,7 +17,7 @@ from DeBERTa.model.dropout import Dropout
 from DeBERTa.model.products import linear, linear_map
 
 
-def relative_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
+def map_to_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
     """Bucket of each signed distance (query minus key), int64 of the same shape.
 
     With `buckets` > 0, distances up to `mid = buckets // 2` keep a bucket each; further ones share buckets on a
@@ -33,10 +33,10 @@ def relative_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -
     return torch.where(distances.abs() <= mid, distances, distances.sign() * far)
 
 
-def relative_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def map_to_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """Row of the relative-position table for each distance: int64, values in [0, 2 * span)."""
     span = config.position_span
-    buckets = relative_buckets(distances, config.position_buckets, config.max_distance)
+    buckets = map_to_buckets(distances, config.position_buckets, config.max_distance)
     return (buckets + span).clamp(0, 2 * span - 1)
 
 
@@ -129,10 +129,14 @@ class DisentangledSelfAttention(nn.Module):
         if key_table is not None:
             key_table = self.split_heads(key_table.index_select(0, positions.rows))
         if query_table is not None:
-            query_table = self.split_heads(query_table.index_select(0, positions.rows.flip(0)))  # see `distance_view`
+            query_table = self.split_heads(
+                query_table.index_select(0, positions.rows.flip(0))
+            )  # see `distance_view`
         return Keys(k, v, input_mask, key_table, query_table)
 
-    def project_positions(self, positions: RelativePositions | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def project_positions(
+        self, positions: RelativePositions | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Position keys (c2p) and scaled position queries (p2c) of the rows, [S', H * D]; None where not in use."""
         key_table = query_table = None
         if self.terms:
@@ -140,7 +144,9 @@ class DisentangledSelfAttention(nn.Module):
             if "c2p" in self.terms:
                 key_table = linear(table, self.key_proj if self.share_att_key else self.pos_key_proj)
             if "p2c" in self.terms:
-                query_table = linear(table, self.query_proj if self.share_att_key else self.pos_query_proj) * self.scale
+                query_table = (
+                    linear(table, self.query_proj if self.share_att_key else self.pos_query_proj) * self.scale
+                )
         return key_table, query_table
 
     def forward(
@@ -159,7 +165,9 @@ class DisentangledSelfAttention(nn.Module):
         # The compiler cannot look into the blocked path, and fuses the plain one itself.
         if self.backend == "auto" and q.device.type == "cpu" and not torch.compiler.is_compiling():
             p = self.dropout.p if self.training else 0.0
-            context = BlockedAttention.apply(q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p)
+            context = BlockedAttention.apply(
+                q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p
+            )
             return context.flatten(2)
         context = self._attend(q, keys, self.position_scores(q, keys))
         context = context.masked_fill(~keys.input_mask[:, None, :, None], 0)

@@ -67,7 +67,9 @@ class BlockedAttention(torch.autograd.Function):
         kernel = _fused("attention", q)
         if kernel is not None:
             mask, scale = input_mask.bool().contiguous(), 1 / (1 - p)
-            kernel(q, k, v, key_table, query_table, mask, kept, context, *q.shape, seed, drop_threshold(p), scale)
+            kernel(
+                q, k, v, key_table, query_table, mask, kept, context, *q.shape, seed, drop_threshold(p), scale
+            )
             return context
         scores = q.new_empty(heads, length, length)
         c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
@@ -87,7 +89,9 @@ class BlockedAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         kernel = _fused("attention_gradients", q)
         if kernel is not None:
-            dtables = [None if table is None else torch.empty_like(table) for table in (key_table, query_table)]
+            dtables = [
+                None if table is None else torch.empty_like(table) for table in (key_table, query_table)
+            ]
             known = (q, k, v, key_table, query_table, kept, context, grad.contiguous())
             kernel(*known, dq, dk, dv, *dtables, *q.shape, 1 / (1 - ctx.p))
             return dq, dk, dv, *dtables, None, None
@@ -128,14 +132,19 @@ class _Blocks:
         if table is not None:
             self.rows, columns = (list(slices) for slices in zip(*row_blocks(length, self.most), strict=True))
             self.parts = [table[:, part] for part in columns]
-            shapes = [(len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.parts, strict=True)]
+            shapes = [
+                (len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.parts, strict=True)
+            ]
             sizes = [math.prod(shape) for shape in shapes]
             self.room = table.new_empty(sum(sizes))
             self.blocks = [b.view(shape) for b, shape in zip(self.room.split(sizes), shapes, strict=True)]
 
     def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows and the distances of these, [H, T, L]."""
-        return ((rows, distance_view(b, b.storage_offset())) for rows, b in zip(self.rows, self.blocks, strict=True))
+        return (
+            (rows, distance_view(b, b.storage_offset()))
+            for rows, b in zip(self.rows, self.blocks, strict=True)
+        )
 
 
 class _PositionTerm(_Blocks):
@@ -193,7 +202,19 @@ def _probabilities(
     if kernel is not None:
         heads, length, _ = scores.shape
         mask = input_mask.bool().contiguous()
-        kernel(scores, kept, c2p.room, p2c.room, mask, heads, length, _rows(scores), seed, first, drop_threshold(p))
+        kernel(
+            scores,
+            kept,
+            c2p.room,
+            p2c.room,
+            mask,
+            heads,
+            length,
+            _rows(scores),
+            seed,
+            first,
+            drop_threshold(p),
+        )
         return
     for rows, term in c2p.views():
         scores[:, rows] += term

@@ -51,7 +51,9 @@ def _random_bits(seed: int, first: int, count: int) -> np.ndarray:
     return words.view(np.uint16)[first % 4 :][:count]
 
 
-def _dropped(x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype, seed: int, p: float) -> torch.Tensor:
+def _dropped(
+    x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype, seed: int, p: float
+) -> torch.Tensor:
     """`residual + x * mask / (1 - p)`, or without residual, in `dtype`."""
     x = x.contiguous()
     residual = None if residual is None else residual.to(dtype).expand_as(x).contiguous()
@@ -60,7 +62,9 @@ def _dropped(x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype,
     if kernel is not None:
         kernel(x, residual, out, x.numel(), seed, drop_threshold(p), 1 / (1 - p))
         return out
-    kept = (x * keep_mask(x.shape, seed, p).to(x.dtype)).mul_(1 / (1 - p))  # a boolean mask is several times slower
+    kept = (x * keep_mask(x.shape, seed, p).to(x.dtype)).mul_(
+        1 / (1 - p)
+    )  # a boolean mask is several times slower
     return torch.add(kept, 0 if residual is None else residual, out=out)
 
 
@@ -71,7 +75,11 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, residual, x, seed, p):
         ctx.seed, ctx.p, ctx.type = seed, p, x.dtype
         return _dropped(
-            x, residual, x.dtype if residual is None else torch.promote_types(residual.dtype, x.dtype), seed, p
+            x,
+            residual,
+            x.dtype if residual is None else torch.promote_types(residual.dtype, x.dtype),
+            seed,
+            p,
         )
 
     @staticmethod

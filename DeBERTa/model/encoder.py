@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from DeBERTa.config import ModelConfig
 from DeBERTa.model import kernels
-from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, relative_slots
+from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, map_to_slots
 from DeBERTa.model.backends import flash_lookup
 from DeBERTa.model.dropout import Dropout
 from DeBERTa.model.products import affine, affine_gradients, linear, tiled
@@ -225,7 +225,9 @@ class Layer(nn.Module):
         keys = attention.with_positions(k, v, input_mask, positions)
         position_keys = attention.selected_position_keys(keys, at)
         for _ in range(passes):
-            query_states = self.finish(attention.selected(query_states, at, keys, position_keys), query_states)
+            query_states = self.finish(
+                attention.selected(query_states, at, keys, position_keys), query_states
+            )
         return query_states
 
 
@@ -240,7 +242,9 @@ class ConvLayer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATION[config.conv_act]
 
-    def forward(self, embeddings: torch.Tensor, layer_0: torch.Tensor, input_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, embeddings: torch.Tensor, layer_0: torch.Tensor, input_mask: torch.Tensor
+    ) -> torch.Tensor:
         mask = input_mask.unsqueeze(-1)
         x = self.conv(embeddings.transpose(1, 2)).transpose(1, 2).masked_fill(~mask, 0)
         x = self.LayerNorm(layer_0 + self.activation(self.dropout(x)))
@@ -266,7 +270,7 @@ class Encoder(nn.Module):
         """The rows of the table that sequences of `length` can need, normalised; None without relative attention."""
         if not self.config.position_terms:
             return None
-        slots = relative_slots(torch.arange(length - 1, -length, -1), self.config)
+        slots = map_to_slots(torch.arange(length - 1, -length, -1), self.config)
         first = int(slots[-1])
         table = self.rel_embeddings.weight[first : int(slots[0]) + 1]
         rows = slots - first
@@ -281,7 +285,11 @@ class Encoder(nn.Module):
         return function(*inputs)
 
     def outputs(
-        self, embeddings: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None, layers: int
+        self,
+        embeddings: torch.Tensor,
+        input_mask: torch.Tensor,
+        positions: RelativePositions | None,
+        layers: int,
     ) -> Iterator[torch.Tensor]:
         """The output of each of the first `layers` layers, [B, L, h]."""
         hidden_states = embeddings
@@ -292,7 +300,11 @@ class Encoder(nn.Module):
             yield hidden_states
 
     def forward(
-        self, embeddings: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None, layers: int
+        self,
+        embeddings: torch.Tensor,
+        input_mask: torch.Tensor,
+        positions: RelativePositions | None,
+        layers: int,
     ) -> torch.Tensor:
         """The output of the last of these alone, so that no other needs memory; without layers, `embeddings`."""
         hidden_states = embeddings
@@ -335,4 +347,9 @@ class Deberta(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, RelativePositions | None, int]:
         input_mask = input_mask > 0
         embeddings = self.embeddings(input_ids, input_mask, token_type_ids, shared)
-        return embeddings, input_mask, self.encoder.relative_positions(input_ids.size(1)), len(self.encoder.layer)
+        return (
+            embeddings,
+            input_mask,
+            self.encoder.relative_positions(input_ids.size(1)),
+            len(self.encoder.layer),
+        )

@@ -35,7 +35,10 @@ from DeBERTa.data.files import cache_dir, file_sha256, sync
 
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
-SOURCES = [FOLDER / f"{name}.cpp" for name in ("kernels", "fused_attention", "linear_maps", "vocabulary", "optimizer")]
+SOURCES = [
+    FOLDER / f"{name}.cpp"
+    for name in ("kernels", "fused_attention", "linear_maps", "vocabulary", "optimizer")
+]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS += ["-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
@@ -48,7 +51,16 @@ SIGNATURES = {
     "score_gradients": [0, 0, 0, 0, 0, torch.float32, COUNT, COUNT, COUNT],
     "dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
     "chunk_sums": [0, torch.float32, torch.float32, COUNT, COUNT, COUNT],
-    "chunk_gradients": [0, torch.float32, torch.float32, torch.int64, torch.float32, torch.float32, COUNT, COUNT],
+    "chunk_gradients": [
+        0,
+        torch.float32,
+        torch.float32,
+        torch.int64,
+        torch.float32,
+        torch.float32,
+        COUNT,
+        COUNT,
+    ],
     "gelu_gradients": [0, 0, COUNT],
     "transposed": [0, torch.bfloat16, torch.float32, COUNT, COUNT],
     "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
@@ -63,7 +75,14 @@ SIGNATURES = {
     "adamw": [0, torch.int64, COUNT, *[FINE] * 6],
 }
 # Those of fused_attention.cpp, linear_maps.cpp and vocabulary.cpp.
-FOR_TILES = {"attention", "attention_gradients", "affine", "affine_gradients", "feed_forward", "feed_forward_gradients"}
+FOR_TILES = {
+    "attention",
+    "attention_gradients",
+    "affine",
+    "affine_gradients",
+    "feed_forward",
+    "feed_forward_gradients",
+}
 FOR_TILES |= {"vocabulary_sums", "vocabulary_gradients"}
 
 
@@ -73,7 +92,9 @@ def find(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
     It takes contiguous tensors, or None for some, and numbers, and writes into tensors given. It raises TypeError for
     tensors of another type, device or layout.
     """
-    if any(type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type != "cpu" for tensor in typed):
+    if any(
+        type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type != "cpu" for tensor in typed
+    ):
         return None
     return _find(name, tuple(tensor.dtype for tensor in typed))
 
@@ -138,7 +159,13 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
 
     Its file's name holds the file's own SHA-256, too: to load one that was cut short would end the process.
     """
-    parts = (*(path.read_text() for path in (*HEADERS, *SOURCES)), version, *FLAGS, torch.__version__, _processor())
+    parts = (
+        *(path.read_text() for path in (*HEADERS, *SOURCES)),
+        version,
+        *FLAGS,
+        torch.__version__,
+        _processor(),
+    )
     name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
     cache = _writable(cache_dir() / "kernels")
     for library in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):

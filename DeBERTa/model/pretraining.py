@@ -62,7 +62,9 @@ class MaskedLanguageModel(nn.Module):
         self.lm_predictions = EnhancedMaskDecoder(config)
         initialize(self, config.initializer_range)
 
-    def forward(self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor) -> MaskedLMOutput:
+    def forward(
+        self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
+    ) -> MaskedLMOutput:
         """int64 [B, L] each; `labels` hold the original id where a token is masked and 0 elsewhere."""
         masked = MaskedPositions.of(labels)
         words = self.deberta.embeddings.word_embeddings(input_ids)
@@ -74,7 +76,9 @@ class MaskedLanguageModel(nn.Module):
     def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
         """What training needs of `forward`, without ever holding the logits; with `sample`, a draw for each mask."""
         words, table = TiedLookup.apply(self.tables().word, batch.input_ids)
-        hidden = self.lm_predictions.decode(self.deberta, words, batch.input_ids, batch.input_mask, batch.masked)
+        hidden = self.lm_predictions.decode(
+            self.deberta, words, batch.input_ids, batch.input_mask, batch.masked
+        )
         head, targets = self.lm_predictions.lm_head, batch.labels.flatten()[batch.masked.flat]
         uniforms = batch.uniforms.flatten()[batch.masked.flat] if sample else None
         return vocabulary_loss(head.transform(hidden), table, head.bias, targets, uniforms)
@@ -122,10 +126,14 @@ class ReplacedTokenDetectionModel(nn.Module):
         """What training needs of `forward`: padding is weighted away, so that no size depends on the data."""
         logits = self.logits(input_ids, input_mask, shared).float()
         real, replaced = input_mask > 0, was_replaced(input_ids, labels)
-        loss = F.binary_cross_entropy_with_logits(logits, replaced.float(), weight=real.float(), reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(
+            logits, replaced.float(), weight=real.float(), reduction="sum"
+        )
         return DetectionLoss(loss, (((logits > 0) == replaced) & real).sum())
 
-    def logits(self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None) -> torch.Tensor:
+    def logits(
+        self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None
+    ) -> torch.Tensor:
         """[B, L]; above 0: taken for replaced."""
         return self.mask_predictions(self.deberta.last_hidden_state(input_ids, input_mask, shared))
 
@@ -157,9 +165,13 @@ class RTDModel(nn.Module):
     @torch.no_grad()
     def standalone_discriminator(self) -> dict[str, torch.Tensor]:
         """The discriminator's state dict with whole tables under `weight`, as a model that shares nothing."""
-        state = {k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")}
+        state = {
+            k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")
+        }
         embeddings, shared = self.discriminator.deberta.embeddings, self.shared_tables()
-        for name, base in zip(("word_embeddings", "position_embeddings"), shared or (None, None), strict=True):
+        for name, base in zip(
+            ("word_embeddings", "position_embeddings"), shared or (None, None), strict=True
+        ):
             state[f"deberta.embeddings.{name}.weight"] = getattr(embeddings, name).full(base)
         return state
 
@@ -176,7 +188,9 @@ def corrupt(input_ids: torch.Tensor, labels: torch.Tensor, samples: torch.Tensor
 
 def backbone_parameters(model: nn.Module) -> int:
     """Numbers in the weight matrices of the encoder layers: what the presets' sizes count."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".encoder.layer." in name and p.dim() == 2)
+    return sum(
+        p.numel() for name, p in model.named_parameters() if ".encoder.layer." in name and p.dim() == 2
+    )
 
 
 def embedding_parameters(model: nn.Module) -> int:

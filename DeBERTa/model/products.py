@@ -29,7 +29,9 @@ def transposed(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = 
     return out
 
 
-def tiled(name: str, x: torch.Tensor, *parameters: tuple[torch.Tensor, tuple[int, ...]]) -> Callable[..., None] | None:
+def tiled(
+    name: str, x: torch.Tensor, *parameters: tuple[torch.Tensor, tuple[int, ...]]
+) -> Callable[..., None] | None:
     """A kernel of linear_maps.cpp for `x` and these parameters, if there is one.
 
     With each parameter comes the shape it has to have. What does not fit is left to PyTorch's operations, which take
@@ -48,7 +50,9 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     columns, depth = weight.shape
     kernel = tiled("affine", x, (weight, (columns, x.size(-1))), (bias, (columns,)))
     if kernel is None:
-        return torch.addmm(bias.to(x.dtype), x.flatten(0, -2), transposed(weight, x.dtype)).unflatten(0, x.shape[:-1])
+        return torch.addmm(bias.to(x.dtype), x.flatten(0, -2), transposed(weight, x.dtype)).unflatten(
+            0, x.shape[:-1]
+        )
     y = x.new_empty(*x.shape[:-1], columns)
     kernel(x.contiguous(), weight, bias, y, y.numel() // columns, depth, columns)
     return y
@@ -69,7 +73,11 @@ def affine_gradients(
     is no kernel, the weight's has been rounded to the type of `grad`.
     """
     (columns, depth), shape = weight.shape, x.shape
-    out = weight.new_empty(columns, depth, dtype=torch.promote_types(grad.dtype, torch.float32)) if out is None else out
+    out = (
+        weight.new_empty(columns, depth, dtype=torch.promote_types(grad.dtype, torch.float32))
+        if out is None
+        else out
+    )
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     dbias = out.new_empty(columns) if bias else None
     kernel = tiled("affine_gradients", grad, (weight, (grad.size(-1), x.size(-1))), (out, (columns, depth)))

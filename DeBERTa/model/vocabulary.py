@@ -89,7 +89,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             words = slice(first, first + ctx.chunk)
             logits_MC = affine(x_ME, table_VE[words], bias_V[words])
             dlogits_MC, dbias[words] = _chunk_gradients(logits_MC, shift_M, size_M, targets_M - first, sign_M)
-            part_ME, *_ = affine_gradients(dlogits_MC, signed_x_ME, table_VE[words], bias=False, out=dtable[words])
+            part_ME, *_ = affine_gradients(
+                dlogits_MC, signed_x_ME, table_VE[words], bias=False, out=dtable[words]
+            )
             dx_ME += part_ME
         return (dx_ME * sign_M[:, None]).to(x_ME.dtype), dtable, dbias, None, None, None
 
@@ -136,7 +138,10 @@ def _tiled_gradients(
     rows, kind = len(x_ME), x_ME.dtype
     x_ME, targets_M = _padded(x_ME, targets_M)
     missing = len(x_ME) - rows
-    log_total_M, grad_M = F.pad(log_total_M, (0, missing), value=math.inf), F.pad(grad_M.float(), (0, missing))
+    log_total_M, grad_M = (
+        F.pad(log_total_M, (0, missing), value=math.inf),
+        F.pad(grad_M.float(), (0, missing)),
+    )
     dx_ME, dtable, dbias = out = [torch.empty_like(t, dtype=torch.float32) for t in (x_ME, table_VE, bias_V)]
     kernel = kernels.find("vocabulary_gradients", x_ME, table_VE)
     kernel(x_ME, table_VE, bias_V, targets_M, log_total_M, grad_M, *out, *x_ME.shape, len(table_VE))
@@ -176,7 +181,11 @@ def _chunk_sums(logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _chunk_gradients(
-    logits_MC: torch.Tensor, shift_M: torch.Tensor, size_M: torch.Tensor, column_M: torch.Tensor, sign_M: torch.Tensor
+    logits_MC: torch.Tensor,
+    shift_M: torch.Tensor,
+    size_M: torch.Tensor,
+    column_M: torch.Tensor,
+    sign_M: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the logits but for the rows' signs, [M, C], in the logits' memory if that saves time; and those of
     the biases, float32 [C]. Target words are in `column_M` int64 [M], where that is a column."""
@@ -215,8 +224,12 @@ def _sample(
     for rows in torch.arange(len(x_ME), device=x_ME.device).split(SAMPLE_ROWS):
         words_RG = words_MG[rows].clamp(max=len(table_VE) - 1)
         rounded_RGE = table_VE[words_RG].to(x_ME.dtype).float()
-        logits_RG = (rounded_RGE * x_ME[rows, None].float()).sum(2) + bias_V[words_RG]  # not rounded, as `@` may be
-        weights_RG = torch.softmax(logits_RG.masked_fill(words_MG[rows] >= len(table_VE), float("-inf")), dim=1)
+        logits_RG = (rounded_RGE * x_ME[rows, None].float()).sum(2) + bias_V[
+            words_RG
+        ]  # not rounded, as `@` may be
+        weights_RG = torch.softmax(
+            logits_RG.masked_fill(words_MG[rows] >= len(table_VE), float("-inf")), dim=1
+        )
         choices.append(_pick(weights_RG, rest_M[rows])[0])
     if not choices:
         return torch.empty_like(chunk_M)

@@ -10,9 +10,9 @@ from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.model import kernels
 from DeBERTa.model.pretraining import RTDModel, backbone_parameters, embedding_parameters
-from DeBERTa.training.distributed import nodes, world_size
-from DeBERTa.training.loop import Run
+from DeBERTa.training.distributed import get_num_nodes, get_world_size
 from DeBERTa.training.optimizer import warmup_steps
+from DeBERTa.training.trainer import Run
 
 
 def banner(run: Run, first_step: int) -> str:
@@ -22,7 +22,7 @@ def banner(run: Run, first_step: int) -> str:
     steps = f"{training.total_steps:,}, warm-up {warmup_steps(config, training.total_steps):,}"
     tokens = config.train_batch_size * config.max_seq_length
     parts = f", in {config.accumulative_update} parts" if config.accumulative_update > 1 else ""
-    if world_size() > 1:
+    if get_world_size() > 1:
         parts += f", {config.train_batch_size / world_size():g} a process"
     held_out = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
     rows = {
@@ -41,10 +41,14 @@ def banner(run: Run, first_step: int) -> str:
 
 def _processes(config: TrainConfig) -> str:
     """How many, where, and what each holds."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return "1"
-    mode = "ZeRO: gradients and optimiser state cut up" if config.zero else "DDP: the whole model in each"
-    mode = "FSDP: everything cut up" if config.fsdp else mode
+    mode = (
+        "ZeRO-2: gradients and optimizer state sharded"
+        if config.sharding == "zero2"
+        else "DDP: the whole model in each"
+    )
+    mode = "FSDP: parameters, gradients and optimizer state sharded" if config.sharding == "fsdp" else mode
     return f"{world_size()} processes on {nodes()} node{'s' if nodes() > 1 else ''}, {mode}"
 
 
@@ -93,8 +97,8 @@ def environment(device: torch.device) -> dict:
         "kernels": (kernels.obstacle() or ("compiled, AMX" if kernels.tiles() else "compiled"))
         if device.type == "cpu"
         else None,
-        "processes": world_size(),
-        "nodes": nodes(),
+        "processes": get_world_size(),
+        "nodes": get_num_nodes(),
     }
 
 

@@ -25,21 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.config import ConfigError
 from DeBERTa.data.files import file_sha256, sync, unused_name
+from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError
 from DeBERTa.hub.published import fitting, read_weights
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json")
 MANIFEST = "manifest.json"
 HASH_CHUNK_BYTES = 16 << 20
-
-
-class DamagedCheckpoint(ConfigError):
-    """A checkpoint with a file that is missing or not as it was written."""
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the ones before are untouched."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def crash_point(name: str, step: int) -> None:
 def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep_last: int, best: int | None) -> Path:
     """Write the checkpoint, then drop older ones but for the newest `keep_last` and step `best`.
 
-    Raises `SaveError` when the disk is full or cannot be written; what was written so far is removed.
+    Raises `StorageError` when the disk is full or cannot be written; what was written so far is removed.
     """
     final = checkpoint_path(run_dir, snapshot.step)
     temporary = final.with_name(final.name + ".tmp")
@@ -95,14 +87,14 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep_last: int, best: in
         crash_point("folder-made", snapshot.step)
         _write_files(temporary, snapshot)
         if final.exists():  # left by a run that is no longer the one of this folder
-            set_aside(final)
+            move_aside(final)
         temporary.rename(final)
         crash_point("renamed", snapshot.step)
         sync(final.parent)
         crash_point("rename-synced", snapshot.step)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(_why_not_saved(run_dir, snapshot, error)) from error
+        raise StorageError(_why_not_saved(run_dir, snapshot, error)) from error
     prune(run_dir, snapshot.step, keep_last, best)
     crash_point("pruned", snapshot.step)
     return final
@@ -130,7 +122,11 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
 def write_manifest(folder: Path, step: int) -> None:
     """Record size and SHA-256 of the files in `folder`, by which `check` knows them again."""
     entries = [
-        {"name": name, "size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name, HASH_CHUNK_BYTES)}
+        {
+            "name": name,
+            "size": (folder / name).stat().st_size,
+            "sha256": file_sha256(folder / name, HASH_CHUNK_BYTES),
+        }
         for name in FILES
     ]
     (folder / MANIFEST).write_text(_to_json({"step": step, "files": entries}))
@@ -175,26 +171,26 @@ def check(folder: Path) -> None:
         entries = {entry["name"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
         missing = [name for name in FILES if name not in entries]
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing") from None
+        raise DamagedCheckpointError(f"{folder / MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read") from None
+        raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read") from None
     if missing:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} does not list {missing[0]}")
+        raise DamagedCheckpointError(f"{folder / MANIFEST} does not list {missing[0]}")
     for name, (size, sha256) in entries.items():
         path = folder / name
         try:
             found = path.stat().st_size
             if found != size:
-                raise DamagedCheckpoint(f"{path} has {found} bytes, {size} were written")
+                raise DamagedCheckpointError(f"{path} has {found} bytes, {size} were written")
             if file_sha256(path, HASH_CHUNK_BYTES) != sha256:
-                raise DamagedCheckpoint(f"{path} is not as it was written (SHA-256 differs)")
+                raise DamagedCheckpointError(f"{path} is not as it was written (SHA-256 differs)")
         except FileNotFoundError:
-            raise DamagedCheckpoint(f"{path} is missing") from None
+            raise DamagedCheckpointError(f"{path} is missing") from None
         except OSError as error:
-            raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
+            raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def newest_whole(run_dir: Path) -> tuple[int, list[DamagedCheckpoint]]:
+def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]:
     """Step of the newest checkpoint that is as it was written, 0 if there is none, and what is wrong with newer ones.
 
     Raises `ConfigError` when there are checkpoints, but none is whole.
@@ -203,7 +199,7 @@ def newest_whole(run_dir: Path) -> tuple[int, list[DamagedCheckpoint]]:
     for step in reversed(saved_steps(run_dir)):
         try:
             check(checkpoint_path(run_dir, step))
-        except DamagedCheckpoint as damage:
+        except DamagedCheckpointError as damage:
             damages.append(damage)
         else:
             return step, damages
@@ -215,7 +211,7 @@ def newest_whole(run_dir: Path) -> tuple[int, list[DamagedCheckpoint]]:
     return 0, damages
 
 
-def set_aside(folder: Path) -> Path:
+def move_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, out of the way of the run; returns its new name."""
     aside = unused_name(folder.with_name(f"damaged-{folder.name}"))
     folder.rename(aside)
@@ -234,7 +230,9 @@ def read_training(run_dir: Path, step: int) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
-        raise DamagedCheckpoint(f"{path} cannot be read; remove {path.parent} to go on from the one before") from None
+        raise DamagedCheckpointError(
+            f"{path} cannot be read; remove {path.parent} to go on from the one before"
+        ) from None
 
 
 BEST_BY = ("discriminator_loss", "loss")  # the first that an evaluation has
@@ -242,7 +240,9 @@ BEST_BY = ("discriminator_loss", "loss")  # the first that an evaluation has
 
 def best_saved(run_dir: Path, evaluations: dict[int, dict]) -> int | None:
     """Of the checkpoints that are there, the step with the lowest validation loss; the earliest of equals."""
-    losses = {step: validation_loss(evaluations[step])[1] for step in saved_steps(run_dir) if step in evaluations}
+    losses = {
+        step: validation_loss(evaluations[step])[1] for step in saved_steps(run_dir) if step in evaluations
+    }
     return min((step for step, loss in losses.items() if loss is not None), key=losses.get, default=None)
 
 

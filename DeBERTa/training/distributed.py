@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from DeBERTa.errors import PeerLostError, ReportedError
 from DeBERTa.training.metrics import Sums
 
 LOGS = "logs"  # folder of the processes' logs in a run's folder
@@ -26,20 +27,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENDING_SECONDS = 15  # for a process that has given up to end, and for the agents to end all others
 
 
-class PeerLostError(RuntimeError):
-    """Another process of the run died, was stopped, or cannot be reached; the message is one sentence."""
-
-
-class ToldError(Exception):
-    """An error that is in the log, and with the agent that started this process."""
-
-
 def is_worker() -> bool:
     """Whether an elastic agent started this process: ours (`launch.py`) or torchrun's."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ
 
 
-def local_rank() -> int:
+def get_local_rank() -> int:
     """Number of this process among those on its node."""
     return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
 
@@ -60,12 +53,15 @@ def process_group(timeout: int) -> Iterator[None]:
     if not is_worker() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    limit, patience = timedelta(seconds=timeout), timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3))
+    limit, patience = (
+        timedelta(seconds=timeout),
+        timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3)),
+    )
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(get_local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    with told_of_lost_peers(timeout):
+    with translate_peer_errors(timeout):
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         # One store serves every attempt at the run: each needs keys of its own.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
@@ -76,7 +72,7 @@ def process_group(timeout: int) -> Iterator[None]:
 
 
 @contextmanager
-def told_of_lost_peers(timeout: int) -> Iterator[None]:
+def translate_peer_errors(timeout: int) -> Iterator[None]:
     """What torch.distributed says when another process is lost becomes a `PeerLostError`."""
     try:
         yield
@@ -109,17 +105,17 @@ def rank_log(run_dir: Path) -> Iterator[None]:
     log = path.open("a", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = log, _Both(log, console) if local_rank() == 0 else log
+    sys.stdout, sys.stderr = log, _Both(log, console) if get_local_rank() == 0 else log
     try:
         yield
     except Exception as error:
         with suppress(OSError):  # the disk may be full
             traceback.print_exc(file=log)
         get_error_handler().record_exception(error)
-        raise ToldError from error
+        raise ReportedError from error
 
 
-def end_process(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Leave with that exit status.
 
     A process of many does so without Python's shutting down, during which threads of the communication libraries may
@@ -155,44 +151,44 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank() -> int:
+def get_rank() -> int:
     """Number of this process among all of the run."""
     return dist.get_rank() if is_distributed() else 0
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     """Number of processes of the run."""
     return dist.get_world_size() if is_distributed() else 1
 
 
-def nodes() -> int:
+def get_num_nodes() -> int:
     """Number of nodes of the run."""
     return int(os.environ["GROUP_WORLD_SIZE"]) if is_worker() else 1
 
 
-def is_main() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process writes the run's folder and talks."""
-    return rank() == 0
+    return get_rank() == 0
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place; every process gets it."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
-def total_sums(sums: Sums) -> Sums:
+def all_reduce_sums(sums: Sums) -> Sums:
     """Sums over all processes, float64: one reduction for all names, which must be the same everywhere."""
     if not is_distributed() or not sums:
         return sums
-    values = total(torch.stack([value.detach().double() for value in sums.values()]))
+    values = all_reduce_sum(torch.stack([value.detach().double() for value in sums.values()]))
     return dict(zip(sums, values, strict=True))
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
+def is_any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true in any process; every process gets the same answer."""
-    return bool(total(torch.tensor(float(flag), device=device)) > 0)
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
 def barrier() -> None:
@@ -201,16 +197,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_all(value: object) -> list:
+def gather_objects(value: object) -> list:
     """`value` of every process, by rank; any picklable object."""
     if not is_distributed():
         return [value]
-    values = [None] * world_size()
+    values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def from_main(value: object) -> object:
+def broadcast_object(value: object) -> object:
     """The first process's `value`, in every process; any picklable object."""
     if not is_distributed():
         return value

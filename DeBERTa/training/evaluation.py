@@ -12,7 +12,13 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import Batch, EvaluationBatches, load_batches
 from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel, corrupt
 from DeBERTa.model.vocabulary import MaskedLoss
-from DeBERTa.training.distributed import from_all, is_main, rank, total_sums, world_size
+from DeBERTa.training.distributed import (
+    all_reduce_sums,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    is_rank_zero,
+)
 from DeBERTa.training.metrics import Sums, add, mean_losses
 from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import count, masked_lm_sums
@@ -45,9 +51,9 @@ def evaluate_splits(
     results = {}
     for split, batches in splits.items():
         # All take as many batches, for outputs that need all processes; those past the end are not counted.
-        mine = range(rank(), len(batches), world_size())
-        rounds = -(-len(batches) // world_size())
-        indices = [min(rank() + number * world_size(), len(batches) - 1) for number in range(rounds)]
+        mine = range(get_rank(), len(batches), get_world_size())
+        rounds = -(-len(batches) // get_world_size())
+        indices = [min(get_rank() + number * get_world_size(), len(batches) - 1) for number in range(rounds)]
         loader = load_batches(batches, indices, config.workers)
         results[split] = evaluate(model, outputs, loader, precision, device, len(mine))
     return results
@@ -55,7 +61,12 @@ def evaluate_splits(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, outputs: Outputs, batches: DataLoader, precision: str, device: torch.device, counted: int
+    model: nn.Module,
+    outputs: Outputs,
+    batches: DataLoader,
+    precision: str,
+    device: torch.device,
+    counted: int,
 ) -> dict:
     """Metrics over the first `counted` of `batches` and those of the other processes, without dropout.
 
@@ -67,7 +78,9 @@ def evaluate(
     model.eval()
     sums: Sums = {}
     scores, replaced = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
-    for number, batch in enumerate(tqdm(batches, desc="evaluating", leave=False, disable=None if is_main() else True)):
+    for number, batch in enumerate(
+        tqdm(batches, desc="evaluating", leave=False, disable=None if is_rank_zero() else True)
+    ):
         batch = batch.to(device)
         with autocast(precision, device):
             out, found = outputs(batch)
@@ -82,12 +95,12 @@ def evaluate(
             replaced.append(found.labels.bool().cpu().numpy())
     model.train(was_training)
 
-    metrics = mean_losses(total_sums(sums))
+    metrics = mean_losses(all_reduce_sums(sums))
     for name in ("loss", "generator_loss"):
         if name in metrics:
             metrics[name.replace("loss", "perplexity")] = float(np.exp(min(metrics[name], 700)))
     if "discriminator_loss" in metrics:
-        everywhere = from_all((np.concatenate(scores), np.concatenate(replaced)))
+        everywhere = gather_objects((np.concatenate(scores), np.concatenate(replaced)))
         metrics |= detection_metrics(*(np.concatenate(arrays) for arrays in zip(*everywhere, strict=True)))
     return metrics
 

@@ -8,10 +8,11 @@ import sys
 import torch
 from torch import nn
 
-from DeBERTa.config import ConfigError, TrainConfig
+from DeBERTa.config import TrainConfig
+from DeBERTa.errors import ConfigError
 from DeBERTa.model.backends import choose_backend
 from DeBERTa.model.encoder import Encoder
-from DeBERTa.training.distributed import is_main
+from DeBERTa.training.distributed import is_rank_zero
 
 
 def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
@@ -31,15 +32,20 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
             if config.compile:
                 layer.compile()  # one graph serves all layers of a shape
     for obstacle, backend in obstacles.items():
-        if obstacle is not None and is_main():
-            print(f"--attention flash is not possible: {obstacle}; --attention {backend} is used", file=sys.stderr)
+        if obstacle is not None and is_rank_zero():
+            print(
+                f"--attention flash is not possible: {obstacle}; --attention {backend} is used",
+                file=sys.stderr,
+            )
 
 
 def check_compiler(device: torch.device) -> None:
     """Raise `ConfigError` unless torch.compile has what it needs: Triton on a GPU, a C++ compiler on a CPU."""
     if device.type != "cpu":
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("--compile needs the package triton on a GPU: install it, or leave --compile out")
+            raise ConfigError(
+                "--compile needs the package triton on a GPU: install it, or leave --compile out"
+            )
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:

@@ -27,15 +27,19 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from DeBERTa.config import ConfigError, TrainConfig
-from DeBERTa.training.distributed import PeerLostError, is_worker, log_path
+from DeBERTa.config import TrainConfig
+from DeBERTa.errors import ConfigError, PeerLostError
+from DeBERTa.training.distributed import is_worker, log_path
 from DeBERTa.training.network import interface_towards
 from DeBERTa.training.nodes import GRACE_SECONDS, POLL_SECONDS, Failure, Job, Nodes
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit status of a process that was told to stop, and did
+STOPPED = (
+    128 + signal.SIGTERM,
+    128 + signal.SIGINT,
+)  # exit status of a process that was told to stop, and did
 MENDABLE = (
     PeerLostError.__name__,
-    "WorkerDiedError",
+    "DataWorkerError",
     "",
 )  # what another attempt may get past; "": the process was killed
 
@@ -50,7 +54,9 @@ def find_job(config: TrainConfig) -> Job | None:
         return None
     nodes, node = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
     if nodes < 1:
-        raise ConfigError(f"WORLD_SIZE is {nodes}, but it is the number of nodes: export 1 or more, or unset it")
+        raise ConfigError(
+            f"WORLD_SIZE is {nodes}, but it is the number of nodes: export 1 or more, or unset it"
+        )
     if not 0 <= node < nodes:
         raise ConfigError(
             f"RANK is {node} and WORLD_SIZE {nodes}: RANK is the number of this node, from 0 to WORLD_SIZE - 1"
@@ -58,7 +64,9 @@ def find_job(config: TrainConfig) -> Job | None:
     gpus = torch.cuda.device_count()
     processes = config.nproc_per_node or gpus or 1
     if gpus and processes > gpus:
-        raise ConfigError(f"--nproc_per_node {processes}: this node has {gpus} GPUs, and each process needs one")
+        raise ConfigError(
+            f"--nproc_per_node {processes}: this node has {gpus} GPUs, and each process needs one"
+        )
     if nodes == 1:
         return Job(1, 0, "127.0.0.1", 0, processes) if processes > 1 else None
     address, port = os.environ.get("MASTER_ADDR", ""), _whole_number("MASTER_PORT", 0)
@@ -205,7 +213,9 @@ def run_attempt(
 class NodeAgent(LocalElasticAgent):
     """Torch's agent, which ends its processes soon after one of them, or another node, has failed."""
 
-    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, nodes: Nodes, patience: int, console: Console) -> None:
+    def __init__(
+        self, spec: WorkerSpec, logs: LogsSpecs, nodes: Nodes, patience: int, console: Console
+    ) -> None:
         super().__init__(spec, logs, exit_barrier_timeout=patience, shutdown_timeout=patience)
         self.nodes, self.patience, self.console = nodes, patience, console
         self.failed: list[int] = []  # ids of the processes that failed before the others were ended
@@ -234,14 +244,18 @@ class NodeAgent(LocalElasticAgent):
         stopping = any(process.returncode in STOPPED for process in processes)
         running = any(process.returncode is None for process in processes)
         if stopping and running and all(process.returncode in (None, 0, *STOPPED) for process in processes):
-            return RunResult(state=WorkerState.HEALTHY)  # the others are about to stop too, perhaps after a save
+            return RunResult(
+                state=WorkerState.HEALTHY
+            )  # the others are about to stop too, perhaps after a save
         failure = self.nodes.failure
         if self.failed or failure is not None:
             told_to_stop = not self.failed and failure.status in STOPPED
             self._pcontext.close(timeout=self.patience if told_to_stop else GRACE_SECONDS)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED and not self.failed and self.nodes.failure is None:
-            self.failed = [failure.pid for failure in result.failures.values()]  # failed since they were asked above
+            self.failed = [
+                failure.pid for failure in result.failures.values()
+            ]  # failed since they were asked above
         return result
 
 
@@ -289,12 +303,12 @@ def explain(failures: dict[int, ProcessFailure], job: Job, config: TrainConfig) 
 
 TOLD = (
     "ConfigError",
-    "DamagedCheckpoint",
+    "DamagedCheckpointError",
     "DataError",
     "VocabularyError",
-    "NotFiniteError",
-    "SaveError",
-    "WorkerDiedError",
+    "NonFiniteError",
+    "StorageError",
+    "DataWorkerError",
 )  # sentences for people as they are
 
 

@@ -5,7 +5,7 @@ import socket
 import struct
 import time
 
-from DeBERTa.config import ConfigError
+from DeBERTa.errors import ConfigError
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 RETRY_SECONDS = 0.2

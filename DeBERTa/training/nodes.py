@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from DeBERTa.config import ConfigError
+from DeBERTa.errors import ConfigError
 from DeBERTa.training.network import check_host, wait_for_port
 
 POLL_SECONDS = 0.1
@@ -68,7 +68,12 @@ class Nodes:
         if job.node == 0:
             try:
                 return dist.TCPStore(
-                    job.address, job.port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=limit
+                    job.address,
+                    job.port,
+                    is_master=True,
+                    multi_tenant=True,
+                    wait_for_workers=False,
+                    timeout=limit,
                 )
             except dist.DistNetworkError as error:
                 if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -107,14 +112,18 @@ class Nodes:
 
     def _connect(self) -> dist.TCPStore:
         limit = timedelta(seconds=self.timeout)
-        return dist.TCPStore(self.job.address, self.port if self.job.node == 0 else self.job.port, timeout=limit)
+        return dist.TCPStore(
+            self.job.address, self.port if self.job.node == 0 else self.job.port, timeout=limit
+        )
 
     def roll_call(self) -> list[str]:
         """Wait until every node is there; returns their host names. Raises `ConfigError` when one does not come."""
         job, me = self.job, socket.gethostname()
         self.failure = None
         if self._add(f"rank-{job.node}") > 1:
-            sentence = f"two nodes have RANK {job.node}: {self._get(f'{self.attempt}/host-{job.node}')} and {me}"
+            sentence = (
+                f"two nodes have RANK {job.node}: {self._get(f'{self.attempt}/host-{job.node}')} and {me}"
+            )
             if self._there(range(job.nodes)):  # the others are complete without this one
                 raise ConfigError(sentence)
             self._refuse(sentence)
@@ -190,7 +199,12 @@ class Nodes:
         """Node 0 stays a little, so that the others can read what happened."""
         self._bounded(lambda: self._add("left"))
         deadline = time.monotonic() + GRACE_SECONDS
-        while self.job.node == 0 and self.job.nodes > 1 and not self._unreachable and time.monotonic() < deadline:
+        while (
+            self.job.node == 0
+            and self.job.nodes > 1
+            and not self._unreachable
+            and time.monotonic() < deadline
+        ):
             if self.store.add(f"{self.attempt}/left", 0) >= self.job.nodes:
                 return
             time.sleep(POLL_SECONDS)

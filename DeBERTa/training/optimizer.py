@@ -12,7 +12,9 @@ from torch import nn
 from DeBERTa.config import TrainConfig
 from DeBERTa.model import kernels
 
-LARGE = 2**20  # numbers, of which PyTorch's norm on a CPU is 1e-5 off; the error grows faster than their count
+LARGE = (
+    2**20
+)  # numbers, of which PyTorch's norm on a CPU is 1e-5 off; the error grows faster than their count
 
 
 class AdamW(torch.optim.AdamW):
@@ -35,7 +37,9 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         factor, self.factor = self.factor, 1.0
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        scaled = getattr(self, "grad_scale", None) is not None  # a loss scaler leaves it to PyTorch to undo its work
+        scaled = (
+            getattr(self, "grad_scale", None) is not None
+        )  # a loss scaler leaves it to PyTorch to undo its work
         if closure is not None or scaled or not _plain([p for _, parameters in groups for p in parameters]):
             return super().step(closure)
         calls = []
@@ -46,7 +50,9 @@ class AdamW(torch.optim.AdamW):
             addresses = [_addresses(tensors, sizes) for tensors in columns[:4]]
             addresses.append(_addresses(columns[4], [1] * len(rows)))
             settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], factor)
-            calls.append((columns, torch.stack(addresses), torch.tensor(sizes, dtype=torch.long), len(rows), *settings))
+            calls.append(
+                (columns, torch.stack(addresses), torch.tensor(sizes, dtype=torch.long), len(rows), *settings)
+            )
         for (parameters, *_), addresses, *arguments in calls:
             kernels.find("adamw", addresses)(addresses, *arguments)
             torch.autograd.graph.increment_version(parameters)
@@ -72,7 +78,9 @@ def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
         gradients, norm = [p.grad.contiguous() for p in parameters], torch.zeros((), dtype=torch.float32)
         sizes = [g.numel() for g in gradients]
         addresses = _addresses(gradients, sizes)
-        kernels.find("gradient_norm", addresses)(addresses, torch.tensor(sizes, dtype=torch.long), norm, len(sizes))
+        kernels.find("gradient_norm", addresses)(
+            addresses, torch.tensor(sizes, dtype=torch.long), norm, len(sizes)
+        )
         return norm
     gradients = [p.grad for p in parameters]
     parts = [torch.linalg.vector_norm(g, dim=-1) if g.numel() > LARGE else g for g in gradients]
@@ -93,7 +101,9 @@ def _fits(tensor: torch.Tensor) -> bool:
 def _addresses(tensors: Sequence[torch.Tensor], sizes: list[int]) -> torch.Tensor:
     """int64 [tensors], for a kernel, while they are alive."""
     if not all(_fits(x) and x.numel() == size for x, size in zip(tensors, sizes, strict=True)):
-        raise TypeError("gradients and moments have to be contiguous float32 tensors, each of its parameter's size")
+        raise TypeError(
+            "gradients and moments have to be contiguous float32 tensors, each of its parameter's size"
+        )
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.long)
 
 

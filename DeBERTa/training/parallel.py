@@ -29,7 +29,7 @@ from DeBERTa.model.pretraining import (
 )
 from DeBERTa.model.sharing import SharedTables
 from DeBERTa.model.vocabulary import MaskedLoss
-from DeBERTa.training.distributed import is_distributed, world_size
+from DeBERTa.training.distributed import get_world_size, is_distributed
 
 
 class MaskedLMObjective(nn.Module):
@@ -65,23 +65,25 @@ class JointObjective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, part: Batch, whole: bool = False) -> tuple[MaskedLoss, DetectionLoss | ReplacedTokenOutput]:
+    def forward(
+        self, part: Batch, whole: bool = False
+    ) -> tuple[MaskedLoss, DetectionLoss | ReplacedTokenOutput]:
         out = self.model.generator.masked_loss(part, sample=True)
         corrupted_ids = corrupt(part.input_ids, part.labels, out.samples)
         compute = self.model.discriminate if whole else self.model.detection_loss
         return out, compute(corrupted_ids, part.input_mask, part.labels)
 
 
-def parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
     """What to call in training instead of `objective`; all processes start with the weights of the first one.
 
-    `--zero 1` and `--fsdp` cut the parameters up in place, so that optimisers have to be built after this: gradients
-    and moments are cut up with them. With `--zero 1` a layer gathered for the forward pass stays so until its backward
-    pass has ended; with `--fsdp` it is gathered twice.
+    `--sharding zero2` and `fsdp` shard the parameters in place, so that optimisers have to be built after this: gradients
+    and moments are sharded with them. With `zero2` a layer gathered for the forward pass stays so until its backward
+    pass has ended; with `fsdp` it is gathered twice.
     """
     if not is_distributed():
         return objective
-    if not (config.zero or config.fsdp):
+    if config.sharding == "none":
         # Which parameters have no gradient depends on the config: position tables, for one, where positions are
         # relative. Looking for them costs a walk over the graph once a step.
         places = [device] if device.type == "cuda" else None
@@ -90,16 +92,16 @@ def parallel(objective: nn.Module, config: TrainConfig, device: torch.device) ->
         )
     for tensor in objective.state_dict().values():
         dist.broadcast(tensor, src=0)
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = init_device_mesh(device.type, (get_world_size(),))
     for module in objective.modules():
         if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh, reshard_after_forward=config.fsdp)
+            fully_shard(module, mesh=mesh, reshard_after_forward=config.sharding == "fsdp")
             register_fsdp_forward_method(module, "selected")
     return fully_shard(objective, mesh=mesh, reshard_after_forward=False)
 
 
 @contextmanager
-def reduced(objective: nn.Module, last: bool) -> Iterator[None]:
+def gradient_sync(objective: nn.Module, last: bool) -> Iterator[None]:
     """Forward and backward of one part of a step: gradients are exchanged with those of the last part."""
     if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(last)
@@ -111,7 +113,7 @@ def reduced(objective: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def whole(value: object, on_host: bool = False) -> object:
+def gather_full(value: object, on_host: bool = False) -> object:
     """Tensors in nested dicts and lists with the parts of all processes put together. Called in every process.
 
     With `on_host` what was put together leaves the device, so that this holds one such tensor at a time.
@@ -120,9 +122,9 @@ def whole(value: object, on_host: bool = False) -> object:
         tensor = _put_together(value)
         return tensor.cpu() if on_host else tensor
     if isinstance(value, dict):
-        return {key: whole(item, on_host) for key, item in value.items()}
+        return {key: gather_full(item, on_host) for key, item in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(whole(item, on_host) for item in value)
+        return type(value)(gather_full(item, on_host) for item in value)
     return value
 
 
@@ -144,7 +146,7 @@ def _put_together(value: DTensor) -> torch.Tensor:
     return parts[: len(value)]
 
 
-def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor, cut as `parameter` is; every process has the whole already."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         value = value.to(parameter.device)
@@ -153,17 +155,17 @@ def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def load_whole_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_full_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Set all parameters from whole tensors with the names of `model.state_dict()`."""
     for name, parameter in model.state_dict().items():
-        parameter.copy_(cut_like(weights[name], parameter))
+        parameter.copy_(shard_like(weights[name], parameter))
 
 
-def load_whole_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Set an optimiser's state from one with whole tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
-        index: {name: cut_like(value, parameters[index]) for name, value in moments.items()}
+        index: {name: shard_like(value, parameters[index]) for name, value in moments.items()}
         for index, moments in state["state"].items()
     }
     optimizer.load_state_dict(state | {"state": cut})

@@ -4,7 +4,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from DeBERTa.config import ConfigError, TrainConfig
+from DeBERTa.config import TrainConfig
+from DeBERTa.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,7 +24,9 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
             return "bf16"
         return "fp16" if device.type == "cuda" else "fp32"
     if config.precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ConfigError("--precision bf16: this GPU has no bfloat16 arithmetic; use --precision fp16 or auto")
+        raise ConfigError(
+            "--precision bf16: this GPU has no bfloat16 arithmetic; use --precision fp16 or auto"
+        )
     return config.precision
 
 
@@ -37,7 +40,9 @@ def hardware_has_bf16(device: torch.device) -> bool:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Context in which matrix products run in `precision`."""
-    return torch.autocast(device.type, dtype=DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
+    return torch.autocast(
+        device.type, dtype=DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES
+    )
 
 
 def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

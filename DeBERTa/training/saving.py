@@ -16,7 +16,9 @@ class Saver:
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
         self.run_dir, self.keep_last = run_dir, keep_last
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=give_way)
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint", initializer=lower_thread_priority
+        )
         self._writing: Future | None = None
 
     def save(self, snapshot: Snapshot, best: int | None) -> None:
@@ -26,11 +28,11 @@ class Saver:
         self._writing = self._thread.submit(write_checkpoint, self.run_dir, snapshot, self.keep_last, best)
 
     def check(self) -> Path | None:
-        """The checkpoint that was completed since the last call, if any. Raises `SaveError` if it failed."""
+        """The checkpoint that was completed since the last call, if any. Raises `StorageError` if it failed."""
         return self.wait() if self._writing and self._writing.done() else None
 
     def wait(self) -> Path | None:
-        """Wait for the checkpoint being written, if any. Raises `SaveError` if it failed."""
+        """Wait for the checkpoint being written, if any. Raises `StorageError` if it failed."""
         writing, self._writing = self._writing, None
         return writing.result() if writing else None
 
@@ -39,7 +41,7 @@ class Saver:
         self._thread.shutdown(wait=True)
 
 
-def give_way() -> None:
+def lower_thread_priority() -> None:
     """Let this thread take only what training leaves of the cores."""
     if sys.platform == "linux":  # elsewhere the call is for the whole process
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

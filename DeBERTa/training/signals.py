@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from DeBERTa.training.distributed import total, world_size
+from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
@@ -46,7 +46,9 @@ class Signals:
     def __enter__(self) -> "Signals":
         for number in (*ENDING, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # blocked by a launcher until it can be answered
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, [signal.SIGUSR1]
+        )  # blocked by a launcher until it can be answered
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,12 +98,14 @@ class Signals:
 
         What any process was told counts for all. On GPUs of several processes they ask each other every tenth step.
         """
-        if world_size() > 1 and device.type != "cpu" and step % STEPS_BETWEEN_AGREEMENTS:
+        if get_world_size() > 1 and device.type != "cpu" and step % STEPS_BETWEEN_AGREEMENTS:
             return 0, False
         ending, save, self.save = self.ending, self.save, False
-        if world_size() > 1:
-            told = torch.tensor([*(ending == number for number in ENDING), save], device=device, dtype=torch.float64)
-            *by_signal, saves = total(told).tolist()
+        if get_world_size() > 1:
+            told = torch.tensor(
+                [*(ending == number for number in ENDING), save], device=device, dtype=torch.float64
+            )
+            *by_signal, saves = all_reduce_sum(told).tolist()
             ending = next((number for number, count in zip(ENDING, by_signal, strict=True) if count), 0)
             save = saves > 0
         return int(ending), save

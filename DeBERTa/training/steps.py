@@ -10,23 +10,36 @@ import torch
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import Batch
-from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel, corrupt
+from DeBERTa.model.pretraining import (
+    DetectionLoss,
+    MaskedLanguageModel,
+    ReplacedTokenOutput,
+    RTDModel,
+    corrupt,
+)
 from DeBERTa.model.sharing import SharedTables
 from DeBERTa.model.vocabulary import MaskedLoss
-from DeBERTa.training.distributed import total, world_size
+from DeBERTa.training.distributed import all_reduce_sum, get_world_size
+from DeBERTa.training.guard import Stability
 from DeBERTa.training.metrics import Sums, add
-from DeBERTa.training.optimizer import AdamW, build_optimizer, gradient_norm, schedule, set_learning_rate, warmup_steps
+from DeBERTa.training.optimizer import (
+    AdamW,
+    build_optimizer,
+    gradient_norm,
+    schedule,
+    set_learning_rate,
+    warmup_steps,
+)
 from DeBERTa.training.parallel import (
     DetectionObjective,
     JointObjective,
     MaskedLMObjective,
-    load_whole_moments,
-    parallel,
-    reduced,
-    whole,
+    gather_full,
+    gradient_sync,
+    load_full_optimizer_state,
+    wrap_parallel,
 )
 from DeBERTa.training.precision import autocast, loss_scaler
-from DeBERTa.training.stability import Stability
 
 
 class TrainingStep:
@@ -57,7 +70,9 @@ class TrainingStep:
     def state_dict(self) -> dict:
         """All that the next step depends on besides the weights and its number. Called in every process."""
         return {
-            "optimizers": {name: whole(optimizer.state_dict(), True) for name, optimizer in self.optimizers.items()},
+            "optimizers": {
+                name: gather_full(optimizer.state_dict(), True) for name, optimizer in self.optimizers.items()
+            },
             "scaler": self.scaler.state_dict(),
             "stability": self.stability.state_dict(),
         }
@@ -65,7 +80,7 @@ class TrainingStep:
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave. Called in every process."""
         for name, optimizer in self.optimizers.items():
-            load_whole_moments(optimizer, state["optimizers"][name])
+            load_full_optimizer_state(optimizer, state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.stability.load_state_dict(state["stability"])
 
@@ -88,7 +103,7 @@ class TrainingStep:
         Divided by the number of processes, because gradients are averaged over them.
         """
         counts = torch.tensor([batch.masked_tokens, batch.real_tokens], dtype=torch.float32)
-        return total(counts.to(self.device, non_blocking=True)).clamp(min=1) / world_size()
+        return all_reduce_sum(counts.to(self.device, non_blocking=True)).clamp(min=1) / get_world_size()
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -103,7 +118,7 @@ class TrainingStep:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = gradient_norm(parameters)
-        sums[f"{prefix}grad_norm"] = whole(norm)
+        sums[f"{prefix}grad_norm"] = gather_full(norm)
         taken = self.stability.allows(sums, losses, sums[f"{prefix}grad_norm"])
         if taken:
             optimizer.clip(norm, self.config.max_grad_norm or math.inf)
@@ -116,18 +131,23 @@ class MaskedLMStep(TrainingStep):
     """Masked language modelling (DeBERTa, section 3.2; BERT, section 3.1)."""
 
     def __init__(
-        self, model: MaskedLanguageModel, config: TrainConfig, precision: str, device: torch.device, total_steps: int
+        self,
+        model: MaskedLanguageModel,
+        config: TrainConfig,
+        precision: str,
+        device: torch.device,
+        total_steps: int,
     ) -> None:
         super().__init__(config, precision, device, total_steps)
         self.objective = MaskedLMObjective(model, sample=False)
-        self.trained = parallel(self.objective, config, device)
+        self.trained = wrap_parallel(self.objective, config, device)
         self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
 
     def step(self, batch: Batch) -> Sums:
         targets, _ = self.global_counts(batch)
         sums: Sums = {}
         for part, last in self.parts(batch):
-            with reduced(self.trained, last):
+            with gradient_sync(self.trained, last):
                 with autocast(self.precision, self.device):
                     out = self.trained(part)
                 self.backward(out.loss.sum() / targets)
@@ -160,13 +180,16 @@ class ReplacedTokenStep(TrainingStep):
         if self.decoupled:
             self.generator = MaskedLMObjective(model.generator, sample=True)
             self.discriminator = DetectionObjective(model.discriminator)
-            self.trained_generator = parallel(self.generator, config, device)
-            self.trained_discriminator = parallel(self.discriminator, config, device)
+            self.trained_generator = wrap_parallel(self.generator, config, device)
+            self.trained_discriminator = wrap_parallel(self.discriminator, config, device)
         else:
             self.both = JointObjective(model)
-            self.trained_both = parallel(self.both, config, device)
+            self.trained_both = wrap_parallel(self.both, config, device)
         peak = config.discriminator_learning_rate or config.learning_rate
-        parts = {"generator": (model.generator, config.learning_rate), "discriminator": (model.discriminator, peak)}
+        parts = {
+            "generator": (model.generator, config.learning_rate),
+            "discriminator": (model.discriminator, peak),
+        }
         if self.decoupled:
             self.optimizers = {name: build_optimizer([part], config) for name, part in parts.items()}
         else:
@@ -180,7 +203,7 @@ class ReplacedTokenStep(TrainingStep):
         sums: Sums = {}
         corrupted = []
         for part, last in self.parts(batch):
-            with reduced(self.trained_generator, last):
+            with gradient_sync(self.trained_generator, last):
                 with autocast(self.precision, self.device):
                     out = self.trained_generator(part)
                 self.backward(out.loss.sum() / masked_targets)
@@ -190,7 +213,7 @@ class ReplacedTokenStep(TrainingStep):
             return sums
         shared = self.shared_tables()
         for part, last, corrupted_ids in corrupted:
-            with reduced(self.trained_discriminator, last):
+            with gradient_sync(self.trained_discriminator, last):
                 with autocast(self.precision, self.device):
                     found = self.trained_discriminator(part, corrupted_ids, shared)
                 self.backward(self.config.rtd_lambda * found.loss / targets)
@@ -202,7 +225,7 @@ class ReplacedTokenStep(TrainingStep):
         masked_targets, targets = self.global_counts(batch)
         sums: Sums = {}
         for part, last in self.parts(batch):
-            with reduced(self.trained_both, last):
+            with gradient_sync(self.trained_both, last):
                 with autocast(self.precision, self.device):
                     out, found = self.trained_both(part)
                 self.backward(out.loss.sum() / masked_targets + self.config.rtd_lambda * found.loss / targets)
@@ -213,7 +236,7 @@ class ReplacedTokenStep(TrainingStep):
     def shared_tables(self) -> SharedTables | None:
         """The generator's tables as they are now, whole and without gradient. Called in every process."""
         shared = self.model.shared_tables()
-        return SharedTables(*(whole(table.detach()) for table in shared)) if shared else None
+        return SharedTables(*(gather_full(table.detach()) for table in shared)) if shared else None
 
     def outputs(self, part: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
         """For evaluation. Called in every process alike."""

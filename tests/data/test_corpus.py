@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.data import corpus
-from DeBERTa.data.corpus import DataError, Download, DownloadError, fetch, sample, wikitext_103
+from DeBERTa.data.corpus import Download, DownloadError, fetch, sample, wikitext_103
+from DeBERTa.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 CONTENT = bytes(range(256)) * 20_000  # 5 MB

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, MaskedPositions, TrainingBatches, load_batches, step_seed
+from DeBERTa.data.dataset import (
+    BatchPlan,
+    EvaluationBatches,
+    MaskedPositions,
+    TrainingBatches,
+    load_batches,
+    step_seed,
+)
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 

@@ -95,7 +95,9 @@ def test_span_lengths_and_whole_words(tokenizer, lines):
     expected = counts.sum() * np.array([6, 3, 2]) / 11
     chi_square = ((counts[1:] - expected) ** 2 / expected).sum()
     assert counts.sum() > 60_000
-    assert chi_square < 13.8, f"{counts} against {expected}"  # 0.1 % of true samples exceed this (2 degrees of freedom)
+    assert chi_square < 13.8, (
+        f"{counts} against {expected}"
+    )  # 0.1 % of true samples exceed this (2 degrees of freedom)
 
 
 def test_punctuation_stands_alone(tokenizer):
@@ -121,7 +123,9 @@ def test_what_the_model_sees(tokenizer, lines):
     as_mask = seen == tokenizer.mask_id
     other = ~as_mask & (seen != original)
     for share, expected in ((as_mask.mean(), 0.8), (other.mean(), 0.1)):
-        assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count) + 1e-4  # a random token may hit
+        assert (
+            abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count) + 1e-4
+        )  # a random token may hit
     assert not np.isin(seen[other], sorted(tokenizer.special_ids)).any()
     assert len(np.unique(seen[other])) > 0.99 * (len(tokenizer) - 5)
 

@@ -19,8 +19,9 @@ from DeBERTa.data import corpus
 from DeBERTa.data.files import open_partial
 from DeBERTa.data.prepare import prepare
 from DeBERTa.data.text import TextFile, split_lines, training_sentences
-from DeBERTa.data.token_store import DataError, ids_folder, open_store
-from DeBERTa.data.tokenizer import Tokenizer, VocabularyError
+from DeBERTa.data.token_store import ids_folder, open_store
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DataError, VocabularyError
 from tests.processes import children, is_running
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,11 @@ def test_the_ids_beside_it_are_those_of_the_text(tmp_path):
     read = open_store(copy, TOKENIZER, 62)
     assert np.array_equal(written.tokens, read.tokens)
     assert np.array_equal(written.offsets, read.offsets)
-    assert (written.longest, written.unknown, written.text_sha256) == (read.longest, read.unknown, read.text_sha256)
+    assert (written.longest, written.unknown, written.text_sha256) == (
+        read.longest,
+        read.unknown,
+        read.text_sha256,
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 62, 510, 4612, 5000])
@@ -123,7 +128,9 @@ def test_invalid_utf8(tmp_path, workers):
     with pytest.raises(DataError, match=rf"byte {len(good) + 4}:.*--errors replace"):
         prepare(tmp_path / "i", tmp_path / "o", VOCABULARY, 64, workers=workers, block_bytes=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
-    prepare(tmp_path / "i", tmp_path / "o", VOCABULARY, 64, errors="replace", workers=workers, block_bytes=1000)
+    prepare(
+        tmp_path / "i", tmp_path / "o", VOCABULARY, 64, errors="replace", workers=workers, block_bytes=1000
+    )
     expected = straightforward((tmp_path / "i").read_text(encoding="utf-8-sig", errors="replace"), 62)
     assert (tmp_path / "o").read_text().split() == expected.replace("\ufeff", "").split()
 
@@ -154,7 +161,9 @@ def test_a_refused_run_leaves_the_older_output(tmp_path):
 
 
 def test_blocks_hold_all_text_and_end_well(tmp_path):
-    content = ("Zeile mit Straße\r\n" * 50 + "漢字" * 400 + "\r" + "wort " * 500 + "x" * 900 + "\n\nend").encode()
+    content = (
+        "Zeile mit Straße\r\n" * 50 + "漢字" * 400 + "\r" + "wort " * 500 + "x" * 900 + "\n\nend"
+    ).encode()
     (tmp_path / "i").write_bytes(content)
     for block_bytes in (7, 64, 1000, len(content), len(content) + 1):
         blocks = list(TextFile(tmp_path / "i").blocks(block_bytes))
@@ -195,7 +204,11 @@ def test_memory_does_not_follow_the_text(tmp_path, separator):
     (tmp_path / "i").write_bytes(text)
     arguments = ["-i", tmp_path / "i", "-o", tmp_path / "o", "--vocab_path", VOCABULARY, "--workers", "2"]
     run = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURED, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     peak = int(run.stdout.split("peak ")[1])
     assert peak < 500_000_000
@@ -340,9 +353,17 @@ def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
 
 def test_command_line_with_an_own_text(tmp_path):
     arguments = ("-i", GOLDEN / "input.txt", "-o", tmp_path / "new" / "o.txt", "--max_seq_length", 64)
-    run = subprocess.run(command(*arguments, "--vocab_path", VOCABULARY), capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command(*arguments, "--vocab_path", VOCABULARY), capture_output=True, text=True, check=True
+    )
     assert (tmp_path / "new" / "o.txt").read_bytes() == (GOLDEN / "expected_64.txt").read_bytes()
-    for part in (str(tmp_path / "new" / "o.txt"), "75 lines", "4,612 tokens", "MB/s", f"vocabulary: {VOCABULARY}"):
+    for part in (
+        str(tmp_path / "new" / "o.txt"),
+        "75 lines",
+        "4,612 tokens",
+        "MB/s",
+        f"vocabulary: {VOCABULARY}",
+    ):
         assert part in run.stdout
     assert "preparing o.txt: 100%" in run.stderr
 
@@ -352,7 +373,10 @@ def test_the_sample_with_its_own_vocabulary(cache, capsys):
     assert prepare_data.main(arguments) == 0
     tokenizer = Tokenizer(cache / "sample" / "spm.model")
     assert len(tokenizer) == 1001
-    stores = {split: open_store(cache / "sample" / "128" / f"{split}.txt", tokenizer, 126) for split in corpus.SPLITS}
+    stores = {
+        split: open_store(cache / "sample" / "128" / f"{split}.txt", tokenizer, 126)
+        for split in corpus.SPLITS
+    }
     assert stores["train"].lines > 10 * stores["test"].lines > 0 < stores["valid"].lines
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     assert prepare_data.main(arguments) == 0
@@ -369,7 +393,9 @@ def test_an_own_vocabulary_beside_the_output(tmp_path, capsys):
     assert prepare_data.main(arguments) == 0
     assert len(Tokenizer(tmp_path / "spm.model")) == 301
     trained = (tmp_path / "spm.model").read_bytes()
-    (tmp_path / "spm.model.json").unlink()  # killed before the record was written: the same text gives the same bytes
+    (
+        tmp_path / "spm.model.json"
+    ).unlink()  # killed before the record was written: the same text gives the same bytes
     assert prepare_data.main(arguments) == 0
     assert (tmp_path / "spm.model").read_bytes() == trained
     assert (tmp_path / "spm.model.json").exists()
@@ -446,10 +472,18 @@ def test_no_network(cache, monkeypatch, capsys):
 
 
 def test_own_addresses_come_from_the_environment(cache):
-    mirrors = {"DEBERTA_WIKITEXT_URL": "http://127.0.0.1:9/mirror.zip", "HF_ENDPOINT": "http://127.0.0.1:9/hub/"}
+    mirrors = {
+        "DEBERTA_WIKITEXT_URL": "http://127.0.0.1:9/mirror.zip",
+        "HF_ENDPOINT": "http://127.0.0.1:9/hub/",
+    }
     code = "from DeBERTa.data import corpus; print(corpus.WIKITEXT_103.urls[0], *corpus.DEBERTA_V3_VOCABULARY.urls)"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | mirrors, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | mirrors,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     hub = "http://127.0.0.1:9/hub/microsoft/deberta-v3-base/resolve/main/spm.model"
     assert run.stdout.split() == ["http://127.0.0.1:9/mirror.zip", hub]

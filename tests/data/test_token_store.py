@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from DeBERTa.data.prepare import prepare
-from DeBERTa.data.token_store import DataError, TokenStore, ids_folder, open_store
-from DeBERTa.data.tokenizer import Tokenizer, VocabularyError, train_vocabulary
+from DeBERTa.data.token_store import TokenStore, ids_folder, open_store
+from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
+from DeBERTa.errors import DataError, VocabularyError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 TOKENIZER = Tokenizer(GOLDEN / "spm.model")
@@ -29,7 +30,11 @@ def test_lines_are_those_of_the_text(text):
     store = open_store(text, TOKENIZER, 62)
     assert pieces(store) == text.read_text().splitlines()
     assert store.lines == len(store) == len(store.offsets) - 1
-    assert store.num_tokens == len(store.tokens) == sum(len(line.split(" ")) for line in text.read_text().splitlines())
+    assert (
+        store.num_tokens
+        == len(store.tokens)
+        == sum(len(line.split(" ")) for line in text.read_text().splitlines())
+    )
     assert (store.longest, store.longest_line, store.unknown) == (62, 1, 0)
     assert isinstance(store.tokens, np.memmap)
     assert store.tokens.dtype == store.line(0).dtype == np.int32
@@ -48,7 +53,11 @@ def test_rebuilt_when_the_text_changed(text):
     open_store(text, TOKENIZER, 62)
     text.write_text("▁the ▁of\n")
     assert pieces(open_store(text, TOKENIZER, 62)) == ["▁the ▁of"]
-    assert sorted(path.name for path in ids_folder(text).iterdir()) == ["meta.json", "offsets.int64", "tokens.int32"]
+    assert sorted(path.name for path in ids_folder(text).iterdir()) == [
+        "meta.json",
+        "offsets.int64",
+        "tokens.int32",
+    ]
 
 
 def test_rebuilt_for_another_vocabulary(tmp_path):
@@ -103,7 +112,9 @@ def test_a_few_unknown_pieces_are_a_warning(text, capsys):
 
 def test_text_of_another_vocabulary_is_refused(text):
     text.write_text("▁the ▁qa ▁qb ▁qc ▁qd\n")
-    with pytest.raises(VocabularyError, match=r"80\.00% .*train\.txt.*spm\.model .*▁qa, ▁qb, ▁qc.*--vocab_path"):
+    with pytest.raises(
+        VocabularyError, match=r"80\.00% .*train\.txt.*spm\.model .*▁qa, ▁qb, ▁qc.*--vocab_path"
+    ):
         open_store(text, TOKENIZER, 62)
     assert not ids_folder(text).exists()
 
@@ -116,7 +127,9 @@ def test_written_unknown_pieces_are_not_unknown(text):
 def test_a_line_that_is_too_long(text):
     text.write_text("▁the\n\n" + "▁the " * 10 + "\n▁of\n")
     for _ in range(2):  # when it is built, and from the cache
-        with pytest.raises(DataError, match=r"train\.txt, line 3, has 10 tokens, .*--max_seq_length 11 allows 9 "):
+        with pytest.raises(
+            DataError, match=r"train\.txt, line 3, has 10 tokens, .*--max_seq_length 11 allows 9 "
+        ):
             open_store(text, TOKENIZER, 9)
     assert open_store(text, TOKENIZER, 10).longest == 10
 

@@ -15,10 +15,10 @@ from DeBERTa.data.tokenizer import (
     SPECIAL,
     STARTS_WORD,
     Tokenizer,
-    VocabularyError,
     split_at_spaces,
     train_vocabulary,
 )
+from DeBERTa.errors import VocabularyError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 TEXT = (GOLDEN / "input.txt").read_text().splitlines()
@@ -82,7 +82,9 @@ def test_files_that_are_no_vocabulary(tmp_path, content, complaint):
 
 def test_other_ids_are_refused(tmp_path):
     path = other_vocabulary(tmp_path / "m")
-    with pytest.raises(VocabularyError, match=r"<unk> <s> </s>.*\[PAD\] \[CLS\] \[SEP\] \[UNK\].*--train_vocab"):
+    with pytest.raises(
+        VocabularyError, match=r"<unk> <s> </s>.*\[PAD\] \[CLS\] \[SEP\] \[UNK\].*--train_vocab"
+    ):
         Tokenizer(path)
 
 
@@ -98,12 +100,20 @@ def test_piece_kinds():
     assert kinds.dtype == np.int8
     assert kinds.shape == (2001,)
     examples = {"[PAD]": SPECIAL, "[UNK]": SPECIAL, "[MASK]": SPECIAL, "▁the": STARTS_WORD, "▁": STARTS_WORD}
-    examples |= {"ing": CONTINUES_WORD, "s": CONTINUES_WORD, ",": PUNCTUATION, ".": PUNCTUATION, "-": PUNCTUATION}
+    examples |= {
+        "ing": CONTINUES_WORD,
+        "s": CONTINUES_WORD,
+        ",": PUNCTUATION,
+        ".": PUNCTUATION,
+        "-": PUNCTUATION,
+    }
     for piece, kind in examples.items():
         assert kinds[tokenizer.piece_to_id[piece]] == kind, piece
     for piece, kind in zip(tokenizer.pieces, kinds, strict=True):
         body = piece.removeprefix("▁")
-        marks = [(33 <= ord(c) < 127 and not c.isalnum()) or unicodedata.category(c).startswith("P") for c in body]
+        marks = [
+            (33 <= ord(c) < 127 and not c.isalnum()) or unicodedata.category(c).startswith("P") for c in body
+        ]
         if kind == PUNCTUATION:
             assert marks and all(marks)
         elif kind != SPECIAL:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from DeBERTa import ConfigError, ReplacedTokenDetectionModel, RTDConfig, RTDModel
+from DeBERTa import ReplacedTokenDetectionModel, RTDConfig, RTDModel
+from DeBERTa.errors import ConfigError
 from DeBERTa.hub.published import load_rtd, read_weights
 from tests.conftest import tiny_rtd
 from tests.training.batches import random_batch
@@ -28,14 +29,20 @@ def published(tmp_path):
     torch.save(model.generator.state_dict(), tmp_path / "pytorch_model.generator.bin")
     tables = model.generator.tables()
     state = discriminator.state_dict()
-    residuals = {WORD: state[f"{WORD}.weight"] - tables.word, POSITION: state[f"{POSITION}.weight"] - tables.position}
+    residuals = {
+        WORD: state[f"{WORD}.weight"] - tables.word,
+        POSITION: state[f"{POSITION}.weight"] - tables.position,
+    }
     return tmp_path, discriminator, {k: v.detach() for k, v in residuals.items()}
 
 
 def variants(state, residuals):
     """State dicts as published checkpoints hold them."""
     body = {k: v for k, v in state.items() if not k.startswith((WORD, POSITION))}
-    head = {"lm_predictions.lm_head.bias": torch.zeros(3), "deberta.embeddings.position_ids": torch.arange(4)[None]}
+    head = {
+        "lm_predictions.lm_head.bias": torch.zeros(3),
+        "deberta.embeddings.position_ids": torch.arange(4)[None],
+    }
     whole = {f"{WORD}.weight": state[f"{WORD}.weight"], f"{POSITION}.weight": state[f"{POSITION}.weight"]}
     residual = {f"{name}._weight": tensor for name, tensor in residuals.items()}
     yield "whole", body | whole
@@ -56,7 +63,9 @@ def test_discriminator_starts_exactly_as_published(published, sharing, suffix):
         model = RTDModel(RTDConfig.from_dict(tiny_rtd(sharing))).eval()
         load_rtd(model, str(folder / "pytorch_model.generator.bin"), str(path))
         actual = model.discriminate(batch.input_ids, batch.input_mask, batch.labels).logits
-        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
         if sharing == "gdes":
             torch.testing.assert_close(
                 model.discriminator.state_dict()[f"{WORD}._weight"], residuals[WORD], atol=1e-6, rtol=0

@@ -42,7 +42,9 @@ def reference_context(attention, query_states, hidden_states, input_mask, table,
         keys = split((attention.key_proj if attention.share_att_key else attention.pos_key_proj)(table))
         scores = scores + torch.einsum("bhid,hijd->bhij", q, keys[:, slots])
     if "p2c" in attention.terms:
-        queries = split((attention.query_proj if attention.share_att_key else attention.pos_query_proj)(table))
+        queries = split(
+            (attention.query_proj if attention.share_att_key else attention.pos_query_proj)(table)
+        )
         scores = scores + torch.einsum("bhjd,hijd->bhij", k, queries[:, slots])
     scores = scores / math.sqrt(size * (1 + len(attention.terms)))
     pairs = (input_mask[:, :, None] & input_mask[:, None, :])[:, None]

@@ -7,7 +7,7 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
 from DeBERTa.model import blocked_attention, kernels
-from DeBERTa.model.attention import relative_slots
+from DeBERTa.model.attention import map_to_slots
 from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
 from DeBERTa.model.dropout import keep_mask
 from DeBERTa.model.encoder import Encoder
@@ -37,7 +37,11 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
     mask[1, 13:], mask[2, 1:] = False, False
-    return torch.randn(3, LENGTH, 32, requires_grad=True), torch.randn(3, LENGTH, 32, requires_grad=True), mask
+    return (
+        torch.randn(3, LENGTH, 32, requires_grad=True),
+        torch.randn(3, LENGTH, 32, requires_grad=True),
+        mask,
+    )
 
 
 def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) -> None:
@@ -76,7 +80,9 @@ def test_every_position(variant, path, monkeypatch):
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     theirs = reference_context(attention, queries, hidden, mask, table, config)
     assert torch.count_nonzero(ours[~mask]) == 0
-    assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+    assert_same_gradients(
+        ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight]
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
@@ -92,7 +98,9 @@ def test_selected_positions(variant, backend):
     ours = attention.selected(queries[rows, at], at, keys, attention.selected_position_keys(keys, at))
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
     theirs = reference_context(attention, queries, hidden, mask, table, config)[rows, at]
-    assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+    assert_same_gradients(
+        ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight]
+    )
 
 
 @pytest.mark.parametrize("rows", [256, 8])
@@ -109,7 +117,9 @@ def test_dropout_on_probabilities(rows, way, monkeypatch):
     kept = keep_mask((3, attention.num_heads, LENGTH, LENGTH), 12345, 0.3)
     assert 0.6 < kept.float().mean() < 0.8
     theirs = reference_context(attention, queries, hidden, mask, table, config, kept / 0.7)
-    assert_same_gradients(ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight])
+    assert_same_gradients(
+        ours, theirs, [hidden, queries, *attention.parameters(), encoder.rel_embeddings.weight]
+    )
 
 
 FUSED = [(32, 32), (64, 64), (96, 64), (128, 32), (160, 64), (544, 64), (64, 128)]
@@ -261,7 +271,7 @@ def test_slots(buckets, positions):
     config = ModelConfig.from_dict(values)
     distances = torch.arange(-2 * positions, 2 * positions + 1)
     expected = [slot(int(distance), config) for distance in distances]
-    assert relative_slots(distances, config).tolist() == expected
+    assert map_to_slots(distances, config).tolist() == expected
 
 
 def test_last_layer_at_masked_positions_only():
@@ -279,7 +289,9 @@ def test_last_layer_at_masked_positions_only():
     keys = keys_of(attention, out.hidden_states[-2], batch.input_mask > 0, positions)
     queries = out.hidden_states[-2] + model.deberta.embeddings.position_embeddings.weight[:32]
     for _ in range(2):
-        queries = layer.finish(attention.attend(*attention.project(queries, attention.query_proj), keys), queries)
+        queries = layer.finish(
+            attention.attend(*attention.project(queries, attention.query_proj), keys), queries
+        )
     torch.testing.assert_close(ours, queries[batch.labels > 0], atol=1e-5, rtol=1e-5)
 
 
@@ -289,7 +301,9 @@ def test_dropout_on_positions_is_drawn_in_each_layer():
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"hidden_dropout_prob": 0.4}))
     tables = []
     for layer in model.deberta.encoder.layer:
-        layer.attention.self.position_dropout.register_forward_hook(lambda _m, _i, out: tables.append(out.detach()))
+        layer.attention.self.position_dropout.register_forward_hook(
+            lambda _m, _i, out: tables.append(out.detach())
+        )
     batch = random_batch()
     model.deberta(batch.input_ids, batch.input_mask)
     first, second = (table == 0 for table in tables)

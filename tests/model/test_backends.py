@@ -45,7 +45,9 @@ def install(folder: Path, version: str) -> None:
     (folder / "disentangled_flash" / "training" / "_kernels.py").write_text(KERNELS)
     metadata = folder / f"disentangled_flash-{version}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: disentangled-flash\nVersion: {version}\n")
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: disentangled-flash\nVersion: {version}\n"
+    )
     importlib.invalidate_caches()
 
 
@@ -96,13 +98,19 @@ def test_flash_needs_its_packages(tmp_path, monkeypatch):
     assert choose_backend("flash", config, CUDA) == ("sdpa", "the package triton is not installed")
     (tmp_path / "triton").mkdir()
     importlib.invalidate_caches()
-    assert choose_backend("flash", config, CUDA) == ("sdpa", "the package disentangled-flash is not installed")
+    assert choose_backend("flash", config, CUDA) == (
+        "sdpa",
+        "the package disentangled-flash is not installed",
+    )
     assert choose_backend("auto", config, CUDA) == ("sdpa", None)
     install(tmp_path, "1.1.1")
     assert choose_backend("flash", config, CUDA) == choose_backend("auto", config, CUDA) == ("flash", None)
     shutil.rmtree(tmp_path / "disentangled_flash-1.1.1.dist-info")
     install(tmp_path, "2.0.0")
-    assert choose_backend("flash", config, CUDA) == ("sdpa", "disentangled-flash 2.0.0 is installed, not 1.1.1")
+    assert choose_backend("flash", config, CUDA) == (
+        "sdpa",
+        "disentangled-flash 2.0.0 is installed, not 1.1.1",
+    )
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant["pos_att_type"] != "none"])
@@ -133,8 +141,12 @@ def test_dropout_of_the_library_drops_probabilities_in_training_only():
     out = sdpa_attention(q, k, torch.ones_like(k), terms, mask, dropout.train())
     torch.testing.assert_close(out.unique(), torch.tensor([0.0, 4 / 3]))
     dropped = (out[..., 0] == 0).float().mean()
-    assert abs(float(dropped) - 0.25) < 4 * (0.25 * 0.75 / out[..., 0].numel()) ** 0.5  # 4 standard deviations
-    assert torch.equal(sdpa_attention(q, k, torch.ones_like(k), terms, mask, dropout.eval()), torch.ones_like(out))
+    assert (
+        abs(float(dropped) - 0.25) < 4 * (0.25 * 0.75 / out[..., 0].numel()) ** 0.5
+    )  # 4 standard deviations
+    assert torch.equal(
+        sdpa_attention(q, k, torch.ones_like(k), terms, mask, dropout.eval()), torch.ones_like(out)
+    )
 
 
 def test_a_sequence_without_real_keys_is_not_nan():

@@ -30,7 +30,13 @@ def test_rate(p):
 
 def test_words_are_those_of_the_published_generator():
     """SplitMix64 from seed 1234567; each word decides four elements, the lowest bits the first."""
-    words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    words = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     bits = np.array(words, dtype="<u8").view("<u2").astype(int)
     for p in (0.1, 0.5, 1 - 2**-16):
         assert keep_mask((20,), 1234567, p).tolist() == (bits >= round(p * 2**16)).tolist()
@@ -80,10 +86,14 @@ def test_value_and_gradient(add, dtype):
     kept = changed.detach() > 0.5
     assert 0.7 < kept.float().mean() < 0.8
     error = 1e-6 if dtype == torch.float32 else 2**-8  # of bfloat16
-    torch.testing.assert_close(changed.float(), torch.where(kept, x.float() / 0.75, 0.0), atol=1e-6, rtol=error)
+    torch.testing.assert_close(
+        changed.float(), torch.where(kept, x.float() / 0.75, 0.0), atol=1e-6, rtol=error
+    )
     weights = torch.rand(40, 50)
     (out * weights).sum().backward()
-    torch.testing.assert_close(x.grad.float(), torch.where(kept, weights / 0.75, 0.0), atol=1e-6, rtol=2 * error)
+    torch.testing.assert_close(
+        x.grad.float(), torch.where(kept, weights / 0.75, 0.0), atol=1e-6, rtol=2 * error
+    )
     if add:
         assert torch.equal(residual.grad, weights)
 

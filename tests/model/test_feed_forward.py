@@ -53,7 +53,9 @@ def test_bfloat16_is_as_exact_as_its_rounding(rows):
     """Each number, values and gradients, against float64 from the same inputs: to 2 % of the largest."""
     torch.manual_seed(1)
     shapes = ((rows, 64), (96, 64), (96,), (64, 96), (64,))
-    x, w, b, v, c = (torch.randn(shape).div(shape[-1] ** 0.5).bfloat16().float().requires_grad_() for shape in shapes)
+    x, w, b, v, c = (
+        torch.randn(shape).div(shape[-1] ** 0.5).bfloat16().float().requires_grad_() for shape in shapes
+    )
     weights = torch.randn(rows, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         y = FeedForward.apply(x, w, b, v, c, F.gelu)

@@ -77,7 +77,9 @@ def test_masked_language_model(name):
 
     # The path that training takes.
     model.zero_grad()
-    trained = model.masked_loss(Batch.of(input_ids, input_mask, labels, torch.rand(labels.shape)), sample=False)
+    trained = model.masked_loss(
+        Batch.of(input_ids, input_mask, labels, torch.rand(labels.shape)), sample=False
+    )
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
     trained.loss.mean().backward()

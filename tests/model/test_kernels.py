@@ -49,7 +49,9 @@ def test_compiled_once(tmp_path, expected):
     (library,) = (folder / "cache" / "kernels").iterdir()
     written = library.stat().st_mtime_ns
     assert run(folder)[0] == "None"
-    assert list((folder / "cache" / "kernels").iterdir()) == [library] and library.stat().st_mtime_ns == written
+    assert (
+        list((folder / "cache" / "kernels").iterdir()) == [library] and library.stat().st_mtime_ns == written
+    )
 
 
 @pytest.mark.parametrize("size", [0, 20_000])
@@ -132,7 +134,10 @@ def test_every_kernel_is_there(dtype):
         types = [x, x if name == "dropout" else x.float()][: 1 + (1 in arguments)]
         types = [x.long()] if name in ("gradient_norm", "adamw") else types  # they take addresses
         assert (kernels.find(name, *types) is not None) == (fused or name not in kernels.FOR_TILES)
-    assert kernels.find("gelu_gradients", x.double()) is None and kernels.find("gelu_gradients", x.to("meta")) is None
+    assert (
+        kernels.find("gelu_gradients", x.double()) is None
+        and kernels.find("gelu_gradients", x.to("meta")) is None
+    )
     with FakeTensorMode() as fake:
         assert kernels.find("gelu_gradients", fake.from_tensor(x)) is None
 
@@ -166,7 +171,8 @@ def test_tensors_that_a_kernel_cannot_read_are_refused():
     x = torch.zeros(4, 4)
     for wrong in (x.double(), x[:, :2], x.long()):
         with pytest.raises(
-            TypeError, match=r"argument 1 of kernel gelu_gradients has to be a contiguous torch\.float32 tensor"
+            TypeError,
+            match=r"argument 1 of kernel gelu_gradients has to be a contiguous torch\.float32 tensor",
         ):
             kernels.find("gelu_gradients", x)(wrong, x, 8)
 
@@ -180,13 +186,17 @@ def attention() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def feed_forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(2)
-    inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 16), (64, 16), (64,), (16, 64), (16,))]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in ((90, 16), (64, 16), (64,), (16, 64), (16,))
+    ]
     return FeedForward.apply(*inputs, torch.nn.functional.gelu), inputs
 
 
 def feed_forward_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(2)
-    inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 64), (288, 64), (288,), (64, 288), (64,))]
+    inputs = [
+        torch.randn(shape, requires_grad=True) for shape in ((90, 64), (288, 64), (288,), (64, 288), (64,))
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         return FeedForward.apply(*inputs, torch.nn.functional.gelu), inputs
 
@@ -206,7 +216,10 @@ def vocabulary() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def vocabulary_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(3)
-    x, table = torch.randn(97, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(5000, 64, requires_grad=True)
+    x, table = (
+        torch.randn(97, 64, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(5000, 64, requires_grad=True),
+    )
     bias = torch.randn(5000, requires_grad=True)
     return vocabulary_loss(x, table, bias, torch.arange(97), chunk=96).loss, [x, table, bias]
 

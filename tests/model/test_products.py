@@ -19,7 +19,9 @@ def test_transposed(shape, dtype, way):
     torch.testing.assert_close(out, x.bfloat16().t(), rtol=0, atol=0, equal_nan=True)
     # A view of part of a larger matrix.
     wide = torch.randn(shape[0], shape[1] + 3).to(dtype)
-    torch.testing.assert_close(transposed(wide[:, 1:-2], torch.bfloat16), wide[:, 1:-2].bfloat16().t(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        transposed(wide[:, 1:-2], torch.bfloat16), wide[:, 1:-2].bfloat16().t(), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 24, 40), (64, 32, 96)])
@@ -42,7 +44,9 @@ def test_linear_map(shape, way):
     for mine, usual, right in zip(ours, theirs, exact, strict=True):
         error, allowed = (float((tensor.double() - right).norm()) for tensor in (mine, usual))
         assert error <= 1.1 * allowed + 1e-6
-    torch.testing.assert_close(results(linear_map, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0)
+    torch.testing.assert_close(
+        results(linear_map, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -55,7 +59,10 @@ def test_affine_gradients(shape, dtype, way):
     weight = torch.randn(columns, 16, dtype=torch.promote_types(dtype, torch.float32))
     dx, dweight, dbias = affine_gradients(grad, x, weight)
     assert dx.dtype == dtype and dweight.dtype == dbias.dtype == weight.dtype
-    close = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5, "atol": 2**-4 if dtype == torch.bfloat16 else 1e-4}
+    close = {
+        "rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5,
+        "atol": 2**-4 if dtype == torch.bfloat16 else 1e-4,
+    }
     torch.testing.assert_close(dx.double(), grad.double() @ weight.to(dtype).double(), **close)
     exact = torch.einsum("bmn,bmk->nk", grad.double(), x.double())
     torch.testing.assert_close(dweight.double(), exact, rtol=close["rtol"], atol=1e-4)
@@ -88,7 +95,9 @@ def test_products_of_tiles(rows, depth, columns):
         torch.testing.assert_close(actual.double(), exact, rtol=last_place, atol=1e-5 * max(terms, 1) ** 0.5)
     wide = torch.full((columns + 2, depth), float("nan"))
     none, same, nothing = affine_gradients(grad, x, weight, inputs=False, bias=False, out=wide[1:-1])
-    assert none is None and nothing is None and torch.equal(same, dweight) and torch.equal(wide[1:-1], dweight)
+    assert (
+        none is None and nothing is None and torch.equal(same, dweight) and torch.equal(wide[1:-1], dweight)
+    )
     assert wide[[0, -1]].isnan().all()
 
 
@@ -120,5 +129,9 @@ def test_infinite_and_missing_numbers_stay_where_they_are():
     y = affine(x, weight, torch.zeros(64))
     assert y[3].isnan().all() and y[40].isposinf().all() and y.isfinite().all(1).sum() == 62
     _, dweight, dbias = affine_gradients(torch.ones(64, 64, dtype=torch.bfloat16), x, weight)
-    assert dweight[:, 5].isnan().all() and dweight[:, 0].isposinf().all() and dweight.isfinite().all(0).sum() == 30
+    assert (
+        dweight[:, 5].isnan().all()
+        and dweight[:, 0].isposinf().all()
+        and dweight.isfinite().all(0).sum() == 30
+    )
     assert dbias.eq(64).all()

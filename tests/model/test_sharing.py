@@ -15,7 +15,11 @@ def make(sharing: str) -> RTDModel:
     config = tiny_rtd(sharing)
     for part in ("generator", "discriminator"):
         # Positions reach the input, so that the position tables get gradients too; no dropout, so that losses repeat.
-        config[part] |= {"position_biased_input": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config[part] |= {
+            "position_biased_input": True,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
     return RTDModel(RTDConfig.from_dict(config))
 
 
@@ -35,7 +39,9 @@ def reached(loss: torch.Tensor, model: RTDModel) -> set[str]:
     """Tables with a gradient that is not exactly zero."""
     found = tables(model)
     gradients = torch.autograd.grad(loss, list(found.values()), allow_unused=True)
-    return {name for name, g in zip(found, gradients, strict=True) if g is not None and torch.count_nonzero(g)}
+    return {
+        name for name, g in zip(found, gradients, strict=True) if g is not None and torch.count_nonzero(g)
+    }
 
 
 def both(owner: str, name: str) -> set[str]:
@@ -76,7 +82,9 @@ def test_gdes_starts_at_the_generators_table_and_follows_it():
 def test_gradients_at_the_update(sharing, decoupled, monkeypatch):
     """What each update sees: the gradients the optimisers step on equal those of the losses taken one by one."""
     model = make(sharing)
-    config = train_config(task_name="RTD", decoupled_training=decoupled, learning_rate=1e-30, max_grad_norm=0.0)
+    config = train_config(
+        task_name="RTD", decoupled_training=decoupled, learning_rate=1e-30, max_grad_norm=0.0
+    )
     training = ReplacedTokenStep(model, config, "fp32", torch.device("cpu"), total_steps=10)
     assert training.decoupled == (decoupled and sharing != "es")
     training.learning_rate(1)
@@ -97,7 +105,9 @@ def test_gradients_at_the_update(sharing, decoupled, monkeypatch):
     torch.manual_seed(1)
     mlm_loss, rtd_loss = losses(model)
     found = tables(model)
-    alone = [torch.autograd.grad(loss, list(found.values()), allow_unused=True) for loss in (mlm_loss, rtd_loss)]
+    alone = [
+        torch.autograd.grad(loss, list(found.values()), allow_unused=True) for loss in (mlm_loss, rtd_loss)
+    ]
     for name, mlm, rtd in zip(found, *alone, strict=True):
         parts = [g for g in (mlm, None if rtd is None else config.rtd_lambda * rtd) if g is not None]
         torch.testing.assert_close(seen[name], sum(parts), atol=1e-6, rtol=1e-4)

@@ -32,11 +32,16 @@ RELATIVE = {
 
 def cases():
     """Position terms x buckets (lengths go beyond them) x shared or own projections, and the plain variants."""
-    for terms, buckets, shared in itertools.product(("c2p", "p2c", "c2p|p2c", "none"), (6, -1), (True, False)):
+    for terms, buckets, shared in itertools.product(
+        ("c2p", "p2c", "c2p|p2c", "none"), (6, -1), (True, False)
+    ):
         options = {"pos_att_type": terms, "position_buckets": buckets, "share_att_key": shared}
         yield f"{terms}-buckets{buckets}-{'shared' if shared else 'own'}", BASE | RELATIVE | options
     yield "absolute", BASE | {"relative_attention": False, "position_biased_input": True}
-    yield "no-norm", BASE | RELATIVE | {"pos_att_type": "c2p|p2c", "position_buckets": 8, "norm_rel_ebd": "none"}
+    yield (
+        "no-norm",
+        BASE | RELATIVE | {"pos_att_type": "c2p|p2c", "position_buckets": 8, "norm_rel_ebd": "none"},
+    )
     yield "types", BASE | RELATIVE | {"pos_att_type": "c2p|p2c", "position_buckets": 8, "type_vocab_size": 3}
     yield "narrow-embedding", BASE | RELATIVE | {"pos_att_type": "c2p|p2c", "embedding_size": 10}
     yield "conv", BASE | RELATIVE | {"pos_att_type": "p2c|c2p", "conv_kernel_size": 3, "conv_act": "gelu"}
@@ -68,7 +73,9 @@ def test_hidden_states(config, length):
     input_mask[2, -1] = 0
     types = torch.randint(0, 3, (3, length)) if config.get("type_vocab_size") else None
     with torch.no_grad():
-        expected = theirs(input_ids, input_mask, token_type_ids=types, output_hidden_states=True).hidden_states
+        expected = theirs(
+            input_ids, input_mask, token_type_ids=types, output_hidden_states=True
+        ).hidden_states
         actual = ours(input_ids, input_mask, types)
     real = input_mask > 0
     torch.testing.assert_close(actual.embeddings[real], expected[0][real], atol=1e-5, rtol=1e-5)

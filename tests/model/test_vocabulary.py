@@ -91,13 +91,23 @@ def test_no_rows(head):
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 1024])
-@pytest.mark.parametrize(("rows", "width", "words"), [(1, 32, 1), (31, 64, 250), (64, 96, 992), (130, 1056, 8225)])
+@pytest.mark.parametrize(
+    ("rows", "width", "words"), [(1, 32, 1), (31, 64, 250), (64, 96, 992), (130, 1056, 8225)]
+)
 def test_bfloat16_is_exact_but_for_rounding(rows, width, words, chunk, way):
     """Of numbers rounded to bfloat16, against float64. With tiles, logits are in float32, and only their gradients are
     rounded; else, logits are, too."""
     torch.manual_seed(2)
-    x, table, bias = torch.randn(rows, width).bfloat16(), torch.randn(words, width) / width**0.5, torch.randn(words)
-    targets, weights, uniforms = torch.randint(0, words, (rows,)), torch.rand(rows) - 0.3, torch.rand(rows).double()
+    x, table, bias = (
+        torch.randn(rows, width).bfloat16(),
+        torch.randn(words, width) / width**0.5,
+        torch.randn(words),
+    )
+    targets, weights, uniforms = (
+        torch.randint(0, words, (rows,)),
+        torch.rand(rows) - 0.3,
+        torch.rand(rows).double(),
+    )
     targets[: rows // 4] = (x.float() @ table.t() + bias).argmax(1)[: rows // 4]
     leaves = [x.requires_grad_(), table.requires_grad_(), bias.requires_grad_()]
     actual = vocabulary_loss(*leaves, targets, uniforms, chunk)
@@ -138,7 +148,12 @@ def test_infinite_and_missing_numbers(way):
 
 @pytest.mark.parametrize("wrong", ["table", "bias", "targets"])
 def test_shapes_that_do_not_match_are_refused(wrong):
-    x, table, bias, targets = torch.randn(64, 64).bfloat16(), torch.randn(250, 64), torch.randn(250), torch.arange(64)
+    x, table, bias, targets = (
+        torch.randn(64, 64).bfloat16(),
+        torch.randn(250, 64),
+        torch.randn(250),
+        torch.arange(64),
+    )
     table = table[:, :32].contiguous() if wrong == "table" else table
     bias = bias[:100] if wrong == "bias" else bias
     targets = targets[:10] if wrong == "targets" else targets
@@ -147,6 +162,11 @@ def test_shapes_that_do_not_match_are_refused(wrong):
 
 
 def test_states_by_columns():
-    x, table, bias, targets = torch.randn(64, 64).bfloat16(), torch.randn(250, 64), torch.randn(250), torch.arange(64)
+    x, table, bias, targets = (
+        torch.randn(64, 64).bfloat16(),
+        torch.randn(250, 64),
+        torch.randn(250),
+        torch.arange(64),
+    )
     turned = vocabulary_loss(x.t().contiguous().t(), table, bias, targets).loss
     assert torch.equal(turned, vocabulary_loss(x, table, bias, targets).loss)

@@ -19,7 +19,14 @@ TOLERANCE = 0.05
 def train(precision: str, folder: Path) -> dict[int, dict]:
     """Run the preset; what `metrics.jsonl` has of the validation split, by step."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [ROOT / "rtd.sh", "deberta-v3-tiny", "--num_training_steps", str(STEPS), "--precision", precision]
+    command = [
+        ROOT / "rtd.sh",
+        "deberta-v3-tiny",
+        "--num_training_steps",
+        str(STEPS),
+        "--precision",
+        precision,
+    ]
     result = subprocess.run(
         [*command, "--output_dir", folder / precision],
         env=os.environ | {"DEBERTA_CACHE": str(folder / "cache"), "PATH": path},

@@ -23,7 +23,9 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
     status, output = run(flags)
     assert status == 0, output
     started = time.monotonic()
-    assert run(flags | {"output_dir": tmp_path / "timed"})[0] == 0  # the first run also starts the server of forks
+    assert (
+        run(flags | {"output_dir": tmp_path / "timed"})[0] == 0
+    )  # the first run also starts the server of forks
     duration = time.monotonic() - started
     expected = final_files(flags["output_dir"])
     moments = random.Random(0)
@@ -42,7 +44,11 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
 
 def test_one_run_killed_again_and_again(tmp_path, prepared):
     """The same run killed until it gets to its end."""
-    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 40, "dump_interval": 2, "keep_last": 1}
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {
+        "num_training_steps": 40,
+        "dump_interval": 2,
+        "keep_last": 1,
+    }
     assert run(flags)[0] == 0
     again = flags | {"output_dir": tmp_path / "again"}
     moments = random.Random(1)

@@ -67,7 +67,10 @@ def submit(cluster: Slurm, cache: Path, folder: Path, script: str, *flags: str) 
     """With this Python first on the path, and one cache for all jobs."""
     path = folder / "job.sh"
     path.write_text(script)
-    where = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DEBERTA_CACHE": str(cache)}
+    where = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DEBERTA_CACHE": str(cache),
+    }
     return Job(cluster, path, *flags, OMP_NUM_THREADS="1", **where)
 
 

@@ -47,7 +47,15 @@ class Cluster:
         self.processes = [
             self.nodes.start(
                 node,
-                [*EXAMPLE, "--nproc_per_node", 2, "--output_dir", self.folder / f"node{node}", *FLAGS, *flags],
+                [
+                    *EXAMPLE,
+                    "--nproc_per_node",
+                    2,
+                    "--output_dir",
+                    self.folder / f"node{node}",
+                    *FLAGS,
+                    *flags,
+                ],
                 self.printed(node),
                 **self.shared,
                 **where,
@@ -88,7 +96,11 @@ def run_alone(folder: Path, name: str, *flags: object) -> list[dict]:
     """Losses of one process with the same global batch."""
     command = [*EXAMPLE, "--output_dir", folder / name, *FLAGS, *flags]
     subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | environment(folder), check=True, capture_output=True
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | environment(folder),
+        check=True,
+        capture_output=True,
     )
     return losses(folder / name)
 

@@ -25,4 +25,6 @@ def random_batch(rows: int = 4, length: int = 32, vocabulary: int = 2000, seed: 
 
 def train_config(**values) -> TrainConfig:
     """Defaults for tests: a short schedule, no warm-up to speak of."""
-    return TrainConfig(**{"num_training_steps": 10, "warmup": 1.0, "train_batch_size": 4, "do_train": True} | values)
+    return TrainConfig(
+        **{"num_training_steps": 10, "warmup": 1.0, "train_batch_size": 4, "do_train": True} | values
+    )

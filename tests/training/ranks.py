@@ -14,9 +14,9 @@ from torch import multiprocessing
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import Batch
-from DeBERTa.training.distributed import rank, world_size
+from DeBERTa.training.distributed import get_rank, get_world_size
 from DeBERTa.training.execution import set_execution
-from DeBERTa.training.parallel import whole
+from DeBERTa.training.parallel import gather_full
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from tests.conftest import tiny_model, tiny_rtd
 from tests.training.batches import random_batch, train_config
@@ -46,16 +46,24 @@ def run_ranks(size: int, folder: Path, function: Callable, *arguments: object) -
     try:
         multiprocessing.spawn(_enter, (size, str(store), places, function, arguments), nprocs=size)
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        told = [f"process {number}:\n{place.read_text()}" for number, place in enumerate(places) if place.exists()]
-        raise RuntimeError("\n".join([f"process {error.error_index} of {size} failed first", *told])) from error
+        told = [
+            f"process {number}:\n{place.read_text()}" for number, place in enumerate(places) if place.exists()
+        ]
+        raise RuntimeError(
+            "\n".join([f"process {error.error_index} of {size} failed first", *told])
+        ) from error
 
 
-def _enter(number: int, size: int, store: str, places: list[Path], function: Callable, arguments: tuple) -> None:
+def _enter(
+    number: int, size: int, store: str, places: list[Path], function: Callable, arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
     with places[number].open("w") as place:
         faulthandler.enable(place)
-        faulthandler.register(signal.SIGTERM, place, chain=True)  # which `spawn` sends when another one failed
+        faulthandler.register(
+            signal.SIGTERM, place, chain=True
+        )  # which `spawn` sends when another one failed
         try:
             files = dist.FileStore(store, size)
             dist.init_process_group("gloo", store=files, rank=number, world_size=size, timeout=limit)
@@ -69,7 +77,9 @@ def _enter(number: int, size: int, store: str, places: list[Path], function: Cal
 
 def make_step(case: str, **values: object) -> tuple[torch.nn.Module, TrainingStep]:
     """A tiny model without dropout, with tables large enough to tell their gradients apart, and its step."""
-    settings = {"task_name": "RTD", "workers": 0, "learning_rate": 1e-2, "epsilon": 1e-3} | CASES[case] | values
+    settings = (
+        {"task_name": "RTD", "workers": 0, "learning_rate": 1e-2, "epsilon": 1e-3} | CASES[case] | values
+    )
     sharing = settings.pop("sharing", None)
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
     torch.manual_seed(7)
@@ -94,7 +104,9 @@ def recorded(kind: type[TrainingStep]) -> type[TrainingStep]:
         def update(self, name: str, *arguments: object) -> bool:
             parameters = [p for group in self.optimizers[name].param_groups for p in group["params"]]
             self.gradients = {**vars(self).get("gradients", {})}
-            self.gradients[name] = [None if p.grad is None else whole(p.grad).clone() for p in parameters]
+            self.gradients[name] = [
+                None if p.grad is None else gather_full(p.grad).clone() for p in parameters
+            ]
             return super().update(name, *arguments)
 
     return Recorded
@@ -103,5 +115,5 @@ def recorded(kind: type[TrainingStep]) -> type[TrainingStep]:
 def my_rows(seed: int) -> Batch:
     """This process's part of a global batch of `ROWS` rows."""
     batch = random_batch(ROWS, seed=seed)
-    mine = slice(ROWS * rank() // world_size(), ROWS * (rank() + 1) // world_size())
+    mine = slice(ROWS * get_rank() // get_world_size(), ROWS * (get_rank() + 1) // get_world_size())
     return Batch.of(*(tensor[mine] for tensor in batch[:4]))

@@ -14,23 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from DeBERTa.config import ConfigError
+from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError
 from DeBERTa.training.checkpoint import (
     FILES,
     MANIFEST,
-    DamagedCheckpoint,
-    SaveError,
     Snapshot,
     check,
     checkpoint_path,
     copy_to_host,
-    newest_whole,
+    find_newest_valid,
     read_training,
     saved_steps,
     write_checkpoint,
     write_manifest,
 )
-from DeBERTa.training.run_folder import LOCK
+from DeBERTa.training.run_dir import LOCK
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import ROOT
@@ -79,9 +77,9 @@ def test_any_damage_is_found(cut, name):
     check(folder)
     for kind, length in damages(len(whole)):
         damage(folder / name, length)
-        with pytest.raises(DamagedCheckpoint, match=name):
+        with pytest.raises(DamagedCheckpointError, match=name):
             check(folder)
-        step, found = newest_whole(cut["output_dir"])
+        step, found = find_newest_valid(cut["output_dir"])
         assert (step, len(found)) == (4, 1), kind
         assert str(folder / name) in str(found[0])
         (folder / name).write_bytes(whole)
@@ -99,7 +97,7 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_harmless(cut):
         (folder / MANIFEST).write_bytes(content)
         try:
             check(folder)
-        except DamagedCheckpoint:
+        except DamagedCheckpointError:
             continue
         assert json.loads(content)["files"] == entries, position
 
@@ -110,7 +108,9 @@ def test_a_run_goes_on_from_the_one_before(cut, trained, name):
     torn = (checkpoint_path(cut["output_dir"], 6) / name).read_bytes()
     status, output = run(cut)
     assert status == 0, output
-    assert f"warning: damaged checkpoint: {checkpoint_path(cut['output_dir'], 6) / name} has 10 bytes" in output
+    assert (
+        f"warning: damaged checkpoint: {checkpoint_path(cut['output_dir'], 6) / name} has 10 bytes" in output
+    )
     assert "going on from step 4" in output
     assert final_files(cut["output_dir"]) == final_files(trained["output_dir"])
     aside = cut["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
@@ -155,7 +155,11 @@ def test_no_checkpoint_is_whole(cut, trained):
         assert status == 1
         message = output.strip().splitlines()[-1]
         assert message.startswith("error: none of the checkpoints") and "--fresh" in message
-        for part in ("step-00000002/state.json", "step-00000004/optimizer.pt", "step-00000006/model.safetensors"):
+        for part in (
+            "step-00000002/state.json",
+            "step-00000004/optimizer.pt",
+            "step-00000006/model.safetensors",
+        ):
             assert part in message
         assert contents(run_dir) == before
     for number in (1, 2):
@@ -178,7 +182,11 @@ def test_evaluation_passes_over_a_damaged_checkpoint_and_leaves_it(cut):
 
 def test_the_newest_and_the_best_are_kept(tmp_path, prepared):
     """The best by validation loss stays when it is no longer among the newest."""
-    flags = tiny_flags(tmp_path, prepared, "MLM") | {"dump_interval": 1, "keep_last": 2, "num_training_steps": 8}
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {
+        "dump_interval": 1,
+        "keep_last": 2,
+        "num_training_steps": 8,
+    }
     flags |= {"learning_rate": 0.1, "warmup": 8}  # too high in the end, so that the best comes early
     assert run(flags)[0] == 0
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
@@ -243,7 +251,7 @@ def test_one_save_at_a_time_and_its_error_at_the_next_opportunity(tmp_path):
     for opportunity in ("save", "wait", "check"):
         saver = Saver(tmp_path, 3)
         saver.save(snapshot_of(training, 1), None)
-        with pytest.raises(SaveError, match=r"step 1: .*checkpoints.*--output_dir"):
+        with pytest.raises(StorageError, match=r"step 1: .*checkpoints.*--output_dir"):
             if opportunity == "save":
                 saver.save(snapshot_of(training, 2), None)
             elif opportunity == "wait":
@@ -268,7 +276,9 @@ def test_a_file_too_large_for_the_quota(tmp_path, prepared):
             assert part in message, message
         assert saved_steps(flags["output_dir"]) == [4]
         assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
-        assert {path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()} == before
+        assert {
+            path: path.read_bytes() for path in checkpoint_path(flags["output_dir"], 4).iterdir()
+        } == before
     assert run(flags)[0] == 0
 
 
@@ -298,7 +308,12 @@ def test_a_small_disk(tmp_path, prepared):
     models = sum(path.stat().st_size for path in flags["output_dir"].glob("*/model.safetensors"))
 
     (tmp_path / "disk").mkdir()
-    train = [sys.executable, "-m", "DeBERTa.train", *command(flags | {"output_dir": tmp_path / "disk" / "run"})]
+    train = [
+        sys.executable,
+        "-m",
+        "DeBERTa.train",
+        *command(flags | {"output_dir": tmp_path / "disk" / "run"}),
+    ]
     names = {"disk": tmp_path / "disk", "copy": tmp_path / "copy", "train": shlex.join(train)}
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK.format(**names)],
@@ -311,7 +326,9 @@ def test_a_small_disk(tmp_path, prepared):
     assert done.returncode == 0, f"unshare or mount not permitted, or the run failed: {done.stderr}"
     assert "Traceback" not in done.stderr
     early, late = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    free, one, final, needed = (float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early))
+    free, one, final, needed = (
+        float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early)
+    )
     assert free <= 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
     assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes take a little, too
     assert final == pytest.approx(models / 1e6, rel=0.1)
@@ -331,5 +348,9 @@ def test_a_folder_that_cannot_be_made(tmp_path, prepared):
     flags = tiny_flags(tmp_path, prepared) | {"output_dir": tmp_path / "file" / "run"}
     status, output = ForkedRun(flags, log=tmp_path / "log").finish()
     assert status == 1
-    assert output.strip().splitlines()[-1].startswith(f"error: cannot write the run's folder {tmp_path / 'file'}/run: ")
+    assert (
+        output.strip()
+        .splitlines()[-1]
+        .startswith(f"error: cannot write the run's folder {tmp_path / 'file'}/run: ")
+    )
     assert "Not a directory; give another --output_dir" in output

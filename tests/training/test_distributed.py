@@ -18,18 +18,19 @@ from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import PeerLostError
 from DeBERTa.training import optimizer as optimizers
 from DeBERTa.training import steps
-from DeBERTa.training.distributed import PeerLostError, is_main, rank, told_of_lost_peers, total_sums
+from DeBERTa.training.distributed import all_reduce_sums, get_rank, is_rank_zero, translate_peer_errors
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.metrics import mean_losses
-from DeBERTa.training.parallel import load_whole_weights, reduced, whole
+from DeBERTa.training.parallel import gather_full, gradient_sync, load_full_weights
 from tests.training.batches import random_batch
 from tests.training.ranks import CASES, make_step, my_rows, run_ranks
 
-MODES = {"ddp": {}, "zero": {"zero": 1}, "fsdp": {"fsdp": True}}
+MODES = {"ddp": {}, "zero2": {"sharding": "zero2"}, "fsdp": {"sharding": "fsdp"}}
 SIZES = (2, 3)
-GROUPS = ((2, "ddp"), (2, "zero"), (2, "fsdp"), (3, "ddp"), (3, "fsdp"))  # processes, and what each holds
+GROUPS = ((2, "ddp"), (2, "zero2"), (2, "fsdp"), (3, "ddp"), (3, "fsdp"))  # processes, and what each holds
 STEPS = 4
 SAVED = ("mlm", "gdes", "es")
 
@@ -37,23 +38,27 @@ SAVED = ("mlm", "gdes", "es")
 EXECUTIONS = {"checkpointing": {"gradient_checkpointing": True}, "compiled": {"compile": True}}
 
 
-def train(case: str, mode: str, first: int, last: int, state: dict | None = None, execution: str = "") -> dict:
+def train(
+    case: str, mode: str, first: int, last: int, state: dict | None = None, execution: str = ""
+) -> dict:
     """Steps `first` to `last` - 1; what is known afterwards, whole, in every process."""
     model, training = make_step(case, **MODES[mode], **EXECUTIONS.get(execution, {}))
     if state is not None:
-        load_whole_weights(model, state["weights"])
+        load_full_weights(model, state["weights"])
         training.load_state_dict(state["training"])
     losses = []
     for step in range(first, last):
         training.learning_rate(step + 1)
         sums = training(my_rows(seed=step))
         norms = {name: value for name, value in sums.items() if name.endswith("norm")}
-        sums = total_sums({name: value for name, value in sums.items() if name not in norms})
+        sums = all_reduce_sums({name: value for name, value in sums.items() if name not in norms})
         losses.append(mean_losses(sums | norms))
         if step == first:
             gradients = training.gradients
-    weights = {name: tensor.clone() for name, tensor in whole(model.state_dict()).items()}
-    moments = [state["exp_avg"] for optimizer in training.optimizers.values() for state in optimizer.state.values()]
+    weights = {name: tensor.clone() for name, tensor in gather_full(model.state_dict()).items()}
+    moments = [
+        state["exp_avg"] for optimizer in training.optimizers.values() for state in optimizer.state.values()
+    ]
     held = sum((moment.to_local() if isinstance(moment, DTensor) else moment).numel() for moment in moments)
     state = training.state_dict()
     return {"losses": losses, "gradients": gradients, "weights": weights, "training": state, "held": held}
@@ -63,11 +68,11 @@ def train_all(folder: Path, size: int) -> None:
     for case in CASES:
         for mode in (mode for processes, mode in GROUPS if processes == size):
             result = train(case, mode, 0, STEPS)
-            if is_main():
+            if is_rank_zero():
                 torch.save(result, folder / f"{case}-{mode}-{size}.pt")
             if size == 2 and case in SAVED:
                 half = train(case, mode, 0, STEPS // 2)
-                if is_main():
+                if is_rank_zero():
                     torch.save(half, folder / f"{case}-{mode}-half.pt")
     if size == 2:
         reductions_all(folder)
@@ -77,14 +82,16 @@ def train_all(folder: Path, size: int) -> None:
 
 def operations(recorded: profile) -> list[str]:
     """Names of all that ran."""
-    return [event.name() for event in recorded.profiler.kineto_results.events()]  # recorded.events() takes seconds
+    return [
+        event.name() for event in recorded.profiler.kineto_results.events()
+    ]  # recorded.events() takes seconds
 
 
 def reductions(case: str, mode: str, parts: int) -> int:
     """Sums over the processes in the second step, of whatever, with that many parts a step."""
     _, training = make_step(case, **MODES[mode], accumulative_update=parts)
     training.learning_rate(1)
-    batch = random_batch(8, seed=rank())
+    batch = random_batch(8, seed=get_rank())
     training(batch)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         training(batch)
@@ -99,9 +106,9 @@ def reductions_all(folder: Path) -> None:
         for mode in MODES:
             found[case, mode] = [reductions(case, mode, 1), reductions(case, mode, 4)]
     for mode in MODES:
-        with mock.patch.object(steps, "reduced", lambda objective, _: reduced(objective, True)):
+        with mock.patch.object(steps, "gradient_sync", lambda objective, _: gradient_sync(objective, True)):
             found["gdes", mode].append(reductions("gdes", mode, 4))
-    if is_main():
+    if is_rank_zero():
         torch.save(found, folder / "reductions.pt")
 
 
@@ -112,7 +119,7 @@ def collectives_all(folder: Path) -> None:
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             train("gdes", mode, 0, 2)
         found[mode] = {name for name in operations(recorded) if name.startswith("c10d::")}
-    if is_main():
+    if is_rank_zero():
         torch.save(found, folder / "collectives.pt")
 
 
@@ -120,16 +127,16 @@ def norms_all(folder: Path) -> None:
     """Losses and norms of the first step when norms of all tables go over their rows, but where a kernel makes them."""
     with mock.patch.object(optimizers, "LARGE", 0):
         found = {mode: train("gdes", mode, 0, 1)["losses"][0] for mode in MODES}
-    if is_main():
+    if is_rank_zero():
         torch.save(found, folder / "norms.pt")
 
 
 def go_on_all(folder: Path, size: int) -> None:
     for case in SAVED:
-        for saved, opened in (("ddp", "fsdp"), ("zero", "ddp"), ("fsdp", "zero")):
+        for saved, opened in (("ddp", "fsdp"), ("zero2", "ddp"), ("fsdp", "zero2")):
             state = torch.load(folder / f"{case}-{saved}-half.pt", weights_only=True)
             result = train(case, opened, STEPS // 2, STEPS, state)
-            if is_main():
+            if is_rank_zero():
                 torch.save(result, folder / f"{case}-{saved}-opened-{size}.pt")
 
 
@@ -206,7 +213,9 @@ def test_no_collective_is_a_coalesced_one(trained, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_norms_over_rows_of_what_is_cut_up(trained, mode):
-    assert read(trained / "norms.pt")[mode] == pytest.approx(read(trained / "gdes-1.pt")["losses"][0], rel=1e-5)
+    assert read(trained / "norms.pt")[mode] == pytest.approx(
+        read(trained / "gdes-1.pt")["losses"][0], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", SAVED)
@@ -225,7 +234,7 @@ def execute_all(folder: Path, size: int) -> None:
         for mode in MODES:
             for execution in EXECUTIONS:
                 result = train(case, mode, 0, 2, execution=execution)
-                if is_main():
+                if is_rank_zero():
                     torch.save(result, folder / f"{case}-{mode}-{execution}.pt")
 
 
@@ -260,8 +269,10 @@ def evaluate_all(prepared: Path, folder: Path, size: int) -> None:
             for rows in (16, 3):  # 40 lines: 3 batches, and 14 with a short last one
                 splits = {"valid": EvaluationBatches(store, tokenizer, masker, BatchPlan(3, rows, 64))}
                 device = torch.device("cpu")
-                found = evaluate_splits(model, training.outputs, splits, training.config, "fp32", device)["valid"]
-                if is_main():
+                found = evaluate_splits(model, training.outputs, splits, training.config, "fp32", device)[
+                    "valid"
+                ]
+                if is_rank_zero():
                     np.save(folder / f"{case}-{mode}-{rows}-{size}.npy", found, allow_pickle=True)
 
 
@@ -274,7 +285,9 @@ def test_evaluation_is_the_same_for_any_number_of_processes(prepared, tmp_path):
     for path in files:
         one = np.load(path, allow_pickle=True).item()
         for size in (*SIZES, 4):
-            many = np.load(path.with_name(path.name.replace("-1.npy", f"-{size}.npy")), allow_pickle=True).item()
+            many = np.load(
+                path.with_name(path.name.replace("-1.npy", f"-{size}.npy")), allow_pickle=True
+            ).item()
             assert many == pytest.approx(one, rel=1e-6)
             if "discriminator_auc" in one:
                 assert many["discriminator_auc"] == pytest.approx(one["discriminator_auc"], abs=1e-9)
@@ -283,14 +296,17 @@ def test_evaluation_is_the_same_for_any_number_of_processes(prepared, tmp_path):
 def wait_for_a_silent_peer() -> None:
     group = dist.new_group(timeout=timedelta(seconds=3))
     dist.all_reduce(torch.ones(8), group=group)  # connects them
-    if rank() == 1:
+    if get_rank() == 1:
         time.sleep(8)  # longer than the other one waits
         return
     first = dist.all_reduce(torch.ones(8), group=group, async_op=True)
     time.sleep(0.1)
     second = dist.all_reduce(torch.ones(8), group=group, async_op=True)
     for work in (second, first):
-        with pytest.raises(PeerLostError, match=r"no answer .* within --dist_timeout 3 s"), told_of_lost_peers(3):
+        with (
+            pytest.raises(PeerLostError, match=r"no answer .* within --dist_timeout 3 s"),
+            translate_peer_errors(3),
+        ):
             work.wait()
 
 

@@ -57,7 +57,14 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     torch.manual_seed(0)
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3}))
     results = [
-        evaluate(model, outputs_of(model), list(batches(store, tokenizer, False, size)), "fp32", torch.device("cpu"), 6)
+        evaluate(
+            model,
+            outputs_of(model),
+            list(batches(store, tokenizer, False, size)),
+            "fp32",
+            torch.device("cpu"),
+            6,
+        )
         for size in (7, 40)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
@@ -66,7 +73,9 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
         whole = batches(store, tokenizer, False, 40)[0]
         out = model(whole.input_ids, whole.input_mask, whole.labels)
     assert results[0]["loss"] == pytest.approx(F.cross_entropy(out.logits, out.labels).item(), rel=1e-5)
-    assert results[0]["accuracy"] == pytest.approx((out.logits.argmax(-1) == out.labels).float().mean().item())
+    assert results[0]["accuracy"] == pytest.approx(
+        (out.logits.argmax(-1) == out.labels).float().mean().item()
+    )
     assert results[0]["perplexity"] == pytest.approx(np.exp(results[0]["loss"]))
 
 
@@ -74,7 +83,9 @@ def test_detector_is_repeatable_and_keeps_the_mode(store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
     data = list(batches(store, tokenizer, True, 16))
-    first, second = (evaluate(model, outputs_of(model), data, "fp32", torch.device("cpu"), len(data)) for _ in range(2))
+    first, second = (
+        evaluate(model, outputs_of(model), data, "fp32", torch.device("cpu"), len(data)) for _ in range(2)
+    )
     assert first == second
     assert model.training
     assert first["generator_loss"] == pytest.approx(np.log(2008), rel=0.01)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from DeBERTa import ConfigError, MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.errors import ConfigError
 from DeBERTa.model.pretraining import corrupt
 from DeBERTa.training.execution import check_compiler, set_execution
 from tests.conftest import TINY

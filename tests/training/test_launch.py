@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from DeBERTa.config import ConfigError
+from DeBERTa.errors import ConfigError
 from DeBERTa.training.launch import find_job
 from DeBERTa.training.network import interface_towards, wait_for_port
 from tests.commands import (
@@ -143,7 +143,9 @@ def test_a_port_of_another_program(flags):
     flags |= {"dist_timeout": 3}
     kinds = (http.server.BaseHTTPRequestHandler, TalksFirst, SaysNothing)
     with ExitStack() as stack:
-        servers = [stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind)) for kind in kinds]
+        servers = [
+            stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind)) for kind in kinds
+        ]
         for server in servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -159,7 +161,9 @@ def test_a_port_of_another_program(flags):
             status, output = node.finish()
             (error,) = output.splitlines()
             assert status == 1
-            assert error.startswith(f"error: what answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} is not the")
+            assert error.startswith(
+                f"error: what answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} is not the"
+            )
 
 
 def test_two_nodes_of_one_rank(flags):
@@ -199,7 +203,9 @@ def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared)
     port = free_port()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "train.txt").write_text("".join((prepared / "train.txt").read_text().splitlines(keepends=True)[:-1]))
+    (other / "train.txt").write_text(
+        "".join((prepared / "train.txt").read_text().splitlines(keepends=True)[:-1])
+    )
     change = {"learning_rate": 0.5, "data_dir": other, "workers": 1}
     for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, change):
         error = run.error()
@@ -237,7 +243,14 @@ def test_a_run_of_two_processes(flags):
     run = Command(flags)
     assert run.finish() == 0, run.printed.read_text()
     printed = run.printed.read_text()
-    for text in ("2 processes", "2 processes on 1 node", "8 sequences", "4 a process", "step 6/6", "final models"):
+    for text in (
+        "2 processes",
+        "2 processes on 1 node",
+        "8 sequences",
+        "4 a process",
+        "step 6/6",
+        "final models",
+    ):
         assert text in printed
     assert printed.count("step 6/6") == 1
     logs = {path.name: path.read_text() for path in (run.run_dir / "logs").glob("*.log")}
@@ -249,11 +262,11 @@ def test_a_run_of_two_processes(flags):
     assert (run.run_dir / "generator" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("mode", ["zero", "fsdp"])
+@pytest.mark.parametrize("mode", ["zero2", "fsdp"])
 def test_a_model_cut_up_leaves_whole_checkpoints_and_models(flags, mode):
     whole = Command(flags)
     assert whole.finish() == 0, whole.printed.read_text()
-    cut = Command(flags | {mode: 1, "output_dir": f"{flags['output_dir']}-{mode}"})
+    cut = Command(flags | {"sharding": mode, "output_dir": f"{flags['output_dir']}-{mode}"})
     assert cut.finish() == 0, cut.printed.read_text()
     for name in ("checkpoints/step-00000006", "generator", "discriminator"):
         ours, theirs = (load_file(run.run_dir / name / "model.safetensors") for run in (cut, whole))

@@ -38,7 +38,12 @@ def curve(task: str) -> dict[str, list[float]]:
         store = open_store(Path(text), tokenizer, max_tokens=62, progress=False)
     rtd = task == "RTD"
     config = train_config(
-        task_name=task, num_training_steps=STEPS, warmup=5.0, learning_rate=3e-3, seed=SEED, accumulative_update=2
+        task_name=task,
+        num_training_steps=STEPS,
+        warmup=5.0,
+        learning_rate=3e-3,
+        seed=SEED,
+        accumulative_update=2,
     )
     masker = Masker(tokenizer, 1 if rtd else 3, always_mask=rtd)
     batches = TrainingBatches(store, tokenizer, masker, BatchPlan(SEED, batch_size=8, max_seq_length=64))

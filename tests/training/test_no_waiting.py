@@ -56,7 +56,9 @@ def on_meta(task: str, sharing: str, change: dict) -> nn.Module:
     if task == "MLM":
         return MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | change)).to(META)
     values = tiny_rtd(sharing)
-    parts = {name: values[name] | {"num_hidden_layers": 2} | change for name in ("generator", "discriminator")}
+    parts = {
+        name: values[name] | {"num_hidden_layers": 2} | change for name in ("generator", "discriminator")
+    }
     return RTDModel(RTDConfig.from_dict(values | parts)).to(META)
 
 
@@ -86,7 +88,9 @@ def test_a_step_never_waits(task, sharing, change, flags, monkeypatch):
     assert sums and all(tensor.device == META for tensor in sums.values())
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     # Under GDES no loss reaches a discriminator's positions: they enter the generator's decoder only.
-    assert [name for name in missing if "discriminator.deberta.embeddings.position_embeddings" not in name] == []
+    assert [
+        name for name in missing if "discriminator.deberta.embeddings.position_embeddings" not in name
+    ] == []
 
 
 def test_what_waits_is_found():

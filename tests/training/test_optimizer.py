@@ -7,7 +7,14 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
 from DeBERTa.model import kernels
-from DeBERTa.training.optimizer import AdamW, build_optimizer, gradient_norm, schedule, set_learning_rate, warmup_steps
+from DeBERTa.training.optimizer import (
+    AdamW,
+    build_optimizer,
+    gradient_norm,
+    schedule,
+    set_learning_rate,
+    warmup_steps,
+)
 from tests.conftest import tiny_model
 from tests.training.batches import train_config
 
@@ -48,10 +55,13 @@ def test_updates_with_clipping(way):
     gradients of any layout; PyTorch's fused one takes their numbers in the wrong order."""
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in SHAPES]
-    ours, exact = ([torch.nn.Parameter(x.to(kind)) for x in starts] for kind in (torch.float32, torch.float64))
+    ours, exact = (
+        [torch.nn.Parameter(x.to(kind)) for x in starts] for kind in (torch.float32, torch.float64)
+    )
     settings = {"betas": (0.8, 0.95), "eps": 1e-4}
     groups = [
-        [{"params": x[:3], "lr": 0.01, "weight_decay": 0.1}, {"params": x[3:], "lr": 0.02}] for x in (ours, exact)
+        [{"params": x[:3], "lr": 0.01, "weight_decay": 0.1}, {"params": x[3:], "lr": 0.02}]
+        for x in (ours, exact)
     ]
     optimizer, reference = AdamW(groups[0], **settings), torch.optim.AdamW(groups[1], **settings)
     for number, limit in enumerate((0.5, float("inf"), 1e6)):
@@ -69,7 +79,9 @@ def test_updates_with_clipping(way):
     for mine, theirs in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6)
         for name, value in reference.state[theirs].items():
-            torch.testing.assert_close(optimizer.state[mine][name].double(), value.double(), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                optimizer.state[mine][name].double(), value.double(), rtol=1e-5, atol=1e-7
+            )
 
 
 def test_moments_are_those_of_pytorch(monkeypatch):
@@ -98,7 +110,9 @@ def test_moments_are_those_of_pytorch(monkeypatch):
 def test_norm_of_large_gradients():
     """Against float64, to 1e-6; PyTorch's own is further off than 1e-4."""
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in ((20_000, 400), (300,), (2, 3, 4), (7,))]
+    parameters = [
+        torch.nn.Parameter(torch.empty(shape)) for shape in ((20_000, 400), (300,), (2, 3, 4), (7,))
+    ]
     for parameter in parameters[:-1]:
         parameter.grad = torch.randn_like(parameter)
     exact = torch.stack([p.grad.double().norm() for p in parameters[:-1]]).norm()
@@ -125,7 +139,10 @@ def test_the_same_bits_with_any_number_of_threads():
 def test_loss_scaler():
     """One that has not been asked to undo its scale does so in the step, and leaves out one that is not finite."""
     weight = torch.nn.Parameter(torch.ones(4))
-    optimizer, scaler = AdamW([{"params": [weight], "lr": 0.1}], (0.9, 0.99), 1e-6), torch.amp.GradScaler("cpu")
+    optimizer, scaler = (
+        AdamW([{"params": [weight], "lr": 0.1}], (0.9, 0.99), 1e-6),
+        torch.amp.GradScaler("cpu"),
+    )
     for scale in (1.0, float("inf")):
         before = weight.detach().clone()
         scaler.scale((weight * scale).sum()).backward()

@@ -20,7 +20,9 @@ from tests.runs import CONTEXT, ForkedRun, final_files, run, tiny_flags
 
 
 def kinds(run_dir: Path) -> list[tuple[int, str]]:
-    return [(x["step"], x["kind"]) for x in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
+    return [
+        (x["step"], x["kind"]) for x in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    ]
 
 
 def all_ended(processes: list[int], seconds: float = 60) -> bool:
@@ -101,7 +103,12 @@ def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
     shutil.copy(prepared / "train.txt", data / "valid.txt")  # long enough to be met in the middle
     for path in data.glob("valid.txt.*"):
         shutil.rmtree(path)
-    flags = undisturbed[0] | {"data_dir": data, "eval_batch_size": 1, "num_training_steps": 4, "dump_interval": 2}
+    flags = undisturbed[0] | {
+        "data_dir": data,
+        "eval_batch_size": 1,
+        "num_training_steps": 4,
+        "dump_interval": 2,
+    }
     assert run(flags | {"output_dir": tmp_path / "whole"})[0] == 0
     process = ForkedRun(flags | {"output_dir": tmp_path / "run"})
     checkpoint = checkpoint_path(tmp_path / "run", 2)
@@ -135,7 +142,12 @@ def test_a_signal_that_comes_twice_during_an_evaluation_counts_once():
 
 def test_a_signal_while_saving(tmp_path, undisturbed):
     """The checkpoint being written is finished first."""
-    flags = undisturbed[0] | {"output_dir": tmp_path / "run", "dump_interval": 1, "log_interval": 1, "keep_last": 100}
+    flags = undisturbed[0] | {
+        "output_dir": tmp_path / "run",
+        "dump_interval": 1,
+        "log_interval": 1,
+        "keep_last": 100,
+    }
     process = ForkedRun(flags)
     temporary = tmp_path / "run" / "checkpoints" / "step-00000005.tmp"
     while not temporary.exists():
@@ -169,7 +181,9 @@ def test_a_worker_that_is_killed(tmp_path, undisturbed):
     assert status == 0 and "going on from step" in output
     names = [name for name in expected if name.endswith("safetensors")]
     ours = final_files(flags["output_dir"])
-    assert len(names) == 3 and {name: ours[name] for name in names} == {name: expected[name] for name in names}
+    assert len(names) == 3 and {name: ours[name] for name in names} == {
+        name: expected[name] for name in names
+    }
 
 
 def test_workers_end_with_a_killed_run(tmp_path, undisturbed):
@@ -183,14 +197,19 @@ def test_workers_end_with_a_killed_run(tmp_path, undisturbed):
     assert all_ended(workers)
 
 
-BROKEN = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")  # as the moment will have it
+BROKEN = (
+    "ConnectionResetError",
+    "ConnectionRefusedError",
+    "BrokenPipeError",
+    "EOFError",
+)  # as the moment will have it
 DEAD_WORKER = """
 import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # in all threads to come
 import os, time, torch
 from unittest import mock
 from torch.utils.data import DataLoader
-from DeBERTa.train import WorkerDiedError, told_of_workers
+from DeBERTa.train import DataWorkerError, translate_worker_errors
 
 batches = iter(DataLoader([torch.ones(9)] * 99, batch_size=None, num_workers=1))
 next(batches)
@@ -200,9 +219,9 @@ os.kill(worker.pid, signal.SIGKILL)
 os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 assert signal.SIGCHLD in signal.sigpending()
 try:
-    with told_of_workers(), mock.patch.object(type(worker), "is_alive", lambda _: True):
+    with translate_worker_errors(), mock.patch.object(type(worker), "is_alive", lambda _: True):
         next(batches)
-except WorkerDiedError as error:
+except DataWorkerError as error:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     print("told of", type(error.__cause__).__name__)
 os._exit(0)
@@ -211,6 +230,8 @@ os._exit(0)
 
 def test_a_worker_that_is_killed_while_it_hands_a_batch_over():
     """A broken connection is seen first, before the process counts as dead; SIGCHLD comes while that is being told."""
-    done = subprocess.run([sys.executable, "-c", DEAD_WORKER], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", DEAD_WORKER], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stdout in {f"told of {kind}\n" for kind in BROKEN}, done.stdout + done.stderr
     assert done.stderr == ""

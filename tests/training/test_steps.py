@@ -25,7 +25,9 @@ def mlm_model() -> MaskedLanguageModel:
 def rtd_model(sharing: str = "gdes") -> RTDModel:
     torch.manual_seed(0)
     config = tiny_rtd(sharing)
-    return RTDModel(RTDConfig.from_dict({k: v | NO_DROPOUT if isinstance(v, dict) else v for k, v in config.items()}))
+    return RTDModel(
+        RTDConfig.from_dict({k: v | NO_DROPOUT if isinstance(v, dict) else v for k, v in config.items()})
+    )
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -167,7 +169,11 @@ def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, v
     dict(model.named_parameters())[name].register_hook(lambda gradient: gradient + value)
     before = state(model)
     training(random_batch())
-    changed = {key.split(".")[0] for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    changed = {
+        key.split(".")[0]
+        for key, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[key])
+    }
     assert changed == ({"generator"} if training.decoupled and broken == "discriminator" else set())
     assert training.scaler.get_scale() < 16.0
 

@@ -103,7 +103,11 @@ def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict]:
     """Flags of a run of two processes that saves at steps 2, 4 and 6 and evaluates nothing; what it ends with."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(prepared, folder / "data", ignore=shutil.ignore_patterns("valid*", "test*"))
-    flags = two_process_flags(folder, folder / "data") | {"dist_timeout": 60, "log_interval": 1, "keep_last": 9}
+    flags = two_process_flags(folder, folder / "data") | {
+        "dist_timeout": 60,
+        "log_interval": 1,
+        "keep_last": 9,
+    }
     status, output = run_pair(flags, free_port())
     assert status == 0, output
     return flags, result(flags["output_dir"])
@@ -167,7 +171,12 @@ def assert_goes_on(flags: dict, step: int, expected: dict) -> None:
 def test_a_signal_while_two_processes_evaluate(tmp_path, undisturbed, evaluated):
     """To the command and its processes at once, which is understood once: the checkpoint being written is finished."""
     flags, expected = undisturbed
-    flags = flags | {"output_dir": tmp_path / "run", "data_dir": evaluated, "dump_interval": 4, "eval_batch_size": 1}
+    flags = flags | {
+        "output_dir": tmp_path / "run",
+        "data_dir": evaluated,
+        "dump_interval": 4,
+        "eval_batch_size": 1,
+    }
     stopped = SlowRun(flags, tmp_path, 0.2)
     stopped.wait_for(stopped.slow.exists)
     for process in (*children(stopped.pid), stopped.pid):

@@ -16,10 +16,10 @@ from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.training.checkpoint import checkpoint_path
-from DeBERTa.training.distributed import rank
+from DeBERTa.training.distributed import get_rank
+from DeBERTa.training.guard import FEWEST, SIGMAS, WINDOW, Stability
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.signals import Signals
-from DeBERTa.training.stability import FEWEST, SIGMAS, WINDOW, Stability
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from tests.runs import copy_run, final_files, run, tiny_flags
 from tests.training.batches import random_batch, train_config
@@ -56,21 +56,23 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
     training.scaler.update(16.0) if precision == "fp16" else None
     training(random_batch())
-    assert (training.stability.left_out, training.stability.skipped) == (False, 0)
+    assert (training.guard.left_out, training.guard.skipped) == (False, 0)
     before = held(training, model)
     handle = break_gradient(model, "", value)
     training(random_batch())
     training(random_batch())
     assert changed(before, held(training, model)) == set()
-    assert (training.stability.left_out, training.stability.skipped, training.stability.in_a_row) == (True, 2, 2)
+    assert (training.guard.left_out, training.guard.skipped, training.guard.in_a_row) == (True, 2, 2)
     handle.remove()
     training(random_batch())
     assert "weight lm_predictions.lm_head.bias" in changed(before, held(training, model))
-    assert (training.stability.skipped, training.stability.in_a_row) == (2, 0)
+    assert (training.guard.skipped, training.guard.in_a_row) == (2, 0)
 
 
 @pytest.mark.parametrize("broken", ["generator", "discriminator"])
-@pytest.mark.parametrize(("sharing", "decoupled"), [("es", True), ("gdes", False), ("gdes", True), ("nes", True)])
+@pytest.mark.parametrize(
+    ("sharing", "decoupled"), [("es", True), ("gdes", False), ("gdes", True), ("nes", True)]
+)
 def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
     """Nothing changes, but for the decoupled update of a generator before the discriminator's gradient is known."""
     model = rtd_model(sharing)
@@ -86,7 +88,7 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
         assert names and not [name for name in names if "discriminator" in name]
     else:
         assert names == set()
-    assert training.stability.skipped == 1
+    assert training.guard.skipped == 1
 
 
 @pytest.mark.parametrize("part", ["generator", "discriminator"])
@@ -103,8 +105,8 @@ def test_a_loss_that_is_not_a_number(part):
     after = held(training, model)
     unequal = {name for name in changed(before, after) if not torch.isnan(after[name]).any()}
     assert not [name for name in unequal if part in name or part == "generator"]
-    assert math.isnan(training.stability.losses[f"{part}_loss"])
-    assert not training.stability.losses_finite()
+    assert math.isnan(training.guard.losses[f"{part}_loss"])
+    assert not training.guard.losses_finite()
 
 
 @pytest.mark.parametrize("sharing", ["gdes", "nes"])
@@ -120,15 +122,19 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
             model.discriminator.mask_predictions.classifier.bias += NAN if broken else 0
         before = held(training, model)
         training(random_batch(seed=4))
-        assert math.isfinite(training.stability.losses["generator_loss"])
-        assert math.isnan(training.stability.losses["discriminator_loss"]) == broken
-        assert (training.stability.left_out, training.stability.skipped) == (broken, broken)
+        assert math.isfinite(training.guard.losses["generator_loss"])
+        assert math.isnan(training.guard.losses["discriminator_loss"]) == broken
+        assert (training.guard.left_out, training.guard.skipped) == (broken, broken)
         found.append((before, held(training, model)))
     (_, usual), (before, after) = found
     generators = {name for name in after if "discriminator" not in name}
-    assert len(generators) > 50 and not changed(*({name: x[name] for name in generators} for x in (usual, after)))
+    assert len(generators) > 50 and not changed(
+        *({name: x[name] for name in generators} for x in (usual, after))
+    )
     (bias,) = changed(before, after) - generators
-    assert bias == "weight discriminator.mask_predictions.classifier.bias"  # not a number is not equal to itself
+    assert (
+        bias == "weight discriminator.mask_predictions.classifier.bias"
+    )  # not a number is not equal to itself
     assert generators & changed(before, after)
 
 
@@ -139,18 +145,18 @@ def one_of_two(folder: Path) -> None:
     training.learning_rate(1)
     training(random_batch())
     before = held(training, model)
-    handle = break_gradient(model, "", NAN) if rank() == 1 else None
-    training(random_batch(seed=rank()))
-    found = [training.stability.left_out, len(changed(before, held(training, model)))]
+    handle = break_gradient(model, "", NAN) if get_rank() == 1 else None
+    training(random_batch(seed=get_rank()))
+    found = [training.guard.left_out, len(changed(before, held(training, model)))]
     if handle:
         handle.remove()
-    training.stability.windows["loss"] = deque([1.0] * FEWEST)
-    training(random_batch(seed=rank()))
-    found += [training.stability.left_out, len(changed(before, held(training, model))), training.stability.losses]
+    training.guard.windows["loss"] = deque([1.0] * FEWEST)
+    training(random_batch(seed=get_rank()))
+    found += [training.guard.left_out, len(changed(before, held(training, model))), training.guard.losses]
     signals = Signals()
-    signals.save = rank() == 1
+    signals.save = get_rank() == 1
     found += [signals.asked(3, CPU), signals.asked(4, CPU)]
-    signals.ending = 15 * (rank() == 0)
+    signals.ending = 15 * (get_rank() == 0)
     torch.save([*found, signals.asked(5, CPU)], folder / f"{rank()}.pt")
 
 
@@ -209,13 +215,24 @@ def test_a_lasting_change_of_level_is_no_spike_for_long():
 @pytest.mark.parametrize(("task", "precision"), [("RTD", "fp32"), ("MLM", "fp16"), ("RTD", "fp16")])
 def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
     """It names step, losses, and the lines of the batch; float16 does not lower its scale for ever."""
-    flags = tiny_flags(tmp_path, prepared, task) | {"precision": precision, "learning_rate": 1e20, "warmup": 0}
+    flags = tiny_flags(tmp_path, prepared, task) | {
+        "precision": precision,
+        "learning_rate": 1e20,
+        "warmup": 0,
+    }
     flags |= {"num_training_steps": 1000, "dump_interval": 1000, "log_interval": 1, "max_skipped_steps": 4}
     status, output = run(flags)
     assert status == 1, output
     message = output.strip().splitlines()[-1]
     assert message.startswith("error: step ") and "Traceback" not in output
-    for part in ("4 steps in a row", "--max_skipped_steps", "is nan", "train.txt", "--learning_rate", "--tag"):
+    for part in (
+        "4 steps in a row",
+        "--max_skipped_steps",
+        "is nan",
+        "train.txt",
+        "--learning_rate",
+        "--tag",
+    ):
         assert part in message, message
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines][-3:] == [1, 2, 3]

@@ -20,15 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.config import ConfigError, read_json
+from DeBERTa.config import read_json
 from DeBERTa.data.files import sync, unused_name
+from DeBERTa.errors import ConfigError
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.checkpoint import (
     checkpoint_path,
+    find_newest_valid,
     megabytes,
-    newest_whole,
+    move_aside,
     saved_steps,
-    set_aside,
     write_json,
 )
 from DeBERTa.training.distributed import LOGS
@@ -54,20 +55,25 @@ def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: boo
             for path in left:
                 path.rename(old / path.name)
             print(f"--fresh: what was in {run_dir} is now in {old}", file=sys.stderr)
-        step, damages = newest_whole(run_dir)
+        step, damages = find_newest_valid(run_dir)
         if step:
             check_same_run(read_json(checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
         remove_unfinished(run_dir)
         for damage in damages:
             print(f"warning: damaged checkpoint: {damage}", file=sys.stderr)
         for newer in [saved for saved in saved_steps(run_dir) if saved > step]:
-            aside = set_aside(checkpoint_path(run_dir, newer))
-            print(f"warning: going on from step {step} instead; step {newer} is kept as {aside}", file=sys.stderr)
+            aside = move_aside(checkpoint_path(run_dir, newer))
+            print(
+                f"warning: going on from step {step} instead; step {newer} is kept as {aside}",
+                file=sys.stderr,
+            )
         write_json(run_dir / "config.json", settings)
         write_json(run_dir / "environment.json", environment)
     except OSError as error:
         reason = error.strerror
-        raise ConfigError(f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir") from None
+        raise ConfigError(
+            f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir"
+        ) from None
     return step
 
 
@@ -103,7 +109,7 @@ def remove_unfinished(run_dir: Path) -> None:
 FREE_TO_CHANGE = (
     "output_dir", "tag", "do_train", "do_eval", "workers", "eval_batch_size", "dump_interval", "keep_last",
     "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps", "nproc_per_node", "max_restarts",
-    "dist_timeout", "zero", "fsdp", "gradient_checkpointing",
+    "dist_timeout", "sharding", "log_level", "gradient_checkpointing",
 )  # fmt: skip
 
 

@@ -11,21 +11,25 @@ from torch import nn
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, load_batches, step_seed
-from DeBERTa.training.checkpoint import Snapshot, best_saved, copy_to_host, read_model, read_training, record_best
-from DeBERTa.training.distributed import any_process, barrier, from_main, is_main, world_size
+from DeBERTa.errors import NonFiniteError
+from DeBERTa.training.checkpoint import (
+    Snapshot,
+    best_saved,
+    copy_to_host,
+    read_model,
+    read_training,
+    record_best,
+)
+from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import MetricsLog, Progress, describe
-from DeBERTa.training.parallel import load_whole_weights, whole
+from DeBERTa.training.parallel import gather_full, load_full_weights
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import Interrupted, Signals
 from DeBERTa.training.steps import TrainingStep
 
 LINES_SHOWN = 16  # of a batch that could not be learnt from
-
-
-class NotFiniteError(RuntimeError):
-    """Losses, gradients or weights became NaN or infinite, and stayed so."""
 
 
 @dataclass
@@ -50,9 +54,13 @@ def resume(run: Run, step: int) -> None:
 
     The first process reads, for nodes may have disks of their own.
     """
-    found = (read_model(run.run_dir, step, run.model), read_training(run.run_dir, step)) if is_main() else None
-    weights, state = from_main(found)
-    load_whole_weights(run.model, weights)
+    found = (
+        (read_model(run.run_dir, step, run.model), read_training(run.run_dir, step))
+        if is_rank_zero()
+        else None
+    )
+    weights, state = broadcast_object(found)
+    load_full_weights(run.model, weights)
     run.training.load_state_dict(state["training"])
     run.interval.load_state_dict(state["interval"])
 
@@ -61,12 +69,12 @@ def train(run: Run, first_step: int, signals: Signals) -> None:
     """Train from update `first_step` to the end.
 
     Writes `metrics.jsonl` after the first step, every `log_interval` and at checkpoints; a checkpoint followed by an
-    evaluation every `dump_interval` steps and at the end. Raises `NotFiniteError` after `max_skipped_steps` updates in
-    a row that had to be left out or when a weight to be saved is not finite, `SaveError` when the disk is full, and
+    evaluation every `dump_interval` steps and at the end. Raises `NonFiniteError` after `max_skipped_steps` updates in
+    a row that had to be left out or when a weight to be saved is not finite, `StorageError` when the disk is full, and
     `Interrupted` after a signal: what is on disk stays good.
     """
-    log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, is_main())
-    progress = Progress(first_step, run.training.total_steps, is_main())
+    log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, is_rank_zero())
+    progress = Progress(first_step, run.training.total_steps, is_rank_zero())
     saver = Saver(run.run_dir, run.config.keep_last)
     with signals.deferred():
         try:
@@ -77,16 +85,18 @@ def train(run: Run, first_step: int, signals: Signals) -> None:
             log.close()
 
 
-def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progress: Progress, saver: Saver) -> None:
+def _train(
+    run: Run, first_step: int, signals: Signals, log: MetricsLog, progress: Progress, saver: Saver
+) -> None:
     config, training, interval = run.config, run.training, run.interval
     total_steps = training.total_steps
-    if is_main():
+    if is_rank_zero():
         record_best(run.run_dir, log.evaluations)
     if first_step and (first_step % config.dump_interval == 0 or first_step == total_steps):
         # Stopped between the checkpoint and its evaluation?
-        if any_process(is_main() and not log.has(first_step, "valid"), training.device):
+        if is_any_rank(is_rank_zero() and not log.has(first_step, "valid"), training.device):
             validate(run, first_step, log, progress, signals)
-        if is_main():
+        if is_rank_zero():
             record_best(run.run_dir, log.evaluations)
     batches = load_batches(run.train_batches, range(first_step, total_steps), config.workers)
     interval.started = time.monotonic()
@@ -94,7 +104,7 @@ def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progres
     for step, batch in enumerate(batches, start=first_step + 1):
         torch.manual_seed(step_seed(config.seed, step, run.train_batches.plan.rank))
         factor = training.learning_rate(step)
-        interval.add(training(batch), batch.real_tokens, training.stability.losses_finite())
+        interval.add(training(batch), batch.real_tokens, training.guard.losses_finite())
         progress.advance()
         report_left_out(run, step, log, progress)
 
@@ -102,14 +112,17 @@ def _train(run: Run, first_step: int, signals: Signals, log: MetricsLog, progres
         due = step % config.dump_interval == 0 or step == total_steps
         if due or step == 1 or step % config.log_interval == 0:
             metrics = interval.metrics()
-            metrics |= {"learning_rate": config.learning_rate * factor, "skipped_steps": training.stability.skipped}
+            metrics |= {
+                "learning_rate": config.learning_rate * factor,
+                "skipped_steps": training.guard.skipped,
+            }
             log.write(step, "train", metrics)
             progress.show(step, metrics)
             interval.clear()
         if due or save or ending:
             check_finite(weight_norms(run.model), step, run.run_dir)
             snapshot = take_snapshot(run, step)
-            if is_main():
+            if is_rank_zero():
                 announce(saver.wait(), run, log, progress)
                 log.sync()
                 saver.save(snapshot, best=best_saved(run.run_dir, log.evaluations))
@@ -132,9 +145,9 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
     training, interval, weights = (
         run.training.state_dict(),
         run.interval.state_dict(),
-        whole(run.model.state_dict(), on_host=True),
+        gather_full(run.model.state_dict(), on_host=True),
     )
-    if not is_main():
+    if not is_rank_zero():
         return None
     lines, batch_size = len(run.train_batches.store), run.config.train_batch_size
     epoch, position = divmod(step * batch_size, lines)
@@ -143,13 +156,17 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
         "seed": run.config.seed,
         "epoch": epoch,
         "lines_into_epoch": position,
-        "processes": world_size(),
-        "skipped_steps": run.training.stability.skipped,
+        "processes": get_world_size(),
+        "skipped_steps": run.training.guard.skipped,
         "torch": torch.__version__,
         "deberta": __version__,
     }
     return Snapshot(
-        step, copy_to_host(weights), copy_to_host({"training": training, "interval": interval}), state, run.settings
+        step,
+        copy_to_host(weights),
+        copy_to_host({"training": training, "interval": interval}),
+        state,
+        run.settings,
     )
 
 
@@ -165,15 +182,17 @@ def validate(run: Run, step: int, log: MetricsLog, progress: Progress, signals: 
     splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
     training = run.training
     with signals.immediate():
-        results = evaluate_splits(run.model, training.outputs, splits, run.config, training.precision, training.device)
+        results = evaluate_splits(
+            run.model, training.outputs, splits, run.config, training.precision, training.device
+        )
     for split, metrics in results.items():
         log.write(step, split, metrics)
         progress.say(f"step {step}: {split}  {describe(metrics)}")
 
 
 def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) -> None:
-    """Tell of spikes and of an update left out. Raises `NotFiniteError` when there were too many in a row."""
-    stability = run.training.stability
+    """Tell of spikes and of an update left out. Raises `NonFiniteError` when there were too many in a row."""
+    stability = run.training.guard
     for spike in stability.spikes:
         values = {"mean": spike.mean, "sigma": spike.sigma, "left_out": stability.left_out}
         log.write(step, "spike", {spike.name: spike.loss, **values})
@@ -193,7 +212,7 @@ def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) ->
         return
     lines = (run.train_batches.global_line_numbers(step - 1) + 1).tolist()
     more = f" and {len(lines) - LINES_SHOWN} more" if len(lines) > LINES_SHOWN else ""
-    raise NotFiniteError(
+    raise NonFiniteError(
         f"step {step}: the updates of {stability.in_a_row} steps in a row were left out (--max_skipped_steps): "
         f"{reason} on lines {', '.join(map(str, lines[:LINES_SHOWN]))}{more} of train.txt; look at these lines, or "
         "start anew with a lower --learning_rate or a longer --warmup under another --tag "
@@ -203,15 +222,15 @@ def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) ->
 
 def weight_norms(model: nn.Module) -> dict[str, float]:
     parameters = dict(model.named_parameters())
-    norms = torch.stack(whole(torch._foreach_norm([p.detach() for p in parameters.values()]))).tolist()
+    norms = torch.stack(gather_full(torch._foreach_norm([p.detach() for p in parameters.values()]))).tolist()
     return dict(zip(parameters, norms, strict=True))
 
 
 def check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
-    """Raise `NotFiniteError` naming the first of `values` that is NaN or infinite."""
+    """Raise `NonFiniteError` naming the first of `values` that is NaN or infinite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise NotFiniteError(
+            raise NonFiniteError(
                 f"step {step}: {name} is {value}, training has diverged; start anew with a lower --learning_rate or a "
                 f"longer --warmup under another --tag (the checkpoints in {run_dir} are from before)"
             )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.training.distributed import total
+from DeBERTa.training.distributed import all_reduce_sum
 from DeBERTa.training.metrics import Sums
 
 WINDOW = 128  # losses a spike is measured against
@@ -53,7 +53,7 @@ class Stability:
         numbers = [(~torch.isfinite(norm)).double()]
         for name in names:
             numbers += [sums[name].double(), sums[name.replace("loss", "targets")].double()]
-        broken, *pairs = total(torch.stack(numbers)).tolist()
+        broken, *pairs = all_reduce_sum(torch.stack(numbers)).tolist()
         for name, loss, targets in zip(names, pairs[::2], pairs[1::2], strict=True):
             self.losses[name] = loss / max(targets, 1)
         spikes = [spike for name in names if (spike := self._watch(name, self.losses[name]))]
