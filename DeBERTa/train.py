@@ -24,6 +24,7 @@ from DeBERTa.errors import (
     ConfigError,
     DataError,
     DataWorkerError,
+    DebertaError,
     ReportedError,
 )
 from DeBERTa.hub.published import load_masked_lm, load_rtd
@@ -225,7 +226,7 @@ def check_batch_size(config: TrainConfig) -> None:
     needed = get_world_size() * config.accumulative_update
     if config.train_batch_size < needed:
         raise ConfigError(
-            f"--train_batch_size {config.train_batch_size} is too small for {world_size()} processes with "
+            f"--train_batch_size {config.train_batch_size} is too small for {get_world_size()} processes with "
             f"--accumulative_update {config.accumulative_update}: give at least {needed}"
         )
 

@@ -23,7 +23,7 @@ def banner(run: Run, first_step: int) -> str:
     tokens = config.train_batch_size * config.max_seq_length
     parts = f", in {config.accumulative_update} parts" if config.accumulative_update > 1 else ""
     if get_world_size() > 1:
-        parts += f", {config.train_batch_size / world_size():g} a process"
+        parts += f", {config.train_batch_size / get_world_size():g} a process"
     held_out = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
     rows = {
         "run": str(run.run_dir),
@@ -49,7 +49,9 @@ def _processes(config: TrainConfig) -> str:
         else "DDP: the whole model in each"
     )
     mode = "FSDP: parameters, gradients and optimizer state sharded" if config.sharding == "fsdp" else mode
-    return f"{world_size()} processes on {nodes()} node{'s' if nodes() > 1 else ''}, {mode}"
+    return (
+        f"{get_world_size()} processes on {get_num_nodes()} node{'s' if get_num_nodes() > 1 else ''}, {mode}"
+    )
 
 
 def _kernels(device: torch.device) -> str:

@@ -157,7 +157,7 @@ def one_of_two(folder: Path) -> None:
     signals.save = get_rank() == 1
     found += [signals.asked(3, CPU), signals.asked(4, CPU)]
     signals.ending = 15 * (get_rank() == 0)
-    torch.save([*found, signals.asked(5, CPU)], folder / f"{rank()}.pt")
+    torch.save([*found, signals.asked(5, CPU)], folder / f"{get_rank()}.pt")
 
 
 def test_all_processes_decide_the_same(tmp_path):
