@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.about import about, scripts_environment  # noqa: E402
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
-from DeBERTa.data.dataset import Batch  # noqa: E402
+from DeBERTa.data.batch import Batch  # noqa: E402
 from DeBERTa.model import blocked_attention, kernels  # noqa: E402
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep  # noqa: E402
@@ -58,7 +58,7 @@ def make_batch(size: int, length: int, seed: int) -> Batch:
         masked = torch.randperm(length - 2, generator=generator)[: int(0.15 * length)] + 1
         labels[row, masked] = ids[row, masked]
         ids[row, masked] = MASK_ID
-    return Batch.of(ids, torch.ones_like(ids), labels, torch.rand(ids.shape, generator=generator).double())
+    return Batch.from_tensors(ids, torch.ones_like(ids), labels, torch.rand(ids.shape, generator=generator).double())
 
 
 def ours(config_name: str, precision: str):
@@ -225,7 +225,7 @@ def needed_flops(step: ReplacedTokenStep | MaskedLMStep, batch: Batch, values: d
 def computed_again(values: dict, batch: Batch) -> int:
     """FLOPs of products that our step computes twice to keep less: the head's, and the inner one of feed-forwards."""
     head = values.get("generator", values)
-    tokens, masked = batch.input_ids.numel(), batch.masked.at.numel()
+    tokens, masked = batch.input_ids.numel(), batch.masked.positions.numel()
     passes = 1 if head["position_biased_input"] else 2
     rows = (head["num_hidden_layers"] - 1) * tokens + passes * masked
     if "discriminator" in values:

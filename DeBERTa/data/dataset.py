@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from DeBERTa.data.batch import Batch
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
@@ -21,66 +21,6 @@ from DeBERTa.data.tokenizer import Tokenizer
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: matrix kernels like it
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h: a signal to get when the parent ends
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
-
-
-class MaskedPositions(NamedTuple):
-    """Where the masked tokens are, row by row in order: found where batches are made, so that no step waits for it.
-
-    `at` int64 [B, P]: their positions in each sequence, filled up with others where a sequence has fewer; `slots` int64
-    [M]: which entries of the flattened `at` are masked tokens; `flat` int64 [M]: their places in a flattened [B, L].
-    """
-
-    at: torch.Tensor
-    slots: torch.Tensor
-    flat: torch.Tensor
-
-    @staticmethod
-    def of(labels: torch.Tensor) -> "MaskedPositions":
-        """Of `labels` [B, L], non-zero where masked."""
-        masked = labels > 0
-        counts = masked.sum(1, keepdim=True)
-        most = int(counts.max()) if len(labels) else 0
-        at = torch.argsort(~masked, dim=1, stable=True)[:, :most]
-        there = torch.arange(most, device=labels.device) < counts
-        return MaskedPositions(
-            at, there.flatten().nonzero().squeeze(1), masked.flatten().nonzero().squeeze(1)
-        )
-
-
-class Batch(NamedTuple):
-    """int64 [B, L]: `labels` hold the original id where masked, 0 elsewhere. `uniforms` float64 [B, L] in [0, 1) draw
-    the samples at masked positions. `real_tokens` counts those of this part."""
-
-    input_ids: torch.Tensor
-    input_mask: torch.Tensor
-    labels: torch.Tensor
-    uniforms: torch.Tensor
-    masked: MaskedPositions
-    real_tokens: int
-
-    @staticmethod
-    def of(
-        input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor
-    ) -> "Batch":
-        """A batch of host tensors."""
-        return Batch(
-            input_ids, input_mask, labels, uniforms, MaskedPositions.of(labels), int(input_mask.sum())
-        )
-
-    @property
-    def masked_tokens(self) -> int:
-        return len(self.masked.flat)
-
-    def split(self, parts: int) -> list["Batch"]:
-        """Consecutive parts for gradient accumulation, before they go to a device."""
-        return [
-            Batch.of(*part) for part in zip(*(tensor.tensor_split(parts) for tensor in self[:4]), strict=True)
-        ]
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
-        masked = MaskedPositions(*(tensor.to(device, non_blocking=True) for tensor in self.masked))
-        return Batch(*tensors, masked, self.real_tokens)
 
 
 @dataclass(frozen=True)
@@ -203,7 +143,7 @@ def make_batch(
     samples = row_uniforms(plan, SAMPLES, -(-max_seq_length // 4) * 4, step, first_row, rows)[:, :length]
     masked = masker(ids, masks)
     arrays = (masked.input_ids, mask, masked.labels, np.ascontiguousarray(samples))
-    return Batch.of(*map(torch.from_numpy, arrays))
+    return Batch.from_tensors(*map(torch.from_numpy, arrays))
 
 
 def load_batches(dataset: Dataset, indices: Sequence[int], workers: int) -> DataLoader:

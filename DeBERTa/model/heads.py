@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.data.dataset import MaskedPositions
+from DeBERTa.data.batch import MaskedPositions
 from DeBERTa.model.attention import gather
 from DeBERTa.model.encoder import ACTIVATION, Deberta
 
@@ -58,14 +58,16 @@ class EnhancedMaskDecoder(nn.Module):
         positions = encoder.relative_positions(input_ids.size(1))
         embedded = embeddings.embed(words, input_ids, real, None, None)
         hidden_states = encoder(embedded, real, positions, len(encoder.layer) - 1)  # the last layer's input
-        queries = gather(hidden_states, 1, masked.at[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        queries = gather(hidden_states, 1, masked.positions[:, :, None].expand(-1, -1, hidden_states.size(2)))
         if not self.position_biased_input:
             absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
-            queries = queries + embeddings.embed_proj(absolute)[0][masked.at]
+            queries = queries + embeddings.embed_proj(absolute)[0][masked.positions]
         passes = 1 if self.position_biased_input else 2
         last = encoder.layer[-1]
-        decoded = encoder.run(last.selected, queries, masked.at, hidden_states, real, positions, passes)
-        return decoded.flatten(0, 1).index_select(0, masked.slots)
+        decoded = encoder.run(
+            last.selected, queries, masked.positions, hidden_states, real, positions, passes
+        )
+        return decoded.flatten(0, 1).index_select(0, masked.valid_index)
 
 
 class ReplacedTokenHead(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from DeBERTa.config import ModelConfig, RTDConfig
-from DeBERTa.data.dataset import Batch, MaskedPositions
+from DeBERTa.data.batch import Batch, MaskedPositions
 from DeBERTa.model.encoder import Deberta
 from DeBERTa.model.heads import EnhancedMaskDecoder, ReplacedTokenHead
 from DeBERTa.model.sharing import SharedTables, TiedLookup
@@ -66,11 +66,11 @@ class MaskedLanguageModel(nn.Module):
         self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> MaskedLMOutput:
         """int64 [B, L] each; `labels` hold the original id where a token is masked and 0 elsewhere."""
-        masked = MaskedPositions.of(labels)
+        masked = MaskedPositions.from_labels(labels)
         words = self.deberta.embeddings.word_embeddings(input_ids)
         hidden = self.lm_predictions.decode(self.deberta, words, input_ids, input_mask, masked)
         logits = self.lm_predictions.lm_head(hidden, self.tables().word)
-        targets = labels.flatten()[masked.flat]
+        targets = labels.flatten()[masked.flat_index]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
     def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
@@ -79,8 +79,8 @@ class MaskedLanguageModel(nn.Module):
         hidden = self.lm_predictions.decode(
             self.deberta, words, batch.input_ids, batch.input_mask, batch.masked
         )
-        head, targets = self.lm_predictions.lm_head, batch.labels.flatten()[batch.masked.flat]
-        uniforms = batch.uniforms.flatten()[batch.masked.flat] if sample else None
+        head, targets = self.lm_predictions.lm_head, batch.labels.flatten()[batch.masked.flat_index]
+        uniforms = batch.uniforms.flatten()[batch.masked.flat_index] if sample else None
         return vocabulary_loss(head.transform(hidden), table, head.bias, targets, uniforms)
 
     def tables(self) -> SharedTables:

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.dataset import Batch, EvaluationBatches, load_batches
+from DeBERTa.data.batch import Batch
+from DeBERTa.data.dataset import EvaluationBatches, load_batches
 from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel, corrupt
 from DeBERTa.model.vocabulary import MaskedLoss
 from DeBERTa.training.distributed import (

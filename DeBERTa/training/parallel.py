@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.dataset import Batch
+from DeBERTa.data.batch import Batch
 from DeBERTa.model.encoder import Layer
 from DeBERTa.model.pretraining import (
     DetectionLoss,

@@ -9,7 +9,7 @@ import math
 import torch
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.dataset import Batch
+from DeBERTa.data.batch import Batch
 from DeBERTa.model.pretraining import (
     DetectionLoss,
     MaskedLanguageModel,

@@ -9,7 +9,6 @@ import torch
 from DeBERTa.data.dataset import (
     BatchPlan,
     EvaluationBatches,
-    MaskedPositions,
     TrainingBatches,
     load_batches,
     step_seed,
@@ -84,24 +83,6 @@ def test_ranks_cut_the_same_global_batch(store, tokenizer, masker, world_size):
     for name in ("input_ids", "input_mask", "labels", "uniforms"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
-
-
-def test_parts_for_accumulation_add_up(store, tokenizer, masker):
-    whole = training(store, tokenizer, masker)[2]
-    parts = whole.split(4)
-    assert [len(part.input_ids) for part in parts] == [6] * 4
-    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-    assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
-    assert sum(part.real_tokens for part in parts) == whole.real_tokens
-
-
-def test_masked_positions():
-    labels = torch.tensor([[0, 5, 0, 7, 0], [0, 0, 0, 0, 0], [0, 0, 6, 0, 0]])
-    at, slots, flat = MaskedPositions.of(labels)
-    assert at.shape == (3, 2) and at[0].tolist() == [1, 3] and at[2, 0] == 2
-    assert slots.tolist() == [0, 1, 4]
-    assert labels.flatten()[flat].tolist() == [5, 7, 6]
-    assert [len(tensor.flatten()) for tensor in MaskedPositions.of(torch.zeros_like(labels))] == [0, 0, 0]
 
 
 def test_sampling_numbers_are_uniform_and_differ_by_step_and_row(store, tokenizer, masker):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
-from DeBERTa.data.dataset import Batch
+from DeBERTa.data.batch import Batch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FORWARD, GRADIENT = 1e-5, 1e-4  # float32 rounding over a few layers; gradients relative to each tensor's norm
@@ -78,7 +78,7 @@ def test_masked_language_model(name):
     # The path that training takes.
     model.zero_grad()
     trained = model.masked_loss(
-        Batch.of(input_ids, input_mask, labels, torch.rand(labels.shape)), sample=False
+        Batch.from_tensors(input_ids, input_mask, labels, torch.rand(labels.shape)), sample=False
     )
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)

@@ -3,7 +3,7 @@
 import torch
 
 from DeBERTa import TrainConfig
-from DeBERTa.data.dataset import Batch
+from DeBERTa.data.batch import Batch
 
 
 def random_batch(rows: int = 4, length: int = 32, vocabulary: int = 2000, seed: int = 3) -> Batch:
@@ -20,7 +20,7 @@ def random_batch(rows: int = 4, length: int = 32, vocabulary: int = 2000, seed: 
     masked[:, 1] = True
     labels = torch.where(masked, ids, 0)
     uniforms = torch.rand(rows, length, generator=generator, dtype=torch.float64)
-    return Batch.of(torch.where(masked, vocabulary, ids), mask, labels, uniforms)
+    return Batch.from_tensors(torch.where(masked, vocabulary, ids), mask, labels, uniforms)
 
 
 def train_config(**values) -> TrainConfig:

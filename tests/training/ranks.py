@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
-from DeBERTa.data.dataset import Batch
+from DeBERTa.data.batch import Batch
 from DeBERTa.training.distributed import get_rank, get_world_size
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.parallel import gather_full
@@ -116,4 +116,4 @@ def my_rows(seed: int) -> Batch:
     """This process's part of a global batch of `ROWS` rows."""
     batch = random_batch(ROWS, seed=seed)
     mine = slice(ROWS * get_rank() // get_world_size(), ROWS * (get_rank() + 1) // get_world_size())
-    return Batch.of(*(tensor[mine] for tensor in batch[:4]))
+    return Batch.from_tensors(*(tensor[mine] for tensor in batch[:4]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
-from DeBERTa.data.dataset import Batch
+from DeBERTa.data.batch import Batch
 from DeBERTa.model.pretraining import corrupt
 from DeBERTa.training.metrics import mean_losses
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
@@ -190,7 +190,8 @@ def test_corrupted_ids():
 def test_a_batch_without_masks_trains_the_discriminator_only():
     """A corpus of very short lines can give a batch in which nothing is masked."""
     batch = random_batch()
-    empty = Batch.of(batch.input_ids, batch.input_mask, torch.zeros_like(batch.labels), batch.uniforms)
+    labels = torch.zeros_like(batch.labels)
+    empty = Batch.from_tensors(batch.input_ids, batch.input_mask, labels, batch.uniforms)
     model = rtd_model()
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
     training.learning_rate(1)

@@ -1,0 +1,84 @@
+"""A batch of token ids, and where its masked tokens are.
+
+Shapes: B batch, L length, M masked tokens of the batch, P masked tokens of the sequence that has the most.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class MaskedPositions(NamedTuple):
+    """Indices of the masked tokens in row-major order.
+
+    They are computed on the host with the batch, so that no step synchronizes with the device for them.
+
+    positions: int64 [B, P], their positions in each sequence, padded with other positions where there are fewer.
+    valid_index: int64 [M], the entries of the flattened `positions` that are masked tokens.
+    flat_index: int64 [M], their indices in a flattened [B, L].
+    """
+
+    positions: torch.Tensor
+    valid_index: torch.Tensor
+    flat_index: torch.Tensor
+
+    @staticmethod
+    def from_labels(labels: torch.Tensor) -> "MaskedPositions":
+        """Find the masked positions of `labels` [B, L], which are non-zero where masked."""
+        is_masked = labels > 0
+        counts = is_masked.sum(1, keepdim=True)
+        most = int(counts.max()) if len(labels) else 0
+        positions = torch.argsort(~is_masked, dim=1, stable=True)[:, :most]
+        is_valid = torch.arange(most, device=labels.device) < counts
+        return MaskedPositions(
+            positions, is_valid.flatten().nonzero().squeeze(1), is_masked.flatten().nonzero().squeeze(1)
+        )
+
+
+class Batch(NamedTuple):
+    """Masked sequences of one rank: int64 [B, L] unless stated otherwise.
+
+    labels: the original id where masked, 0 elsewhere.
+    uniforms: float64 [B, L] in [0, 1), which draw the samples at masked positions.
+    real_tokens: the number of tokens that are not padding.
+    """
+
+    input_ids: torch.Tensor
+    input_mask: torch.Tensor
+    labels: torch.Tensor
+    uniforms: torch.Tensor
+    masked: MaskedPositions
+    real_tokens: int
+
+    @staticmethod
+    def from_tensors(
+        input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor
+    ) -> "Batch":
+        """Create a batch of tensors on the host."""
+        masked = MaskedPositions.from_labels(labels)
+        return Batch(input_ids, input_mask, labels, uniforms, masked, int(input_mask.sum()))
+
+    @property
+    def masked_tokens(self) -> int:
+        """Return the number of masked tokens."""
+        return len(self.masked.flat_index)
+
+    def split(self, micro_batches: int) -> list["Batch"]:
+        """Split a batch on the host into consecutive micro-batches for gradient accumulation."""
+        chunks = (tensor.tensor_split(micro_batches) for tensor in self[:4])
+        return [Batch.from_tensors(*tensors) for tensors in zip(*chunks, strict=True)]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy the batch to a device without waiting for the copy."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            move(self.input_ids),
+            move(self.input_mask),
+            move(self.labels),
+            move(self.uniforms),
+            MaskedPositions(*map(move, self.masked)),
+            self.real_tokens,
+        )
