@@ -50,14 +50,14 @@ class TrainingStep:
         self.total_steps = total_steps
         self.scaler = loss_scaler(precision, device)
         self.optimizers: dict[str, AdamW] = {}
-        self.stability = Stability(config, device)
+        self.guard = Stability(config, device)
 
     def __call__(self, batch: Batch) -> Sums:
         """One step on this process's part of the batch: its sums, and the gradient norms under `*grad_norm`."""
-        self.stability.begin_step()
+        self.guard.begin_step()
         sums = self.step(batch)
         self.scaler.update()
-        self.stability.end_step()
+        self.guard.end_step()
         return sums
 
     def step(self, batch: Batch) -> Sums:
@@ -74,7 +74,7 @@ class TrainingStep:
                 name: gather_full(optimizer.state_dict(), True) for name, optimizer in self.optimizers.items()
             },
             "scaler": self.scaler.state_dict(),
-            "stability": self.stability.state_dict(),
+            "stability": self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -82,7 +82,7 @@ class TrainingStep:
         for name, optimizer in self.optimizers.items():
             load_full_optimizer_state(optimizer, state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
-        self.stability.load_state_dict(state["stability"])
+        self.guard.load_state_dict(state["stability"])
 
     def learning_rate(self, update: int) -> float:
         """Set every optimiser's rate for update number `update` (from 1); returns the factor on the peaks."""
@@ -119,7 +119,7 @@ class TrainingStep:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = gradient_norm(parameters)
         sums[f"{prefix}grad_norm"] = gather_full(norm)
-        taken = self.stability.allows(sums, losses, sums[f"{prefix}grad_norm"])
+        taken = self.guard.allows(sums, losses, sums[f"{prefix}grad_norm"])
         if taken:
             optimizer.clip(norm, self.config.max_grad_norm or math.inf)
             self.scaler.step(optimizer)
