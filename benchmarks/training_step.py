@@ -37,6 +37,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, Train
 from DeBERTa.config import read_json  # noqa: E402
 from DeBERTa.data.batch import Batch  # noqa: E402
 from DeBERTa.model import blocked_attention, kernels  # noqa: E402
+from DeBERTa.training.execution import set_execution
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep  # noqa: E402
 
@@ -49,31 +50,31 @@ CASES = {
 MASK_ID = 128000
 
 
-def make_batch(size: int, length: int, seed: int) -> Batch:
+def make_batch(size: int, length: int, seed: int, vocabulary: int = MASK_ID + 100) -> Batch:
     """Random tokens, exactly 15 % of each line masked."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, MASK_ID, (size, length), generator=generator)
+    mask_id = vocabulary - 100
+    ids = torch.randint(4, mask_id, (size, length), generator=generator)
     labels = torch.zeros_like(ids)
     for row in range(size):
         masked = torch.randperm(length - 2, generator=generator)[: int(0.15 * length)] + 1
         labels[row, masked] = ids[row, masked]
-        ids[row, masked] = MASK_ID
+        ids[row, masked] = mask_id
     return Batch.from_tensors(ids, torch.ones_like(ids), labels, torch.rand(ids.shape, generator=generator).double())
 
 
-def ours(config_name: str, precision: str):
-    """Our training step, as `python -m DeBERTa.train` runs it."""
-    keep_freed_memory()
+def ours(config_name: str, precision: str, device: str = "cpu", **flags: object):
+    """Our training step, as `python -m DeBERTa.train` runs it with `flags`."""
+    if device == "cpu":
+        keep_freed_memory()
     values = read_json(ROOT / "experiments" / "language_model" / config_name)
     rtd = "generator" in values
-    config = TrainConfig(task_name="RTD" if rtd else "MLM")
-    if rtd:
-        step = ReplacedTokenStep(
-            RTDModel(RTDConfig.from_dict(values)), config, precision, torch.device("cpu"), 1000
-        )
-    else:
-        model = MaskedLanguageModel(ModelConfig.from_dict(values))
-        step = MaskedLMStep(model, config, precision, torch.device("cpu"), 1000)
+    config = TrainConfig(task_name="RTD" if rtd else "MLM", **flags)
+    place = torch.device(device)
+    model = RTDModel(RTDConfig.from_dict(values)) if rtd else MaskedLanguageModel(ModelConfig.from_dict(values))
+    model = model.to(place)
+    set_execution(model, config, place)
+    step = (ReplacedTokenStep if rtd else MaskedLMStep)(model, config, precision, place, 1000)
     step.learning_rate(1)
     return step
 
@@ -81,8 +82,8 @@ def ours(config_name: str, precision: str):
 class ComposedRTD:
     """One RTD step composed from `transformers`, for comparison."""
 
-    def __init__(self, values: dict, precision: str) -> None:
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    def __init__(self, values: dict, precision: str, device: str = "cpu") -> None:
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         self.generator, self.discriminator = (
             self._encoder(values[name]) for name in ("generator", "discriminator")
         )
@@ -160,10 +161,10 @@ class ComposedRTD:
 class LibraryMLM:
     """`BertForMaskedLM` or `DebertaV2ForMaskedLM`, trained as the library's example script does."""
 
-    def __init__(self, values: dict, precision: str) -> None:
+    def __init__(self, values: dict, precision: str, device: str = "cpu") -> None:
         from transformers import BertConfig, BertForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM
 
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         if values["relative_attention"]:
             config = {k: v for k, v in values.items() if k != "attention_head_size"}
             self.model = DebertaV2ForMaskedLM(DebertaV2Config(**config | {"pos_att_type": ["p2c", "c2p"]}))
@@ -188,9 +189,10 @@ class LibraryMLM:
         self.optimizer.zero_grad()
 
 
-def theirs(config_name: str, precision: str):
+def theirs(config_name: str, precision: str, device: str = "cpu"):
     values = read_json(ROOT / "experiments" / "language_model" / config_name)
-    peer = (ComposedRTD if "generator" in values else LibraryMLM)(values, precision)
+    with torch.device(device):
+        peer = (ComposedRTD if "generator" in values else LibraryMLM)(values, precision, device)
     for model in vars(peer).values():
         if isinstance(model, torch.nn.Module):
             model.train()

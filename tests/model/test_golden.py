@@ -16,12 +16,15 @@ ROUNDING = 1e-6  # norm of a gradient that is zero in exact arithmetic
 
 
 class Golden:
-    def __init__(self, name: str) -> None:
+    """Inputs, weights and figures of one model of the published code, on `device`."""
+
+    def __init__(self, name: str, device: str) -> None:
         self.arrays = np.load(GOLDEN / f"{name}.npz")
         self.config = json.loads(str(self.arrays["config"]))
+        self.device = device
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return torch.from_numpy(self.arrays[key])
+        return torch.from_numpy(self.arrays[key]).to(self.device)
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): self[k] for k in self.arrays.files if k.startswith(prefix)}
@@ -54,11 +57,23 @@ def assert_gradients(model: torch.nn.Module, expected: dict[str, torch.Tensor]) 
     assert set(expected) <= {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["mlm_bert", "mlm_deberta", "mlm_v1", "mlm_conv"])
+MASKED_LANGUAGE_MODELS = ("mlm_bert", "mlm_deberta", "mlm_v1", "mlm_conv")
+
+
+@pytest.mark.parametrize("name", MASKED_LANGUAGE_MODELS)
 @pytest.mark.usefixtures("way")
 def test_masked_language_model(name):
-    golden = Golden(name)
-    model = MaskedLanguageModel(ModelConfig.from_dict(golden.config)).eval()
+    check_masked_language_model(name, "cpu")
+
+
+@pytest.mark.usefixtures("way")
+def test_replaced_token_detection():
+    check_replaced_token_detection("cpu")
+
+
+def check_masked_language_model(name: str, device: str) -> None:
+    golden = Golden(name, device)
+    model = MaskedLanguageModel(ModelConfig.from_dict(golden.config)).eval().to(device)
     model.load_state_dict(golden.group("generator/"), strict=True)
     input_ids, input_mask, labels = golden.inputs()
     real = input_mask > 0
@@ -78,7 +93,7 @@ def test_masked_language_model(name):
     # The path that training takes.
     model.zero_grad()
     trained = model.masked_loss(
-        Batch.from_tensors(input_ids, input_mask, labels, torch.rand(labels.shape)), sample=False
+        Batch.from_tensors(*(t.cpu() for t in (input_ids, input_mask, labels, torch.rand(labels.shape)))).to(device), sample=False
     )
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
@@ -86,10 +101,9 @@ def test_masked_language_model(name):
     assert_gradients(model, golden.group("grad_generator/"))
 
 
-@pytest.mark.usefixtures("way")
-def test_replaced_token_detection():
-    golden = Golden("rtd_gdes")
-    model = RTDModel(RTDConfig.from_dict(golden.config)).eval()
+def check_replaced_token_detection(device: str) -> None:
+    golden = Golden("rtd_gdes", device)
+    model = RTDModel(RTDConfig.from_dict(golden.config)).eval().to(device)
     model.generator.load_state_dict(golden.group("generator/"), strict=True)
     model.discriminator.load_state_dict(golden.group("discriminator/"), strict=True)
     input_ids, input_mask, labels = golden.inputs()

@@ -1,0 +1,27 @@
+"""Golden figures in float32 on a GPU, with TF32 off (see tests/model/test_golden.py)."""
+
+import pytest
+import torch
+
+from tests.model.test_golden import (
+    MASKED_LANGUAGE_MODELS,
+    check_masked_language_model,
+    check_replaced_token_detection,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("name", MASKED_LANGUAGE_MODELS)
+def test_masked_language_model(name):
+    check_masked_language_model(name, "cuda")
+
+
+def test_replaced_token_detection():
+    check_replaced_token_detection("cuda")
