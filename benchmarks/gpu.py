@@ -58,7 +58,12 @@ def run_golden(_out: Path, _toy: bool) -> dict:
 def train_tiny(folder: Path, cache: Path, *flags: str) -> subprocess.Popen:
     """Start a run of the tiny preset."""
     data = cache / "sample" / "128"
-    command = [sys.executable, "-m", "DeBERTa.train", "--task_name", "RTD", "--model_config", "rtd_tiny.json", "--do_train"]
+    config = cache / "rtd_tiny_dropout.json"
+    values = read_json(CONFIGS / "rtd_tiny.json")
+    for part in ("generator", "discriminator"):
+        values[part] |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "DeBERTa.train", "--task_name", "RTD", "--model_config", str(config), "--do_train"]
     command += ["--data_dir", str(data), "--vocab_path", str(cache / "sample" / "spm.model"), "--vocab_size", "8064"]
     command += ["--max_seq_length", "128", "--train_batch_size", "48", "--learning_rate", "2e-3", "--warmup", "5"]
     command += ["--num_training_steps", "20", "--dump_interval", "10", "--log_interval", "5", "--output_dir", str(folder)]
