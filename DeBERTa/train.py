@@ -53,7 +53,7 @@ from DeBERTa.training.optimizer import warmup_steps
 from DeBERTa.training.parallel import gather_full
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.run_dir import check_room, flat, open_run_folder, save_models
-from DeBERTa.training.signals import Interrupted, Signals
+from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from DeBERTa.training.trainer import Run, resume, train
 
@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except Interrupted as error:
+    except RunInterrupted as error:
         print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        return error.status
+        return error.exit_status
     return 0
 
 

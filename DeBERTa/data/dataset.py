@@ -3,9 +3,7 @@
 Shapes: B sequences of this rank, L tokens of the longest of them, M masked tokens, P of them in the fullest sequence.
 """
 
-import ctypes
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +15,9 @@ from DeBERTa.data.batch import Batch
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.processes import exit_with_parent
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: matrix kernels like it
-PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h: a signal to get when the parent ends
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
 
 
@@ -163,5 +161,4 @@ def serve_parent(_worker: int) -> None:
     """In a process that prepares batches: end with the one that trains, and leave signals to it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    exit_with_parent(signal.SIGKILL)

@@ -3,9 +3,7 @@
 Without a process group every function answers for a single process, so that callers need no special case.
 """
 
-import ctypes
 import os
-import platform
 import signal
 import sys
 import traceback
@@ -20,10 +18,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from DeBERTa.errors import PeerLostError, ReportedError
+from DeBERTa.processes import exit_with_parent
 from DeBERTa.training.metrics import Sums
 
 LOGS = "logs"  # folder of the processes' logs in a run's folder
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENDING_SECONDS = 15  # for a process that has given up to end, and for the agents to end all others
 
 
@@ -97,8 +95,7 @@ def rank_log(run_dir: Path) -> Iterator[None]:
     The error that ends the process goes to its log in full, and to the agent, which tells it to people.
     Ends together with the agent: a process whose agent was killed gets SIGTERM.
     """
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    exit_with_parent(signal.SIGTERM)
     path = log_path(run_dir, int(os.environ["RANK"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     console = os.fdopen(os.dup(2), "w", buffering=1)

@@ -1,111 +1,110 @@
-"""Signals a run answers: SIGTERM and SIGINT end it after the step and a save, SIGUSR1 asks for a save.
+"""Signals of a run: SIGTERM and SIGINT end it after the step and a checkpoint, SIGUSR1 requests a checkpoint.
 
-Outside `deferred` the first two end the run where it is, as Ctrl-C does in any Python program. Inside, the first one
-waits for the step's end and the second ends the process at once, with what is on disk. Who signals all processes of a
-job reaches a worker twice, directly and through its launcher: the same signal within a second counts once.
+Outside `defer_stop` the first two raise `RunInterrupted` immediately, as Ctrl-C does in any Python program.
+Inside, the first one takes effect after the step, and a second one exits at once. A signal to all processes
+of a job reaches a worker twice, directly and through its launcher. Within a second it counts once.
 """
 
 import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import torch
 
 from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
-SAME_SECONDS = 1.0
-STEPS_BETWEEN_AGREEMENTS = 10  # on GPUs of several processes, where agreeing waits for the device
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+DUPLICATE_SECONDS = 1.0  # the same signal within this time was sent once and arrived twice
+GPU_STEPS_PER_EXCHANGE = 10  # the all-reduce of requests synchronizes a GPU with its host
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal that ends the run; `status` is the exit status shells expect of it."""
+class RunInterrupted(KeyboardInterrupt):
+    """A signal ended the run; `exit_status` is the one that shells expect."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.number = number
-
-    @property
-    def status(self) -> int:
-        return 128 + self.number
+        self.exit_status = 128 + number
 
 
 class Signals:
-    """What this process was told so far. Used as a context in the main thread: handlers are put back afterwards."""
+    """Record the signals of this process. A context manager of the main thread: it restores the handlers."""
 
     def __init__(self) -> None:
-        self.ending = 0  # number of the signal that ends the run
-        self.save = False
-        self._told = 0.0  # when the ending was asked for, by the monotonic clock
-        self._deferred = False
-        self._process = os.getpid()
-        self._before: dict[int, object] = {}
+        self.stop_signal = 0  # number of the signal that ends the run
+        self.is_save_requested = False
+        self._stop_time = 0.0  # monotonic clock
+        self._is_deferred = False
+        self._pid = os.getpid()
+        self._previous_handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (*ENDING, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._receive)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, [signal.SIGUSR1]
-        )  # blocked by a launcher until it can be answered
+        for number in (*STOP_SIGNALS, signal.SIGUSR1):
+            self._previous_handlers[number] = signal.signal(number, self._receive)
+        # The launcher starts its workers with SIGUSR1 blocked, so that it waits until here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, _frame: object) -> None:
-        if os.getpid() != self._process:  # a worker just forked, which has not set its own handlers yet
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a data worker that was just forked and has no handlers of its own yet
             return
         if number == signal.SIGUSR1:
-            self.save = True
-        elif self.ending == number and time.monotonic() - self._told < SAME_SECONDS:
+            self.is_save_requested = True
+        elif self.stop_signal == number and time.monotonic() - self._stop_time < DUPLICATE_SECONDS:
             return
-        elif not self._deferred:
-            self.ending, self._told = number, time.monotonic()
-            raise Interrupted(number)
-        elif self.ending:
+        elif self._is_deferred and self.stop_signal:
             os._exit(128 + number)
         else:
-            self.ending, self._told = number, time.monotonic()
-            name = signal.Signals(number).name
-            # Not print: the signal may have come while a line was being printed.
-            os.write(2, f"\n{name}: finishing the step, then saving; a second one ends at once\n".encode())
+            self.stop_signal, self._stop_time = number, time.monotonic()
+            if not self._is_deferred:
+                raise RunInterrupted(number)
+            # Not the logger: the signal may have arrived while it held its lock.
+            message = "finishing the step, then saving; a second signal exits at once"
+            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Signals that end the run are kept until somebody asks."""
-        self._deferred = True
+    def defer_stop(self) -> Iterator[None]:
+        """Record stop signals for `exchange_requests` instead of raising `RunInterrupted`."""
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._deferred = False
+            self._is_deferred = False
 
     @contextlib.contextmanager
-    def immediate(self) -> Iterator[None]:
-        """Inside `deferred`: signals that end the run raise `Interrupted` again, where nothing can be lost."""
-        self._deferred = False
+    def allow_stop(self) -> Iterator[None]:
+        """Inside `defer_stop`, raise `RunInterrupted` at once again: for work without results to save."""
+        self._is_deferred = False
         try:
-            if self.ending:
-                raise Interrupted(self.ending)
+            if self.stop_signal:
+                raise RunInterrupted(self.stop_signal)
             yield
         finally:
-            self._deferred = True
+            self._is_deferred = True
 
-    def asked(self, step: int, device: torch.device) -> tuple[int, bool]:
-        """After a step, the same in all processes: number of the signal to end on, or 0; whether to save.
+    def exchange_requests(self, step: int, device: torch.device) -> tuple[int, bool]:
+        """All-reduce the requests of all ranks after a step.
 
-        What any process was told counts for all. On GPUs of several processes they ask each other every tenth step.
+        Returns, equal on all ranks, the number of the signal to stop for, or 0, and whether to save. With
+        several GPUs this happens every tenth step.
         """
-        if get_world_size() > 1 and device.type != "cpu" and step % STEPS_BETWEEN_AGREEMENTS:
+        if get_world_size() > 1 and device.type != "cpu" and step % GPU_STEPS_PER_EXCHANGE:
             return 0, False
-        ending, save, self.save = self.ending, self.save, False
+        stop_signal, is_save_requested = self.stop_signal, self.is_save_requested
+        self.is_save_requested = False
         if get_world_size() > 1:
-            told = torch.tensor(
-                [*(ending == number for number in ENDING), save], device=device, dtype=torch.float64
-            )
-            *by_signal, saves = all_reduce_sum(told).tolist()
-            ending = next((number for number, count in zip(ENDING, by_signal, strict=True) if count), 0)
-            save = saves > 0
-        return int(ending), save
+            requests = [*(stop_signal == number for number in STOP_SIGNALS), is_save_requested]
+            counts = all_reduce_sum(torch.tensor(requests, dtype=torch.float64, device=device)).tolist()
+            stops = [number for number, count in zip(STOP_SIGNALS, counts[:-1], strict=True) if count]
+            stop_signal = stops[0] if stops else 0
+            is_save_requested = counts[-1] > 0
+        return int(stop_signal), is_save_requested

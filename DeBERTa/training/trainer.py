@@ -26,7 +26,7 @@ from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import MetricsLog, Progress, describe
 from DeBERTa.training.parallel import gather_full, load_full_weights
 from DeBERTa.training.saving import Saver
-from DeBERTa.training.signals import Interrupted, Signals
+from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import TrainingStep
 
 LINES_SHOWN = 16  # of a batch that could not be learnt from
@@ -71,12 +71,12 @@ def train(run: Run, first_step: int, signals: Signals) -> None:
     Writes `metrics.jsonl` after the first step, every `log_interval` and at checkpoints; a checkpoint followed by an
     evaluation every `dump_interval` steps and at the end. Raises `NonFiniteError` after `max_skipped_steps` updates in
     a row that had to be left out or when a weight to be saved is not finite, `StorageError` when the disk is full, and
-    `Interrupted` after a signal: what is on disk stays good.
+    `RunInterrupted` after a signal: what is on disk stays good.
     """
     log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, is_rank_zero())
     progress = Progress(first_step, run.training.total_steps, is_rank_zero())
     saver = Saver(run.run_dir, run.config.keep_last)
-    with signals.deferred():
+    with signals.defer_stop():
         try:
             _train(run, first_step, signals, log, progress, saver)
         finally:
@@ -108,7 +108,7 @@ def _train(
         progress.advance()
         report_left_out(run, step, log, progress)
 
-        ending, save = signals.asked(step, training.device)
+        ending, save = signals.exchange_requests(step, training.device)
         due = step % config.dump_interval == 0 or step == total_steps
         if due or step == 1 or step % config.log_interval == 0:
             metrics = interval.metrics()
@@ -129,15 +129,15 @@ def _train(
         if ending:
             announce(saver.wait(), run, log, progress)
             barrier()  # a process that ends before the first one has saved would take it along
-            raise Interrupted(ending)
+            raise RunInterrupted(ending)
         if due:
             validate(run, step, log, progress, signals)
             interval.started = time.monotonic()
         announce(saver.check(), run, log, progress)
     announce(saver.wait(), run, log, progress)
-    ending, _ = signals.asked(0, training.device)  # told while the last checkpoint was written
+    ending, _ = signals.exchange_requests(0, training.device)  # told while the last checkpoint was written
     if ending:
-        raise Interrupted(ending)
+        raise RunInterrupted(ending)
 
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
@@ -181,7 +181,7 @@ def validate(run: Run, step: int, log: MetricsLog, progress: Progress, signals: 
     """Evaluate on the validation split, if there is one, and log it under `step`. A signal ends it at once."""
     splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
     training = run.training
-    with signals.immediate():
+    with signals.allow_stop():
         results = evaluate_splits(
             run.model, training.outputs, splits, run.config, training.precision, training.device
         )

@@ -154,10 +154,10 @@ def one_of_two(folder: Path) -> None:
     training(random_batch(seed=get_rank()))
     found += [training.guard.left_out, len(changed(before, held(training, model))), training.guard.losses]
     signals = Signals()
-    signals.save = get_rank() == 1
-    found += [signals.asked(3, CPU), signals.asked(4, CPU)]
-    signals.ending = 15 * (get_rank() == 0)
-    torch.save([*found, signals.asked(5, CPU)], folder / f"{get_rank()}.pt")
+    signals.is_save_requested = get_rank() == 1
+    found += [signals.exchange_requests(3, CPU), signals.exchange_requests(4, CPU)]
+    signals.stop_signal = 15 * (get_rank() == 0)
+    torch.save([*found, signals.exchange_requests(5, CPU)], folder / f"{get_rank()}.pt")
 
 
 def test_all_processes_decide_the_same(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
-from DeBERTa.training.signals import Interrupted, Signals
+from DeBERTa.training.signals import RunInterrupted, Signals
 from tests.conftest import ROOT
 from tests.processes import children, is_running
 from tests.runs import CONTEXT, ForkedRun, final_files, run, tiny_flags
@@ -124,8 +124,8 @@ def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
 
 
 def _told_twice() -> None:
-    with Signals() as signals, signals.deferred():
-        with contextlib.suppress(Interrupted), signals.immediate():
+    with Signals() as signals, signals.defer_stop():
+        with contextlib.suppress(RunInterrupted), signals.allow_stop():
             signal.raise_signal(signal.SIGTERM)
             os._exit(1)
         signal.raise_signal(signal.SIGTERM)

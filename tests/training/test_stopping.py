@@ -15,7 +15,7 @@ import pytest
 
 from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
 from DeBERTa.training.nodes import GRACE_SECONDS
-from DeBERTa.training.signals import SAME_SECONDS
+from DeBERTa.training.signals import DUPLICATE_SECONDS
 from tests.commands import (
     ENDLESS,
     PATIENCE,
@@ -227,7 +227,7 @@ def test_a_second_signal_ends_two_processes_at_once(tmp_path, undisturbed):
     os.kill(stopped.pid, signal.SIGTERM)
     log = tmp_path / "run" / "logs" / "rank-0000.log"
     stopped.wait_for(lambda: "SIGTERM: finishing the step" in log.read_text())
-    time.sleep(SAME_SECONDS)  # what comes earlier counts as the same signal
+    time.sleep(DUPLICATE_SECONDS)  # what comes earlier counts as the same signal
     os.kill(stopped.pid, signal.SIGTERM)
     assert stopped.end() == 143, stopped.log.read_text()
     assert whole_checkpoints(tmp_path / "run") == [2]

@@ -1,0 +1,19 @@
+"""Tie the life of a child process to that of its parent."""
+
+import ctypes
+import os
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process receives when its parent ends
+
+
+def exit_with_parent(signal_number: int, parent_pid: int | None = None) -> None:
+    """Have the kernel send `signal_number` to this process when its parent ends.
+
+    Linux only; elsewhere nothing happens. With `parent_pid`, also if the parent has ended already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
+    if parent_pid not in (None, os.getppid()):
+        os.kill(os.getpid(), signal_number)
