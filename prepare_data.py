@@ -5,10 +5,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from DeBERTa.data.corpus import DownloadError, deberta_v3_vocabulary, sample, wikitext_103
-from DeBERTa.data.files import cache_dir
-from DeBERTa.data.prepare import MIN_SEQ_LENGTH, Prepared, prepare, trained_vocabulary
-from DeBERTa.errors import DataError, VocabularyError
+from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
+from DeBERTa.data.files import get_cache_dir
+from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, find_or_train_vocabulary, prepare
+from DeBERTa.errors import DataError, DebertaError
+from DeBERTa.log import set_up_logging
 
 DESCRIPTION = """\
 Turn text into lines of at most max_seq_length - 2 SentencePiece pieces, separated by single spaces.
@@ -78,15 +79,15 @@ def find_texts(arguments: argparse.Namespace) -> dict[str, Path]:
         if not arguments.input.is_file():
             raise DataError(f"There is no text file {arguments.input}.")
         return {arguments.output.name: arguments.input}
-    return sample() if arguments.corpus == "sample" else wikitext_103(arguments.wikitext)
+    return extract_sample() if arguments.corpus == "sample" else fetch_wikitext(arguments.wikitext)
 
 
 def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, Path]) -> Path:
     if arguments.train_vocab is None:
-        return arguments.vocab_path or deberta_v3_vocabulary()
-    beside = arguments.output.parent if arguments.input is not None else cache_dir() / arguments.corpus
+        return arguments.vocab_path or fetch_vocabulary()
+    beside = arguments.output.parent if arguments.input is not None else get_cache_dir() / arguments.corpus
     path = arguments.vocab_path or beside / "spm.model"
-    return trained_vocabulary(next(iter(texts.values())), arguments.train_vocab, path, arguments.errors)
+    return find_or_train_vocabulary(next(iter(texts.values())), arguments.train_vocab, path, arguments.errors)
 
 
 def find_all(arguments: argparse.Namespace) -> tuple[dict[str, Path], Path]:
@@ -104,7 +105,7 @@ def find_all(arguments: argparse.Namespace) -> tuple[dict[str, Path], Path]:
     return texts, find_vocabulary(arguments, texts)
 
 
-def describe(prepared: Prepared) -> str:
+def describe(prepared: PreparedText) -> str:
     megabytes = prepared.input_bytes / 1e6
     speed = "up to date" if prepared.seconds is None else f"{megabytes / prepared.seconds:.1f} MB/s"
     return f"{prepared.output}: {prepared.lines:,} lines, {prepared.num_tokens:,} tokens, {megabytes:.1f} MB, {speed}"
@@ -113,9 +114,10 @@ def describe(prepared: Prepared) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 1 with a sentence on stderr if it cannot be done, 2 for wrong flags, 130 if interrupted."""
     arguments = parse_arguments(argv)
+    set_up_logging()
     try:
         texts, vocabulary = find_all(arguments)
-        folder = arguments.output or cache_dir() / arguments.corpus / str(arguments.max_seq_length)
+        folder = arguments.output or get_cache_dir() / arguments.corpus / str(arguments.max_seq_length)
         results = []
         for split, text in texts.items():
             output = arguments.output if arguments.input is not None else folder / f"{split}.txt"
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
                     label=f"preparing {split}",
                 )
             )
-    except (DataError, VocabularyError) as error:
+    except DebertaError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -107,11 +107,11 @@ def main() -> None:
         return
 
     from DeBERTa.data.corpus import SAMPLE
-    from DeBERTa.data.prepare import trained_vocabulary, usable_cores
+    from DeBERTa.data.prepare import count_usable_cores, find_or_train_vocabulary
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text, output = arguments.folder / "text.txt", arguments.folder / "prepared.txt"
-    vocabulary = trained_vocabulary(SAMPLE, 8000, arguments.folder / "spm.model")
+    vocabulary = find_or_train_vocabulary(SAMPLE, 8000, arguments.folder / "spm.model")
     sample = lzma.decompress(SAMPLE.read_bytes())
     with text.open("wb") as file:
         while file.tell() < arguments.megabytes * 1_000_000:
@@ -142,8 +142,8 @@ def main() -> None:
         print(f"| {name} | {statistics.median(speeds):.1f} ({every}) | {cpu:.1f} | {peak:.0f} |")
     medians = [statistics.median(run.seconds for run in measured) for measured in runs.values()]
     ratio = medians[1] / medians[0]
-    print(f"\n{ratio:.2f} times the speed, on {megabytes:.0f} MB of text and {usable_cores()} cores")
-    figures = {"megabytes": megabytes, "cores": usable_cores(), "ratio": ratio}
+    print(f"\n{ratio:.2f} times the speed, on {megabytes:.0f} MB of text and {count_usable_cores()} cores")
+    figures = {"megabytes": megabytes, "cores": count_usable_cores(), "ratio": ratio}
     figures |= {name: [asdict(run) for run in measured] for name, measured in runs.items()}
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -43,7 +43,7 @@ from benchmarks.prepare_data import descendants  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
 from DeBERTa.data.masking import Masker  # noqa: E402
-from DeBERTa.data.prepare import trained_vocabulary  # noqa: E402
+from DeBERTa.data.prepare import find_or_train_vocabulary  # noqa: E402
 from DeBERTa.data.token_store import ids_folder  # noqa: E402
 from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer  # noqa: E402
 from DeBERTa.train import build_model, load_model_config, open_split, parse_flags  # noqa: E402
@@ -205,7 +205,7 @@ def main() -> None:
     columns = ["tokens", "text, MB", "first start, s", "its peak, MB", *seconds, "memory, MB"]
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        vocabulary = trained_vocabulary(SAMPLE, 8000, Path(folder) / "spm.model")
+        vocabulary = find_or_train_vocabulary(SAMPLE, 8000, Path(folder) / "spm.model")
         for tokens in arguments.tokens:
             result = measure(Path(folder) / str(tokens), tokens, Tokenizer(vocabulary), arguments.rounds)
             results.append(result)

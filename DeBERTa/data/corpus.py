@@ -20,7 +20,14 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from DeBERTa.data.files import CHUNK_BYTES, cache_dir, file_sha256, open_partial, partial_path, written_aside
+from DeBERTa.data.files import (
+    CHUNK_BYTES,
+    get_cache_dir,
+    get_partial_path,
+    hash_file,
+    open_atomic,
+    open_partial,
+)
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError
 
@@ -82,24 +89,24 @@ def fetch(download: Download, destination: Path, check: Callable[[Path], object]
     if _is_there(download, destination):
         return destination
     failures = []
-    with open_partial(destination) as file:
+    with open_partial(destination, resume=True) as file:
         if _is_there(download, destination):  # another process brought it meanwhile
-            partial_path(destination).unlink()
+            get_partial_path(destination).unlink()
             return destination
         for url in download.urls:
             try:
                 _transfer(url, file, download)
                 if check is not None:
-                    check(partial_path(destination))
+                    check(get_partial_path(destination))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failures.append(f"  {url}: {_reason(error)}")
                 if isinstance(error, ValueError):
                     file.truncate(0)
             else:
-                partial_path(destination).replace(destination)
+                get_partial_path(destination).replace(destination)
                 return destination
         if _size(file) == 0:
-            partial_path(destination).unlink()
+            get_partial_path(destination).unlink()
     raise DownloadError(
         "\n".join(
             [f"Cannot fetch {download.name}. Tried:", *failures, f"Put the file at {destination} by hand."]
@@ -110,7 +117,7 @@ def fetch(download: Download, destination: Path, check: Callable[[Path], object]
 def _is_there(download: Download, destination: Path) -> bool:
     if not destination.is_file():
         return False
-    if download.sha256 and file_sha256(destination) != download.sha256:
+    if download.sha256 and hash_file(destination) != download.sha256:
         raise DownloadError(
             f"{destination} is not {download.name} (its SHA-256 is not {download.sha256}): "
             "remove it to have it fetched, or put the right file there."
@@ -133,7 +140,7 @@ def _transfer(url: str, file: BinaryIO, download: Download) -> None:
         except (OSError, http.client.HTTPException):
             if _size(file) <= before or download.sha256 is None or connection == CONNECTIONS_PER_ADDRESS:
                 raise
-    if download.sha256 is not None and file_sha256(Path(file.name)) != download.sha256:
+    if download.sha256 is not None and hash_file(Path(file.name)) != download.sha256:
         file.truncate(0)
         if not earlier_bytes:
             raise ValueError("the file there has another SHA-256")
@@ -187,17 +194,17 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def deberta_v3_vocabulary() -> Path:
+def fetch_vocabulary() -> Path:
     """The published vocabulary of 128,000 pieces, fetched into the cache if it is not there."""
-    return fetch(DEBERTA_V3_VOCABULARY, cache_dir() / "deberta-v3-base" / "spm.model", check=Tokenizer)
+    return fetch(DEBERTA_V3_VOCABULARY, get_cache_dir() / "deberta-v3-base" / "spm.model", check=Tokenizer)
 
 
-def wikitext_103(archive: Path | None = None) -> dict[str, Path]:
+def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:
     """Text of WikiText-103 by split, extracted into the cache if it is not there.
 
     `archive`: the published zip file, fetched by hand; without it, it is fetched. Raises DataError.
     """
-    folder = cache_dir() / "wikitext-103"
+    folder = get_cache_dir() / "wikitext-103"
     members = {split: f"wikitext-103/wiki.{split}.tokens" for split in SPLITS}
     texts = {split: folder / "text" / f"wiki.{split}.tokens" for split in SPLITS}
     if archive is None and all(text.is_file() for text in texts.values()):
@@ -207,16 +214,16 @@ def wikitext_103(archive: Path | None = None) -> dict[str, Path]:
     elif not archive.is_file():
         raise DataError(f"There is no archive {archive}.")
     record = folder / "text" / "source.json"
-    fingerprint = file_sha256(archive)
+    fingerprint = hash_file(archive)
     if not _is_split(texts, record, fingerprint):
-        with written_aside(record) as file:
+        with open_atomic(record) as file:
             if not _is_split(texts, record, fingerprint):  # another process may have done it meanwhile
                 _extract(archive, {members[split]: texts[split] for split in SPLITS})
             file.write(json.dumps({"sha256": fingerprint}).encode())
     return texts
 
 
-def sample() -> dict[str, Path]:
+def extract_sample() -> dict[str, Path]:
     """Text of the bundled sample by split, written into the cache if it is not there.
 
     The last 10 addresses are the test split, the 10 before them the validation split, all others the training split.
@@ -225,12 +232,12 @@ def sample() -> dict[str, Path]:
         raise DataError(
             f"The bundled sample is missing from {SAMPLE}; run from a complete copy of the repository."
         )
-    folder = cache_dir() / "sample" / "text"
+    folder = get_cache_dir() / "sample" / "text"
     texts = {split: folder / f"{split}.txt" for split in SPLITS}
     record = folder / "source.json"
-    fingerprint = file_sha256(SAMPLE)
+    fingerprint = hash_file(SAMPLE)
     if not _is_split(texts, record, fingerprint):
-        with written_aside(record) as file:
+        with open_atomic(record) as file:
             if not _is_split(texts, record, fingerprint):
                 _split_sample(lzma.decompress(SAMPLE.read_bytes()), texts)
             file.write(json.dumps({"sha256": fingerprint}).encode())
@@ -241,7 +248,7 @@ def _split_sample(text: bytes, texts: dict[str, Path]) -> None:
     starts = [match.start() for match in re.finditer(rb"^ = [^=].* = $", text, re.MULTILINE)]
     valid, test = starts[-2 * SAMPLE_HELD_OUT], starts[-SAMPLE_HELD_OUT]
     for split, part in zip(SPLITS, (text[:valid], text[valid:test], text[test:]), strict=True):
-        with written_aside(texts[split]) as file:
+        with open_atomic(texts[split]) as file:
             file.write(part)
 
 
@@ -263,7 +270,7 @@ def _extract(archive: Path, destinations: dict[str, Path]) -> None:
             if missing:
                 raise DataError(f"{archive} is not WikiText-103: it has no {', '.join(sorted(missing))}.")
             for member, destination in destinations.items():
-                with container.open(member) as source, written_aside(destination) as file:
+                with container.open(member) as source, open_atomic(destination) as file:
                     shutil.copyfileobj(source, file, CHUNK_BYTES)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{archive} is not a complete zip file ({error}): fetch it again.") from error

@@ -53,11 +53,11 @@ class TrainingBatches(Dataset):
             self._orders[epoch] = generator.permutation(np.arange(len(self.store), dtype=np.int32))
         return self._orders[epoch]
 
-    def line_numbers(self, step: int) -> np.ndarray:
+    def select_lines(self, step: int) -> np.ndarray:
         """Lines of this rank's part of the global batch of `step`, int64 [B]."""
         return self._lines(step, self._rows())
 
-    def global_line_numbers(self, step: int) -> np.ndarray:
+    def select_global_lines(self, step: int) -> np.ndarray:
         """Lines of the whole global batch, int64 [`batch_size`]."""
         return self._lines(step, np.arange(self.plan.batch_size))
 
@@ -72,7 +72,7 @@ class TrainingBatches(Dataset):
         return np.arange(size * rank // world, size * (rank + 1) // world)
 
     def __getitem__(self, step: int) -> Batch:
-        sequences = [self.store.line(int(line)) for line in self.line_numbers(step)]
+        sequences = [self.store.line(int(line)) for line in self.select_lines(step)]
         return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(self._rows()[0]))
 
 
@@ -95,12 +95,12 @@ class EvaluationBatches(Dataset):
         )
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
+def derive_step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of a step's dropout: independent numbers for every (seed, step, rank), below 2^63."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def row_uniforms(
+def draw_uniforms(
     plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int
 ) -> np.ndarray:
     """float64 [rows, draws] in [0, 1) for rows `first_row` onwards of a global batch: any cut gives the same numbers.
@@ -137,8 +137,8 @@ def make_batch(
         ids[row, end] = tokenizer.sep_id
         mask[row, : end + 1] = 1
     rows = len(sequences)
-    masks = row_uniforms(plan, MASKS, Masker.draws_per_line(max_seq_length), step, first_row, rows)
-    samples = row_uniforms(plan, SAMPLES, -(-max_seq_length // 4) * 4, step, first_row, rows)[:, :length]
+    masks = draw_uniforms(plan, MASKS, Masker.count_draws(max_seq_length), step, first_row, rows)
+    samples = draw_uniforms(plan, SAMPLES, -(-max_seq_length // 4) * 4, step, first_row, rows)[:, :length]
     masked = masker(ids, masks)
     arrays = (masked.input_ids, mask, masked.labels, np.ascontiguousarray(samples))
     return Batch.from_tensors(*map(torch.from_numpy, arrays))

@@ -1,78 +1,116 @@
-"""Where files lie, and writing them so that others see them whole or not at all, and one process at a time writes each.
+"""The cache directory, and files that are written completely or not at all.
 
-A file `x` is written as `x.part` under a lock and then renamed. What a killed process leaves under that name is written
-over by the next one.
+A file `x` is written as `x.part` under a lock, and then renamed. What a killed process leaves under that name
+is overwritten by the next one.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from DeBERTa.errors import StorageError
+
 CHUNK_BYTES = 1 << 20
 
+logger = logging.getLogger(__name__)
 
-def cache_dir() -> Path:
-    """Where downloads, prepared data and compiled kernels lie."""
+
+def get_cache_dir() -> Path:
+    """Return the directory of downloads, prepared data and compiled kernels."""
     return Path(os.environ.get("DEBERTA_CACHE") or Path.home() / ".cache" / "DeBERTa")
 
 
-def lock(file: BinaryIO, name: Path) -> None:
-    """Wait until no other process holds this open file; closing it gives it up.
+def get_partial_path(path: Path) -> Path:
+    """Return the name that a file has until it is complete."""
+    return path.with_name(path.name + ".part")
 
-    On file systems that have no locks it returns at once: files are still whole then, but work may be done twice.
+
+@contextlib.contextmanager
+def raise_storage_errors(path: Path) -> Iterator[None]:
+    """Raise `StorageError`, naming the file, in place of `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {error.filename or path}: {error.strerror or error}; "
+            "free space there, or choose a directory that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
+    """Open the partial file of `path`, locked against other processes, for `commit` to complete.
+
+    A partial file that is not committed is removed. With `resume`, its content is neither discarded at first
+    nor removed at the end. Raises `StorageError` if the file cannot be written.
+    """
+    partial = get_partial_path(path)
+    with raise_storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with partial.open("a+b") as file:
+                _lock(file, path)
+                if not _is_at(partial, file):
+                    continue  # the process that held the lock has renamed or removed it
+                if not resume:
+                    file.truncate(0)
+                try:
+                    yield file
+                finally:
+                    if _is_at(partial, file) and not (resume and partial.stat().st_size):
+                        partial.unlink()
+                return
+
+
+def commit(file: BinaryIO, path: Path) -> None:
+    """Rename a partial file to `path` once its content is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    get_partial_path(path).replace(path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a new empty file that replaces `path` when the block succeeds, and is removed when it fails.
+
+    Raises `StorageError` if the file cannot be written.
+    """
+    with open_partial(path) as file:
+        yield file
+        commit(file, path)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Wait until no other process has locked this open file; closing the file releases the lock.
+
+    On file systems without locks it returns at once.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"waiting for another process that works on {name}", file=sys.stderr)
+        logger.info("waiting for another process that writes %s", path)
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         pass
 
 
-def partial_path(path: Path) -> Path:
-    """The name a file has until it is complete."""
-    return path.with_name(path.name + ".part")
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Return whether `path` is the name of this open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
-@contextlib.contextmanager
-def open_partial(path: Path) -> Iterator[BinaryIO]:
-    """The partial file of `path`, open to append, with what it holds already, locked against other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    while True:
-        with partial.open("a+b") as file:
-            lock(file, path)
-            # The process waited for may have renamed the file since it was opened here.
-            if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                continue
-            yield file
-            return
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A new empty file that becomes `path` when the block ends well, and is removed when it does not."""
-    with open_partial(path) as file:
-        file.truncate(0)
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            partial_path(path).replace(path)
-        except BaseException:
-            partial_path(path).unlink(missing_ok=True)
-            raise
-
-
-def file_sha256(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
-    """SHA-256 of a file, in hexadecimal. Large chunks disturb other threads less."""
+def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
+    """Return the SHA-256 of a file in hexadecimal. Large chunks disturb other threads less."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(chunk_bytes):
@@ -81,7 +119,7 @@ def file_sha256(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the file or folder reach the disk."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,8 +127,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def unused_name(path: Path) -> Path:
-    """`path` with the first of -1, -2, ... behind it that nothing has yet."""
+def find_unused_path(path: Path) -> Path:
+    """Return `path` with the first of the suffixes -1, -2, ... that no file has."""
     number = 1
     while (numbered := path.with_name(f"{path.name}-{number}")).exists():
         number += 1

@@ -3,7 +3,7 @@
 Shapes: B lines, L length, U words (maskable units) of the longest line, K spans of the fullest line.
 
 A masked line is a pure function of its ids and its uniform numbers, of which every line takes the same count
-(`draws_per_line`), so that any slice of a batch can be masked alone with the same result.
+(`count_draws`), so that any slice of a batch can be masked alone with the same result.
 """
 
 from typing import NamedTuple
@@ -40,12 +40,12 @@ class Masker:
         self.always_mask = always_mask
 
     @staticmethod
-    def draws_per_line(length: int) -> int:
+    def count_draws(length: int) -> int:
         """Uniform numbers a line of `length` tokens takes; a multiple of 4, the block size of numpy's Philox."""
         return 4 * (length + 1)
 
     def __call__(self, ids: np.ndarray, uniforms: np.ndarray) -> Masked:
-        """`ids` int [B, L], padded with [PAD]; `uniforms` float64 in [0, 1), [B, at least draws_per_line(L)]."""
+        """`ids` int [B, L], padded with [PAD]; `uniforms` float64 in [0, 1), [B, at least count_draws(L)]."""
         length = ids.shape[1]
         count, place, shown, other = np.split(uniforms[:, : 4 * (length + 1)], 4, axis=1)
         kinds = self.kinds[ids]

@@ -29,8 +29,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import file_sha256, open_partial, partial_path, written_aside
-from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, split_lines, training_sentences
+from DeBERTa.data.files import get_partial_path, hash_file, open_atomic, open_partial
+from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, read_training_sentences, split_lines
 from DeBERTa.data.token_store import TokenStoreWriter, ids_folder, matches, read_meta
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import DataError, VocabularyError
@@ -41,7 +41,7 @@ MIN_SEQ_LENGTH = 3  # [CLS], one piece, [SEP]
 
 
 @dataclass
-class Prepared:
+class PreparedText:
     """What was prepared: counts of the output, bytes of (decompressed) input, and how long it took.
 
     `seconds` is None if nothing had to be done.
@@ -54,7 +54,7 @@ class Prepared:
     seconds: float | None
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -70,7 +70,7 @@ def prepare(
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
     label: str = "preparing",
-) -> Prepared:
+) -> PreparedText:
     """Write `output` and its token ids from the text `source`, unless they are there already.
 
     Args:
@@ -96,7 +96,7 @@ def prepare(
     text = TextFile(source)
     if not vocabulary.is_file():
         raise VocabularyError(f"There is no vocabulary {vocabulary}.")
-    fingerprint = file_sha256(vocabulary)
+    fingerprint = hash_file(vocabulary)
     recipe = {**_identity(source), "max_seq_length": max_seq_length, "errors": errors}
     done = _up_to_date(output, recipe, fingerprint)
     if done is not None:
@@ -105,22 +105,22 @@ def prepare(
     with open_partial(output) as file:
         done = _up_to_date(output, recipe, fingerprint)
         if done is not None:  # another process has made it meanwhile
-            partial_path(output).unlink()
+            get_partial_path(output).unlink()
             return done
         with (
-            _removed_on_failure(partial_path(output)),
-            TokenStoreWriter(partial_path(ids_folder(output))) as store,
+            _removed_on_failure(get_partial_path(output)),
+            TokenStoreWriter(get_partial_path(ids_folder(output))) as store,
         ):
             file.truncate(0)
             encoder = _Encoder(vocabulary)
-            chunks = _encoded(text, encoder, errors, workers or usable_cores(), block_bytes)
+            chunks = _encoded(text, encoder, errors, workers or count_usable_cores(), block_bytes)
             with contextlib.closing(chunks):  # ends the processes at once if writing fails
                 written = _write(label, text, chunks, encoder, max_seq_length - 2, file, store)
                 input_bytes, text_sha256, unknown = written
             _check_unknown(unknown, store.num_tokens, source, vocabulary)
             file.flush()
             os.fsync(file.fileno())
-            partial_path(output).replace(output)
+            get_partial_path(output).replace(output)
             status = output.stat()
             store.commit(
                 ids_folder(output),
@@ -139,7 +139,7 @@ def prepare(
                     },
                 },
             )
-    return Prepared(output, store.lines, store.num_tokens, input_bytes, time.perf_counter() - start)
+    return PreparedText(output, store.lines, store.num_tokens, input_bytes, time.perf_counter() - start)
 
 
 @contextlib.contextmanager
@@ -156,13 +156,13 @@ def _identity(source: Path) -> dict[str, Any]:
     return {"input": str(source.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _up_to_date(output: Path, recipe: dict[str, Any], fingerprint: str) -> Prepared | None:
+def _up_to_date(output: Path, recipe: dict[str, Any], fingerprint: str) -> PreparedText | None:
     meta = read_meta(ids_folder(output))
     if meta is None or "prepared" not in meta or not recipe.items() <= meta["prepared"].items():
         return None
     if not output.is_file() or not matches(meta, output, fingerprint):
         return None
-    return Prepared(output, meta["lines"], meta["num_tokens"], meta["prepared"]["input_bytes"], None)
+    return PreparedText(output, meta["lines"], meta["num_tokens"], meta["prepared"]["input_bytes"], None)
 
 
 def _write(
@@ -308,7 +308,7 @@ def _encode(path: Path, offset: int, block: bytes, errors: str) -> tuple[np.ndar
     return _worker_encoder.encode(path, offset, block, errors)
 
 
-def trained_vocabulary(source: Path, size: int, path: Path, errors: str = "strict") -> Path:
+def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = "strict") -> Path:
     """The vocabulary of `size` pieces trained on the text `source`, trained now unless `path` is it already.
 
     What it was trained on is recorded in `path` + `.json`. Another vocabulary at `path` is never written over: that
@@ -321,23 +321,23 @@ def trained_vocabulary(source: Path, size: int, path: Path, errors: str = "stric
         f"{path} is not the vocabulary of {size} pieces trained on {source}, and is not written over: "
         "give another --vocab_path, or remove it."
     )
-    with written_aside(record) as file:
+    with open_atomic(record) as file:
         if not _is_trained(source, size, path, record):  # another process may have done it meanwhile
             if path.exists() and record.exists():
                 raise refusal
             print(f"training a vocabulary of {size} pieces on {source}", file=sys.stderr)
             fresh = path.with_name(path.name + ".new")
-            train_vocabulary(training_sentences(source, errors), size, fresh)
+            train_vocabulary(read_training_sentences(source, errors), size, fresh)
             # A run killed before it wrote the record left the same bytes; any others are somebody's.
-            if path.exists() and file_sha256(path) != file_sha256(fresh):
+            if path.exists() and hash_file(path) != hash_file(fresh):
                 fresh.unlink()
                 raise refusal
             fresh.replace(path)
         made = {
             "pieces": size,
             **_identity(source),
-            "text": file_sha256(source),
-            "vocabulary": file_sha256(path),
+            "text": hash_file(source),
+            "vocabulary": hash_file(path),
         }
         file.write(json.dumps(made, indent=1).encode())
     return path
@@ -350,6 +350,6 @@ def _is_trained(source: Path, size: int, path: Path, record: Path) -> bool:
         made = json.loads(record.read_text())
     except ValueError:
         return False
-    if made["pieces"] != size or made["vocabulary"] != file_sha256(path):
+    if made["pieces"] != size or made["vocabulary"] != hash_file(path):
         return False
-    return _identity(source).items() <= made.items() or made["text"] == file_sha256(source)
+    return _identity(source).items() <= made.items() or made["text"] == hash_file(source)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from DeBERTa.data.tokenizer import character_boundary, split_at_spaces
+from DeBERTa.data.tokenizer import find_character_boundary, split_at_spaces
 from DeBERTa.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -85,7 +85,7 @@ def _cut(block: bytes) -> int:
     if space > 0:
         return space
     # The last character may be cut in two: it goes to the next block.
-    start = character_boundary(block, len(block) - 1)
+    start = find_character_boundary(block, len(block) - 1)
     return start if start > 0 else len(block)
 
 
@@ -124,7 +124,7 @@ def split_lines(block: bytes) -> list[bytes]:
     return [line for line in lines if line]
 
 
-def training_sentences(path: Path, errors: str) -> Iterator[str]:
+def read_training_sentences(path: Path, errors: str) -> Iterator[str]:
     """Lines to train a vocabulary on: all of them, or of a large text about 100 MB of whole blocks, evenly spread."""
     file = TextFile(path)
     total = file.bytes_on_disk

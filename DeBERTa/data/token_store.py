@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import cache_dir, lock
+from DeBERTa.data.files import _lock, get_cache_dir
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
 
@@ -71,7 +71,7 @@ def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool
     store = _open_valid(text, tokenizer, folders)
     if store is None:
         with text.open("rb") as file:
-            lock(file, text)
+            _lock(file, text)
             # Another process may have built it while this one waited for the lock.
             store = _open_valid(text, tokenizer, folders)
             if store is None:
@@ -202,7 +202,7 @@ def _replace_folder(staging: Path, folder: Path) -> None:
 
 def _fallback_folder(text: Path) -> Path:
     name = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:32]
-    return cache_dir() / "id-cache" / name
+    return get_cache_dir() / "id-cache" / name
 
 
 def _open_valid(text: Path, tokenizer: Tokenizer, folders: tuple[Path, ...]) -> TokenStore | None:

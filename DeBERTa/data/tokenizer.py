@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from DeBERTa.data.files import written_aside
+from DeBERTa.data.files import open_atomic
 from DeBERTa.errors import VocabularyError
 
 WORD_MARK = "\u2581"  # SentencePiece writes it where a space stood
@@ -124,7 +124,7 @@ def train_vocabulary(sentences: Iterable[str], size: int, path: Path) -> None:
         raise VocabularyError(f"A vocabulary of {size} pieces is too small; ask for some thousands.")
     feeding_errors: list[Exception] = []
     try:
-        with written_aside(path) as file:
+        with open_atomic(path) as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_short_sentences(sentences, feeding_errors),
                 model_writer=file,
@@ -181,14 +181,14 @@ def split_at_spaces(line: bytes, limit: int) -> list[bytes]:
         cut = line.rfind(b" ", start + 1, start + limit + 1)
         following = cut + 1
         if cut < 0:
-            cut = following = character_boundary(line, start + limit)
+            cut = following = find_character_boundary(line, start + limit)
         parts.append(line[start:cut])
         start = following
     parts.append(line[start:])
     return parts
 
 
-def character_boundary(data: bytes, position: int) -> int:
+def find_character_boundary(data: bytes, position: int) -> int:
     """The last position not after `position` where a UTF-8 character begins; `position` itself in other text."""
     for candidate in range(position, max(position - 4, 0), -1):
         if candidate >= len(data) or data[candidate] & 0xC0 != 0x80:

@@ -95,10 +95,12 @@ def load_rtd(model: RTDModel, generator_path: str, discriminator_path: str) -> N
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Strict loading, apart from heads the model does not have and buffers older code saved."""
-    model.load_state_dict(fitting(model, state, path), strict=True)
+    model.load_state_dict(select_weights(model, state, path), strict=True)
 
 
-def fitting(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+def select_weights(
+    model: nn.Module, state: dict[str, torch.Tensor], path: str | Path
+) -> dict[str, torch.Tensor]:
     """What of `state` belongs to the model. Raises `ConfigError` for what is missing, foreign or of another shape."""
     expected = model.state_dict()
     foreign = tuple(head for head in HEADS if not any(name.startswith(head) for name in expected))

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from DeBERTa.data.files import cache_dir, file_sha256, sync
+from DeBERTa.data.files import get_cache_dir, hash_file, sync
 
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
@@ -167,9 +167,9 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
         _processor(),
     )
     name = f"kernels-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
-    cache = _writable(cache_dir() / "kernels")
-    for library in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):
-        if library.stem == f"{name}-{file_sha256(library)[:16]}":
+    cache = _writable(get_cache_dir() / "kernels")
+    for library in sorted((get_cache_dir() / "kernels").glob(f"{name}-*.so")):
+        if library.stem == f"{name}-{hash_file(library)[:16]}":
             return ctypes.CDLL(str(library.resolve()))
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         library = Path(folder, "kernels.so").resolve()
@@ -182,7 +182,7 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
         if cache is not None:
             with contextlib.suppress(OSError):  # a full disk: compiled again at the next start
                 sync(library)
-                library.replace(cache / f"{name}-{file_sha256(library)[:16]}.so")
+                library.replace(cache / f"{name}-{hash_file(library)[:16]}.so")
                 sync(cache)
     return loaded
 

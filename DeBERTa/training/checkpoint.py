@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.data.files import file_sha256, sync, unused_name
+from DeBERTa.data.files import find_unused_path, hash_file, sync
 from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError
-from DeBERTa.hub.published import fitting, read_weights
+from DeBERTa.hub.published import read_weights, select_weights
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json")
 MANIFEST = "manifest.json"
@@ -125,7 +125,7 @@ def write_manifest(folder: Path, step: int) -> None:
         {
             "name": name,
             "size": (folder / name).stat().st_size,
-            "sha256": file_sha256(folder / name, HASH_CHUNK_BYTES),
+            "sha256": hash_file(folder / name, HASH_CHUNK_BYTES),
         }
         for name in FILES
     ]
@@ -182,7 +182,7 @@ def check(folder: Path) -> None:
             found = path.stat().st_size
             if found != size:
                 raise DamagedCheckpointError(f"{path} has {found} bytes, {size} were written")
-            if file_sha256(path, HASH_CHUNK_BYTES) != sha256:
+            if hash_file(path, HASH_CHUNK_BYTES) != sha256:
                 raise DamagedCheckpointError(f"{path} is not as it was written (SHA-256 differs)")
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{path} is missing") from None
@@ -213,7 +213,7 @@ def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]
 
 def move_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, out of the way of the run; returns its new name."""
-    aside = unused_name(folder.with_name(f"damaged-{folder.name}"))
+    aside = find_unused_path(folder.with_name(f"damaged-{folder.name}"))
     folder.rename(aside)
     return aside
 
@@ -221,7 +221,7 @@ def move_aside(folder: Path) -> Path:
 def read_model(run_dir: Path, step: int, model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights, by the model's names. Raises `ConfigError` for a torn file, or one of another model."""
     path = checkpoint_path(run_dir, step) / "model.safetensors"
-    return fitting(model, read_weights(path), path)
+    return select_weights(model, read_weights(path), path)
 
 
 def read_training(run_dir: Path, step: int) -> dict:

@@ -10,7 +10,7 @@ import torch
 import ujson
 from tqdm import tqdm
 
-from DeBERTa.data.files import sync, unused_name
+from DeBERTa.data.files import find_unused_path, sync
 
 Sums = dict[str, torch.Tensor]  # numbers that add up over parts and steps, on the device: losses and counts
 
@@ -58,7 +58,7 @@ class MetricsLog:
             return
         kept: list[str] = []
         if path.exists() and path.stat().st_size and first_step == 0:
-            aside = unused_name(path)
+            aside = find_unused_path(path)
             path.rename(aside)
             print(f"no checkpoint to go on from: the metrics of before are now in {aside}", file=sys.stderr)
         elif path.exists():

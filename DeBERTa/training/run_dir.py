@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from DeBERTa.config import read_json
-from DeBERTa.data.files import sync, unused_name
+from DeBERTa.data.files import find_unused_path, sync
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.checkpoint import (
@@ -50,7 +50,7 @@ def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: boo
         # The logs of the processes stay: they are being written.
         left = [path for path in run_dir.glob("*") if path.name not in (LOGS, LOCK)]
         if fresh and left:
-            old = unused_name(run_dir.with_name(run_dir.name + ".old"))
+            old = find_unused_path(run_dir.with_name(run_dir.name + ".old"))
             old.mkdir()
             for path in left:
                 path.rename(old / path.name)

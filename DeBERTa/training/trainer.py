@@ -10,7 +10,7 @@ from torch import nn
 
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, load_batches, step_seed
+from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
 from DeBERTa.errors import NonFiniteError
 from DeBERTa.training.checkpoint import (
     Snapshot,
@@ -102,7 +102,7 @@ def _train(
     interval.started = time.monotonic()
     run.model.train()
     for step, batch in enumerate(batches, start=first_step + 1):
-        torch.manual_seed(step_seed(config.seed, step, run.train_batches.plan.rank))
+        torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
         factor = training.learning_rate(step)
         interval.add(training(batch), batch.real_tokens, training.guard.losses_finite())
         progress.advance()
@@ -210,7 +210,7 @@ def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) ->
     progress.say(f"step {step}: update left out: {reason}")
     if stability.in_a_row < run.config.max_skipped_steps:
         return
-    lines = (run.train_batches.global_line_numbers(step - 1) + 1).tolist()
+    lines = (run.train_batches.select_global_lines(step - 1) + 1).tolist()
     more = f" and {len(lines) - LINES_SHOWN} more" if len(lines) > LINES_SHOWN else ""
     raise NonFiniteError(
         f"step {step}: the updates of {stability.in_a_row} steps in a row were left out (--max_skipped_steps): "

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.data import corpus
-from DeBERTa.data.corpus import Download, DownloadError, fetch, sample, wikitext_103
+from DeBERTa.data.corpus import Download, DownloadError, extract_sample, fetch, fetch_wikitext
 from DeBERTa.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
@@ -147,10 +147,10 @@ def test_the_vocabulary_must_be_one(server, monkeypatch, cache):
     monkeypatch.setattr(corpus.DEBERTA_V3_VOCABULARY, "urls", (server.address + "/plain",))
     server.content = b"<html>please log in</html>"
     with pytest.raises(DownloadError, match="not a SentencePiece model"):
-        corpus.deberta_v3_vocabulary()
+        corpus.fetch_vocabulary()
     server.content = (GOLDEN / "spm.model").read_bytes()
-    assert corpus.deberta_v3_vocabulary() == cache / "deberta-v3-base" / "spm.model"
-    assert corpus.deberta_v3_vocabulary().read_bytes() == server.content
+    assert corpus.fetch_vocabulary() == cache / "deberta-v3-base" / "spm.model"
+    assert corpus.fetch_vocabulary().read_bytes() == server.content
 
 
 def archive(path: Path, **texts: str) -> Path:
@@ -163,7 +163,7 @@ def archive(path: Path, **texts: str) -> Path:
 
 
 def test_wikitext_given_by_hand(tmp_path, cache):
-    texts = wikitext_103(archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
+    texts = fetch_wikitext(archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
     assert [texts[split].read_text() for split in ("train", "valid", "test")] == ["1\n", "2\n", "3\n"]
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     folder = "cache/wikitext-103/text/"
@@ -171,10 +171,10 @@ def test_wikitext_given_by_hand(tmp_path, cache):
     assert files == {"a.zip", folder + "source.json", *members}
 
     times = {path: path.stat().st_mtime_ns for path in texts.values()}
-    assert wikitext_103(tmp_path / "a.zip") == wikitext_103() == texts
+    assert fetch_wikitext(tmp_path / "a.zip") == fetch_wikitext() == texts
     assert {path: path.stat().st_mtime_ns for path in texts.values()} == times
 
-    wikitext_103(archive(tmp_path / "b.zip", train="4\n", valid="5\n", test="6\n"))
+    fetch_wikitext(archive(tmp_path / "b.zip", train="4\n", valid="5\n", test="6\n"))
     assert texts["train"].read_text() == "4\n"
 
 
@@ -182,28 +182,28 @@ def test_wikitext_fetched(server, tmp_path, monkeypatch):
     server.content = archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n").read_bytes()
     monkeypatch.setattr(corpus.WIKITEXT_103, "urls", (server.address + "/plain",))
     with pytest.raises(DownloadError, match="another SHA-256"):
-        wikitext_103()
+        fetch_wikitext()
     monkeypatch.setattr(corpus.WIKITEXT_103, "sha256", hashlib.sha256(server.content).hexdigest())
-    assert wikitext_103()["test"].read_text() == "3\n"
+    assert fetch_wikitext()["test"].read_text() == "3\n"
 
 
 def test_archives_that_are_not_wikitext(tmp_path):
     with pytest.raises(DataError, match=r"no wikitext-103/wiki\.test\.tokens"):
-        wikitext_103(archive(tmp_path / "a.zip", train="1", valid="2"))
+        fetch_wikitext(archive(tmp_path / "a.zip", train="1", valid="2"))
     (tmp_path / "b.zip").write_bytes(b"not a zip file")
     with pytest.raises(DataError, match="not a complete zip file"):
-        wikitext_103(tmp_path / "b.zip")
+        fetch_wikitext(tmp_path / "b.zip")
     whole = archive(tmp_path / "c.zip", train="1" * 10_000, valid="2", test="3").read_bytes()
     (tmp_path / "c.zip").write_bytes(whole.replace(whole[60:70], b"0123456789"))
     with pytest.raises(DataError, match="not a complete zip file"):
-        wikitext_103(tmp_path / "c.zip")
+        fetch_wikitext(tmp_path / "c.zip")
     with pytest.raises(DataError, match="There is no archive"):
-        wikitext_103(tmp_path / "d.zip")
+        fetch_wikitext(tmp_path / "d.zip")
     assert not list(tmp_path.rglob("*.tokens"))
 
 
 def test_splits_of_the_sample():
-    texts = sample()
+    texts = extract_sample()
     parts = {split: path.read_text() for split, path in texts.items()}
     titles = {split: re.findall(r"^ = (.*) = $", part, re.MULTILINE) for split, part in parts.items()}
     assert {split: len(found) for split, found in titles.items()} == {"train": 213, "valid": 10, "test": 10}
@@ -212,4 +212,4 @@ def test_splits_of_the_sample():
     assert all(part.startswith(" = ") for part in parts.values())
     assert "".join(parts.values()).encode() == lzma.decompress(corpus.SAMPLE.read_bytes())
     times = {path: path.stat().st_mtime_ns for path in texts.values()}
-    assert {path: path.stat().st_mtime_ns for path in sample().values()} == times
+    assert {path: path.stat().st_mtime_ns for path in extract_sample().values()} == times

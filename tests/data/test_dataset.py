@@ -10,8 +10,8 @@ from DeBERTa.data.dataset import (
     BatchPlan,
     EvaluationBatches,
     TrainingBatches,
+    derive_step_seed,
     load_batches,
-    step_seed,
 )
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
@@ -40,7 +40,7 @@ def originals(batch) -> torch.Tensor:
 def test_layout(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)
     batch = batches[3]
-    for row, line in zip(originals(batch), batches.line_numbers(3), strict=True):
+    for row, line in zip(originals(batch), batches.select_lines(3), strict=True):
         assert row[0] == tokenizer.cls_id and row[63] == tokenizer.sep_id
         assert row[1:63].tolist() == store.line(line).tolist()
     assert batch.input_ids.dtype == torch.int64
@@ -50,7 +50,7 @@ def test_layout(store, tokenizer, masker):
 
 def test_every_line_once_an_epoch_even_across_batches(store, tokenizer, masker):
     batches = training(store, tokenizer, masker, batch_size=32)  # 600 lines: epochs end within batches
-    seen = np.concatenate([batches.line_numbers(step) for step in range(75)])
+    seen = np.concatenate([batches.select_lines(step) for step in range(75)])
     epochs = seen[:2400].reshape(4, 600)
     for epoch in epochs:
         assert sorted(epoch) == list(range(600))
@@ -71,8 +71,8 @@ def test_a_line_is_masked_anew_in_each_epoch(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)  # 25 batches of 24 are one epoch
     first_epoch = {}
     for step in range(25):
-        first_epoch |= dict(zip(batches.line_numbers(step).tolist(), batches[step].labels, strict=True))
-    second_epoch = zip(batches.line_numbers(25).tolist(), batches[25].labels, strict=True)
+        first_epoch |= dict(zip(batches.select_lines(step).tolist(), batches[step].labels, strict=True))
+    second_epoch = zip(batches.select_lines(25).tolist(), batches[25].labels, strict=True)
     assert all(not torch.equal(first_epoch[line], labels) for line, labels in second_epoch)
 
 
@@ -124,5 +124,7 @@ def test_short_lines_are_padded_to_the_longest_of_the_batch(tmp_path, tokenizer,
 
 
 def test_seeds_of_steps_differ():
-    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)}
+    seeds = {
+        derive_step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)
+    }
     assert len(seeds) == 1000

@@ -25,7 +25,7 @@ def lines(tokenizer, sample_ids) -> np.ndarray:
 
 
 def mask(masker: Masker, lines: np.ndarray, seed: int = 0):
-    return masker(lines, np.random.default_rng(seed).random((len(lines), masker.draws_per_line(LENGTH))))
+    return masker(lines, np.random.default_rng(seed).random((len(lines), masker.count_draws(LENGTH))))
 
 
 def words_of(kinds: np.ndarray) -> list[list[int]]:
@@ -107,7 +107,7 @@ def test_punctuation_stands_alone(tokenizer):
     assert words_of(kinds) == [[0, 1], [2], [3, 4], [5], [6, 7]]
     ids = np.array([[tokenizer.piece_to_id[piece] for piece in line * 15]] * 2000)
     masker = Masker(tokenizer, 3, always_mask=True)
-    masked = masker(ids, np.random.default_rng(2).random((2000, masker.draws_per_line(120)))).labels > 0
+    masked = masker(ids, np.random.default_rng(2).random((2000, masker.count_draws(120)))).labels > 0
     assert (masked[:, 3] == masked[:, 4]).all()
     assert (masked[:, 2] != masked[:, 3]).any() and (masked[:, 2] != masked[:, 1]).any()
 
@@ -136,7 +136,7 @@ def test_what_the_model_sees(tokenizer, lines):
 @pytest.mark.parametrize("max_ngram", [1, 3])
 def test_same_numbers_same_masks_for_any_slice(tokenizer, lines, max_ngram):
     masker = Masker(tokenizer, max_ngram, always_mask=False)
-    uniforms = np.random.default_rng(5).random((64, masker.draws_per_line(LENGTH)))
+    uniforms = np.random.default_rng(5).random((64, masker.count_draws(LENGTH)))
     whole, again = masker(lines[:64], uniforms), masker(lines[:64], uniforms)
     other = mask(masker, lines[:64], seed=6)
     part = masker(lines[16:40], uniforms[16:40])
@@ -153,7 +153,7 @@ def test_short_lines(tokenizer, max_ngram, words):
     line = [tokenizer.cls_id] + [tokenizer.piece_to_id["▁the"]] * words + [tokenizer.sep_id, tokenizer.pad_id]
     lines = np.array([line] * 20_000)
     masker = Masker(tokenizer, max_ngram, always_mask=True)
-    draws = masker.draws_per_line(lines.shape[1])
+    draws = masker.count_draws(lines.shape[1])
     masked = masker(lines, np.random.default_rng(1).random((len(lines), draws))).labels > 0
     assert not masked[:, [0, -2, -1]].any()
     if words and (max_ngram == 1 or words > 2):
@@ -166,7 +166,7 @@ def test_vectorised(tokenizer, sample_ids, max_ngram):
     """A batch of 256 x 512 is quick: the best of some runs, so that a busy machine does not matter."""
     ids = sample_ids[: 256 * 512].reshape(256, 512)
     masker = Masker(tokenizer, max_ngram, always_mask=False)
-    uniforms = np.random.default_rng(0).random((256, masker.draws_per_line(512)))
+    uniforms = np.random.default_rng(0).random((256, masker.count_draws(512)))
     seconds = []
     for _ in range(15):
         started = time.perf_counter()

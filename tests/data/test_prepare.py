@@ -18,7 +18,7 @@ import prepare_data
 from DeBERTa.data import corpus
 from DeBERTa.data.files import open_partial
 from DeBERTa.data.prepare import prepare
-from DeBERTa.data.text import TextFile, split_lines, training_sentences
+from DeBERTa.data.text import TextFile, read_training_sentences, split_lines
 from DeBERTa.data.token_store import ids_folder, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
@@ -340,7 +340,7 @@ def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
     arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
     with open_partial(output):  # as the first run does
         second = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert "waiting for another process that works on" in second.stderr.readline()
+        assert "waiting for another process that writes" in second.stderr.readline()
         prepare(GOLDEN / "input.txt", elsewhere, VOCABULARY, workers=1)
         elsewhere.rename(output)
         ids_folder(elsewhere).rename(ids_folder(output))
@@ -410,7 +410,7 @@ def test_vocabularies_of_large_texts_see_all_of_it(tmp_path, monkeypatch):
     text = b"".join(b"%07d.\n" % number for number in range(1_000_000))
     for name, content in (("i", text), ("i.gz", gzip.compress(text, 1))):
         (tmp_path / name).write_bytes(content)
-        numbers = [int(line[:7]) for line in training_sentences(tmp_path / name, "strict")]
+        numbers = [int(line[:7]) for line in read_training_sentences(tmp_path / name, "strict")]
         assert 1.8e6 < 9 * len(numbers) < 3.5e6
         assert min(numbers) < 200_000 and max(numbers) > 600_000
         assert numbers == sorted(set(numbers))

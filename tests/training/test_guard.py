@@ -253,7 +253,7 @@ def test_a_spike_in_a_run(tmp_path, tokenizer):
     write_data(tmp_path / "usual", tokenizer, None)
     store = open_store(tmp_path / "usual" / "train.txt", tokenizer, 62, progress=False)
     batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, False), BatchPlan(42, 4, 64))
-    write_data(tmp_path / "data", tokenizer, int(batches.line_numbers(179)[2]))
+    write_data(tmp_path / "data", tokenizer, int(batches.select_lines(179)[2]))
     shutil.copy(tokenizer.path, tmp_path / "data" / "spm.model")
     flags = tiny_flags(tmp_path, tmp_path / "data", "MLM") | {
         "skip_spikes": True,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
-from DeBERTa.data.dataset import BatchPlan, TrainingBatches, step_seed
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches, derive_step_seed
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def curve(task: str) -> dict[str, list[float]]:
     training = (ReplacedTokenStep if rtd else MaskedLMStep)(model, config, "fp32", torch.device("cpu"), STEPS)
     losses: dict[str, list[float]] = {}
     for step in range(STEPS):
-        torch.manual_seed(step_seed(SEED, step + 1, 0))
+        torch.manual_seed(derive_step_seed(SEED, step + 1, 0))
         training.learning_rate(step + 1)
         for name, value in mean_losses(training(batches[step])).items():
             if name.endswith("loss"):
