@@ -5,10 +5,12 @@ class DebertaError(Exception):
     """The base class: the command prints the message and ends with `exit_status`.
 
     `is_retryable`: starting again from the last checkpoint may succeed (`--max_restarts`).
+    `is_consequence`: the failure of another rank explains this one.
     """
 
     exit_status = 1
     is_retryable = False
+    is_consequence = False
 
 
 class ConfigError(DebertaError, ValueError):
@@ -43,6 +45,7 @@ class PeerLostError(DebertaError):
     """Another rank died, was stopped, or cannot be reached."""
 
     is_retryable = True
+    is_consequence = True
 
 
 class DataWorkerError(DebertaError):

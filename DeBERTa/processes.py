@@ -1,9 +1,11 @@
-"""Tie the life of a child process to that of its parent."""
+"""What all processes of the package share: which signals stop them, and how they end with their parent."""
 
 import ctypes
 import os
+import signal
 import sys
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process receives when its parent ends
 
 

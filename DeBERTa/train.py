@@ -28,6 +28,7 @@ from DeBERTa.errors import (
     ReportedError,
 )
 from DeBERTa.hub.published import load_masked_lm, load_rtd
+from DeBERTa.log import set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
 from DeBERTa.training.checkpoint import checkpoint_path, find_newest_valid, read_model, write_json
@@ -40,8 +41,8 @@ from DeBERTa.training.distributed import (
     get_world_size,
     is_rank_zero,
     is_worker,
-    process_group,
-    rank_log,
+    join_process_group,
+    log_rank,
 )
 from DeBERTa.training.evaluation import evaluate_splits, outputs_of
 from DeBERTa.training.execution import set_execution
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     config = parse_flags(argv)
+    set_up_logging(config.log_level)
     try:
         config.validate()
         job = find_job(config)
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(job, config, argv)
         with Signals() as signals:
             if is_worker():
-                with rank_log(config.run_dir), process_group(config.dist_timeout), translate_worker_errors():
+                with log_rank(config.run_dir), join_process_group(config.dist_timeout), translate_worker_errors():
                     run(config, signals)
             else:
                 with translate_worker_errors():

@@ -81,7 +81,7 @@ class Command:
             rank = re.search(r"(?:^|\0)RANK=(\d+)", environment)
             if (
                 str(self.run_dir) in arguments
-                and "TORCHELASTIC_RUN_ID" in environment
+                and "DEBERTA_LAUNCHER_PID" in environment
                 and rank
                 and state != "Z"
             ):

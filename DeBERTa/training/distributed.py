@@ -1,4 +1,4 @@
-"""The processes of one run: which of them this is, and what is summed or compared over all of them.
+"""The ranks of a run: which one this process is, their process group, reductions and gathers.
 
 Without a process group every function answers for a single process, so that callers need no special case.
 """
@@ -15,107 +15,126 @@ from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from DeBERTa.errors import PeerLostError, ReportedError
 from DeBERTa.processes import exit_with_parent
+from DeBERTa.training.failures import Failure
 from DeBERTa.training.metrics import Sums
 
-LOGS = "logs"  # folder of the processes' logs in a run's folder
-ENDING_SECONDS = 15  # for a process that has given up to end, and for the agents to end all others
+LOGS = "logs"  # directory of the ranks' logs in a run directory
+ENDING_SECONDS = 15  # for a rank that lost its peers to end, and for the launchers to end all others
+# What our launcher sets for its workers, besides the variables that torchrun sets.
+LAUNCHER_PID, ATTEMPT, FAILURE_FILE = "DEBERTA_LAUNCHER_PID", "DEBERTA_ATTEMPT", "DEBERTA_FAILURE_FILE"
 
 
 def is_worker() -> bool:
-    """Whether an elastic agent started this process: ours (`launch.py`) or torchrun's."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ
+    """Return whether our launcher (`launch.py`) or torchrun started this process."""
+    return "LOCAL_RANK" in os.environ and (LAUNCHER_PID in os.environ or "TORCHELASTIC_RUN_ID" in os.environ)
 
 
 def get_local_rank() -> int:
-    """Number of this process among those on its node."""
+    """Return the number of this process among those on its node."""
     return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
 
 
-def log_path(run_dir: Path, rank: int) -> Path:
-    """The log of one process, on the disk of its node."""
+def get_log_path(run_dir: Path, rank: int) -> Path:
+    """Return the log of one rank, on the disk of its node."""
     return run_dir / LOGS / f"rank-{rank:04d}.log"
 
 
 @contextmanager
-def process_group(timeout: int) -> Iterator[None]:
-    """Join the other processes of the run, if there are any, and leave them at the end.
+def join_process_group(timeout: int) -> Iterator[None]:
+    """Join the process group of the run, if this is a worker, and leave it at the end.
 
-    Gloo between CPUs, NCCL between GPUs. They have `timeout` seconds to come together, and to answer each other so much
-    less that, with what it takes to end the others, all have ended after `timeout` seconds. Raises `PeerLostError` when
-    one of them is lost.
+    Gloo between CPUs, NCCL between GPUs. Ranks have `timeout` seconds to join. In collectives they wait less
+    for each other, so that all have ended `timeout` seconds after one was lost. Raises `PeerLostError` then.
     """
     if not is_worker() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    limit, patience = (
-        timedelta(seconds=timeout),
-        timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3)),
-    )
-    backend = "gloo"
+    backend, device = "gloo", None
     if torch.cuda.is_available():
-        torch.cuda.set_device(get_local_rank())
-        backend = "cpu:gloo,cuda:nccl"
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", get_local_rank())
+        torch.cuda.set_device(device)
     with translate_peer_errors(timeout):
-        store, number, size = next(dist.rendezvous("env://", timeout=limit))
-        # One store serves every attempt at the run: each needs keys of its own.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
+        dist.init_process_group(
+            backend,
+            store=_connect_to_store(timedelta(seconds=timeout)),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3)),
+            device_id=device,
+        )
         yield
-        barrier()  # nobody leaves while another one still writes
+        barrier()  # no rank leaves while another one still writes
     dist.destroy_process_group()
+
+
+def _connect_to_store(timeout: timedelta) -> dist.Store:
+    if LAUNCHER_PID not in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        return dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+    return dist.PrefixStore(f"ranks-{os.environ[ATTEMPT]}", store)
 
 
 @contextmanager
 def translate_peer_errors(timeout: int) -> Iterator[None]:
-    """What torch.distributed says when another process is lost becomes a `PeerLostError`."""
+    """Raise `PeerLostError` for what torch.distributed raises when another rank is lost."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        # Gloo's errors have no class of their own. They name its source file; the one of a collective that failed
-        # because another one, in flight beside it, timed out does not.
-        gloo = type(error) is RuntimeError and ("gloo" in text or "pair closure" in text)
-        if not gloo and not isinstance(error, dist.DistError):
+        # Gloo's errors have no class of their own. They name its source file; the one of a collective that
+        # failed because a concurrent one timed out does not.
+        is_gloo = type(error) is RuntimeError and ("gloo" in text or "pair closure" in text)
+        if not is_gloo and not isinstance(error, dist.DistError):
             raise
         if "imed out" not in text and "imeout" not in text:
-            raise PeerLostError("the connection to another process broke off") from error
+            raise PeerLostError("connection to another rank lost: its log says why") from error
         raise PeerLostError(
-            f"no answer from another process within --dist_timeout {timeout} s: it is stopped, too slow or cut off"
+            f"no answer from another rank within --dist_timeout {timeout} s: it is stopped, slow or cut off"
         ) from error
 
 
 @contextmanager
-def rank_log(run_dir: Path) -> Iterator[None]:
-    """What a process of many writes goes to its log; on a node's first process, Python's stderr to the console, too.
+def log_rank(run_dir: Path) -> Iterator[None]:
+    """Send what this worker writes to its log, and from local rank 0 Python's stderr to the console, too.
 
-    The error that ends the process goes to its log in full, and to the agent, which tells it to people.
-    Ends together with the agent: a process whose agent was killed gets SIGTERM.
+    An error that ends the worker goes to its log with its traceback, and to the launcher as a `Failure`. When
+    the launcher is killed, the worker receives SIGTERM.
     """
-    exit_with_parent(signal.SIGTERM)
-    path = log_path(run_dir, int(os.environ["RANK"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    console = os.fdopen(os.dup(2), "w", buffering=1)
-    log = path.open("a", buffering=1)
+    launcher = os.environ.get(LAUNCHER_PID)
+    exit_with_parent(signal.SIGTERM, int(launcher) if launcher else None)
+    log, console = redirect_stderr(get_log_path(run_dir, int(os.environ["RANK"])))
     os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = log, _Both(log, console) if get_local_rank() == 0 else log
+    sys.stdout, sys.stderr = log, _Tee(log, console) if get_local_rank() == 0 else log
     try:
         yield
     except Exception as error:
         with suppress(OSError):  # the disk may be full
             traceback.print_exc(file=log)
-        get_error_handler().record_exception(error)
+        if launcher:
+            Path(os.environ[FAILURE_FILE]).write_text(Failure.from_error(error).to_json(), encoding="utf-8")
+        else:
+            ErrorHandler().record_exception(error)  # for torchrun's report
         raise ReportedError from error
 
 
-def exit_process(status: int) -> NoReturn:
-    """Leave with that exit status.
+def redirect_stderr(path: Path) -> tuple[TextIO, TextIO]:
+    """Send what native libraries write to stderr to a log; returns the log and the console."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console = open(os.dup(2), "w", buffering=1)  # noqa: PTH123, SIM115 (a descriptor that stays open)
+    log = path.open("a", buffering=1)
+    os.dup2(log.fileno(), 2)
+    return log, console
 
-    A process of many does so without Python's shutting down, during which threads of the communication libraries may
+
+def exit_process(status: int) -> NoReturn:
+    """Exit with that status.
+
+    A worker does so without Python's finalization, during which threads of the communication libraries may
     abort the process although all its work is done.
     """
     if is_worker():
@@ -125,8 +144,8 @@ def exit_process(status: int) -> NoReturn:
     sys.exit(status)
 
 
-class _Both:
-    """Text to two files; not a terminal, so that progress comes in lines."""
+class _Tee:
+    """Write text to two files. Not a terminal, so that progress comes in lines."""
 
     def __init__(self, *files: TextIO) -> None:
         self.files = files
@@ -145,38 +164,39 @@ class _Both:
 
 
 def is_distributed() -> bool:
+    """Return whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """Number of this process among all of the run."""
+    """Return the number of this process among all of the run."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """Number of processes of the run."""
+    """Return the number of ranks of the run."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def get_num_nodes() -> int:
-    """Number of nodes of the run."""
+    """Return the number of nodes of the run."""
     return int(os.environ["GROUP_WORLD_SIZE"]) if is_worker() else 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes the run's folder and talks."""
+    """Return whether this process writes the run directory and the console messages."""
     return get_rank() == 0
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place; every process gets it."""
+    """Sum over all ranks, in place; every rank receives the result."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_sums(sums: Sums) -> Sums:
-    """Sums over all processes, float64: one reduction for all names, which must be the same everywhere."""
+    """Sum over all ranks in float64: one all-reduce for all names, which must be equal on all ranks."""
     if not is_distributed() or not sums:
         return sums
     values = all_reduce_sum(torch.stack([value.detach().double() for value in sums.values()]))
@@ -184,18 +204,18 @@ def all_reduce_sums(sums: Sums) -> Sums:
 
 
 def is_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true in any process; every process gets the same answer."""
+    """Return whether `flag` is true on any rank, equal on all ranks."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every rank has reached this call."""
     if is_distributed():
         dist.barrier()
 
 
 def gather_objects(value: object) -> list:
-    """`value` of every process, by rank; any picklable object."""
+    """Return `value` of every rank, in order of ranks; any picklable object."""
     if not is_distributed():
         return [value]
     values = [None] * get_world_size()
@@ -204,7 +224,7 @@ def gather_objects(value: object) -> list:
 
 
 def broadcast_object(value: object) -> object:
-    """The first process's `value`, in every process; any picklable object."""
+    """Return rank 0's `value` on every rank; any picklable object."""
     if not is_distributed():
         return value
     values = [value]

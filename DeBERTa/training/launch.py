@@ -1,65 +1,65 @@
-"""The same command on every node: from the node's variables to one process a device, by torch's elastic agent.
+"""The same command on every node: from the node's variables to one worker per device.
 
-What a user exports on each node: WORLD_SIZE, the number of nodes; RANK, this node's number; MASTER_ADDR and
-MASTER_PORT, where node 0 can be reached. What each process gets from the agent, under the same names: the number of
-*processes*, and its own number among them.
+A user exports on each node WORLD_SIZE, the number of nodes; RANK, the number of this node; MASTER_ADDR and
+MASTER_PORT, the address of node 0. A worker gets variables of the same names, as torchrun sets them:
+WORLD_SIZE is the number of *ranks*, and RANK its own.
 
-The nodes talk through a key-value store that node 0 keeps: who is there, and who failed. A run is a number of attempts,
-more than one with `--max_restarts`; each begins with a roll call.
+A run is a number of attempts, more than one with `--max_restarts`. In each, the nodes register with node 0,
+start their workers, and wait until all have succeeded or one has failed.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.errors import ConfigError, PeerLostError
-from DeBERTa.training.distributed import is_worker, log_path
-from DeBERTa.training.network import interface_towards
-from DeBERTa.training.nodes import GRACE_SECONDS, POLL_SECONDS, Failure, Job, Nodes
+from DeBERTa.errors import ConfigError, LaunchError, StorageError
+from DeBERTa.processes import STOP_SIGNALS
+from DeBERTa.training.distributed import (
+    ATTEMPT,
+    FAILURE_FILE,
+    LAUNCHER_PID,
+    get_log_path,
+    is_worker,
+    redirect_stderr,
+)
+from DeBERTa.training.failures import Failure, get_stop_signal
+from DeBERTa.training.network import find_interface
+from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
+from DeBERTa.training.signals import RunInterrupted
 
-STOPPED = (
-    128 + signal.SIGTERM,
-    128 + signal.SIGINT,
-)  # exit status of a process that was told to stop, and did
-MENDABLE = (
-    PeerLostError.__name__,
-    "DataWorkerError",
-    "",
-)  # what another attempt may get past; "": the process was killed
+logger = logging.getLogger(__name__)
 
 
 def find_job(config: TrainConfig) -> Job | None:
-    """What to start on this node; None when this process is to do the work itself.
+    """Return what to start on this node, or None if this process does the work itself.
 
-    That is so when it was started by an elastic agent (ours or torchrun's), and when one process on one node is wanted.
-    Raises `ConfigError` for variables and flags that cannot work.
+    It does so as a worker (of our launcher or torchrun's), and for one process on one node. Raises
+    `ConfigError` for variables and flags that cannot work.
     """
     if is_worker():
         return None
-    nodes, node = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
+    nodes, node = _read_integer("WORLD_SIZE", 1), _read_integer("RANK", 0)
     if nodes < 1:
         raise ConfigError(
             f"WORLD_SIZE is {nodes}, but it is the number of nodes: export 1 or more, or unset it"
         )
     if not 0 <= node < nodes:
         raise ConfigError(
-            f"RANK is {node} and WORLD_SIZE {nodes}: RANK is the number of this node, from 0 to WORLD_SIZE - 1"
+            f"RANK is {node} and WORLD_SIZE {nodes}: export the number of this node, from 0 to WORLD_SIZE - 1"
         )
     gpus = torch.cuda.device_count()
     processes = config.nproc_per_node or gpus or 1
@@ -69,264 +69,226 @@ def find_job(config: TrainConfig) -> Job | None:
         )
     if nodes == 1:
         return Job(1, 0, "127.0.0.1", 0, processes) if processes > 1 else None
-    address, port = os.environ.get("MASTER_ADDR", ""), _whole_number("MASTER_PORT", 0)
+    address, port = os.environ.get("MASTER_ADDR", ""), _read_integer("MASTER_PORT", 0)
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if not value:
             raise ConfigError(
                 f"WORLD_SIZE is {nodes}, but {name} is not set: export MASTER_ADDR and MASTER_PORT, "
-                "where node 0 can be reached, on every node"
+                "the address of node 0, on every node"
             )
     if not 0 < port < 2**16:
         raise ConfigError(f"MASTER_PORT is {port}: export a port from 1 to 65535 that is free on node 0")
     return Job(nodes, node, address, port, processes)
 
 
-def _whole_number(name: str, default: int) -> int:
+def _read_integer(name: str, default: int) -> int:
     text = os.environ.get(name, "").strip()
     try:
         return int(text) if text else default
     except ValueError:
-        raise ConfigError(f"{name} is {text!r}, which is not a whole number") from None
+        raise ConfigError(f"{name} is {text!r}: export an integer, or unset it") from None
 
 
 def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
-    """Start this node's processes and see them through; returns the exit status of the command on this node.
+    """Run this node's workers to their end; returns the exit status of the command on this node.
 
-    0 when all of them succeeded, 130 or 143 when the run was stopped by a signal. Raises `ConfigError` when the nodes
-    do not come together, or in the sentence of the process that failed.
+    0 if all workers of all nodes succeeded, 130 or 143 after a signal. Raises `LaunchError` if the nodes
+    cannot start together, or with the message of the worker that failed.
     """
-    logging.disable(logging.CRITICAL)  # the agent's messages: what matters is said here, in one sentence
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there are processes that it can be passed on to
-    folder = log_path(config.run_dir, 0).parent
+    logs = get_log_path(config.run_dir, 0).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        console = Console(folder / f"node-{job.node:04d}.log")
+        _, sys.stderr = redirect_stderr(logs / f"node-{job.node:04d}.log")
     except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
-    said = _set_environment(job)
-    nodes = None
+        raise StorageError(f"cannot write {logs}: {error.strerror}; give another --output_dir") from None
+    supervisor = Supervisor(job, config, arguments)
+    coordinator = None
     try:
-        nodes = Nodes(job, config.dist_timeout)
-        while True:
-            hosts = nodes.roll_call()
-            where = f"node {job.node} of {job.nodes} ({', '.join(hosts)})" if job.nodes > 1 else "this node"
-            number = f"{job.processes} process{'es' if job.processes > 1 else ''}"
-            console.say(f"{where}: starting {number}{said}; logs in {folder}")
-            failures = run_attempt(nodes, config, arguments, console)
-            if not failures and nodes.failure is None:
-                return 0
-            failure = nodes.agree(explain(failures, job, config))
-            if failure.mendable and nodes.attempt < config.max_restarts:
-                nodes.next_attempt()
-                console.say(f"{failure.sentence}; restart {nodes.attempt} of {config.max_restarts}")
-                continue
-            nodes.leave()
-            if failure.status == 1:
-                raise ConfigError(failure.sentence)
-            if failure.node != job.node:
-                console.say(failure.sentence)
-            return failure.status
-    except SignalException as stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # nothing runs here any more; the others have to be told
-        status = 128 + stop.sigval
-        nodes.agree(stopped(status, job))
-        nodes.leave()
-        return status
-    except KeyboardInterrupt:  # before there are processes
-        return 128 + signal.SIGINT
+        coordinator = Coordinator(job, config.dist_timeout)
+        failure = run_attempts(supervisor, coordinator, config)
+    except RunInterrupted as stop:  # no workers are running
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the other nodes have to be informed
+        failure = describe_failure(Failure.from_exit_code(stop.exit_status), job)
+        if coordinator is not None:
+            coordinator.report(failure)
+            coordinator.leave()
     except dist.DistError:
-        raise ConfigError(f"node 0 ({job.address}) is gone; its own messages say why") from None
+        raise LaunchError(describe_loss(job)) from None
     finally:
-        if nodes is not None:
-            nodes.close()
-        console.close()
+        if coordinator is not None:
+            coordinator.end_attempt()
+    if failure is None:
+        return 0
+    if not failure.is_stop:
+        launch_error = LaunchError(failure.message)
+        launch_error.exit_status = failure.exit_status
+        raise launch_error
+    if failure.node != job.node:
+        logger.info(failure.message)
+    return failure.exit_status
 
 
-class Console:
-    """The terminal, kept from the native libraries, whose messages about lost connections go to a log."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log.open("a", buffering=1)
-        self._terminal = os.dup(2)
-        os.dup2(self._log.fileno(), 2)
-
-    def say(self, text: str) -> None:
-        os.write(self._terminal, f"{text}\n".encode())
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Processes started meanwhile write to the terminal."""
-        os.dup2(self._terminal, 2)
-        try:
-            yield
-        finally:
-            os.dup2(self._log.fileno(), 2)
-
-    def close(self) -> None:
-        os.dup2(self._terminal, 2)
-        os.close(self._terminal)
-        self._log.close()
+def run_attempts(supervisor: "Supervisor", coordinator: Coordinator, config: TrainConfig) -> Failure | None:
+    """Run attempts until one succeeds or no other may follow; returns why the last one failed, if so."""
+    while True:
+        failure = supervisor.run(coordinator)
+        if failure is None and coordinator.remote_failure is None:
+            failure = coordinator.wait_for_success()
+        failure = coordinator.report(failure)
+        is_last = supervisor.stop_signal or coordinator.attempt >= config.max_restarts
+        if failure is None or not failure.is_retryable or is_last:
+            coordinator.leave()
+            return failure
+        coordinator.start_next_attempt()
+        logger.info(f"{failure.message}; restart {coordinator.attempt} of {config.max_restarts}")
 
 
-def _set_environment(job: Job) -> str:
-    """What the processes inherit, unless the user has set it; returns what to tell of it."""
-    interface = interface_towards(job.address)
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if job.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(torch.get_num_threads() // job.processes, 1)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        return f" with OMP_NUM_THREADS={threads} each (none was set)"
-    return ""
+@dataclass(frozen=True)
+class Worker:
+    """A rank on this node."""
+
+    rank: int
+    process: subprocess.Popen
+    failure_file: Path
 
 
-def run_attempt(
-    nodes: Nodes, config: TrainConfig, arguments: Sequence[str], console: Console
-) -> dict[int, ProcessFailure]:
-    """Start this node's processes and wait until all have succeeded, or some have failed and the others have ended.
+class Supervisor:
+    """Start the workers of this node, forward signals to them, and end them together.
 
-    Returns those that failed, by rank, without those that were ended for it. Told to stop by a signal, all get
-    `--dist_timeout` seconds to finish the step and save; then `SignalException` is raised.
+    SIGTERM and SIGINT raise `RunInterrupted` while no workers are running.
     """
-    job = nodes.job
-    if nodes.attempt and config.fresh:  # what this run has saved by now is to be gone on with
-        arguments = [*arguments, "--fresh", "False"]
-    rendezvous = StaticTCPRendezvous(
-        job.address, nodes.port, job.node, job.nodes, f"attempt-{nodes.attempt}", config.dist_timeout
-    )
-    spec = WorkerSpec(
-        role="train",
-        local_world_size=job.processes,
-        rdzv_handler=rendezvous,
-        entrypoint=sys.executable,
-        args=("-m", "DeBERTa.train", *arguments),
-        max_restarts=0,
-        monitor_interval=POLL_SECONDS,
-    )
-    with tempfile.TemporaryDirectory() as errors:  # not in the run's folder: its disk may be full
-        agent = NodeAgent(spec, RankLogs(config.run_dir, Path(errors)), nodes, config.dist_timeout, console)
-        result = agent.run()
-    return {rank: failure for rank, failure in result.failures.items() if failure.pid in agent.failed}
 
+    def __init__(self, job: Job, config: TrainConfig, arguments: Sequence[str]) -> None:
+        """Install the signal handlers."""
+        self.job, self.config, self.arguments = job, config, arguments
+        self.stop_signal = 0  # received while workers were running
+        self._stop_deadline = math.inf  # monotonic clock
+        self._has_workers = False
+        self._workers: list[Worker] = []
+        for number in (*STOP_SIGNALS, signal.SIGUSR1):
+            signal.signal(number, self._receive)
 
-class NodeAgent(LocalElasticAgent):
-    """Torch's agent, which ends its processes soon after one of them, or another node, has failed."""
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._has_workers:
+            if number in STOP_SIGNALS and not self.stop_signal:
+                self.stop_signal, self._stop_deadline = number, time.monotonic() + self.config.dist_timeout
+            self._send(number)
+        elif number in STOP_SIGNALS:
+            raise RunInterrupted(number)
 
-    def __init__(
-        self, spec: WorkerSpec, logs: LogsSpecs, nodes: Nodes, patience: int, console: Console
-    ) -> None:
-        super().__init__(spec, logs, exit_barrier_timeout=patience, shutdown_timeout=patience)
-        self.nodes, self.patience, self.console = nodes, patience, console
-        self.failed: list[int] = []  # ids of the processes that failed before the others were ended
+    def run(self, coordinator: Coordinator) -> Failure | None:
+        """Run the workers of one attempt to their end; returns this node's failure, if any.
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        # They inherit that SIGUSR1 is blocked, and answer it once they can.
+        Once one has failed, on this node or another, the others receive SIGTERM, and after a grace period
+        SIGKILL. After a signal to the launcher they have `--dist_timeout` seconds to finish the step and
+        save.
+        """
+        members = coordinator.register()
+        grace = 0
+        self._has_workers = True
+        with tempfile.TemporaryDirectory() as directory:  # not in the run directory: its disk may be full
+            try:
+                self._start(members, coordinator, Path(directory))
+                wait_until(lambda: self._is_ending(coordinator), math.inf)
+                failures = self._read_failures()
+                remote = coordinator.remote_failure
+                is_remote_stop = remote is not None and remote.is_stop and not failures
+                grace = self.config.dist_timeout if is_remote_stop else GRACE_SECONDS
+            finally:
+                self._terminate(grace)
+                self._has_workers = False
+        if self.stop_signal and any(worker.process.returncode for worker in self._workers):
+            failures.append(describe_failure(Failure.from_exit_code(-self.stop_signal), self.job))
+        return min(failures, key=lambda failure: failure.order, default=None)
+
+    def _start(self, members: list[Member], coordinator: Coordinator, directory: Path) -> None:
+        arguments = [*self.arguments]
+        if coordinator.attempt and self.config.fresh:  # resume from the checkpoints of the attempt before
+            arguments += ["--fresh", "False"]
+        environment = self._make_environment(members, coordinator)
+        first_rank = sum(member.processes for member in members[: self.job.node])
+        self._workers = []
+        # Workers inherit that SIGUSR1 is blocked, and receive it once they have a handler.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-        try:
-            with self.console.shared():
-                started = super()._start_workers(worker_group)
-            signal.signal(signal.SIGUSR1, self._pass_on)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
-        return started
+        for local_rank in range(self.job.processes):
+            rank, failure_file = first_rank + local_rank, directory / f"{local_rank}.json"
+            own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), FAILURE_FILE: str(failure_file)}
+            command = [sys.executable, "-m", "DeBERTa.train", *arguments]
+            process = subprocess.Popen(command, env=environment | own, stderr=sys.stderr)
+            self._workers.append(Worker(rank, process, failure_file))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        if self.stop_signal:  # received meanwhile
+            self._send(self.stop_signal)
 
-    def _processes(self) -> list[subprocess.Popen]:
-        return [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+    def _make_environment(self, members: list[Member], coordinator: Coordinator) -> dict[str, str]:
+        """Return the variables of all workers of this node, and log what is started."""
+        job, environment = self.job, dict(os.environ)
+        interface = find_interface(job.address)
+        if interface:
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+        threads = ""
+        if job.processes > 1 and "OMP_NUM_THREADS" not in environment:
+            environment["OMP_NUM_THREADS"] = str(max(torch.get_num_threads() // job.processes, 1))
+            threads = f" with OMP_NUM_THREADS={environment['OMP_NUM_THREADS']} each (none was set)"
+        hosts = ", ".join(member.host for member in members)
+        where = f"node {job.node} of {job.nodes} ({hosts})" if job.nodes > 1 else "this node"
+        number = f"{job.processes} process{'es' if job.processes > 1 else ''}"
+        logs = get_log_path(self.config.run_dir, 0).parent
+        logger.info(f"{where}: starting {number}{threads}; logs in {logs}")
+        return environment | {
+            "WORLD_SIZE": str(sum(member.processes for member in members)),
+            "LOCAL_WORLD_SIZE": str(job.processes),
+            "GROUP_RANK": str(job.node),
+            "GROUP_WORLD_SIZE": str(job.nodes),
+            "MASTER_ADDR": job.address,
+            "MASTER_PORT": str(coordinator.port),
+            LAUNCHER_PID: str(os.getpid()),
+            ATTEMPT: str(coordinator.attempt),
+        }
 
-    def _pass_on(self, number: int, _frame: object) -> None:
-        for process in self._processes():
-            process.send_signal(number)
+    def _is_ending(self, coordinator: Coordinator) -> bool:
+        """Return whether all workers have ended, or those that run have to."""
+        codes = [worker.process.poll() for worker in self._workers]
+        if None not in codes:
+            return True
+        if self.stop_signal:
+            return time.monotonic() > self._stop_deadline
+        # A worker that was stopped by a signal has all others stop after the step, perhaps after a save.
+        has_failed = any(code and not get_stop_signal(code) for code in codes)
+        return has_failed or coordinator.remote_failure is not None
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        processes = self._processes()
-        self.failed = [process.pid for process in processes if process.poll()]
-        stopping = any(process.returncode in STOPPED for process in processes)
-        running = any(process.returncode is None for process in processes)
-        if stopping and running and all(process.returncode in (None, 0, *STOPPED) for process in processes):
-            return RunResult(
-                state=WorkerState.HEALTHY
-            )  # the others are about to stop too, perhaps after a save
-        failure = self.nodes.failure
-        if self.failed or failure is not None:
-            told_to_stop = not self.failed and failure.status in STOPPED
-            self._pcontext.close(timeout=self.patience if told_to_stop else GRACE_SECONDS)
-        result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.FAILED and not self.failed and self.nodes.failure is None:
-            self.failed = [
-                failure.pid for failure in result.failures.values()
-            ]  # failed since they were asked above
-        return result
+    def _read_failures(self) -> list[Failure]:
+        return [
+            describe_failure(
+                Failure.from_exit_code(worker.process.returncode, worker.failure_file),
+                self.job,
+                f"rank {worker.rank}",
+                get_log_path(self.config.run_dir, worker.rank),
+            )
+            for worker in self._workers
+            if worker.process.poll()
+        ]
 
+    def _send(self, number: int) -> None:
+        for worker in self._workers:
+            worker.process.send_signal(number)
 
-class RankLogs(LogsSpecs):
-    """Processes write their logs themselves; here is only where they leave the error that ended them."""
-
-    def __init__(self, run_dir: Path, errors: Path) -> None:
-        super().__init__()
-        self.run_dir, self.errors = run_dir, errors
-
-    @property
-    def root_log_dir(self) -> str:
-        return str(log_path(self.run_dir, 0).parent)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        errors = {}
-        for local_rank, environment in envs.items():
-            path = self.errors / f"{local_rank}.json"
-            errors[local_rank] = environment["TORCHELASTIC_ERROR_FILE"] = str(path)
-        console = dict.fromkeys(envs, "")
-        return LogsDest(stdouts=console, stderrs=console, error_files=errors)
-
-
-def explain(failures: dict[int, ProcessFailure], job: Job, config: TrainConfig) -> Failure | None:
-    """What happened to this node's processes, in one sentence: to the one that failed, not to those that lost it."""
-    if not failures:
-        return None
-    codes = [failure.exitcode for failure in failures.values() if failure.exitcode in STOPPED]
-    failures = {rank: failure for rank, failure in failures.items() if failure.exitcode not in STOPPED}
-    if codes and all(map(_is_loss, failures.values())):
-        return stopped(max(codes), job)
-    rank, failure = min(failures.items(), key=lambda item: (_is_loss(item[1]), item[1].timestamp))
-    kind, sentence = _recorded(failure)
-    where = f"node {job.node} ({socket.gethostname()}), rank {rank}" if job.nodes > 1 else f"rank {rank}"
-    if failure.exitcode < 0:
-        sentence = f"was ended by {signal.Signals(-failure.exitcode).name}"
-    elif not kind:
-        sentence = f"ended with exit status {failure.exitcode}"
-    if kind not in TOLD:
-        sentence = f"{where}: {sentence}; its log: {log_path(config.run_dir, rank)}"
-    elif job.nodes > 1:
-        sentence = f"node {job.node} ({socket.gethostname()}): {sentence}"
-    return Failure(sentence, job.node, kind in MENDABLE, not _is_loss(failure))
+    def _terminate(self, grace: float) -> None:
+        """Send SIGTERM to the workers that still run, and SIGKILL after `grace` seconds."""
+        self._send(signal.SIGTERM)
+        wait_until(lambda: all(worker.process.poll() is not None for worker in self._workers), grace)
+        self._send(signal.SIGKILL)
+        for worker in self._workers:
+            worker.process.wait()
 
 
-TOLD = (
-    "ConfigError",
-    "DamagedCheckpointError",
-    "DataError",
-    "VocabularyError",
-    "NonFiniteError",
-    "StorageError",
-    "DataWorkerError",
-)  # sentences for people as they are
-
-
-def stopped(status: int, job: Job) -> Failure:
-    """The end of a run that was told to stop: not a failure, but the other nodes may take it for one."""
-    sentence = f"stopped by {signal.Signals(status - 128).name} on node {job.node} ({socket.gethostname()})"
-    sentence += "; the same command goes on from the last checkpoint"
-    return Failure(sentence, job.node, mendable=False, is_cause=True, status=status)
-
-
-def _recorded(failure: ProcessFailure) -> tuple[str, str]:
-    """Kind and sentence of the error that the process left; empty when it left none."""
-    message = failure.error_file_data["message"]
-    if isinstance(message, str):
-        return "", ""
-    kind, _, sentence = message["message"].partition(": ")
-    return kind, sentence
-
-
-def _is_loss(failure: ProcessFailure) -> bool:
-    return _recorded(failure)[0] == PeerLostError.__name__
+def describe_failure(failure: Failure, job: Job, rank: str = "", log: Path | None = None) -> Failure:
+    """Return the failure with a message that says where it happened."""
+    node = f"node {job.node} ({socket.gethostname()})"
+    if failure.is_stop:
+        message = f"{failure.message} on {node}; the same command resumes from the last checkpoint"
+    elif failure.is_explained:
+        message = f"{node}: {failure.message}" if job.nodes > 1 else failure.message
+    else:
+        message = f"{f'{node}, ' if job.nodes > 1 else ''}{rank}: {failure.message}; its log: {log}"
+    return replace(failure, message=message, node=job.node)

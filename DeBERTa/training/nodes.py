@@ -1,245 +1,259 @@
-"""What the nodes of a run tell each other: who is there, and who failed.
+"""The nodes of a run register with node 0, publish failures and wait for each other.
 
-Through a key-value store (c10d's TCPStore) that node 0 keeps at MASTER_ADDR:MASTER_PORT; the processes find each other
-there too. Keys begin with the number of the attempt.
+All through the key-value store (c10d's TCPStore) that the launcher of node 0 serves at
+MASTER_ADDR:MASTER_PORT. A run is a number of attempts, more than one with `--max_restarts`; each has keys of
+its own.
 """
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from DeBERTa.errors import ConfigError
+from DeBERTa.errors import LaunchError
+from DeBERTa.training.failures import Failure
 from DeBERTa.training.network import check_host, wait_for_port
 
 POLL_SECONDS = 0.1
-ANSWER_SECONDS = 60  # for the store of node 0, once its port is open
-GRACE_SECONDS = 5  # for processes to end after another one failed, and for nodes to hear of it
+ANSWER_SECONDS = 60  # for the store of node 0 to answer, once its port is open
+GRACE_SECONDS = 5  # for workers to end after a failure, and for nodes to read of it
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Job:
-    """This node's part of a run: `processes` here, on node `node` of `nodes`, which meet at `address`:`port`."""
+    """This node's share of a run: `processes` workers, on node `node` of `nodes`."""
 
     nodes: int
     node: int
-    address: str
+    address: str  # of node 0
     port: int
     processes: int
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why an attempt ended: one sentence, on which node, whether another attempt may help, the exit status."""
+class Member:
+    """What a node publishes of itself when it registers."""
 
-    sentence: str
-    node: int
-    mendable: bool
-    is_cause: bool  # not merely the loss of a process that failed elsewhere
-    status: int = 1
+    host: str
+    nodes: int  # its WORLD_SIZE
+    processes: int
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)  # differs between nodes with the same RANK
 
 
-class Nodes:
-    """What the nodes tell each other, in the store of node 0. One attempt at a time."""
+class Coordinator:
+    """One node's access to the store of node 0, for one attempt at a time."""
 
     def __init__(self, job: Job, timeout: int) -> None:
-        """Open or reach the store. Raises `ConfigError` when the port is taken, or unreachable for `timeout` s."""
-        self.job, self.timeout = job, timeout
-        self.failure: Failure | None = None  # set when another node has failed
-        self._watching: threading.Thread | None = None
-        self._unreachable = False  # the store did not answer
-        self.store = self._open()
-        self.port = self.store.port
-        self.attempt = 0
-        if job.node == 0:
-            self.store.compare_set("attempt", "", "0")
-        else:
-            self.attempt = int(self._get("attempt"))
+        """Serve or reach the store.
 
-    def _open(self) -> dist.TCPStore:
-        job, limit = self.job, timedelta(seconds=self.timeout)
-        check_host(job.address)
-        if job.node == 0:
-            try:
-                return dist.TCPStore(
-                    job.address,
-                    job.port,
-                    is_master=True,
-                    multi_tenant=True,
-                    wait_for_workers=False,
-                    timeout=limit,
-                )
-            except dist.DistNetworkError as error:
-                if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-                    raise ConfigError(
-                        f"port {job.port} of this node is in use, by another command with RANK 0 or another program: "
-                        "end it, or export another MASTER_PORT on every node"
-                    ) from None
-                raise ConfigError(
-                    f"RANK is 0, but this node cannot be reached as MASTER_ADDR {job.address}: "
-                    "export the address of the node with RANK 0"
-                ) from None
-        deadline = time.monotonic() + self.timeout
-        wait_for_port(job.address, job.port, self.timeout)
-        left = deadline - time.monotonic()
-        return self._reach(min(max(left, GRACE_SECONDS), ANSWER_SECONDS))
-
-    def _reach(self, seconds: float) -> dist.TCPStore:
-        """The store of node 0. Raises `ConfigError` when what listens there is none, or another one.
-
-        In a thread, for with a program that waits for more to be said, the connection would wait for ever.
+        Raises `LaunchError` if the port is taken, or unreachable for `timeout` seconds.
         """
-        reached: list[dist.TCPStore] = []
+        self.job, self.timeout, self.port = job, timeout, job.port
+        self.remote_failure: Failure | None = None  # published by another node
+        self._is_answering = True
+        self._members: dict[int, Member] = {}  # by node
+        self._watcher: threading.Thread | None = None
+        self._is_over = threading.Event()  # tells the watcher that the attempt has ended
+        check_host(job.address)
+        self._root = self._serve() if job.node == 0 else self._reach()
+        self.port = self._root.port
+        self._enter_attempt()
 
-        def reach() -> None:
+    def _serve(self) -> dist.TCPStore:
+        address, port = self.job.address, self.job.port
+        try:
+            store = dist.TCPStore(
+                address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise LaunchError(
+                    f"port {port} of this node is in use, by another command with RANK 0 or another program: "
+                    "end it, or export another MASTER_PORT on every node"
+                ) from None
+            raise LaunchError(
+                f"RANK is 0, but this node cannot be reached as MASTER_ADDR {address}: "
+                "export the address of the node with RANK 0"
+            ) from None
+        store.set("attempt", "0")
+        return store
+
+    def _reach(self) -> dist.TCPStore:
+        """Connect to the store of node 0. Raises `LaunchError` if there is none, or another server."""
+        deadline = time.monotonic() + self.timeout
+        wait_for_port(self.job.address, self.job.port, self.timeout)
+        seconds = min(max(deadline - time.monotonic(), GRACE_SECONDS), ANSWER_SECONDS)
+
+        def connect() -> dist.TCPStore:
             store = self._connect()
             store.wait(["attempt"], timedelta(seconds=seconds))
-            reached.append(store)
+            return store
 
-        self._bounded(reach, seconds)
-        if not reached:
-            raise ConfigError(
-                f"what answers at MASTER_ADDR {self.job.address}, MASTER_PORT {self.job.port} is not the launcher of "
-                "node 0: start the command with RANK 0 there, with a MASTER_PORT that no other program has"
+        # Bounded: the connection waits forever for a server that sends nothing.
+        store = self._call(connect, seconds)
+        if store is None:
+            raise LaunchError(
+                f"what answers at MASTER_ADDR {self.job.address}, MASTER_PORT {self.job.port} is not the "
+                "launcher of node 0: start the command with RANK 0 there, with an unused MASTER_PORT"
             )
-        return reached[0]
+        return store
 
     def _connect(self) -> dist.TCPStore:
-        limit = timedelta(seconds=self.timeout)
-        return dist.TCPStore(
-            self.job.address, self.port if self.job.node == 0 else self.job.port, timeout=limit
-        )
+        return dist.TCPStore(self.job.address, self.port, timeout=timedelta(seconds=self.timeout))
 
-    def roll_call(self) -> list[str]:
-        """Wait until every node is there; returns their host names. Raises `ConfigError` when one does not come."""
-        job, me = self.job, socket.gethostname()
-        self.failure = None
-        if self._add(f"rank-{job.node}") > 1:
-            sentence = (
-                f"two nodes have RANK {job.node}: {self._get(f'{self.attempt}/host-{job.node}')} and {me}"
-            )
-            if self._there(range(job.nodes)):  # the others are complete without this one
-                raise ConfigError(sentence)
-            self._refuse(sentence)
-        self.store.set(f"{self.attempt}/host-{job.node}", me)
-        self.store.set(f"{self.attempt}/nodes-{job.node}", str(job.nodes))
+    def _enter_attempt(self) -> None:
+        self.attempt = int(self._root.get("attempt"))
+        self._store = dist.PrefixStore(f"attempt-{self.attempt}", self._root)
+        self._members, self.remote_failure = {}, None
+
+    def register(self) -> list[Member]:
+        """Publish this node and wait for all others; returns the members by node number.
+
+        Raises `LaunchError` if one does not register in time, or if RANK or WORLD_SIZE do not fit together.
+        """
+        own = Member(socket.gethostname(), self.job.nodes, self.job.processes)
+        first = self._store.compare_set(f"node-{self.job.node}", "", json.dumps(asdict(own)))
+        registered = Member(**json.loads(first))
+        if registered != own:
+            self._refuse(f"two nodes have RANK {self.job.node}: {registered.host} and {own.host}")
+        self._wait_for_members()
+        self._store.set("complete", "")
+        self._is_over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, args=(self._is_over,), daemon=True)
+        self._watcher.start()
+        return [self._members[node] for node in range(self.job.nodes)]
+
+    def _wait_for_members(self) -> None:
+        job = self.job
         deadline = time.monotonic() + self.timeout
-        complete = False
-        while not complete:
-            complete = self._there(range(job.nodes))
-            if self.store.check([f"{self.attempt}/failure"]):
+        while len(self._members) < job.nodes:
+            self._read_members()
+            if self._store.check(["failure"]):
                 self.leave()
-                raise ConfigError(json.loads(self._get(f"{self.attempt}/failure"))["sentence"])
-            for node in filter(lambda node: self._there([node]), range(job.nodes)):
-                size = int(self._get(f"{self.attempt}/nodes-{node}"))
-                if size != job.nodes:
-                    self._refuse(f"WORLD_SIZE is {size} on node {node} and {job.nodes} on node {job.node}")
-            if not complete and time.monotonic() > deadline:
-                missing = [str(node) for node in range(job.nodes) if not self._there([node])]
-                raise ConfigError(
-                    f"no node with RANK {', '.join(missing)} came within --dist_timeout {self.timeout} s: start the "
-                    f"same command there with WORLD_SIZE={job.nodes}"
+                raise LaunchError(Failure.from_json(self._store.get("failure")).message)
+            for node, member in self._members.items():
+                if member.nodes != job.nodes:
+                    self._refuse(
+                        f"WORLD_SIZE is {member.nodes} on node {node} and {job.nodes} on node {job.node}"
+                    )
+            if len(self._members) < job.nodes and time.monotonic() > deadline:
+                missing = ", ".join(str(node) for node in range(job.nodes) if node not in self._members)
+                self._refuse(
+                    f"no node with RANK {missing} registered within --dist_timeout {self.timeout} s: start "
+                    f"the same command there with WORLD_SIZE={job.nodes}"
                 )
             time.sleep(POLL_SECONDS)
-        self.store.set(f"{self.attempt}/complete", "")
-        self._watching = threading.Thread(target=self._watch, args=(self.attempt,), daemon=True)
-        self._watching.start()
-        return [self._get(f"{self.attempt}/host-{node}") for node in range(job.nodes)]
 
-    def _watch(self, attempt: int) -> None:
-        """In a thread, over a connection of its own: set `failure` once another node has failed or node 0 is gone."""
+    def _read_members(self) -> None:
+        for node in range(self.job.nodes):
+            if node not in self._members and self._store.check([f"node-{node}"]):
+                self._members[node] = Member(**json.loads(self._store.get(f"node-{node}")))
+
+    def _refuse(self, message: str) -> NoReturn:
+        """End the registration of all nodes, or of this one alone if the others are complete without it."""
+        if not self._store.check(["complete"]):
+            self._publish(Failure(message, node=self.job.node))
+            self.leave()
+        raise LaunchError(message)
+
+    def _watch(self, is_over: threading.Event) -> None:
+        """Set `remote_failure` once a failure is published. In a thread, over a connection of its own."""
         try:
-            store = self._connect()
-            while self.attempt == attempt and not store.check([f"{attempt}/failure"]):
-                time.sleep(POLL_SECONDS)
-            if self.attempt == attempt:
-                self.failure = Failure(**json.loads(store.get(f"{attempt}/failure")))
+            store = dist.PrefixStore(f"attempt-{self.attempt}", self._connect())
+            while not is_over.wait(POLL_SECONDS):
+                if store.check(["failure"]):
+                    self.remote_failure = Failure.from_json(store.get("failure"))
+                    return
         except dist.DistError:
-            # Node 0 leaves first when the run has ended, too: this node's own end is what counts then.
-            deadline = time.monotonic() + GRACE_SECONDS
-            while self.attempt == attempt and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-            if self.attempt != attempt:
-                return
-            sentence = f"node 0 ({self.job.address}) is gone; its own messages say why"
-            self.failure = Failure(sentence, 0, mendable=False, is_cause=False)
+            # Node 0 leaves first at the end of a run, too. This node's own end counts then.
+            if not is_over.wait(GRACE_SECONDS):
+                self.remote_failure = Failure(describe_loss(self.job), is_consequence=True)
 
-    def agree(self, mine: Failure | None) -> Failure:
-        """Tell the others of this node's failure, unless another node's explains it; returns the one that counts.
+    def report(self, failure: Failure | None) -> Failure | None:
+        """Publish this node's failure, if any; returns the one that explains the end of the attempt.
 
-        `mine` is None when nothing failed here before another node did.
+        A consequence is published only if no other node publishes its cause within `GRACE_SECONDS`.
         """
-        deadline = time.monotonic() + GRACE_SECONDS
-        patient = mine is not None and not mine.is_cause and self.job.nodes > 1
-        while self.failure is None and patient and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        if mine is not None and (mine.is_cause or self.failure is None):
-            self._publish(mine)
-            return mine
-        return self.failure
+        if failure is None:
+            return self.remote_failure
+        if failure.is_consequence and self.job.nodes > 1:
+            wait_until(lambda: self.remote_failure is not None, GRACE_SECONDS)
+        first = self.remote_failure or self._publish(failure)
+        return failure if first.is_consequence and not failure.is_consequence else first
 
-    def _publish(self, failure: Failure) -> None:
-        """In a thread, with a limit: the store may be unreachable."""
-        key, value = f"{self.attempt}/failure", json.dumps(vars(failure))
-        self._bounded(lambda: self.store.compare_set(key, "", value))
+    def _publish(self, failure: Failure) -> Failure:
+        """Publish a failure; returns the one that was published first, if node 0 answers."""
+        stored = self._call(lambda: self._store.compare_set("failure", "", failure.to_json()))
+        return failure if stored is None else Failure.from_json(stored)
 
-    def next_attempt(self) -> None:
-        """Move on to the attempt after this one, or to where the other nodes are already."""
-        before = self.attempt
-        self.store.compare_set("attempt", str(before), str(before + 1))
-        self.attempt = int(self._get("attempt"))
+    def wait_for_success(self) -> Failure | None:
+        """Wait until the workers of all nodes have succeeded; returns the failure of another node, if any."""
+        self._call(lambda: self._store.add("succeeded", 1))
+        wait_until(lambda: self.remote_failure is not None or self._have_all("succeeded"), self.timeout)
+        return self.remote_failure
+
+    def _have_all(self, name: str) -> bool:
+        """Return whether all registered nodes have added themselves to a counter, or node 0 has left."""
+        count = self._call(lambda: self._store.add(name, 0))
+        return count is None or count >= len(self._members)
+
+    def start_next_attempt(self) -> None:
+        """Move on to the next attempt, or to the one that the other nodes have started already."""
+        self.end_attempt()
+        current, following = str(self.attempt), str(self.attempt + 1)
+        if self._call(lambda: self._root.compare_set("attempt", current, following)) is None:
+            raise LaunchError(describe_loss(self.job))
+        self._enter_attempt()
 
     def leave(self) -> None:
-        """Node 0 stays a little, so that the others can read what happened."""
-        self._bounded(lambda: self._add("left"))
-        deadline = time.monotonic() + GRACE_SECONDS
-        while (
-            self.job.node == 0
-            and self.job.nodes > 1
-            and not self._unreachable
-            and time.monotonic() < deadline
-        ):
-            if self.store.add(f"{self.attempt}/left", 0) >= self.job.nodes:
-                return
-            time.sleep(POLL_SECONDS)
+        """Count this node as gone. Node 0 waits a little, so that the others can read what happened."""
+        if not self._members:  # another node has this RANK
+            return
+        self._call(lambda: self._store.add("left", 1))
+        if self.job.node == 0:
+            wait_until(lambda: self._have_all("left"), GRACE_SECONDS)
 
-    def close(self) -> None:
-        """End the watching. A thread inside the store when Python ends would abort the process."""
-        self.attempt = -1
-        if self._watching is not None and not self._unreachable:
-            self._watching.join(2 * GRACE_SECONDS)
+    def end_attempt(self) -> None:
+        """Stop watching: a thread inside the store when Python ends would abort the process."""
+        self._is_over.set()
+        if self._watcher is not None and self._is_answering:
+            self._watcher.join(2 * GRACE_SECONDS)
 
-    def _bounded(self, call: Callable[[], object], seconds: float = GRACE_SECONDS) -> None:
-        def quietly() -> None:
-            try:
-                call()
-            except dist.DistError:  # node 0 has left: there is nobody to tell
-                return
+    def _call(self, function: Callable[[], Result], seconds: float = GRACE_SECONDS) -> Result | None:
+        """Return `function()`, or None if node 0 has left or does not answer within `seconds`."""
+        results: list[Result] = []
 
-        thread = threading.Thread(target=quietly, daemon=True)
-        thread.start()
-        thread.join(0 if self._unreachable else seconds)
-        self._unreachable = thread.is_alive()
+        def run() -> None:
+            with suppress(dist.DistError):
+                results.append(function())
 
-    def _refuse(self, sentence: str) -> NoReturn:
-        """End the roll call for all nodes; for this one alone where the others are training already."""
-        if self.store.check([f"{self.attempt}/complete"]):
-            raise ConfigError(sentence)
-        self._publish(Failure(sentence, self.job.node, mendable=False, is_cause=True))
-        self.leave()
-        raise ConfigError(sentence)
+        if self._is_answering:
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            thread.join(seconds)
+            self._is_answering = not thread.is_alive()
+        return results[0] if results else None
 
-    def _there(self, nodes: Sequence[int]) -> bool:
-        return self.store.check([f"{self.attempt}/nodes-{node}" for node in nodes])
 
-    def _add(self, name: str) -> int:
-        return self.store.add(f"{self.attempt}/{name}", 1)
+def describe_loss(job: Job) -> str:
+    """Return the message for a store that cannot be reached any more."""
+    return f"node 0 ({job.address}) is gone: its own messages say why"
 
-    def _get(self, key: str) -> str:
-        return self.store.get(key).decode()
+
+def wait_until(is_true: Callable[[], bool], seconds: float) -> bool:
+    """Wait until `is_true()`; returns whether it was so within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True

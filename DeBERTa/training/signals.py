@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from DeBERTa.processes import STOP_SIGNALS
 from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DUPLICATE_SECONDS = 1.0  # the same signal within this time was sent once and arrived twice
 GPU_STEPS_PER_EXCHANGE = 10  # the all-reduce of requests synchronizes a GPU with its host
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from DeBERTa.errors import ConfigError
 from DeBERTa.training.launch import find_job
-from DeBERTa.training.network import interface_towards, wait_for_port
+from DeBERTa.training.network import find_interface, wait_for_port
 from tests.commands import (
     ENDLESS,
     PATIENCE,
@@ -85,8 +85,8 @@ def test_one_process_is_not_launched_and_workers_launch_nothing(monkeypatch):
     assert find_job(train_config()) is None
 
 
-def test_interface_towards_this_machine_itself():
-    assert interface_towards("127.0.0.1") == "lo"
+def test_find_interface_this_machine_itself():
+    assert find_interface("127.0.0.1") == "lo"
 
 
 def test_port_in_use_and_unknown_host(flags):

@@ -1,0 +1,74 @@
+"""Why a rank ended: recorded by the rank in a file, read by its launcher, published to the other nodes."""
+
+import json
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from DeBERTa.errors import DebertaError
+from DeBERTa.processes import STOP_SIGNALS
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank, and with it an attempt at the run, ended."""
+
+    message: str
+    exit_status: int = 1
+    is_retryable: bool = False
+    is_consequence: bool = False  # of the failure of another rank
+    is_explained: bool = False  # the message is written for users and needs no log
+    node: int = 0
+    time: float = field(default_factory=time.time)  # seconds since the epoch
+
+    @staticmethod
+    def from_error(error: Exception) -> "Failure":
+        """Return the failure of a rank that ends with `error`."""
+        if not isinstance(error, DebertaError):
+            return Failure(f"{type(error).__name__}: {error}")
+        return Failure(
+            str(error),
+            error.exit_status,
+            error.is_retryable,
+            error.is_consequence,
+            is_explained=not error.is_consequence,
+        )
+
+    @staticmethod
+    def from_exit_code(code: int, record: Path | None = None) -> "Failure":
+        """Return the failure of a rank by its exit code (negative for a signal), and its record, if any."""
+        stop_signal = get_stop_signal(code)
+        if stop_signal:
+            return Failure(f"stopped by {signal.Signals(stop_signal).name}", 128 + stop_signal)
+        if code < 0:
+            return Failure(f"killed by {signal.Signals(-code).name}", is_retryable=True)
+        try:
+            assert record is not None
+            return Failure.from_json(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return Failure(f"exited with status {code}", is_retryable=True)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Failure":
+        """Read what `to_json` wrote."""
+        return Failure(**json.loads(text))
+
+    def to_json(self) -> str:
+        """Return all fields as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @property
+    def is_stop(self) -> bool:
+        """Whether a signal asked for the end."""
+        return get_stop_signal(self.exit_status) != 0
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort key: causes before stops before consequences, then by time."""
+        return (2 if self.is_consequence else 1 if self.is_stop else 0), self.time
+
+
+def get_stop_signal(code: int) -> int:
+    """Return the stop signal behind an exit code (143 and -15: SIGTERM), or 0 if there is none."""
+    return next((int(number) for number in STOP_SIGNALS if code in (128 + number, -number)), 0)
