@@ -1,7 +1,6 @@
-"""Disentangled attention (DeBERTa, section 3.1).
+"""Disentangled self-attention (DeBERTa, section 3.1), in plain PyTorch: the reference of every faster path.
 
-Shapes: B batch, L keys, M queries, H heads, D head size, h hidden, S rows of the relative-position table,
-W = 2L - 1 distances.
+Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size, S rows of the relative-position table.
 """
 
 import math
@@ -11,17 +10,13 @@ import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.model.backends import FlashLookup, eager_attention, flash_attention, sdpa_attention
-from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
-from DeBERTa.model.dropout import Dropout
-from DeBERTa.model.products import linear, linear_map
 
 
 def map_to_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
-    """Bucket of each signed distance (query minus key), int64 of the same shape.
+    """Map signed distances (query minus key) to buckets, int64 of the same shape.
 
-    With `buckets` > 0, distances up to `mid = buckets // 2` keep a bucket each; further ones share buckets on a
-    logarithmic scale that reaches its end at `max_distance - 1`. Otherwise every distance is its own bucket.
+    With `buckets` > 0, distances up to `mid = buckets // 2` have a bucket each. Longer ones share buckets on a
+    logarithmic scale that ends at `max_distance - 1`. Otherwise every distance is its own bucket.
     """
     if buckets < 1:
         return distances
@@ -34,57 +29,47 @@ def map_to_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> 
 
 
 def map_to_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Row of the relative-position table for each distance: int64, values in [0, 2 * span)."""
+    """Map signed distances to rows of the relative-position table: int64, values in [0, 2 * span)."""
     span = config.position_span
     buckets = map_to_buckets(distances, config.position_buckets, config.max_distance)
     return (buckets + span).clamp(0, 2 * span - 1)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, index):
-        ctx.save_for_backward(index)
-        ctx.dim, ctx.shape = dim, x.shape
-        return x.gather(dim, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).scatter_add_(ctx.dim, index, grad), None, None
-
-
-def gather(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """`x.gather(dim, index)` without keeping `x` for the backward pass, which needs its shape alone."""
-    return _Gather.apply(x, dim, index)
-
-
 class RelativePositions(NamedTuple):
     """Relative positions of sequences of one length.
 
-    `table` [S', h]: the rows of the table that can occur; `rows` int64 [W]: which of them belongs to each distance,
-    from L - 1 down to -(L - 1). `lookup`: the same for the flash kernels, where these are used.
+    table: [S, h], the rows of the relative-position table that can occur.
+    distance_slots: int64 [2L - 1], the row of each distance from L - 1 down to -(L - 1).
+    slots: int64 [L, L], the row of query i and key j: `slot(i, j)` of the paper.
     """
 
     table: torch.Tensor
-    rows: torch.Tensor
-    lookup: FlashLookup | None = None
+    distance_slots: torch.Tensor
+    slots: torch.Tensor
 
 
 class Keys(NamedTuple):
-    """What queries attend to: keys and values [B, H, L, D]; bool mask [B, L]; position keys and queries [H, W, D]."""
+    """What queries attend to.
+
+    k, v: [B, H, L, D]. input_mask: bool [B, L].
+    slots: int64 [L, L], or [B, M, L] for queries at selected positions. key_table: [H, S, D], the projected table.
+    position_to_content: [B, H, M, L], scores of the p2c term, which do not depend on the queries' content.
+    The last three are None where a term is not in use.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     input_mask: torch.Tensor
+    slots: torch.Tensor | None
     key_table: torch.Tensor | None
-    query_table: torch.Tensor | None
+    position_to_content: torch.Tensor | None
 
 
 class DisentangledSelfAttention(nn.Module):
-    """Attention scores from content, and from content to position (c2p) and position to content (p2c).
+    """Attention scores from content, content to position (c2p) and position to content (p2c).
 
-    `score(i, j) = (q_i k_j + q_i K_R[slot] + k_j Q_R[slot]) / sqrt(D * terms)`, equation 4 of the paper, with one
-    `slot(i, j)` for both position terms, as in the published code. `backend` is how it is computed: see backends.py.
+    `score(i, j) = (q_i k_j + q_i K_R[slot(i, j)] + k_j Q_R[slot(i, j)]) / sqrt(D * (1 + terms))`, equation 4 of the
+    paper. Both position terms use the same `slot(i, j)`, as in the published code.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -101,109 +86,84 @@ class DisentangledSelfAttention(nn.Module):
                 self.pos_key_proj = nn.Linear(config.hidden_size, width)
             if "p2c" in self.terms:
                 self.pos_query_proj = nn.Linear(config.hidden_size, width)
-        self.position_dropout = Dropout(config.hidden_dropout_prob)
-        self.dropout = Dropout(config.attention_probs_dropout_prob)
+        self.position_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.scale = 1 / math.sqrt(self.head_size * (1 + len(self.terms)))
-        self.backend = "auto"
-
-    def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
-        """[B, H, L, D] of `x` [B, L, h] for each of this module's projections, in one product; queries are scaled."""
-        scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
-        weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
-        bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
-        joined = linear_map(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, self.head_size))
-        return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., L, H * D] -> [..., H, L, D]"""
-        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-3, -2).contiguous()
-
-    def with_positions(
-        self, k: torch.Tensor, v: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
-    ) -> Keys:
-        """Everything but the queries, from keys and values [B, H, L, D] and `input_mask` bool [B, L].
-
-        `positions` is needed only with relative attention; its table is projected once for all sequences.
-        """
-        key_table, query_table = self.project_positions(positions)
-        if key_table is not None:
-            key_table = self.split_heads(key_table.index_select(0, positions.rows))
-        if query_table is not None:
-            query_table = self.split_heads(
-                query_table.index_select(0, positions.rows.flip(0))
-            )  # see `distance_view`
-        return Keys(k, v, input_mask, key_table, query_table)
-
-    def project_positions(
-        self, positions: RelativePositions | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Position keys (c2p) and scaled position queries (p2c) of the rows, [S', H * D]; None where not in use."""
-        key_table = query_table = None
-        if self.terms:
-            table = self.position_dropout(positions.table)
-            if "c2p" in self.terms:
-                key_table = linear(table, self.key_proj if self.share_att_key else self.pos_key_proj)
-            if "p2c" in self.terms:
-                query_table = (
-                    linear(table, self.query_proj if self.share_att_key else self.pos_query_proj) * self.scale
-                )
-        return key_table, query_table
+        """Split [..., L, H * D] into [..., H, L, D]."""
+        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-3, -2)
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
-        """Context [B, L, H * D] of every position of `hidden_states` [B, L, h]; zero at padding."""
-        q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
-        if self.backend == "flash":
-            tables = (t if t is None else self.split_heads(t) for t in self.project_positions(positions))
-            p = self.dropout.p if self.training else 0.0
-            return flash_attention(q, k, v, *tables, positions.lookup, input_mask, p)
-        return self.attend(q, self.with_positions(k, v, input_mask, positions))
+        """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding.
+
+        `positions` is needed with relative attention only.
+        """
+        keys = self.project_keys(hidden_states, input_mask, positions)
+        context = self.attend(self.project_queries(hidden_states), keys)
+        return context.masked_fill(~input_mask[:, :, None], 0)
+
+    def project_queries(self, query_states: torch.Tensor) -> torch.Tensor:
+        """Return scaled queries [B, H, M, D] of `query_states` [B, M, h]."""
+        return self.split_heads(self.query_proj(query_states)) * self.scale
+
+    def project_keys(
+        self,
+        hidden_states: torch.Tensor,
+        input_mask: torch.Tensor,
+        positions: RelativePositions | None,
+        query_positions: torch.Tensor | None = None,
+    ) -> Keys:
+        """Project keys, values and relative positions, for queries everywhere or at int64 [B, M] only."""
+        k, v = self.split_heads(self.key_proj(hidden_states)), self.split_heads(self.value_proj(hidden_states))
+        if not self.terms:
+            return Keys(k, v, input_mask, None, None, None)
+        slots = positions.slots if query_positions is None else positions.slots[query_positions]
+        key_table, query_table = self.project_positions(positions.table)
+        scores = None if query_table is None else self.position_to_content(k, query_table, slots)
+        return Keys(k, v, input_mask, slots, key_table, scores)
+
+    def project_positions(self, table: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Project `table` [S, h] to position keys (c2p) and scaled position queries (p2c), [H, S, D]."""
+        table = self.position_dropout(table)
+        key_table = query_table = None
+        if "c2p" in self.terms:
+            key_table = self.split_heads((self.key_proj if self.share_att_key else self.pos_key_proj)(table))
+        if "p2c" in self.terms:
+            projection = self.query_proj if self.share_att_key else self.pos_query_proj
+            query_table = self.split_heads(projection(table)) * self.scale
+        return key_table, query_table
+
+    def content_to_position(
+        self, q: torch.Tensor, key_table: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `q_i K_R[slot(i, j)]`, [B, H, M, L]."""
+        scores_BHMS = q @ key_table.transpose(1, 2)
+        return scores_BHMS.gather(3, expand_slots(slots, scores_BHMS))
+
+    def position_to_content(
+        self, k: torch.Tensor, query_table: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `k_j Q_R[slot(i, j)]`, [B, H, M, L]."""
+        scores_BHLS = k @ query_table.transpose(1, 2)
+        return scores_BHLS.gather(3, expand_slots(slots.transpose(-2, -1), scores_BHLS)).transpose(2, 3)
 
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
-        """Context [B, L, H * D] of a query [B, H, L, D] at every position; zero at padding."""
-        # The compiler cannot look into the blocked path, and fuses the plain one itself.
-        if self.backend == "auto" and q.device.type == "cpu" and not torch.compiler.is_compiling():
-            p = self.dropout.p if self.training else 0.0
-            context = BlockedAttention.apply(
-                q, keys.k, keys.v, keys.key_table, keys.query_table, keys.input_mask, p
-            )
-            return context.flatten(2)
-        context = self._attend(q, keys, self.position_scores(q, keys))
-        context = context.masked_fill(~keys.input_mask[:, None, :, None], 0)
-        return context.transpose(1, 2).flatten(2)
-
-    def position_scores(self, q: torch.Tensor, keys: Keys) -> list[torch.Tensor]:
-        """The position terms in use, each [B, H, L, L], for queries `q` [B, H, L, D] at all positions."""
-        terms = []
+        """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
+        scores = q @ keys.k.transpose(2, 3)
         if keys.key_table is not None:
-            terms.append(distance_view(q @ keys.key_table.transpose(1, 2)))
-        if keys.query_table is not None:
-            terms.append(distance_view(keys.k @ keys.query_table.transpose(1, 2)).transpose(2, 3))
-        return terms
+            scores = scores + self.content_to_position(q, keys.key_table, keys.slots)
+        if keys.position_to_content is not None:
+            scores = scores + keys.position_to_content
+        scores = scores.masked_fill(~keys.input_mask[:, None, None], torch.finfo(scores.dtype).min)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return (self.dropout(probs) @ keys.v).transpose(1, 2).flatten(2)
 
-    def selected_position_keys(self, keys: Keys, at: torch.Tensor) -> torch.Tensor | None:
-        """The p2c term for queries at positions `at` int64 [B, M] only, [B, H, M, L]: it does not depend on queries."""
-        if keys.query_table is None:
-            return None
-        every = distance_view(keys.k @ keys.query_table.transpose(1, 2)).transpose(2, 3)
-        return gather(every, 2, at[:, None, :, None].expand(-1, every.size(1), -1, every.size(3)))
 
-    def selected(
-        self, query_states: torch.Tensor, at: torch.Tensor, keys: Keys, position_keys: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Context [B, M, H * D] of `query_states` [B, M, h] at positions `at` int64 [B, M], all of them real tokens."""
-        (q,) = self.project(query_states, self.query_proj)
-        terms = [] if position_keys is None else [position_keys]
-        if keys.key_table is not None:
-            length = keys.k.size(2)
-            product = q @ keys.key_table.transpose(1, 2)
-            columns = (length - 1 - at)[:, :, None] + torch.arange(length, device=at.device)
-            terms.append(gather(product, 3, columns[:, None].expand(-1, q.size(1), -1, -1)))
-        return self._attend(q, keys, terms).transpose(1, 2).flatten(2)
-
-    def _attend(self, q: torch.Tensor, keys: Keys, terms: list[torch.Tensor]) -> torch.Tensor:
-        """Context [B, H, M, D] of queries [B, H, M, D], whatever they are, with position scores `terms`."""
-        plain = self.backend == "eager" or (self.backend == "auto" and q.device.type == "cpu")
-        attention = eager_attention if plain else sdpa_attention
-        return attention(q, keys.k, keys.v, terms, keys.input_mask, self.dropout)
+def expand_slots(slots: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Expand int64 [rows, columns] or [B, rows, columns] to the batch and heads of `scores` [B, H, ...]."""
+    if slots.dim() == 3:
+        slots = slots[:, None]
+    return slots.expand(*scores.shape[:2], *slots.shape[-2:])

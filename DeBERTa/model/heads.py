@@ -8,12 +8,14 @@ from torch import nn
 
 from DeBERTa.config import ModelConfig
 from DeBERTa.data.batch import MaskedPositions
-from DeBERTa.model.attention import gather
 from DeBERTa.model.encoder import ACTIVATION, Deberta
+from DeBERTa.model.losses import ChunkOperations, MaskedLoss, vocabulary_loss
 
 
 class LMHead(nn.Module):
-    """dense to the embedding width, activation, LayerNorm, product with the word table, plus a bias per word."""
+    """Dense to the embedding width, activation, LayerNorm, product with the word table, plus a bias per token."""
+
+    operations = ChunkOperations()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -23,20 +25,31 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def transform(self, hidden_Mh: torch.Tensor) -> torch.Tensor:
-        """What is compared with every word of the table, [M, E]."""
+        """Return what is multiplied with every row of the word table, [M, E]."""
         return self.LayerNorm(self.activation(self.dense(hidden_Mh)))
 
     def forward(self, hidden_Mh: torch.Tensor, word_table_VE: torch.Tensor) -> torch.Tensor:
-        """Logits [M, V]."""
+        """Return logits [M, V]."""
         return nn.functional.linear(self.transform(hidden_Mh), word_table_VE, self.bias)
+
+    def compute_loss(
+        self,
+        hidden_Mh: torch.Tensor,
+        word_table_VE: torch.Tensor,
+        targets_M: torch.Tensor,
+        uniforms_M: torch.Tensor | None,
+    ) -> MaskedLoss:
+        """Return loss, correctness and, with `uniforms_M`, samples, without logits [M, V]."""
+        x_ME = self.transform(hidden_Mh)
+        return vocabulary_loss(x_ME, word_table_VE, self.bias, targets_M, uniforms_M, self.operations)
 
 
 class EnhancedMaskDecoder(nn.Module):
     """The last layer at the masked positions (DeBERTa, section 3.2), and the head.
 
-    With `position_biased_input` the last layer is applied as usual. Otherwise absolute positions enter here: it is
-    applied twice with keys and values from its own input H, and queries that start as H + position embeddings. Either
-    way only masked positions are read, so that queries, feed-forward and head are computed for these alone.
+    With `position_biased_input` the last layer is applied as usual. Otherwise absolute positions enter here: the layer
+    is applied twice with keys and values from its own input H, and queries that start as H + position embeddings. In
+    both cases only masked positions are read, so queries, feed-forward and head are computed for these alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,26 +65,28 @@ class EnhancedMaskDecoder(nn.Module):
         input_mask: torch.Tensor,
         masked: MaskedPositions,
     ) -> torch.Tensor:
-        """[M, h]: hidden states at the masked positions, in row-major order. `words` [B, L, E]: the rows of the ids."""
+        """Return hidden states [M, h] at the masked positions in row-major order.
+
+        words: [B, L, E], the word embeddings of `input_ids` [B, L].
+        """
         embeddings, encoder = deberta.embeddings, deberta.encoder
-        real = input_mask > 0
-        positions = encoder.relative_positions(input_ids.size(1))
-        embedded = embeddings.embed(words, input_ids, real, None, None)
-        hidden_states = encoder(embedded, real, positions, len(encoder.layer) - 1)  # the last layer's input
-        queries = gather(hidden_states, 1, masked.positions[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        is_real = input_mask > 0
+        embedded = embeddings.embed(words, input_ids, is_real, None, None)
+        hidden_states = encoder(embedded, is_real, len(encoder.layer) - 1)  # the last layer's input
+        queries = hidden_states.gather(1, masked.positions[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        passes = 1
         if not self.position_biased_input:
             absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
             queries = queries + embeddings.embed_proj(absolute)[0][masked.positions]
-        passes = 1 if self.position_biased_input else 2
-        last = encoder.layer[-1]
-        decoded = encoder.run(
-            last.selected, queries, masked.positions, hidden_states, real, positions, passes
-        )
+            passes = 2
+        positions = encoder.relative_positions(input_ids.size(1))
+        decode = encoder.layer[-1].decode
+        decoded = encoder.run(decode, queries, masked.positions, hidden_states, is_real, positions, passes)
         return decoded.flatten(0, 1).index_select(0, masked.valid_index)
 
 
 class ReplacedTokenHead(nn.Module):
-    """LayerNorm(h_0 + h_i), dense, activation, one logit a position: the first token's state is the context."""
+    """LayerNorm(h_0 + h_i), dense, activation, one logit per position; h_0 is the state of [CLS]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,6 +96,6 @@ class ReplacedTokenHead(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [B, L] from hidden states [B, L, h]."""
+        """Return logits [B, L] of hidden states [B, L, h]."""
         x = self.LayerNorm(hidden_states[:, :1] + hidden_states)
         return self.classifier(self.activation(self.dense(x))).squeeze(-1)

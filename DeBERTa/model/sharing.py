@@ -1,7 +1,7 @@
 """Embedding tables of generator and discriminator: GDES, ES and NES (DeBERTaV3, section 3.3).
 
-Sharing is explicit: the generator's tables are handed to the discriminator's forward pass as tensors, and each kind of
-table decides what it takes from them. Shapes: V rows, E embedding width.
+Sharing is explicit: the discriminator's forward pass receives the generator's tables as tensors, and each kind of
+table uses them in its own way. Shapes: V rows, E embedding width.
 
 | sharing | the discriminator's table is           | kind of table   | gradient of the RTD loss goes to |
 | ------- | -------------------------------------- | --------------- | -------------------------------- |
@@ -25,32 +25,35 @@ class SharedTables(NamedTuple):
 
 
 class TiedLookup(torch.autograd.Function):
-    """Rows of a table, and the table itself for the product at the other end: one place where both gradients arrive.
+    """Rows of a table, and the table itself for the LM head: one node where both gradients arrive.
 
-    `TiedLookup.apply(table [V, E], ids [...])` gives `table[ids]` [..., E] and `table`. Its backward adds the rows'
-    gradients to the table's where they are, without a second table of zeros.
+    `TiedLookup.apply(table [V, E], ids [...])` returns `table[ids]` [..., E] and `table`. The backward pass adds the
+    rows' gradients to the table's in place, without a second table of zeros.
     """
 
     @staticmethod
     def forward(ctx, table, ids):
+        """Return the rows and a view of the table."""
         ctx.save_for_backward(ids)
         return F.embedding(ids, table), table.view_as(table)
 
     @staticmethod
-    def backward(ctx, drows, dtable):
+    def backward(ctx, grad_rows, grad_table):
+        """Return the table's gradient."""
         (ids,) = ctx.saved_tensors
-        return dtable.index_put_((ids,), drows.to(dtable.dtype), accumulate=True), None
+        # Not index_put_(accumulate=True): on a CPU it adds rows of equal ids in the order of its threads.
+        return grad_table.index_add_(0, ids.flatten(), grad_rows.flatten(0, -2).to(grad_table.dtype)), None
 
 
 class OwnTable(nn.Embedding):
-    """A table of its own (a generator's, or NES)."""
+    """A table of its own: a generator's, or a discriminator's under NES."""
 
-    def forward(self, ids: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [..., E] for int64 `ids` [...]; `base` is not used."""
+    def forward(self, ids: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+        """Return the rows [..., E] of int64 `ids` [...]; `base` is not used."""
         return super().forward(ids)
 
-    def full(self, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The effective table [V, E]."""
+    def full(self, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+        """Return the effective table [V, E]."""
         return self.weight
 
 
@@ -62,10 +65,11 @@ class ResidualTable(nn.Module):
         self._weight = nn.Parameter(torch.zeros(rows, width))
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """`base[ids] + residual[ids]`, [..., E]: the sum of the whole tables is never made."""
+        """Return `base[ids] + residual[ids]`, [..., E], without the sum of the full tables."""
         return F.embedding(ids, base.detach()) + F.embedding(ids, self._weight)
 
     def full(self, base: torch.Tensor) -> torch.Tensor:
+        """Return the effective table [V, E]."""
         return base.detach() + self._weight
 
 
@@ -73,9 +77,11 @@ class BorrowedTable(nn.Module):
     """ES: another model's table, which gets the gradients of both losses."""
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the rows [..., E] of int64 `ids` [...]."""
         return F.embedding(ids, base)
 
     def full(self, base: torch.Tensor) -> torch.Tensor:
+        """Return the effective table [V, E]."""
         return base
 
 
@@ -83,7 +89,7 @@ EmbeddingTable = OwnTable | ResidualTable | BorrowedTable
 
 
 def make_table(sharing: str, rows: int, width: int) -> EmbeddingTable:
-    """The discriminator's table for "gdes", "es" or "nes"."""
+    """Create the discriminator's table for "gdes", "es" or "nes"."""
     if sharing == "es":
         return BorrowedTable()
     return ResidualTable(rows, width) if sharing == "gdes" else OwnTable(rows, width)

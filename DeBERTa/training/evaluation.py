@@ -11,8 +11,8 @@ from tqdm import tqdm
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches, load_batches
-from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel, corrupt
-from DeBERTa.model.vocabulary import MaskedLoss
+from DeBERTa.model.losses import MaskedLoss
+from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import (
     all_reduce_sums,
     gather_objects,
@@ -33,9 +33,8 @@ def outputs_of(model: nn.Module) -> Outputs:
     def outputs(batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
         if not isinstance(model, RTDModel):
             return model.masked_loss(batch, sample=False), None
-        out = model.generator.masked_loss(batch, sample=True)
-        corrupted_ids = corrupt(batch.input_ids, batch.labels, out.samples)
-        return out, model.discriminate(corrupted_ids, batch.input_mask, batch.labels)
+        generated, found = model(batch, per_token=True)
+        return generated.masked, found
 
     return outputs
 

@@ -1,7 +1,7 @@
 """How several processes train one model: each holds the whole of it (DDP), or a part (FSDP).
 
-Objectives are what is differentiated, as modules, because DDP and FSDP act when a module is called. The gradients of
-all processes are averaged once a step; losses are scaled so that the average is the gradient of the global batch.
+The gradients of all ranks are averaged once per step; losses are scaled so that the average is the gradient of the
+global batch.
 """
 
 import math
@@ -17,61 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.batch import Batch
 from DeBERTa.model.encoder import Layer
-from DeBERTa.model.pretraining import (
-    DetectionLoss,
-    MaskedLanguageModel,
-    ReplacedTokenDetectionModel,
-    ReplacedTokenOutput,
-    RTDModel,
-    corrupt,
-)
-from DeBERTa.model.sharing import SharedTables
-from DeBERTa.model.vocabulary import MaskedLoss
 from DeBERTa.training.distributed import get_world_size, is_distributed
-
-
-class MaskedLMObjective(nn.Module):
-    """A masked language model's loss on a part of a batch; with `sample`, a draw for each mask too."""
-
-    def __init__(self, model: MaskedLanguageModel, sample: bool) -> None:
-        super().__init__()
-        self.model, self.sample = model, sample
-
-    def forward(self, part: Batch) -> MaskedLoss:
-        return self.model.masked_loss(part, self.sample)
-
-
-class DetectionObjective(nn.Module):
-    """A discriminator's loss on corrupted ids; `shared` are the generator's tables, which get no gradient from it."""
-
-    def __init__(self, model: ReplacedTokenDetectionModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, part: Batch, corrupted_ids: torch.Tensor, shared: SharedTables | None, whole: bool = False
-    ) -> DetectionLoss | ReplacedTokenOutput:
-        """With `whole`, logits and losses of all positions; else their sums."""
-        compute = self.model if whole else self.model.detection_loss
-        return compute(corrupted_ids, part.input_mask, part.labels, shared)
-
-
-class JointObjective(nn.Module):
-    """Generator and discriminator as one, so that a table that both train is reduced once, with both gradients."""
-
-    def __init__(self, model: RTDModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, part: Batch, whole: bool = False
-    ) -> tuple[MaskedLoss, DetectionLoss | ReplacedTokenOutput]:
-        out = self.model.generator.masked_loss(part, sample=True)
-        corrupted_ids = corrupt(part.input_ids, part.labels, out.samples)
-        compute = self.model.discriminate if whole else self.model.detection_loss
-        return out, compute(corrupted_ids, part.input_mask, part.labels)
 
 
 def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
@@ -96,7 +43,7 @@ def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.devic
     for module in objective.modules():
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh, reshard_after_forward=config.sharding == "fsdp")
-            register_fsdp_forward_method(module, "selected")
+            register_fsdp_forward_method(module, "decode")
     return fully_shard(objective, mesh=mesh, reshard_after_forward=False)
 
 

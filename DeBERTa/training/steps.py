@@ -1,59 +1,44 @@
-"""One optimiser step: what is computed, in which order, and what is updated.
+"""One optimizer step: what is computed, in which order, and what is updated.
 
-A batch may be cut into parts to need less memory (`accumulative_update`). Losses are sums over the part divided by the
-target count of the whole batch, so that the parts' gradients add up to those of the uncut batch.
+A batch may be split into micro-batches to need less memory (`accumulative_update`). Losses are sums over the micro-batch
+divided by the target count of the global batch, so that gradients of micro-batches add up to those of the batch.
 """
-
-import math
 
 import torch
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
-from DeBERTa.model.pretraining import (
-    DetectionLoss,
-    MaskedLanguageModel,
-    ReplacedTokenOutput,
-    RTDModel,
-    corrupt,
-)
+from DeBERTa.model.losses import MaskedLoss
+from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.model.sharing import SharedTables
-from DeBERTa.model.vocabulary import MaskedLoss
 from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 from DeBERTa.training.guard import Stability
 from DeBERTa.training.metrics import Sums, add
+from DeBERTa.training.objectives import DiscriminatorObjective, GeneratorObjective, MaskedLMObjective
 from DeBERTa.training.optimizer import (
-    AdamW,
     build_optimizer,
-    gradient_norm,
-    schedule,
+    clip_gradients,
+    compute_gradient_norm,
+    compute_lr_factor,
+    count_warmup_steps,
     set_learning_rate,
-    warmup_steps,
 )
-from DeBERTa.training.parallel import (
-    DetectionObjective,
-    JointObjective,
-    MaskedLMObjective,
-    gather_full,
-    gradient_sync,
-    load_full_optimizer_state,
-    wrap_parallel,
-)
+from DeBERTa.training.parallel import gather_full, gradient_sync, load_full_optimizer_state, wrap_parallel
 from DeBERTa.training.precision import autocast, loss_scaler
 
 
 class TrainingStep:
-    """What both tasks share: precision, learning rate, update."""
+    """The base of both tasks: precision, learning rate, update."""
 
     def __init__(self, config: TrainConfig, precision: str, device: torch.device, total_steps: int) -> None:
         self.config, self.precision, self.device = config, precision, device
         self.total_steps = total_steps
         self.scaler = loss_scaler(precision, device)
-        self.optimizers: dict[str, AdamW] = {}
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.guard = Stability(config, device)
 
     def __call__(self, batch: Batch) -> Sums:
-        """One step on this process's part of the batch: its sums, and the gradient norms under `*grad_norm`."""
+        """Take one step on this rank's batch; return its sums, and gradient norms under `*grad_norm`."""
         self.guard.begin_step()
         sums = self.step(batch)
         self.scaler.update()
@@ -61,10 +46,11 @@ class TrainingStep:
         return sums
 
     def step(self, batch: Batch) -> Sums:
+        """Return the sums of one step."""
         raise NotImplementedError
 
-    def outputs(self, part: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
-        """Losses and logits on a batch, for evaluation. Called in every process alike."""
+    def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
+        """Return losses and logits of a batch, for evaluation. Collective: every rank calls it."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
@@ -84,51 +70,55 @@ class TrainingStep:
         self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["stability"])
 
-    def learning_rate(self, update: int) -> float:
-        """Set every optimiser's rate for update number `update` (from 1); returns the factor on the peaks."""
-        warmup = warmup_steps(self.config, self.total_steps)
-        factor = schedule(update, self.total_steps, warmup, self.config.lr_schedule_ends)
+    def set_learning_rate(self, update: int) -> float:
+        """Set the learning rate of every optimizer for update number `update` (from 1).
+
+        Returns the factor on the peak learning rates.
+        """
+        warmup = count_warmup_steps(self.config, self.total_steps)
+        factor = compute_lr_factor(update, self.total_steps, warmup, self.config.lr_schedule_ends)
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, factor)
         return factor
 
-    def parts(self, batch: Batch) -> list[tuple[Batch, bool]]:
-        """The parts of this process's batch on the device, and whether each is the last."""
-        parts = batch.split(self.config.accumulative_update)
-        return [(part.to(self.device), number == len(parts)) for number, part in enumerate(parts, start=1)]
+    def split(self, batch: Batch) -> list[tuple[Batch, bool]]:
+        """Return this rank's micro-batches on the device, each with whether it is the last."""
+        micro_batches = batch.split(self.config.accumulative_update)
+        return [(b.to(self.device), number == len(micro_batches)) for number, b in enumerate(micro_batches, start=1)]
 
-    def global_counts(self, batch: Batch) -> torch.Tensor:
-        """What to divide summed losses by, float32 [2]: masked and real tokens of the global batch.
+    def count_targets(self, batch: Batch) -> torch.Tensor:
+        """Return masked and real tokens of the global batch, float32 [2], divided by the number of ranks.
 
-        Divided by the number of processes, because gradients are averaged over them.
+        Summed losses are divided by these; gradients are averaged over ranks.
         """
         counts = torch.tensor([batch.masked_tokens, batch.real_tokens], dtype=torch.float32)
         return all_reduce_sum(counts.to(self.device, non_blocking=True)).clamp(min=1) / get_world_size()
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, scaled for float16."""
         self.scaler.scale(loss).backward()
 
     def update(self, name: str, sums: Sums, prefix: str, losses: tuple[str, ...]) -> bool:
-        """Clip the gradient of one optimiser's parameters as one vector, step, clear; whether the step was taken.
+        """Clip the gradients of one optimizer by their common norm, step, clear; return whether it stepped.
 
-        The norm before clipping goes to `sums`. When it or one of `losses` is not finite in any process, all that the
-        optimiser holds is left unchanged in every process.
+        The norm before clipping is added to `sums`. When it or one of `losses` is not finite on any rank, the update is
+        skipped on every rank.
         """
         optimizer = self.optimizers[name]
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = gradient_norm(parameters)
+        norm = compute_gradient_norm(parameters)
         sums[f"{prefix}grad_norm"] = gather_full(norm)
-        taken = self.guard.allows(sums, losses, sums[f"{prefix}grad_norm"])
-        if taken:
-            optimizer.clip(norm, self.config.max_grad_norm or math.inf)
+        is_allowed = self.guard.allows(sums, losses, sums[f"{prefix}grad_norm"])
+        if is_allowed:
+            clip_gradients(parameters, norm, self.config.max_grad_norm)
             self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return taken
+        return is_allowed
 
 
 class MaskedLMStep(TrainingStep):
-    """Masked language modelling (DeBERTa, section 3.2; BERT, section 3.1)."""
+    """Masked language modeling (DeBERTa, section 3.2; BERT, section 3.1)."""
 
     def __init__(
         self,
@@ -139,36 +129,37 @@ class MaskedLMStep(TrainingStep):
         total_steps: int,
     ) -> None:
         super().__init__(config, precision, device, total_steps)
-        self.objective = MaskedLMObjective(model, sample=False)
+        self.objective = MaskedLMObjective(model)
         self.trained = wrap_parallel(self.objective, config, device)
         self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
 
     def step(self, batch: Batch) -> Sums:
-        targets, _ = self.global_counts(batch)
+        """Return the sums of one step."""
+        targets, _ = self.count_targets(batch)
         sums: Sums = {}
-        for part, last in self.parts(batch):
-            with gradient_sync(self.trained, last):
+        for micro_batch, is_last in self.split(batch):
+            with gradient_sync(self.trained, is_last):
                 with autocast(self.precision, self.device):
-                    out = self.trained(part)
-                self.backward(out.loss.sum() / targets)
-            add(sums, masked_lm_sums(out, ""))
+                    masked = self.trained(micro_batch)
+                self.backward(masked.loss.sum() / targets)
+            add(sums, masked_lm_sums(masked, ""))
         self.update("model", sums, "", ("loss",))
         return sums
 
-    def outputs(self, part: Batch) -> tuple[MaskedLoss, None]:
-        """For evaluation. Called in every process alike."""
-        return self.objective(part), None
+    def outputs(self, batch: Batch) -> tuple[MaskedLoss, None]:
+        """Return the losses of a batch, for evaluation. Collective: every rank calls it."""
+        return self.objective(batch), None
 
 
 class ReplacedTokenStep(TrainingStep):
     """Replaced token detection (ELECTRA; DeBERTaV3, section 3).
 
-    Decoupled: the generator's update comes first; the discriminator then sees the tokens sampled before that update
-    and, where tables are shared, the generator's updated ones. Joint: one backward pass of mlm + lambda * rtd. Under ES
-    both losses train one table, so that the update is always joint.
+    Decoupled: the generator's update comes first. The discriminator then sees the tokens sampled before that update and,
+    where tables are shared, the generator's updated ones. Joint: one backward pass of mlm + lambda * rtd. Under ES both
+    losses train one table, so that the update is always joint.
 
-    Decoupled, when the generator's update is left out (`Stability`), so is the discriminator's. The generator's update
-    comes before the discriminator's loss is known, and stands when the discriminator's is left out.
+    Decoupled, when the generator's update is skipped (`Stability`), so is the discriminator's. The generator's update
+    comes before the discriminator's loss is known, and stands when the discriminator's is skipped.
     """
 
     def __init__(
@@ -176,94 +167,92 @@ class ReplacedTokenStep(TrainingStep):
     ) -> None:
         super().__init__(config, precision, device, total_steps)
         self.model = model
-        self.decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
-        if self.decoupled:
-            self.generator = MaskedLMObjective(model.generator, sample=True)
-            self.discriminator = DetectionObjective(model.discriminator)
+        self.is_decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
+        peak = config.discriminator_learning_rate or config.learning_rate
+        trained = {"generator": (model.generator, config.learning_rate), "discriminator": (model.discriminator, peak)}
+        if self.is_decoupled:
+            self.generator = GeneratorObjective(model.generator)
+            self.discriminator = DiscriminatorObjective(model.discriminator)
             self.trained_generator = wrap_parallel(self.generator, config, device)
             self.trained_discriminator = wrap_parallel(self.discriminator, config, device)
+            self.optimizers = {name: build_optimizer([part], config) for name, part in trained.items()}
         else:
-            self.both = JointObjective(model)
-            self.trained_both = wrap_parallel(self.both, config, device)
-        peak = config.discriminator_learning_rate or config.learning_rate
-        parts = {
-            "generator": (model.generator, config.learning_rate),
-            "discriminator": (model.discriminator, peak),
-        }
-        if self.decoupled:
-            self.optimizers = {name: build_optimizer([part], config) for name, part in parts.items()}
-        else:
-            self.optimizers = {"both": build_optimizer(list(parts.values()), config)}
+            self.trained = wrap_parallel(model, config, device)
+            self.optimizers = {"both": build_optimizer(list(trained.values()), config)}
 
     def step(self, batch: Batch) -> Sums:
-        return self._decoupled(batch) if self.decoupled else self._joint(batch)
+        """Return the sums of one step."""
+        return self._step_decoupled(batch) if self.is_decoupled else self._step_joint(batch)
 
-    def _decoupled(self, batch: Batch) -> Sums:
-        masked_targets, targets = self.global_counts(batch)
+    def _step_decoupled(self, batch: Batch) -> Sums:
+        masked_targets, targets = self.count_targets(batch)
         sums: Sums = {}
         corrupted = []
-        for part, last in self.parts(batch):
-            with gradient_sync(self.trained_generator, last):
+        for micro_batch, is_last in self.split(batch):
+            with gradient_sync(self.trained_generator, is_last):
                 with autocast(self.precision, self.device):
-                    out = self.trained_generator(part)
-                self.backward(out.loss.sum() / masked_targets)
-            add(sums, masked_lm_sums(out, "generator_"))
-            corrupted.append((part, last, corrupt(part.input_ids, part.labels, out.samples)))
+                    generated = self.trained_generator(micro_batch)
+                self.backward(generated.masked.loss.sum() / masked_targets)
+            add(sums, masked_lm_sums(generated.masked, "generator_"))
+            corrupted.append((micro_batch, is_last, generated.corrupted_ids))
         if not self.update("generator", sums, "generator_", ("generator_loss",)):
             return sums
-        shared = self.shared_tables()
-        for part, last, corrupted_ids in corrupted:
-            with gradient_sync(self.trained_discriminator, last):
+        shared = self.gather_shared_tables()
+        for micro_batch, is_last, corrupted_ids in corrupted:
+            with gradient_sync(self.trained_discriminator, is_last):
                 with autocast(self.precision, self.device):
-                    found = self.trained_discriminator(part, corrupted_ids, shared)
-                self.backward(self.config.rtd_lambda * found.loss / targets)
-            add(sums, self.detection_sums(found, part))
+                    detected = self.trained_discriminator(micro_batch, corrupted_ids, shared)
+                self.backward(self.config.rtd_lambda * detected.loss / targets)
+            add(sums, detection_sums(detected, micro_batch))
         self.update("discriminator", sums, "discriminator_", ("discriminator_loss",))
         return sums
 
-    def _joint(self, batch: Batch) -> Sums:
-        masked_targets, targets = self.global_counts(batch)
+    def _step_joint(self, batch: Batch) -> Sums:
+        masked_targets, targets = self.count_targets(batch)
         sums: Sums = {}
-        for part, last in self.parts(batch):
-            with gradient_sync(self.trained_both, last):
+        for micro_batch, is_last in self.split(batch):
+            with gradient_sync(self.trained, is_last):
                 with autocast(self.precision, self.device):
-                    out, found = self.trained_both(part)
-                self.backward(out.loss.sum() / masked_targets + self.config.rtd_lambda * found.loss / targets)
-            add(sums, masked_lm_sums(out, "generator_") | self.detection_sums(found, part))
+                    (masked, _), detected = self.trained(micro_batch)
+                self.backward(masked.loss.sum() / masked_targets + self.config.rtd_lambda * detected.loss / targets)
+            add(sums, masked_lm_sums(masked, "generator_") | detection_sums(detected, micro_batch))
         self.update("both", sums, "", ("generator_loss", "discriminator_loss"))
         return sums
 
-    def shared_tables(self) -> SharedTables | None:
-        """The generator's tables as they are now, whole and without gradient. Called in every process."""
+    def gather_shared_tables(self) -> SharedTables | None:
+        """Return the generator's present tables, full and without gradient. Collective: every rank calls it."""
         shared = self.model.shared_tables()
         return SharedTables(*(gather_full(table.detach()) for table in shared)) if shared else None
 
-    def outputs(self, part: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
-        """For evaluation. Called in every process alike."""
-        if not self.decoupled:
-            return self.both(part, whole=True)
-        out = self.generator(part)
-        corrupted_ids = corrupt(part.input_ids, part.labels, out.samples)
-        return out, self.discriminator(part, corrupted_ids, self.shared_tables(), whole=True)
-
-    def detection_sums(self, found: DetectionLoss, part: Batch) -> Sums:
-        """Summed loss, correct decisions and target count."""
-        return {
-            "discriminator_loss": found.loss.detach(),
-            "discriminator_correct": found.correct,
-            "discriminator_targets": count(part.real_tokens, self.device),
-        }
+    def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
+        """Return losses and logits of a batch, for evaluation. Collective: every rank calls it."""
+        if not self.is_decoupled:
+            generated, detected = self.model(batch, per_token=True)
+        else:
+            generated = self.generator(batch)
+            shared = self.gather_shared_tables()
+            detected = self.discriminator(batch, generated.corrupted_ids, shared, per_token=True)
+        return generated.masked, detected
 
 
-def masked_lm_sums(out: MaskedLoss, prefix: str) -> Sums:
-    """Summed loss, correct predictions and target count."""
+def masked_lm_sums(masked: MaskedLoss, prefix: str) -> Sums:
+    """Return summed loss, correct predictions and target count."""
     return {
-        f"{prefix}loss": out.loss.detach().sum(),
-        f"{prefix}correct": out.correct.sum(),
-        f"{prefix}targets": count(out.loss.numel(), out.loss.device),
+        f"{prefix}loss": masked.loss.detach().sum(),
+        f"{prefix}correct": masked.correct.sum(),
+        f"{prefix}targets": count(masked.loss.numel(), masked.loss.device),
+    }
+
+
+def detection_sums(detected: DetectionLoss, batch: Batch) -> Sums:
+    """Return summed loss, correct decisions and target count."""
+    return {
+        "discriminator_loss": detected.loss.detach(),
+        "discriminator_correct": detected.correct,
+        "discriminator_targets": count(batch.real_tokens, detected.loss.device),
     }
 
 
 def count(number: int, device: torch.device) -> torch.Tensor:
-    """A number known to the host as a tensor, without waiting for the device."""
+    """Return a number known to the host as a tensor, without synchronizing with the device."""
     return torch.full((), number, device=device)

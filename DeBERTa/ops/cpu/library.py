@@ -1,19 +1,18 @@
-"""Kernels of our own for CPUs: what takes PyTorch several passes over memory takes these one.
+"""The C++ kernels of csrc/: compiled when first needed, loaded, and called with checked tensors.
 
-They are compiled for the machine's processor by `g++` (or `$CXX`) when first needed, in some seconds, and kept in
-`$DEBERTA_CACHE/kernels` or `~/.cache/DeBERTa/kernels`. Who calls one has the same in PyTorch's operations, for where
-there is no such compiler, and for other types. Both draw the same dropout masks; other numbers differ by rounding.
+They are compiled for the machine's processor by `g++` (or `$CXX`) in some seconds and stored in `$DEBERTA_CACHE/kernels`.
+`torch.utils.cpp_extension` is not used: it needs ninja, compiles PyTorch's headers with every source (minutes where
+this takes seconds), and a process killed while it compiles leaves a lock that later starts wait for without end.
 
-In kernels.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: the same
-backwards; `dropout`: scaled, added to a residual; `chunk_sums`: maximum and sums of exponentials of a chunk's logits;
-`chunk_gradients`: their gradients, and the bias's; `gelu_gradients`: GELU again and its gradient, in place;
-`transposed`: a matrix in bfloat16, and the sums of its columns.
+Callers have the same in PyTorch's operations, for other types and for machines without a compiler. Both draw the same
+dropout masks; other values differ by rounding.
 
-For bfloat16 on processors with AMX, in fused_attention.cpp: `attention` and `attention_gradients`: all of it; in
-linear_maps.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`: all of them, too; in
-vocabulary.cpp: `vocabulary_sums` and `vocabulary_gradients`: logits and what is made of them.
+elementwise.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: its backward
+pass; `dropout`: scaled, added to a residual; `chunk_sums`, `chunk_gradients`: the head's passes over a chunk of logits;
+`gelu_gradients`: GELU recomputed and its gradient, in place; `transposed`: a matrix in bfloat16, and its column sums.
 
-In optimizer.cpp, given addresses of float32 tensors: `gradient_norm` and `adamw`.
+For bfloat16 on processors with AMX, in attention.cpp: `attention` and `attention_gradients`: all of it; in linear.cpp:
+`affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from torch import nn
 
 from DeBERTa.data.files import get_cache_dir, hash_file, sync
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "csrc"
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
 SOURCES = [
     FOLDER / f"{name}.cpp"

@@ -1,0 +1,54 @@
+"""PyTorch's fused attention, with the position scores as its bias (`--attention sdpa`)."""
+
+import torch
+from torch.nn import functional as F
+
+from DeBERTa.model.attention import DisentangledSelfAttention, Keys, expand_slots
+
+
+class _Gather(torch.autograd.Function):
+    """`x.gather(3, index)` without `x` among the saved tensors: the backward pass needs its shape only."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.gather(3, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_add_(3, index, grad), None
+
+
+class SdpaSelfAttention(DisentangledSelfAttention):
+    """Disentangled attention through `scaled_dot_product_attention`."""
+
+    def content_to_position(
+        self, q: torch.Tensor, key_table: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the c2p scores [B, H, M, L]."""
+        scores_BHMS = q @ key_table.transpose(1, 2)
+        return _Gather.apply(scores_BHMS, expand_slots(slots, scores_BHMS))
+
+    def position_to_content(
+        self, k: torch.Tensor, query_table: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the p2c scores [B, H, M, L]."""
+        scores_BHLS = k @ query_table.transpose(1, 2)
+        index = expand_slots(slots.transpose(-2, -1), scores_BHLS)
+        return _Gather.apply(scores_BHLS, index).transpose(2, 3)
+
+    def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
+        bias = keys.position_to_content
+        if keys.key_table is not None:
+            c2p = self.content_to_position(q, keys.key_table, keys.slots)
+            bias = c2p if bias is None else c2p + bias
+        if bias is None:
+            bias = q.new_zeros(()).expand(len(q), 1, q.size(2), keys.k.size(2))
+        # The lowest finite bias: with minus infinity a row without real keys would be NaN.
+        bias = bias.masked_fill(~keys.input_mask[:, None, None], torch.finfo(q.dtype).min)
+        p = self.dropout.p if self.training else 0.0
+        context = F.scaled_dot_product_attention(q, keys.k, keys.v, attn_mask=bias, dropout_p=p, scale=1.0)
+        return context.transpose(1, 2).flatten(2)

@@ -1,0 +1,117 @@
+"""Linear maps and their gradients, in bfloat16 on a CPU by matmuls in layouts that are fast there.
+
+On processors with AMX a kernel of csrc/linear.cpp rounds and packs a weight, multiplies, and applies the epilogue in the
+cache. On others a matmul whose factors are both stored row by row takes about two thirds of the time of one that has to
+transpose a factor; a kernel of csrc/elementwise.cpp transposes first, in less time than that saves. In other types these
+are the matmuls of `F.linear`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from DeBERTa.ops.cpu import library
+
+
+def transpose(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x` [N, K] as [K, N] in `dtype`; in new memory, row by row, only where that makes matmuls faster.
+
+    `sums` float32 [K] receives the sums over N.
+    """
+    kernel = library.find_kernel("transposed", x) if dtype == torch.bfloat16 else None
+    if kernel is None:
+        if sums is not None:
+            torch.sum(x, 0, dtype=sums.dtype, out=sums)
+        return x.to(dtype).t()
+    out = x.new_empty(x.size(1), x.size(0), dtype=dtype)
+    kernel(x.contiguous(), out, sums, *x.shape)
+    return out
+
+
+def find_tile_kernel(
+    name: str, x: torch.Tensor, *parameters: tuple[torch.Tensor, tuple[int, ...]]
+) -> Callable[..., None] | None:
+    """Return the kernel of csrc/linear.cpp for `x` and these parameters, if there is one.
+
+    Each parameter comes with the shape it must have. What does not fit is left to PyTorch, which takes other layouts and
+    reports wrong shapes.
+    """
+    for parameter, shape in parameters:
+        if library.find_kernel(name, x, parameter) is None or tuple(parameter.shape) != shape:
+            return None
+        if not parameter.is_contiguous() or any(size % 32 or not size for size in shape):
+            return None
+    return library.find_kernel(name, x, parameters[0][0])
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return `x weight^T + bias` [..., N] of `x` [..., K] and `weight` [N, K], in the dtype of `x`."""
+    columns, depth = weight.shape
+    kernel = find_tile_kernel("affine", x, (weight, (columns, x.size(-1))), (bias, (columns,)))
+    if kernel is None:
+        flat = torch.addmm(bias.to(x.dtype), x.flatten(0, -2), transpose(weight, x.dtype))
+        return flat.unflatten(0, x.shape[:-1])
+    y = x.new_empty(*x.shape[:-1], columns)
+    kernel(x.contiguous(), weight, bias, y, y.numel() // columns, depth, columns)
+    return y
+
+
+def affine_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needs_input: bool = True,
+    needs_bias: bool = True,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of `x` [..., K], of `weight` [N, K] and of the bias [N], from `grad` [..., N] of `affine`.
+
+    Those of the parameters are summed over all rows, in float32 at least; the weight's is written to `out`, if given.
+    Where there is no kernel, the weight's has been rounded to the dtype of `grad`.
+    """
+    (columns, depth), shape = weight.shape, x.shape
+    if out is None:
+        out = weight.new_empty(columns, depth, dtype=torch.promote_types(grad.dtype, torch.float32))
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    grad_bias = out.new_empty(columns) if needs_bias else None
+    shapes = (weight, (grad.size(-1), x.size(-1))), (out, (columns, depth))
+    kernel = find_tile_kernel("affine_gradients", grad, *shapes)
+    if kernel is None or len(x) != len(grad):
+        grad_x = (grad @ weight.to(grad.dtype)).view(shape) if needs_input else None
+        transposed = transpose(grad, grad.dtype, grad_bias)
+        if out.dtype == x.dtype:
+            torch.mm(transposed, x, out=out)
+        else:
+            out.copy_(transposed @ x)
+        return grad_x, out, grad_bias
+    grad_x = x.new_empty(shape) if needs_input else None
+    kernel(grad.contiguous(), x.contiguous(), weight, grad_x, out, grad_bias, len(x), depth, columns)
+    return grad_x, out, grad_bias
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return `F.linear(x, weight, bias)` of `x` [..., M, K], under autocast in its dtype."""
+    if not torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias, torch.get_autocast_dtype("cpu"))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype):
+        rounded = x.to(dtype)
+        ctx.save_for_backward(rounded, weight)
+        ctx.dtype = x.dtype
+        return affine(rounded, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[1:3]):
+            return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None, None
+        grad_x, *parameters = affine_gradients(grad, x, weight, needs_input=ctx.needs_input_grad[0])
+        grad_x = grad_x.to(ctx.dtype) if grad_x is not None else None
+        return grad_x, *(gradient.to(weight.dtype) for gradient in parameters), None

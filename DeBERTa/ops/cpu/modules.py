@@ -1,0 +1,106 @@
+"""Modules of model/ as the CPU computes them; `select_implementations` makes them of the plain ones."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from DeBERTa.model.attention import DisentangledSelfAttention, Keys, RelativePositions
+from DeBERTa.model.encoder import AddNorm, Layer
+from DeBERTa.model.heads import LMHead
+from DeBERTa.ops.cpu.attention import BlockedAttention
+from DeBERTa.ops.cpu.dropout import add_dropout
+from DeBERTa.ops.cpu.feed_forward import FeedForward
+from DeBERTa.ops.cpu.linear import linear
+from DeBERTa.ops.cpu.losses import CpuChunkOperations
+
+
+class CpuDropout(nn.Dropout):
+    """Dropout by the bits of ops/dropout.py."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` with elements dropped, in training only."""
+        return add_dropout(None, x, self.p) if self.training and self.p else x
+
+
+class CpuLinear(nn.Linear):
+    """Linear map in bfloat16 with gradients of its parameters in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x weight^T + bias`."""
+        return F.linear(x, self.weight) if self.bias is None else linear(x, self.weight, self.bias)
+
+
+class CpuAddNorm(AddNorm):
+    """Dropout and the residual in one pass."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Return [..., h] from `x` [..., width] and `residual` [..., h]."""
+        return self.add(self.dense(x), residual)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Return what follows the linear map."""
+        p = self.dropout.p if self.training else 0.0
+        return self.LayerNorm(add_dropout(residual, x, p) if p else residual + x)
+
+
+class CpuLayer(Layer):
+    """A layer whose feed-forward network saves its input only."""
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., h] from [..., h]."""
+        inner, outer = self.intermediate.dense, self.output.dense
+        weights = (inner.weight, inner.bias, outer.weight, outer.bias)
+        return self.output.add(FeedForward.apply(x, *weights, self.intermediate.activation), x)
+
+
+class CpuSelfAttention(DisentangledSelfAttention):
+    """One matmul for queries, keys and values; attention one sequence at a time, with a backward pass of its own."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
+    ) -> torch.Tensor:
+        """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding."""
+        q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
+        key_table = query_table = None
+        if positions is not None and self.terms:
+            key_table, query_table = self.project_positions(positions.table)
+        if key_table is not None:
+            key_table = _expand(key_table, positions.distance_slots)
+        if query_table is not None:  # ordered from distance -(L - 1) up: see `view_distances`
+            query_table = _expand(query_table, positions.distance_slots.flip(0))
+        p = self.dropout.p if self.training else 0.0
+        return BlockedAttention.apply(q, k, v, key_table, query_table, input_mask, p).flatten(2)
+
+    def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
+        """Return [B, H, L, D] of `x` [B, L, h] per projection; queries are scaled."""
+        scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
+        weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
+        bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
+        joined = linear(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, self.head_size))
+        return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
+
+    def project_queries(self, query_states: torch.Tensor) -> torch.Tensor:
+        """Return scaled queries [B, H, M, D] of `query_states` [B, M, h]."""
+        return self.project(query_states, self.query_proj)[0]
+
+    def project_keys(
+        self,
+        hidden_states: torch.Tensor,
+        input_mask: torch.Tensor,
+        positions: RelativePositions | None,
+        query_positions: torch.Tensor | None = None,
+    ) -> Keys:
+        """Project keys, values and relative positions: contiguous, as `bmm` wants them."""
+        keys = super().project_keys(hidden_states, input_mask, positions, query_positions)
+        return keys._replace(k=keys.k.contiguous(), v=keys.v.contiguous())
+
+
+def _expand(table_HSD: torch.Tensor, slots_W: torch.Tensor) -> torch.Tensor:
+    """Return the row of each distance, contiguous [H, W, D]."""
+    return table_HSD.transpose(0, 1).index_select(0, slots_W).transpose(0, 1).contiguous()
+
+
+class CpuLMHead(LMHead):
+    """The head's passes over a chunk of logits as kernels."""
+
+    operations = CpuChunkOperations()
