@@ -50,7 +50,7 @@ from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
-from DeBERTa.training.optimizer import warmup_steps
+from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_full
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.run_dir import check_room, flat, open_run_folder, save_models
@@ -172,7 +172,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
-    set_execution(model, config, device)
+    execution = set_execution(model, config, device)
     if train_store is not None:
         check_batch_size(config)
         plan = BatchPlan(
@@ -185,8 +185,9 @@ def run(config: TrainConfig, signals: Signals) -> None:
         data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
         resolved = {
             "num_training_steps": total_steps,
-            "warmup": warmup_steps(config, total_steps),
+            "warmup": count_warmup_steps(config, total_steps),
             "precision": precision,
+            **execution,
         }
         settings = {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
         check_same_on_all_ranks(settings | {"evaluation": texts})

@@ -36,7 +36,7 @@ from benchmarks.about import about, scripts_environment  # noqa: E402
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 from DeBERTa.data.batch import Batch  # noqa: E402
-from DeBERTa.model import blocked_attention, kernels  # noqa: E402
+
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep  # noqa: E402
@@ -75,7 +75,7 @@ def ours(config_name: str, precision: str, device: str = "cpu", **flags: object)
     model = model.to(place)
     set_execution(model, config, place)
     step = (ReplacedTokenStep if rtd else MaskedLMStep)(model, config, precision, place, 1000)
-    step.learning_rate(1)
+    step.set_learning_rate(1)
     return step
 
 

@@ -13,7 +13,7 @@ import torch
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.config import read_json
 from DeBERTa.data.files import open_partial
-from DeBERTa.model.pretraining import backbone_parameters, embedding_parameters
+from DeBERTa.model.pretraining import count_backbone_parameters, count_embedding_parameters
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "experiments" / "language_model"
@@ -49,8 +49,8 @@ def test_promised_sizes(name, layers, hidden, backbone, embedding):
     """Backbone exactly as promised. The promise counts 128 * 1024 rows of the word table; there are 128100."""
     model = build(name).discriminator
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (layers, hidden)
-    assert backbone_parameters(model) == backbone * M
-    assert embedding_parameters(model) == 128100 * hidden
+    assert count_backbone_parameters(model) == backbone * M
+    assert count_embedding_parameters(model) == 128100 * hidden
     assert embedding * M == 128 * 1024 * hidden
 
 

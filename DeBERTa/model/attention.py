@@ -1,6 +1,7 @@
 """Disentangled self-attention (DeBERTa, section 3.1), in plain PyTorch: the reference of every faster path.
 
-Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size, S rows of the relative-position table.
+Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size, S rows of the relative-position
+table.
 """
 
 import math
@@ -15,8 +16,8 @@ from DeBERTa.config import ModelConfig
 def map_to_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
     """Map signed distances (query minus key) to buckets, int64 of the same shape.
 
-    With `buckets` > 0, distances up to `mid = buckets // 2` have a bucket each. Longer ones share buckets on a
-    logarithmic scale that ends at `max_distance - 1`. Otherwise every distance is its own bucket.
+    With `buckets` > 0, distances up to `mid = buckets // 2` have a bucket each. Longer ones share buckets on
+    a logarithmic scale that ends at `max_distance - 1`. Otherwise every distance is its own bucket.
     """
     if buckets < 1:
         return distances
@@ -52,7 +53,8 @@ class Keys(NamedTuple):
     """What queries attend to.
 
     k, v: [B, H, L, D]. input_mask: bool [B, L].
-    slots: int64 [L, L], or [B, M, L] for queries at selected positions. key_table: [H, S, D], the projected table.
+    slots: int64 [L, L], or [B, M, L] for queries at selected positions. key_table: [H, S, D], the projected
+    table.
     position_to_content: [B, H, M, L], scores of the p2c term, which do not depend on the queries' content.
     The last three are None where a term is not in use.
     """
@@ -68,8 +70,8 @@ class Keys(NamedTuple):
 class DisentangledSelfAttention(nn.Module):
     """Attention scores from content, content to position (c2p) and position to content (p2c).
 
-    `score(i, j) = (q_i k_j + q_i K_R[slot(i, j)] + k_j Q_R[slot(i, j)]) / sqrt(D * (1 + terms))`, equation 4 of the
-    paper. Both position terms use the same `slot(i, j)`, as in the published code.
+    `score(i, j) = (q_i k_j + q_i K_R[slot(i, j)] + k_j Q_R[slot(i, j)]) / sqrt(D * (1 + terms))`, equation 4
+    of the paper. Both position terms use the same `slot(i, j)`, as in the published code.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -117,7 +119,10 @@ class DisentangledSelfAttention(nn.Module):
         query_positions: torch.Tensor | None = None,
     ) -> Keys:
         """Project keys, values and relative positions, for queries everywhere or at int64 [B, M] only."""
-        k, v = self.split_heads(self.key_proj(hidden_states)), self.split_heads(self.value_proj(hidden_states))
+        k, v = (
+            self.split_heads(self.key_proj(hidden_states)),
+            self.split_heads(self.value_proj(hidden_states)),
+        )
         if not self.terms:
             return Keys(k, v, input_mask, None, None, None)
         slots = positions.slots if query_positions is None else positions.slots[query_positions]

@@ -152,8 +152,8 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """Apply this layer `passes` times at int64 `query_positions` [B, M] only; return [B, M, h].
 
-        Queries and the residual start as `query_states` [B, M, h] and are replaced by the output. Keys and values
-        always come from `hidden_states` [B, L, h] and are projected once.
+        Queries and the residual start as `query_states` [B, M, h] and are replaced by the output. Keys and
+        values always come from `hidden_states` [B, L, h] and are projected once.
         """
         attention = self.attention.self
         keys = attention.project_keys(hidden_states, input_mask, positions, query_positions)
@@ -206,7 +206,9 @@ class Encoder(nn.Module):
         """Return the rows of the table that sequences of `length` need, or None without relative attention."""
         if not self.config.position_terms:
             return None
-        slots = map_to_slots(torch.arange(length - 1, -length, -1), self.config)  # on the host: sizes depend on it
+        slots = map_to_slots(
+            torch.arange(length - 1, -length, -1), self.config
+        )  # on the host: sizes depend on it
         first, last = int(slots[-1]), int(slots[0])
         table = self.rel_embeddings.weight[first : last + 1]
         if self.normalize_positions:

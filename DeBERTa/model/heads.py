@@ -47,9 +47,10 @@ class LMHead(nn.Module):
 class EnhancedMaskDecoder(nn.Module):
     """The last layer at the masked positions (DeBERTa, section 3.2), and the head.
 
-    With `position_biased_input` the last layer is applied as usual. Otherwise absolute positions enter here: the layer
-    is applied twice with keys and values from its own input H, and queries that start as H + position embeddings. In
-    both cases only masked positions are read, so queries, feed-forward and head are computed for these alone.
+    With `position_biased_input` the last layer is applied as usual. Otherwise absolute positions enter here:
+    the layer is applied twice with keys and values from its own input H, and queries that start as H +
+    position embeddings. In both cases only masked positions are read, so queries, feed-forward and head are
+    computed for these alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:

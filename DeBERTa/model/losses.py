@@ -1,11 +1,12 @@
 """Cross entropy over the vocabulary in chunks: loss, accuracy, samples and gradients without [M, V] logits.
 
-Shapes: M masked positions, E embedding width, V vocabulary, C tokens of a chunk, N chunks, S groups of a chunk, G tokens
-of a group.
+Shapes: M masked positions, E embedding width, V vocabulary, C tokens of a chunk, N chunks, S groups of a
+chunk, G tokens of a group.
 
-The first pass over the vocabulary keeps the largest logit of every chunk, and the sum of exponentials of every group.
-Loss and accuracy follow from these. A sample picks its chunk, then its group by these sums, then the token, for which
-only the logits of that group are recomputed. The backward pass recomputes the logits of each chunk.
+The first pass over the vocabulary keeps the largest logit of every chunk, and the sum of exponentials of
+every group. Loss and accuracy follow from these. A sample picks its chunk, then its group by these sums, then
+the token, for which only the logits of that group are recomputed. The backward pass recomputes the logits of
+each chunk.
 """
 
 from typing import NamedTuple
@@ -34,7 +35,9 @@ class MaskedLoss(NamedTuple):
 class ChunkOperations:
     """The arithmetic on one chunk of the vocabulary, in plain PyTorch."""
 
-    def compute_logits(self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
+    def compute_logits(
+        self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor
+    ) -> torch.Tensor:
         """Return logits [M, C] in the dtype of `x_ME`."""
         return F.linear(x_ME, table_CE.to(x_ME.dtype), bias_C.to(x_ME.dtype))
 
@@ -54,7 +57,8 @@ class ChunkOperations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits' gradients without the rows' signs, [M, C], and the biases', float32 [C].
 
-        shift_M: logarithm of the sum of exponentials, less that of `size_M`, the magnitude of the loss gradients.
+        shift_M: logarithm of the sum of exponentials, less that of `size_M`, the magnitude of the loss
+        gradients.
         column_M: int64, the target's column, where it lies in this chunk. May overwrite `logits_MC`.
         """
         grad_MC = logits_MC.float().sub_(shift_M[:, None]).exp_()
@@ -84,8 +88,8 @@ def vocabulary_loss(
 ) -> MaskedLoss:
     """Return the cross entropy of softmax(`x_ME table_VE^T + bias_V`) at int64 `targets_M`.
 
-    `uniforms_M` in [0, 1), if given, draws one sample per row. Matmuls run in the autocast dtype, or that of `x_ME`; sums
-    in float32. `chunk` must be a multiple of GROUP.
+    `uniforms_M` in [0, 1), if given, draws one sample per row. Matmuls run in the autocast dtype, or that of
+    `x_ME`; sums in float32. `chunk` must be a multiple of GROUP.
     """
     device = x_ME.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -99,7 +103,9 @@ def vocabulary_loss(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ME, table_VE, bias_V, targets_M, uniforms_M, operations, chunk):
-        target_logits_M, largest_NM, sums_NMS = _sum_chunks(x_ME, table_VE, bias_V, targets_M, operations, chunk)
+        target_logits_M, largest_NM, sums_NMS = _sum_chunks(
+            x_ME, table_VE, bias_V, targets_M, operations, chunk
+        )
         top_M = largest_NM.amax(0)
         weights_NM = (largest_NM - top_M).double().exp() * sums_NMS.sum(2)
         log_total_M = weights_NM.sum(0).log().float() + top_M
@@ -116,7 +122,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_M, _correct, _samples):
         x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
-        # |gradient| times the probability in one pass over the logits; the signs are applied to the rows of x.
+        # |gradient| times the probability in one pass over the logits; the signs are applied to the rows of
+        # x.
         sign_M, size_M = grad_M.sign(), grad_M.abs()
         shift_M = log_total_M - size_M.log()
         signed_x_ME = x_ME * sign_M[:, None].to(x_ME.dtype)
@@ -129,7 +136,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_MC, grad_bias_V[tokens] = ctx.operations.differentiate_logits(
                 logits_MC, shift_M, size_M, targets_M - first, sign_M
             )
-            grad_x_ME += ctx.operations.differentiate_inputs(grad_MC, signed_x_ME, table_CE, grad_table_VE[tokens])
+            grad_x_ME += ctx.operations.differentiate_inputs(
+                grad_MC, signed_x_ME, table_CE, grad_table_VE[tokens]
+            )
         grad_x_ME = (grad_x_ME * sign_M[:, None]).to(x_ME.dtype)
         return grad_x_ME, grad_table_VE, grad_bias_V, None, None, None, None
 

@@ -50,7 +50,8 @@ class ReplacedTokenOutput(NamedTuple):
 def initialize(module: nn.Module, std: float) -> None:
     """Draw the weights of every Linear and Embedding from normal(0, `std`); zero biases, LayerNorm 1 and 0.
 
-    GDES residuals and the head's token bias are zero from their constructors; the convolution keeps PyTorch's weights.
+    GDES residuals and the head's token bias are zero from their constructors; the convolution keeps PyTorch's
+    weights.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Embedding):
@@ -122,8 +123,9 @@ class ReplacedTokenDetectionModel(nn.Module):
     ) -> ReplacedTokenOutput:
         """Decide for every real position whether its token was replaced; int64 [B, L] each.
 
-        `input_ids` are the corrupted ids; `labels` the original id where masked, 0 elsewhere. A position counts as
-        replaced where the sample differs from the original. `shared`: the generator's tables, under GDES and ES.
+        `input_ids` are the corrupted ids; `labels` the original id where masked, 0 elsewhere. A position
+        counts as replaced where the sample differs from the original. `shared`: the generator's tables, under
+        GDES and ES.
         """
         logits = self.logits(input_ids, input_mask, shared)
         is_real = input_mask > 0
@@ -188,9 +190,13 @@ class RTDModel(nn.Module):
     @torch.no_grad()
     def standalone_discriminator(self) -> dict[str, torch.Tensor]:
         """Return the discriminator's state dict with full tables under `weight`, as a model that shares nothing."""
-        state = {k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")}
+        state = {
+            k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")
+        }
         embeddings, shared = self.discriminator.deberta.embeddings, self.shared_tables()
-        for name, base in zip(("word_embeddings", "position_embeddings"), shared or (None, None), strict=True):
+        for name, base in zip(
+            ("word_embeddings", "position_embeddings"), shared or (None, None), strict=True
+        ):
             state[f"deberta.embeddings.{name}.weight"] = getattr(embeddings, name).full(base)
         return state
 
@@ -202,7 +208,9 @@ def is_replaced(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def count_backbone_parameters(model: nn.Module) -> int:
     """Count the elements of the encoder layers' weight matrices: the size that the presets are named by."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".encoder.layer." in name and p.dim() == 2)
+    return sum(
+        p.numel() for name, p in model.named_parameters() if ".encoder.layer." in name and p.dim() == 2
+    )
 
 
 def count_embedding_parameters(model: nn.Module) -> int:

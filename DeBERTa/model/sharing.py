@@ -1,7 +1,7 @@
 """Embedding tables of generator and discriminator: GDES, ES and NES (DeBERTaV3, section 3.3).
 
-Sharing is explicit: the discriminator's forward pass receives the generator's tables as tensors, and each kind of
-table uses them in its own way. Shapes: V rows, E embedding width.
+Sharing is explicit: the discriminator's forward pass receives the generator's tables as tensors, and each
+kind of table uses them in its own way. Shapes: V rows, E embedding width.
 
 | sharing | the discriminator's table is           | kind of table   | gradient of the RTD loss goes to |
 | ------- | -------------------------------------- | --------------- | -------------------------------- |
@@ -27,8 +27,8 @@ class SharedTables(NamedTuple):
 class TiedLookup(torch.autograd.Function):
     """Rows of a table, and the table itself for the LM head: one node where both gradients arrive.
 
-    `TiedLookup.apply(table [V, E], ids [...])` returns `table[ids]` [..., E] and `table`. The backward pass adds the
-    rows' gradients to the table's in place, without a second table of zeros.
+    `TiedLookup.apply(table [V, E], ids [...])` returns `table[ids]` [..., E] and `table`. The backward pass
+    adds the rows' gradients to the table's in place, without a second table of zeros.
     """
 
     @staticmethod

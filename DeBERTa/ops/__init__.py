@@ -1,7 +1,7 @@
 """Optional faster implementations of what model/ computes, selected by device (`--kernels`, `--attention`).
 
-`select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here. Parameters and
-their names stay. Nothing else imports this package, and deleting it leaves plain PyTorch.
+`select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here.
+Parameters and their names stay. Nothing else imports this package, and deleting it leaves plain PyTorch.
 
 | device | attention                | everything else                                    |
 | ------ | ------------------------ | -------------------------------------------------- |
@@ -15,13 +15,14 @@ from torch import nn
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.ops import cpu
 from DeBERTa.ops.attention import SdpaSelfAttention
+from DeBERTa.ops.cpu import library
 
 
 def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
     """Use the faster implementations for `device` in all modules of `model`; return the attention in use.
 
-    attention: "auto", "eager" or "sdpa". is_compiled: `torch.compile` will see the layers, which stay plain PyTorch then
-    but for sdpa.
+    attention: "auto", "eager" or "sdpa". is_compiled: `torch.compile` will see the layers, which stay plain
+    PyTorch then but for sdpa.
     """
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
     if device.type == "cpu":
@@ -39,3 +40,13 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
         if type(module) in subclasses:
             module.__class__ = subclasses[type(module)]
     return attention
+
+
+def describe(device: torch.device) -> str:
+    """Return what "auto" means on `device`, for people."""
+    if device.type != "cpu":
+        return "sdpa attention"
+    obstacle = library.find_obstacle()
+    if obstacle:
+        return f"CPU kernels on PyTorch's operations, slower: {obstacle}"
+    return "compiled CPU kernels, AMX" if library.has_tiles() else "compiled CPU kernels"

@@ -1,9 +1,10 @@
 """The dropout mask of all kernels: bits of SplitMix64, and its numpy reference.
 
-An element takes 16 of the 64 bits of a word, so that p is exact to 2^-16. Word n is a function of n and a seed (Steele,
-Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014): any thread can draw any element, and the backward
-pass draws the mask again instead of saving it. Each call takes its seed from PyTorch's generator, so that the same seed
-gives the same masks, also when a layer is recomputed for gradient checkpointing.
+An element takes 16 of the 64 bits of a word, so that p is exact to 2^-16. Word n is a function of n and a
+seed (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014): any thread can draw any
+element, and the backward pass draws the mask again instead of saving it. Each call takes its seed from
+PyTorch's generator, so that the same seed gives the same masks, also when a layer is recomputed for gradient
+checkpointing.
 """
 
 import numpy as np
@@ -22,9 +23,7 @@ def compute_threshold(p: float) -> int:
     return round(p * 2**16)
 
 
-def draw_keep_mask(
-    shape: torch.Size | tuple[int, ...], seed: int, p: float, first: int = 0
-) -> torch.Tensor:
+def draw_keep_mask(shape: torch.Size | tuple[int, ...], seed: int, p: float, first: int = 0) -> torch.Tensor:
     """Return bool of `shape` on the host: false with probability `p`, rounded to 2^-16, from element `first` on."""
     mask = np.empty(shape, dtype=bool)
     flat, threshold = mask.reshape(-1), compute_threshold(p)

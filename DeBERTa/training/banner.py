@@ -8,10 +8,10 @@ import torch
 
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
-from DeBERTa.model import kernels
-from DeBERTa.model.pretraining import RTDModel, backbone_parameters, embedding_parameters
+from DeBERTa.model.pretraining import RTDModel, count_backbone_parameters, count_embedding_parameters
 from DeBERTa.training.distributed import get_num_nodes, get_world_size
-from DeBERTa.training.optimizer import warmup_steps
+from DeBERTa.training.execution import describe_kernels
+from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.trainer import Run
 
 
@@ -19,16 +19,17 @@ def banner(run: Run, first_step: int) -> str:
     """What is about to happen, for a person."""
     config, training = run.config, run.training
     store = run.train_batches.store
-    steps = f"{training.total_steps:,}, warm-up {warmup_steps(config, training.total_steps):,}"
+    steps = f"{training.total_steps:,}, warm-up {count_warmup_steps(config, training.total_steps):,}"
     tokens = config.train_batch_size * config.max_seq_length
     parts = f", in {config.accumulative_update} parts" if config.accumulative_update > 1 else ""
     if get_world_size() > 1:
         parts += f", {config.train_batch_size / get_world_size():g} a process"
     held_out = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
+    kernels = describe_kernels(run.settings["train"]["kernels"], training.device)
     rows = {
         "run": str(run.run_dir),
         "task": _task(run),
-        "device": f"{device_name(training.device)}, precision {training.precision}{_kernels(training.device)}",
+        "device": f"{device_name(training.device)}, precision {training.precision}, {kernels}",
         "processes": _processes(config),
         "batch": f"{config.train_batch_size} sequences of {config.max_seq_length}{parts}: {tokens:,} tokens a step",
         "steps": steps + (f"; going on from step {first_step:,}" if first_step else ""),
@@ -54,20 +55,10 @@ def _processes(config: TrainConfig) -> str:
     )
 
 
-def _kernels(device: torch.device) -> str:
-    """Whether a CPU run has the kernels of its own."""
-    if device.type != "cpu":
-        return ""
-    obstacle = kernels.obstacle()
-    if obstacle:
-        return f"; slower than need be: {obstacle}"
-    return ", compiled kernels, AMX" if kernels.tiles() else ", compiled kernels"
-
-
 def _task(run: Run) -> str:
     if not isinstance(run.model, RTDModel):
         return "masked language modelling"
-    order = "decoupled" if run.training.decoupled else "joint"
+    order = "decoupled" if run.training.is_decoupled else "joint"
     return f"replaced token detection, {run.model.config.embedding_sharing.upper()}, {order} updates"
 
 
@@ -79,7 +70,7 @@ def _sizes(run: Run) -> str:
     else:
         parts = {"model": model}
     return ", ".join(
-        f"{name} {backbone_parameters(part) / 2**20:.1f}M + {embedding_parameters(part) / 2**20:.1f}M embedding"
+        f"{name} {count_backbone_parameters(part) / 2**20:.1f}M + {count_embedding_parameters(part) / 2**20:.1f}M embedding"
         for name, part in parts.items()
     )
 
@@ -96,9 +87,6 @@ def environment(device: torch.device) -> dict:
         "host": platform.node(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "kernels": (kernels.obstacle() or ("compiled, AMX" if kernels.tiles() else "compiled"))
-        if device.type == "cpu"
-        else None,
         "processes": get_world_size(),
         "nodes": get_num_nodes(),
     }

@@ -1,6 +1,7 @@
-"""How a model's layers are computed: `--attention`, `--gradient_checkpointing`, `--compile`."""
+"""How a model is computed: `--kernels`, `--attention`, `--gradient_checkpointing`, `--compile`."""
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -10,46 +11,63 @@ from torch import nn
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError
-from DeBERTa.model.backends import choose_backend
 from DeBERTa.model.encoder import Encoder
-from DeBERTa.training.distributed import is_rank_zero
+
+logger = logging.getLogger(__name__)
 
 
-def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-    """Set it in every encoder of `model`, which is on `device`. Parameters, and their names, stay as they are.
+def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
+    """Prepare `model`, which is on `device`, for training; parameters and their names stay as they are.
 
-    Raises `ConfigError` where `--compile` has no compiler. Says on stderr why `--attention flash` is not what will run.
+    Returns what `--kernels` and `--attention` mean here. Raises ConfigError where `--compile` has no compiler.
     """
     if config.compile:
         check_compiler(device)
-    obstacles = {}  # in order, each once
+    resolved = select_kernels(model, config, device)
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
-        backend, obstacle = choose_backend(config.attention, encoder.config, device)
-        obstacles[obstacle] = backend
         encoder.gradient_checkpointing = config.gradient_checkpointing
-        for layer in encoder.layer:
-            layer.attention.self.backend = backend
-            if config.compile:
+        if config.compile:
+            for layer in encoder.layer:
                 layer.compile()  # one graph serves all layers of a shape
-    for obstacle, backend in obstacles.items():
-        if obstacle is not None and is_rank_zero():
-            print(
-                f"--attention flash is not possible: {obstacle}; --attention {backend} is used",
-                file=sys.stderr,
+    return resolved
+
+
+def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
+    """Use the faster implementations of DeBERTa/ops in `model` unless `--kernels off`; return what is in use."""
+    plain = {"kernels": "off", "attention": "eager"}
+    if config.kernels == "off":
+        if config.attention not in ("auto", "eager"):
+            raise ConfigError(
+                f"--attention {config.attention}: --kernels off has plain attention only; give one of the two"
             )
+        return plain
+    if importlib.util.find_spec("DeBERTa.ops") is None:
+        logger.warning("the package DeBERTa/ops is missing: plain PyTorch is used, as with --kernels off")
+        return plain
+    from DeBERTa.ops import select_implementations  # optional
+
+    attention = select_implementations(model, device, config.attention, is_compiled=config.compile)
+    return {"kernels": "auto", "attention": attention}
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise `ConfigError` unless torch.compile has what it needs: Triton on a GPU, a C++ compiler on a CPU."""
+    """Raise ConfigError unless torch.compile has its compiler: Triton on a GPU, a C++ compiler on a CPU."""
     if device.type != "cpu":
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError(
-                "--compile needs the package triton on a GPU: install it, or leave --compile out"
-            )
+            raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile needs a C++ compiler on a CPU, and there is no {compiler}: install it, name another one in the "
-            "environment variable CXX, or leave --compile out"
+            f"--compile: there is no C++ compiler {compiler}; install it, name another one in the environment "
+            "variable CXX, or omit --compile"
         )
+
+
+def describe_kernels(kernels: str, device: torch.device) -> str:
+    """Return what `kernels`, as `select_kernels` resolved it, runs on `device`."""
+    if kernels == "off":
+        return "plain PyTorch"
+    from DeBERTa.ops import describe
+
+    return describe(device)

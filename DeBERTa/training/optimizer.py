@@ -13,7 +13,8 @@ LARGE = 2**20  # elements: PyTorch's norm of so many on a CPU is off by 1e-5, an
 def build_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.AdamW:
     """Create AdamW (Loshchilov and Hutter, algorithm 2) over models, each with its peak learning rate.
 
-    Biases and LayerNorm weights are not decayed. Each group keeps its peak under "peak", for the schedule to scale.
+    Biases and LayerNorm weights are not decayed. Each group keeps its peak under "peak", for the schedule to
+    scale.
     """
     groups = []
     for model, peak in models:
@@ -30,8 +31,8 @@ def build_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) 
 def compute_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     """Return the norm of all gradients as one vector.
 
-    PyTorch sums the squares of a tensor on a CPU in float32 in sequence: 0.4 % off for a table of 49 million elements.
-    For large tensors the norm is computed from the norms of the rows.
+    PyTorch sums the squares of a tensor on a CPU in float32 in sequence: 0.4 % off for a table of 49 million
+    elements. For large tensors the norm is computed from the norms of the rows.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     rows = [torch.linalg.vector_norm(g, dim=-1) if g.numel() > LARGE else g for g in gradients]

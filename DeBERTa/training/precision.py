@@ -13,8 +13,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     """The precision to use: fp32, bf16 or fp16.
 
-    "auto" takes bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not, and fp32
-    elsewhere. Raises `ConfigError` for bf16 on a GPU without it.
+    "auto" takes bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not,
+    and fp32 elsewhere. Raises `ConfigError` for bf16 on a GPU without it.
     """
     has_bf16 = hardware_has_bf16(device)
     if config.precision == "auto":

@@ -1,7 +1,8 @@
 """One optimizer step: what is computed, in which order, and what is updated.
 
-A batch may be split into micro-batches to need less memory (`accumulative_update`). Losses are sums over the micro-batch
-divided by the target count of the global batch, so that gradients of micro-batches add up to those of the batch.
+A batch may be split into micro-batches to need less memory (`accumulative_update`). Losses are sums over the
+micro-batch divided by the target count of the global batch, so that gradients of micro-batches add up to
+those of the batch.
 """
 
 import torch
@@ -84,7 +85,10 @@ class TrainingStep:
     def split(self, batch: Batch) -> list[tuple[Batch, bool]]:
         """Return this rank's micro-batches on the device, each with whether it is the last."""
         micro_batches = batch.split(self.config.accumulative_update)
-        return [(b.to(self.device), number == len(micro_batches)) for number, b in enumerate(micro_batches, start=1)]
+        return [
+            (b.to(self.device), number == len(micro_batches))
+            for number, b in enumerate(micro_batches, start=1)
+        ]
 
     def count_targets(self, batch: Batch) -> torch.Tensor:
         """Return masked and real tokens of the global batch, float32 [2], divided by the number of ranks.
@@ -101,8 +105,8 @@ class TrainingStep:
     def update(self, name: str, sums: Sums, prefix: str, losses: tuple[str, ...]) -> bool:
         """Clip the gradients of one optimizer by their common norm, step, clear; return whether it stepped.
 
-        The norm before clipping is added to `sums`. When it or one of `losses` is not finite on any rank, the update is
-        skipped on every rank.
+        The norm before clipping is added to `sums`. When it or one of `losses` is not finite on any rank, the
+        update is skipped on every rank.
         """
         optimizer = self.optimizers[name]
         self.scaler.unscale_(optimizer)
@@ -154,12 +158,13 @@ class MaskedLMStep(TrainingStep):
 class ReplacedTokenStep(TrainingStep):
     """Replaced token detection (ELECTRA; DeBERTaV3, section 3).
 
-    Decoupled: the generator's update comes first. The discriminator then sees the tokens sampled before that update and,
-    where tables are shared, the generator's updated ones. Joint: one backward pass of mlm + lambda * rtd. Under ES both
-    losses train one table, so that the update is always joint.
+    Decoupled: the generator's update comes first. The discriminator then sees the tokens sampled before that
+    update and, where tables are shared, the generator's updated ones. Joint: one backward pass of mlm +
+    lambda * rtd. Under ES both losses train one table, so that the update is always joint.
 
-    Decoupled, when the generator's update is skipped (`Stability`), so is the discriminator's. The generator's update
-    comes before the discriminator's loss is known, and stands when the discriminator's is skipped.
+    Decoupled, when the generator's update is skipped (`Stability`), so is the discriminator's. The
+    generator's update comes before the discriminator's loss is known, and stands when the discriminator's is
+    skipped.
     """
 
     def __init__(
@@ -169,7 +174,10 @@ class ReplacedTokenStep(TrainingStep):
         self.model = model
         self.is_decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
         peak = config.discriminator_learning_rate or config.learning_rate
-        trained = {"generator": (model.generator, config.learning_rate), "discriminator": (model.discriminator, peak)}
+        trained = {
+            "generator": (model.generator, config.learning_rate),
+            "discriminator": (model.discriminator, peak),
+        }
         if self.is_decoupled:
             self.generator = GeneratorObjective(model.generator)
             self.discriminator = DiscriminatorObjective(model.discriminator)
@@ -214,7 +222,9 @@ class ReplacedTokenStep(TrainingStep):
             with gradient_sync(self.trained, is_last):
                 with autocast(self.precision, self.device):
                     (masked, _), detected = self.trained(micro_batch)
-                self.backward(masked.loss.sum() / masked_targets + self.config.rtd_lambda * detected.loss / targets)
+                self.backward(
+                    masked.loss.sum() / masked_targets + self.config.rtd_lambda * detected.loss / targets
+                )
             add(sums, masked_lm_sums(masked, "generator_") | detection_sums(detected, micro_batch))
         self.update("both", sums, "", ("generator_loss", "discriminator_loss"))
         return sums

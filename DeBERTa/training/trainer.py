@@ -103,7 +103,7 @@ def _train(
     run.model.train()
     for step, batch in enumerate(batches, start=first_step + 1):
         torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
-        factor = training.learning_rate(step)
+        factor = training.set_learning_rate(step)
         interval.add(training(batch), batch.real_tokens, training.guard.losses_finite())
         progress.advance()
         report_left_out(run, step, log, progress)

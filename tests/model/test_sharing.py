@@ -86,8 +86,8 @@ def test_gradients_at_the_update(sharing, decoupled, monkeypatch):
         task_name="RTD", decoupled_training=decoupled, learning_rate=1e-30, max_grad_norm=0.0
     )
     training = ReplacedTokenStep(model, config, "fp32", torch.device("cpu"), total_steps=10)
-    assert training.decoupled == (decoupled and sharing != "es")
-    training.learning_rate(1)
+    assert training.is_decoupled == (decoupled and sharing != "es")
+    training.set_learning_rate(1)
     seen: dict[str, torch.Tensor] = {}
     update = TrainingStep.update
 

@@ -225,7 +225,7 @@ def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
 def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
     """Training goes on while the thread writes; the files are those written at once, with nothing going on."""
     training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training(random_batch())
     write_checkpoint(tmp_path / "at-once", snapshot_of(training, 1), 3, None)
     saver = Saver(tmp_path / "background", 3)

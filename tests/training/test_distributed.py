@@ -48,7 +48,7 @@ def train(
         training.load_state_dict(state["training"])
     losses = []
     for step in range(first, last):
-        training.learning_rate(step + 1)
+        training.set_learning_rate(step + 1)
         sums = training(my_rows(seed=step))
         norms = {name: value for name, value in sums.items() if name.endswith("norm")}
         sums = all_reduce_sums({name: value for name, value in sums.items() if name not in norms})
@@ -90,7 +90,7 @@ def operations(recorded: profile) -> list[str]:
 def reductions(case: str, mode: str, parts: int) -> int:
     """Sums over the processes in the second step, of whatever, with that many parts a step."""
     _, training = make_step(case, **MODES[mode], accumulative_update=parts)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     batch = random_batch(8, seed=get_rank())
     training(batch)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

@@ -52,7 +52,7 @@ def break_gradient(model, part: str, value: float) -> torch.utils.hooks.Removabl
 def test_masked_lm_update_with_a_broken_gradient(value, precision):
     model = mlm_model()
     training = MaskedLMStep(model, train_config(), precision, CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
     training.scaler.update(16.0) if precision == "fp16" else None
     training(random_batch())
@@ -78,7 +78,7 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
     model = rtd_model(sharing)
     config = train_config(task_name="RTD", decoupled_training=decoupled)
     training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training(random_batch())
     before = held(training, model)
     break_gradient(model, f"{broken}.", NAN)
@@ -95,7 +95,7 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
 def test_a_loss_that_is_not_a_number(part):
     model = rtd_model()
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training(random_batch())
     weight = dict(model.named_parameters())[f"{part}.deberta.encoder.layer.0.output.dense.weight"]
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
     for broken in (False, True):
         model = rtd_model(sharing)
         training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
-        training.learning_rate(1)
+        training.set_learning_rate(1)
         training(random_batch())
         with torch.no_grad():
             model.discriminator.mask_predictions.classifier.bias += NAN if broken else 0
@@ -142,7 +142,7 @@ def one_of_two(folder: Path) -> None:
     """A process of a group of two; in step 2 the second one's gradient is broken, in step 3 its loss a spike."""
     model = mlm_model()
     training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training(random_batch())
     before = held(training, model)
     handle = break_gradient(model, "", NAN) if get_rank() == 1 else None

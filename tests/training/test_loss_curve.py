@@ -59,7 +59,7 @@ def curve(task: str) -> dict[str, list[float]]:
     losses: dict[str, list[float]] = {}
     for step in range(STEPS):
         torch.manual_seed(derive_step_seed(SEED, step + 1, 0))
-        training.learning_rate(step + 1)
+        training.set_learning_rate(step + 1)
         for name, value in mean_losses(training(batches[step])).items():
             if name.endswith("loss"):
                 losses.setdefault(name, []).append(round(value, 6))

@@ -1,4 +1,4 @@
-"""Parameter groups, and the schedule against its closed form."""
+"""Parameter groups, and the compute_lr_factor against its closed form."""
 
 from itertools import pairwise
 
@@ -10,10 +10,10 @@ from DeBERTa.model import kernels
 from DeBERTa.training.optimizer import (
     AdamW,
     build_optimizer,
-    gradient_norm,
-    schedule,
+    compute_gradient_norm,
+    compute_lr_factor,
+    count_warmup_steps,
     set_learning_rate,
-    warmup_steps,
 )
 from tests.conftest import tiny_model
 from tests.training.batches import train_config
@@ -71,7 +71,7 @@ def test_updates_with_clipping(way):
                 if mine.dim() == 2 and way == "kernels":
                     mine.grad = mine.grad.t().contiguous().t()
                 theirs.grad = mine.grad.double()
-        norm = gradient_norm(ours)
+        norm = compute_gradient_norm(ours)
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(exact, limit)), rel=1e-6)
         optimizer.clip(norm, limit)
         optimizer.step()
@@ -116,9 +116,9 @@ def test_norm_of_large_gradients():
     for parameter in parameters[:-1]:
         parameter.grad = torch.randn_like(parameter)
     exact = torch.stack([p.grad.double().norm() for p in parameters[:-1]]).norm()
-    assert gradient_norm(parameters).double() == pytest.approx(float(exact), rel=1e-6)
+    assert compute_gradient_norm(parameters).double() == pytest.approx(float(exact), rel=1e-6)
     assert abs(parameters[0].grad.norm() / parameters[0].grad.double().norm() - 1) > 1e-4
-    assert gradient_norm(parameters[-1:]) == 0
+    assert compute_gradient_norm(parameters[-1:]) == 0
 
 
 def test_the_same_bits_with_any_number_of_threads():
@@ -129,7 +129,7 @@ def test_the_same_bits_with_any_number_of_threads():
         torch.set_num_threads(number)
         weight = torch.nn.Parameter(start.clone())
         optimizer, weight.grad = AdamW([{"params": [weight]}], (0.9, 0.99), 1e-6), gradient
-        norm = gradient_norm([weight])
+        norm = compute_gradient_norm([weight])
         optimizer.step()
         results.append((norm, weight.detach()))
     torch.set_num_threads(threads)
@@ -175,7 +175,7 @@ def test_moments_of_another_kind_are_refused(wrong):
 
 def test_schedule():
     """Linear up to 1 at the end of warm-up, linear from there to the end value at the last update."""
-    factors = [schedule(update, 100, 10, 0.2) for update in range(1, 101)]
+    factors = [compute_lr_factor(update, 100, 10, 0.2) for update in range(1, 101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == 1.0
     assert factors[54] == pytest.approx(0.6)
@@ -183,11 +183,11 @@ def test_schedule():
     rise = {round(b - a, 12) for a, b in pairwise(factors[:10])}
     fall = {round(b - a, 12) for a, b in pairwise(factors[9:])}
     assert len(rise) == len(fall) == 1
-    assert schedule(1, 5, 0, 0.0) == pytest.approx(0.8)
-    assert schedule(3, 5, 10, 0.0) == pytest.approx(0.3)
+    assert compute_lr_factor(1, 5, 0, 0.0) == pytest.approx(0.8)
+    assert compute_lr_factor(3, 5, 10, 0.0) == pytest.approx(0.3)
 
 
 def test_warmup_in_steps_or_as_a_proportion():
-    assert warmup_steps(train_config(warmup=10000.0), 1_000_000) == 10000
-    assert warmup_steps(train_config(warmup=0.05), 1000) == 50
-    assert warmup_steps(train_config(warmup=0.0), 1000) == 0
+    assert count_warmup_steps(train_config(warmup=10000.0), 1_000_000) == 10000
+    assert count_warmup_steps(train_config(warmup=0.05), 1000) == 50
+    assert count_warmup_steps(train_config(warmup=0.0), 1000) == 0

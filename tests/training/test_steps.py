@@ -45,7 +45,7 @@ def test_decoupled_step_by_hand():
     by_hand = copy.deepcopy(model)
     config = train_config(task_name="RTD", learning_rate=1e-2, discriminator_learning_rate=2e-3, warmup=0.0)
     training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     batch = random_batch()
     torch.manual_seed(5)
     training(batch)
@@ -100,7 +100,7 @@ def test_accumulation_changes_nothing(parts, decoupled, monkeypatch):
             epsilon=1e-2,  # keeps the update proportional to small gradients, so that rounding stays rounding
         )
         training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
-        training.learning_rate(1)
+        training.set_learning_rate(1)
         metrics = mean_losses(training(batch))
         states.append(state(model))
         norms.append(metrics)
@@ -131,7 +131,7 @@ def test_low_precision_stays_near_float32(precision):
     for kind in ("fp32", precision):
         model = rtd_model()
         training = ReplacedTokenStep(model, train_config(task_name="RTD"), kind, CPU, total_steps=10)
-        training.learning_rate(1)
+        training.set_learning_rate(1)
         torch.manual_seed(0)
         losses[kind] = mean_losses(training(random_batch()))
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -142,7 +142,7 @@ def test_low_precision_stays_near_float32(precision):
 def test_fp16_scales_the_loss_and_recovers_from_overflow():
     model = mlm_model()
     training = MaskedLMStep(model, train_config(learning_rate=1e-3), "fp16", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     before = state(model)
     training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
     training.scaler.update(2.0**60)  # overflows: the update must be left out and the scale lowered
@@ -162,7 +162,7 @@ def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, v
     model = rtd_model(sharing)
     config = train_config(task_name="RTD", decoupled_training=decoupled)
     training = ReplacedTokenStep(model, config, "fp16", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training.scaler.scale(torch.zeros(1))
     training.scaler.update(16.0)
     name = f"{broken}.deberta.encoder.layer.0.output.dense.weight"
@@ -194,7 +194,7 @@ def test_a_batch_without_masks_trains_the_discriminator_only():
     empty = Batch.from_tensors(batch.input_ids, batch.input_mask, labels, batch.uniforms)
     model = rtd_model()
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     before = state(model)
     metrics = mean_losses(training(empty))
     assert metrics["generator_loss"] == 0 and metrics["discriminator_loss"] > 0

@@ -1,14 +1,13 @@
-"""Disentangled attention on a CPU: one sequence at a time, so that scores stay in the cache, with its own backward.
+"""Disentangled attention on a CPU: one sequence at a time, so that scores stay in the cache (`--attention auto`).
 
 Shapes: B batch, H heads, L length, D head size, W = 2L - 1 distances, T rows of a block.
 
-The position terms are products with one table row per *distance*, [L, W]. Where `c2p[i, w]` belongs to distance
-`i - j`, row i of the [L, L] scores is a stretch of row i of the product that starts one element earlier than that of
-row i - 1: a strided view, where the published code gathers. Its backward pass is a copy into the same view of a buffer
-of zeros, where the published code scatters. T rows need only L + T - 1 of the distances, so that blocks of rows save
-up to half of the product.
+The position terms are matmuls with one table row per *distance*, [L, W]. Row i of the [L, L] scores is a
+contiguous part of row i of the result, which starts one element earlier than that of row i - 1: a strided
+view instead of a gather. Its backward pass copies into the same view of a buffer of zeros instead of a
+scatter. T rows need only L + T - 1 of the distances, so that blocks of rows save up to half of the matmul.
 
-In bfloat16, on processors that can, one kernel does all of it by the same formulas: fused_attention.cpp.
+In bfloat16 on processors with AMX one kernel computes all of it by the same formulas: csrc/attention.cpp.
 """
 
 import math
@@ -17,28 +16,29 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd.function import once_differentiable
 
-from DeBERTa.model import kernels
-from DeBERTa.model.dropout import draw_seed, drop_threshold, keep_mask
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.dropout import compute_threshold, draw_keep_mask, draw_seed
 
-# Rows of a block: fewer save more of the products, but make them slower (measured for 128, 192, 256 and 512).
+# Rows of a block: fewer save more of the matmuls, but make them slower (measured for 128, 192, 256 and 512).
 ROWS, FLOAT32_ROWS = 256, 128
 
 
-def distance_view(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """View [..., T, L] of contiguous `product` [..., T, L + T - 1]: element (r, c) is `product[r, T - 1 - r + c]`.
+def view_distances(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """Return the view [..., T, L] of `product` [..., T, L + T - 1]: element (r, c) is `product[r, T - 1 - r + c]`.
 
-    `offset`: where the product starts in its memory; the compiler cannot ask for it.
+    `offset` is the storage offset of `product`, which is contiguous.
 
-    For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and columns c
-    as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as queries, that of c - r.
+    For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and
+    columns c as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as
+    queries, that of c - r.
     """
     rows, width = product.shape[-2:]
     strides = (*product.stride()[:-2], width - 1, 1)
     return product.as_strided((*product.shape[:-1], width - rows + 1), strides, offset + rows - 1)
 
 
-def row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of `rows` rows, and the rows of the table [W, D] that they need."""
+def iterate_row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of `rows` rows, and the rows of the table [W, D] that they need."""
     for first in range(0, length, rows):
         last = min(first + rows, length)
         yield slice(first, last), slice(length - last, 2 * length - 1 - first)
@@ -47,13 +47,14 @@ def row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
 class BlockedAttention(torch.autograd.Function):
     """softmax(q k^T + c2p + p2c) v, with dropout on the probabilities.
 
-    Inputs, contiguous: `q` (scaled already), `k`, `v` [B, H, L, D]; `key_table` [H, W, D] for c2p, ordered from
-    distance L - 1 down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may be None;
-    `input_mask` bool [B, L]; dropout probability `p`. Output: context [B, L, H, D], zero at padded queries.
+    Inputs, contiguous: `q` (scaled already), `k`, `v` [B, H, L, D]; `key_table` [H, W, D] for c2p, ordered
+    from distance L - 1 down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may
+    be None; `input_mask` bool [B, L]; dropout probability `p`. Output: context [B, L, H, D], zero at padded
+    queries.
 
-    For the backward pass the probabilities are kept once, negative where dropped. What the softmax needs of each row,
-    the inner product of probabilities and gradient, is that of the context and its gradient (FlashAttention, section
-    B.2): no pass over the probabilities.
+    For the backward pass the probabilities are saved once, negative where dropped. The inner product of
+    probabilities and gradient that softmax needs per row is that of the context and its gradient
+    (FlashAttention, section B.2).
     """
 
     @staticmethod
@@ -68,7 +69,18 @@ class BlockedAttention(torch.autograd.Function):
         if kernel is not None:
             mask, scale = input_mask.bool().contiguous(), 1 / (1 - p)
             kernel(
-                q, k, v, key_table, query_table, mask, kept, context, *q.shape, seed, drop_threshold(p), scale
+                q,
+                k,
+                v,
+                key_table,
+                query_table,
+                mask,
+                kept,
+                context,
+                *q.shape,
+                seed,
+                compute_threshold(p),
+                scale,
             )
             return context
         scores = q.new_empty(heads, length, length)
@@ -98,7 +110,7 @@ class BlockedAttention(torch.autograd.Function):
         c2p, p2c = _PositionGradient(key_table, length), _PositionGradient(query_table, length)
         dscores, dropped = (q.new_empty(heads, length, length) for _ in range(2))
         for b in range(batch):
-            inner = (context[b] * grad[b]).sum(-1).t().to(_wide(q)).contiguous()
+            inner = (context[b] * grad[b]).sum(-1).t().to(_sum_dtype(q)).contiguous()
             dcontext = torch.mul(grad[b].transpose(0, 1), 1 / (1 - ctx.p)).contiguous()
             torch.bmm(dcontext, v[b].transpose(1, 2), out=dscores)
             _score_gradients(kept[b], dscores, inner, c2p, p2c, dropped)
@@ -107,83 +119,88 @@ class BlockedAttention(torch.autograd.Function):
             torch.bmm(dscores.transpose(1, 2), q[b], out=dk[b])
             c2p.add(q[b], dq[b])
             p2c.add(k[b], dk[b])
-        return dq, dk, dv, c2p.dtable(), p2c.dtable(), None, None
+        return dq, dk, dv, c2p.sum_table(), p2c.sum_table(), None, None
 
 
 def _fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
-    """The kernel that does all of it at once, for the sizes it is made for: L and D multiples of 32."""
-    return kernels.find(name, q) if q.size(2) % 32 == 0 and q.size(3) % 32 == 0 else None
+    """Return the kernel that computes all of it, for L and D that are multiples of 32."""
+    return library.find_kernel(name, q) if q.size(2) % 32 == 0 and q.size(3) % 32 == 0 else None
 
 
 class _Blocks:
-    """Room for a position term of one sequence in blocks of rows; none without a `table` [H, W, D].
+    """Memory for a position term of one sequence in blocks of rows; none without a `table` [H, W, D].
 
-    `room` holds the blocks one after the other, each contiguous [H, T, L + T - 1]; the distances of a block's rows are
-    `distance_view` of it.
+    `buffer` holds the blocks in sequence, each contiguous [H, T, L + T - 1].
     """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         self.table, self.length = table, length
-        self.most = _rows(table)
-        self.room: torch.Tensor | None = None
+        self.most = _block_rows(table)
+        self.buffer: torch.Tensor | None = None
         self.rows: list[slice] = []
-        self.parts: list[torch.Tensor] = []  # of the table
+        self.tables: list[torch.Tensor] = []  # of the table
         self.blocks: list[torch.Tensor] = []
         if table is not None:
-            self.rows, columns = (list(slices) for slices in zip(*row_blocks(length, self.most), strict=True))
-            self.parts = [table[:, part] for part in columns]
+            self.rows, columns = (
+                list(slices) for slices in zip(*iterate_row_blocks(length, self.most), strict=True)
+            )
+            self.tables = [table[:, part] for part in columns]
             shapes = [
-                (len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.parts, strict=True)
+                (len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.tables, strict=True)
             ]
             sizes = [math.prod(shape) for shape in shapes]
-            self.room = table.new_empty(sum(sizes))
-            self.blocks = [b.view(shape) for b, shape in zip(self.room.split(sizes), shapes, strict=True)]
+            self.buffer = table.new_empty(sum(sizes))
+            self.blocks = [b.view(shape) for b, shape in zip(self.buffer.split(sizes), shapes, strict=True)]
 
     def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows and the distances of these, [H, T, L]."""
+        """Yield the rows of each block and their scores, [H, T, L]."""
         return (
-            (rows, distance_view(b, b.storage_offset()))
+            (rows, view_distances(b, b.storage_offset()))
             for rows, b in zip(self.rows, self.blocks, strict=True)
         )
 
 
 class _PositionTerm(_Blocks):
-    """The products of queries or keys with their table."""
+    """Queries or keys times their table."""
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         super().__init__(table, length)
-        self.parts = [part.transpose(1, 2).contiguous() for part in self.parts]  # once for all sequences
+        self.tables = [part.transpose(1, 2).contiguous() for part in self.tables]  # once for all sequences
 
     def multiply(self, x: torch.Tensor) -> None:
         """Fill the blocks for `x` [H, L, D]."""
-        for rows, part, block in zip(self.rows, self.parts, self.blocks, strict=True):
+        for rows, part, block in zip(self.rows, self.tables, self.blocks, strict=True):
             torch.bmm(x[:, rows], part, out=block)
 
 
 class _PositionGradient(_Blocks):
-    """Gradients of a position term; the blocks are to hold that of the products, and stay zero elsewhere."""
+    """Gradients of a position term; the blocks hold those of the matmul's result, and zero elsewhere."""
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         super().__init__(table, length)
-        self.parts = [part.contiguous() for part in self.parts]
-        self.dparts = [torch.zeros_like(part) for part in self.parts]
-        if self.room is not None:
-            self.room.zero_()
+        self.tables = [part.contiguous() for part in self.tables]
+        self.grad_tables = [torch.zeros_like(part) for part in self.tables]
+        if self.buffer is not None:
+            self.buffer.zero_()
 
     def add(self, x: torch.Tensor, dx: torch.Tensor) -> None:
-        """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to what it has from other sequences."""
-        for rows, part, dpart, block in zip(self.rows, self.parts, self.dparts, self.blocks, strict=True):
+        """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to the sum over sequences."""
+        for rows, part, grad_part, block in zip(
+            self.rows, self.tables, self.grad_tables, self.blocks, strict=True
+        ):
             dx[:, rows] += torch.bmm(block, part)
-            torch.baddbmm(dpart, block.transpose(1, 2), x[:, rows], out=dpart)
+            torch.baddbmm(grad_part, block.transpose(1, 2), x[:, rows], out=grad_part)
 
-    def dtable(self) -> torch.Tensor | None:
-        """[H, W, D]"""
+    def sum_table(self) -> torch.Tensor | None:
+        """Return the gradient of the table, [H, W, D]."""
         if self.table is None:
             return None
-        whole = torch.zeros_like(self.table)
-        for (_, columns), dpart in zip(row_blocks(self.length, self.most), self.dparts, strict=True):
-            whole[:, columns] += dpart
-        return whole
+        full = torch.zeros_like(self.table)
+        for (_, columns), grad_part in zip(
+            iterate_row_blocks(self.length, self.most), self.grad_tables, strict=True
+        ):
+            full[:, columns] += grad_part
+        return full
 
 
 def _probabilities(
@@ -196,24 +213,27 @@ def _probabilities(
     first: int,
     kept: torch.Tensor,
 ) -> None:
-    """Softmax of `scores` [H, L, L] and both terms, of real tokens alone: into `scores` with zeros where dropped, into
-    `kept` with a minus sign there. `first`: of the random bits of `seed`, the number of the first element's."""
-    kernel = kernels.find("probabilities", scores)
+    """Write the softmax of `scores` [H, L, L] and both terms over real tokens to `scores`, with zeros where dropped.
+
+    `kept` receives it with a minus sign there. `first` is the number of the first element in the random bits
+    of `seed`.
+    """
+    kernel = library.find_kernel("probabilities", scores)
     if kernel is not None:
         heads, length, _ = scores.shape
         mask = input_mask.bool().contiguous()
         kernel(
             scores,
             kept,
-            c2p.room,
-            p2c.room,
+            c2p.buffer,
+            p2c.buffer,
             mask,
             heads,
             length,
-            _rows(scores),
+            _block_rows(scores),
             seed,
             first,
-            drop_threshold(p),
+            compute_threshold(p),
         )
         return
     for rows, term in c2p.views():
@@ -223,7 +243,7 @@ def _probabilities(
     scores.masked_fill_(~input_mask, torch.finfo(scores.dtype).min)
     torch.softmax(scores, dim=-1, out=kept).mul_(input_mask[:, None])
     if p:
-        kept.mul_(keep_mask(kept.shape, seed, p, first).to(kept.dtype).mul_(2).sub_(1))
+        kept.mul_(draw_keep_mask(kept.shape, seed, p, first).to(kept.dtype).mul_(2).sub_(1))
     torch.clamp(kept, min=0, out=scores)
 
 
@@ -235,12 +255,15 @@ def _score_gradients(
     p2c: _PositionGradient,
     dropped: torch.Tensor,
 ) -> None:
-    """From gradients of the probabilities `kept` [H, L, L], zero for those dropped, to those of the scores: P dP - P
-    `inner` [H, L]. In place, and into the blocks of both terms. `dropped` takes the probabilities that multiplied v."""
-    kernel = kernels.find("score_gradients", gradients)
+    """Turn gradients of the probabilities `kept` [H, L, L] into those of the scores, P dP - P `inner` [H, L], in place.
+
+    Gradients of dropped elements are zero. They are also written to the blocks of both terms; `dropped`
+    receives the probabilities that multiplied v.
+    """
+    kernel = library.find_kernel("score_gradients", gradients)
     if kernel is not None:
         heads, length, _ = kept.shape
-        kernel(kept, gradients, dropped, c2p.room, p2c.room, inner, heads, length, _rows(kept))
+        kernel(kept, gradients, dropped, c2p.buffer, p2c.buffer, inner, heads, length, _block_rows(kept))
         return
     torch.clamp(kept, min=0, out=dropped)
     gradients.mul_(dropped).sub_(kept.abs().mul_(inner[:, :, None]))
@@ -250,11 +273,11 @@ def _score_gradients(
         term.copy_(gradients[:, :, rows].transpose(1, 2))
 
 
-def _rows(x: torch.Tensor | None) -> int:
-    """Of a block."""
+def _block_rows(x: torch.Tensor | None) -> int:
+    """Return the number of rows of a block."""
     return FLOAT32_ROWS if x is not None and x.dtype == torch.float32 else ROWS
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    """What sums are kept in."""
+def _sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of sums."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -11,7 +11,8 @@ from DeBERTa.ops.cpu.linear import affine, affine_gradients, find_tile_kernel
 class FeedForward(torch.autograd.Function):
     """`linear(activation(linear(x)))`, recomputed up to the activation's input in the backward pass.
 
-    x: [..., h]. inner_weight [I, h], inner_bias [I], outer_weight [h, I], outer_bias [h]: I is the intermediate size.
+    x: [..., h]. inner_weight [I, h], inner_bias [I], outer_weight [h, I], outer_bias [h]: I is the
+    intermediate size.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Linear maps and their gradients, in bfloat16 on a CPU by matmuls in layouts that are fast there.
 
-On processors with AMX a kernel of csrc/linear.cpp rounds and packs a weight, multiplies, and applies the epilogue in the
-cache. On others a matmul whose factors are both stored row by row takes about two thirds of the time of one that has to
-transpose a factor; a kernel of csrc/elementwise.cpp transposes first, in less time than that saves. In other types these
-are the matmuls of `F.linear`.
+On processors with AMX a kernel of csrc/linear.cpp rounds and packs a weight, multiplies, and applies the
+epilogue in the cache. On others a matmul whose factors are both stored row by row takes about two thirds of
+the time of one that has to transpose a factor; a kernel of csrc/elementwise.cpp transposes first, in less
+time than that saves. In other types these are the matmuls of `F.linear`.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def find_tile_kernel(
 ) -> Callable[..., None] | None:
     """Return the kernel of csrc/linear.cpp for `x` and these parameters, if there is one.
 
-    Each parameter comes with the shape it must have. What does not fit is left to PyTorch, which takes other layouts and
-    reports wrong shapes.
+    Each parameter comes with the shape it must have. What does not fit is left to PyTorch, which takes other
+    layouts and reports wrong shapes.
     """
     for parameter, shape in parameters:
         if library.find_kernel(name, x, parameter) is None or tuple(parameter.shape) != shape:
@@ -68,8 +68,8 @@ def affine_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """Return the gradients of `x` [..., K], of `weight` [N, K] and of the bias [N], from `grad` [..., N] of `affine`.
 
-    Those of the parameters are summed over all rows, in float32 at least; the weight's is written to `out`, if given.
-    Where there is no kernel, the weight's has been rounded to the dtype of `grad`.
+    Those of the parameters are summed over all rows, in float32 at least; the weight's is written to `out`,
+    if given. Where there is no kernel, the weight's has been rounded to the dtype of `grad`.
     """
     (columns, depth), shape = weight.shape, x.shape
     if out is None:

@@ -10,7 +10,9 @@ from DeBERTa.ops.cpu.linear import affine, affine_gradients
 class CpuChunkOperations(ChunkOperations):
     """Matmuls in the layouts that are fast on a CPU, one pass over the logits for sums, one for gradients."""
 
-    def compute_logits(self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
+    def compute_logits(
+        self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor
+    ) -> torch.Tensor:
         """Return logits [M, C] in the dtype of `x_ME`."""
         return affine(x_ME, table_CE, bias_C)
 
