@@ -2,13 +2,14 @@
 
 import lzma
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.model import kernels
+from DeBERTa.ops.cpu import library
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -42,18 +43,18 @@ def tiny_rtd(sharing: str = "gdes") -> dict:
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def way(request, monkeypatch) -> str:
-    """Each way to compute on a CPU: the compiled kernels, and PyTorch's operations."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "find", lambda *_: None)
-    else:
-        assert kernels.obstacle() is None, "the tests need g++"
-    return request.param
+def way(request) -> Iterator[str]:
+    """Each way in which DeBERTa/ops computes on a CPU: the compiled kernels, and PyTorch's operations."""
+    if request.param == "kernels" and library.find_obstacle() is not None:
+        pytest.skip(f"the kernels are not tested: {library.find_obstacle()}")
+    library.enable(request.param == "kernels")
+    yield request.param
+    library.enable(True)
 
 
 @pytest.fixture
 def tiles() -> None:
-    if not kernels.tiles():
+    if not library.has_tiles():
         assert "amx_bf16" not in Path("/proc/cpuinfo").read_text()
         pytest.skip("this processor has no AMX")
 

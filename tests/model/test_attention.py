@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
-from DeBERTa.model import blocked_attention, kernels
 from DeBERTa.model.attention import map_to_slots
-from DeBERTa.model.blocked_attention import BlockedAttention, distance_view
-from DeBERTa.model.dropout import keep_mask
 from DeBERTa.model.encoder import Encoder
+from DeBERTa.ops.cpu import attention as blocked_attention
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu.attention import BlockedAttention, view_distances
+from DeBERTa.ops.dropout import draw_keep_mask
 from tests.conftest import tiny_model
 from tests.model.reference_attention import reference_context, slot
 from tests.training.batches import random_batch
@@ -114,7 +115,7 @@ def test_dropout_on_probabilities(rows, way, monkeypatch):
     (q,) = attention.project(queries, attention.query_proj)
     ours = attention.attend(q, keys_of(attention, hidden, mask, encoder.relative_positions(LENGTH)))
     table = encoder.LayerNorm(encoder.rel_embeddings.weight)
-    kept = keep_mask((3, attention.num_heads, LENGTH, LENGTH), 12345, 0.3)
+    kept = draw_keep_mask((3, attention.num_heads, LENGTH, LENGTH), 12345, 0.3)
     assert 0.6 < kept.float().mean() < 0.8
     theirs = reference_context(attention, queries, hidden, mask, table, config, kept / 0.7)
     assert_same_gradients(
@@ -151,7 +152,7 @@ def compare_with_torch(mask, size, tables, p, monkeypatch):
     used = [True] * 3 + [tables in ("both", "c2p"), tables in ("both", "p2c")]
     weights = torch.randn(batch, length, 3, size).bfloat16()
     find = kernels.find
-    assert kernels.obstacle() is None, "the tests need g++"
+    assert library.find_obstacle() is None, "the tests need g++"
 
     def results(dtype, found):
         monkeypatch.setattr(kernels, "find", found)
@@ -256,9 +257,9 @@ def test_gradient_against_finite_differences():
     assert torch.autograd.gradcheck(lambda *t: BlockedAttention.apply(*t, mask, 0.0), tensors)
 
 
-def test_distance_view():
+def test_view_distances():
     product = torch.arange(10 + 2 * 4 * 7)[10:].view(2, 4, 7)
-    view = distance_view(product, 10)
+    view = view_distances(product, 10)
     for row in range(4):
         for column in range(4):
             assert torch.equal(view[:, row, column], product[:, row, 3 - row + column])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model import kernels
-from DeBERTa.model.vocabulary import vocabulary_loss
+from DeBERTa.model.losses import vocabulary_loss
+from DeBERTa.ops.cpu import library
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -116,7 +116,7 @@ def test_bfloat16_is_exact_but_for_rounding(rows, width, words, chunk, way):
     logits = F.linear(exact[0], exact[1], exact[2].requires_grad_())
     expected = F.cross_entropy(logits, targets, reduction="none")
     theirs = torch.autograd.grad((expected * weights).sum(), exact)
-    tiled = way == "kernels" and kernels.tiles()
+    tiled = way == "kernels" and library.has_tiles()
     torch.testing.assert_close(actual.loss.double(), expected, atol=1e-5 if tiled else 0.05, rtol=1e-5)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.double() - b).norm() <= (0.004 if tiled else 0.02) * b.norm() + 1e-6
@@ -142,7 +142,7 @@ def test_infinite_and_missing_numbers(way):
     assert torch.equal(out.samples[others], usual.samples[others])
     assert out.samples.min() >= 0 and out.samples.max() < 250
     (dx,) = torch.autograd.grad(out.loss.sum(), x)
-    if way == "kernels" and kernels.tiles():  # PyTorch's products in bfloat16 pass them on to the rows beside
+    if way == "kernels" and library.has_tiles():  # PyTorch's products in bfloat16 pass them on to the rows beside
         assert torch.equal(dx.isfinite().all(1), others)
 
 

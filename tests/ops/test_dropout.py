@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from DeBERTa.model.dropout import Dropout, keep_mask
+from DeBERTa.ops.dropout import draw_keep_mask
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -39,8 +39,8 @@ def test_words_are_those_of_the_published_generator():
     ]
     bits = np.array(words, dtype="<u8").view("<u2").astype(int)
     for p in (0.1, 0.5, 1 - 2**-16):
-        assert keep_mask((20,), 1234567, p).tolist() == (bits >= round(p * 2**16)).tolist()
-        assert keep_mask((9,), 1234567, p, first=6).tolist() == (bits >= round(p * 2**16)).tolist()[6:15]
+        assert draw_keep_mask((20,), 1234567, p).tolist() == (bits >= round(p * 2**16)).tolist()
+        assert draw_keep_mask((9,), 1234567, p, first=6).tolist() == (bits >= round(p * 2**16)).tolist()[6:15]
 
 
 @pytest.mark.parametrize("count", [1, 7, 4096, 4097, 200_003])
@@ -49,7 +49,7 @@ def test_either_way_the_masks_are_the_same(count, p):
     torch.manual_seed(3)
     seed = int(torch.randint(2**62, ()))
     torch.manual_seed(3)
-    assert torch.equal(kept(count, p), keep_mask((count,), seed, p))
+    assert torch.equal(kept(count, p), draw_keep_mask((count,), seed, p))
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 64, 4096, 65536, 65537])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
-from DeBERTa.model import kernels
 from DeBERTa.training.optimizer import (
     AdamW,
     build_optimizer,

@@ -174,7 +174,7 @@ def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, v
         for key, tensor in model.state_dict().items()
         if not torch.equal(tensor, before[key])
     }
-    assert changed == ({"generator"} if training.decoupled and broken == "discriminator" else set())
+    assert changed == ({"generator"} if training.is_decoupled and broken == "discriminator" else set())
     assert training.scaler.get_scale() < 16.0
 
 

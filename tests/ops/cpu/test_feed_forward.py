@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model import kernels
-from DeBERTa.model.encoder import ACTIVATION, FeedForward
+from DeBERTa.model.encoder import ACTIVATION
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu.feed_forward import FeedForward
 
 
 @pytest.mark.usefixtures("way")
@@ -43,7 +44,7 @@ def test_gelu_against_its_definition():
     value = exact * torch.special.ndtr(exact)
     (slope,) = torch.autograd.grad(value.sum(), exact)
     actual, derivative = x.clone(), torch.ones_like(x)
-    kernels.find("gelu_gradients", x)(actual, derivative, x.numel())
+    library.find_kernel("gelu_gradients", x)(actual, derivative, x.numel())
     assert (actual - value).abs().max() < 1e-6 and (derivative - slope).abs().max() < 1e-6
 
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from DeBERTa.model import kernels
-from DeBERTa.model.blocked_attention import BlockedAttention
-from DeBERTa.model.dropout import Dropout, draw_seed, keep_mask
-from DeBERTa.model.encoder import FeedForward
-from DeBERTa.model.products import linear_map
-from DeBERTa.model.vocabulary import vocabulary_loss
+from DeBERTa.model.losses import vocabulary_loss
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu.attention import BlockedAttention
+from DeBERTa.ops.cpu.feed_forward import FeedForward
+from DeBERTa.ops.cpu.linear import linear
+from DeBERTa.ops.dropout import draw_keep_mask, draw_seed
 
 DROPOUT = """
 import sys, torch
-from DeBERTa.model import kernels
-from DeBERTa.model.dropout import Dropout
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu.dropout import add_dropout
 torch.manual_seed(0)
 torch.save(Dropout(0.1)(torch.ones(1000)), sys.argv[1])
-print(kernels.obstacle())
+print(library.find_obstacle())
 """
 
 
@@ -39,7 +39,7 @@ def run(folder: Path, **environment: str) -> tuple[str, torch.Tensor]:
 @pytest.fixture
 def expected() -> torch.Tensor:
     torch.manual_seed(0)
-    return keep_mask((1000,), draw_seed(), 0.1) / 0.9
+    return draw_keep_mask((1000,), draw_seed(), 0.1) / 0.9
 
 
 def test_compiled_once(tmp_path, expected):
@@ -110,36 +110,36 @@ def test_exponentials():
     """Of bfloat16 and float32 logits, against float64: to 3 units of the last place, and 0 where float32 has none."""
     logits = torch.linspace(-100, 0, 100_001).view(1, -1)
     largest, sums = torch.empty(1), torch.empty(1, 100_001)
-    kernels.find("chunk_sums", logits)(logits, largest, sums, 1, 100_001, 1)
+    library.find_kernel("chunk_sums", logits)(logits, largest, sums, 1, 100_001, 1)
     exact = logits.double().exp()
     assert largest == 0
     torch.testing.assert_close(sums.double(), torch.where(logits < -87, 0.0, exact), rtol=3 * 2**-23, atol=0)
     logits[0, 7] = float("nan")
-    kernels.find("chunk_sums", logits)(logits, largest, sums, 1, 100_001, 1)
+    library.find_kernel("chunk_sums", logits)(logits, largest, sums, 1, 100_001, 1)
     assert sums[0, 7].isnan() and sums.isnan().sum() == 1
 
 
 def test_sources_are_packaged():
     """setup.py takes those of this folder."""
-    assert {path.parent for path in (*kernels.SOURCES, *kernels.HEADERS)} == {Path(kernels.__file__).parent}
-    assert {path.suffix for path in (*kernels.SOURCES, *kernels.HEADERS)} == {".cpp", ".h"}
+    assert {path.parent for path in (*library.SOURCES, *library.HEADERS)} == {Path(library.__file__).parent}
+    assert {path.suffix for path in (*library.SOURCES, *library.HEADERS)} == {".cpp", ".h"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_is_there(dtype):
     x = torch.empty(1, dtype=dtype)
-    assert kernels.tiles() == ("amx_bf16" in Path("/proc/cpuinfo").read_text())
-    fused = dtype == torch.bfloat16 and kernels.tiles()
-    for name, arguments in kernels.SIGNATURES.items():
+    assert library.has_tiles() == ("amx_bf16" in Path("/proc/cpuinfo").read_text())
+    fused = dtype == torch.bfloat16 and library.has_tiles()
+    for name, arguments in library.SIGNATURES.items():
         types = [x, x if name == "dropout" else x.float()][: 1 + (1 in arguments)]
         types = [x.long()] if name in ("gradient_norm", "adamw") else types  # they take addresses
-        assert (kernels.find(name, *types) is not None) == (fused or name not in kernels.FOR_TILES)
+        assert (library.find_kernel(name, *types) is not None) == (fused or name not in library.TILE_KERNELS)
     assert (
-        kernels.find("gelu_gradients", x.double()) is None
-        and kernels.find("gelu_gradients", x.to("meta")) is None
+        library.find_kernel("gelu_gradients", x.double()) is None
+        and library.find_kernel("gelu_gradients", x.to("meta")) is None
     )
     with FakeTensorMode() as fake:
-        assert kernels.find("gelu_gradients", fake.from_tensor(x)) is None
+        assert library.find_kernel("gelu_gradients", fake.from_tensor(x)) is None
 
 
 REFUSED = """
@@ -148,16 +148,16 @@ class Stack(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
 room = ctypes.create_string_buffer(8192)
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
-from DeBERTa.model import kernels
-from DeBERTa.model.blocked_attention import BlockedAttention
-from DeBERTa.model.products import affine
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu.attention import BlockedAttention
+from DeBERTa.ops.cpu.linear import affine
 torch.manual_seed(0)
 q, k, v = torch.randn(3, 1, 2, 64, 32, dtype=torch.bfloat16)
 context = BlockedAttention.apply(q, k, v, None, None, torch.ones(1, 64, dtype=torch.bool), 0.0)
 right = torch.softmax(q.double() @ k.double().transpose(2, 3), -1) @ v.double()
 y = affine(q, torch.eye(32), torch.zeros(32))
 good = float((context.transpose(1, 2) - right).norm() / right.norm()) < 0.01 and torch.equal(y, q)
-print(kernels.obstacle(), kernels.tiles(), good)
+print(library.find_obstacle(), library.has_tiles(), good)
 """
 
 
@@ -174,7 +174,7 @@ def test_tensors_that_a_kernel_cannot_read_are_refused():
             TypeError,
             match=r"argument 1 of kernel gelu_gradients has to be a contiguous torch\.float32 tensor",
         ):
-            kernels.find("gelu_gradients", x)(wrong, x, 8)
+            library.find_kernel("gelu_gradients", x)(wrong, x, 8)
 
 
 def attention() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -205,7 +205,7 @@ def linear_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(5)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 64), (288, 64), (288,))]
     with torch.autocast("cpu", torch.bfloat16):
-        return linear_map(*inputs), inputs
+        return linear(*inputs), inputs
 
 
 def vocabulary() -> tuple[torch.Tensor, list[torch.Tensor]]:

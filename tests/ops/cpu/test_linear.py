@@ -4,28 +4,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model.products import affine, affine_gradients, linear_map, transposed
+from DeBERTa.ops.cpu.linear import affine, affine_gradients, linear
 
 SHAPES = [(1, 1), (16, 16), (31, 47), (33, 16), (64, 96), (300, 50)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transposed(shape, dtype, way):
+def test_transpose(shape, dtype, way):
     torch.manual_seed(1)
     x = torch.randn(shape).to(dtype)
     x[0, 0] = float("nan")
-    out = transposed(x, torch.bfloat16)
+    out = transpose(x, torch.bfloat16)
     torch.testing.assert_close(out, x.bfloat16().t(), rtol=0, atol=0, equal_nan=True)
     # A view of part of a larger matrix.
     wide = torch.randn(shape[0], shape[1] + 3).to(dtype)
     torch.testing.assert_close(
-        transposed(wide[:, 1:-2], torch.bfloat16), wide[:, 1:-2].bfloat16().t(), rtol=0, atol=0
+        transpose(wide[:, 1:-2], torch.bfloat16), wide[:, 1:-2].bfloat16().t(), rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 24, 40), (64, 32, 96)])
-def test_linear_map(shape, way):
+def test_linear(shape, way):
     """Value and gradients are no further from the exact ones than those of PyTorch under autocast."""
     torch.manual_seed(2)
     rows, inputs, outputs = shape
@@ -39,13 +39,13 @@ def test_linear_map(shape, way):
 
     exact = results(F.linear, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = results(linear_map, torch.float32), results(F.linear, torch.float32)
+        ours, theirs = results(linear, torch.float32), results(F.linear, torch.float32)
     assert [tensor.dtype for tensor in ours] == [torch.bfloat16, *[torch.float32] * 3]
     for mine, usual, right in zip(ours, theirs, exact, strict=True):
         error, allowed = (float((tensor.double() - right).norm()) for tensor in (mine, usual))
         assert error <= 1.1 * allowed + 1e-6
     torch.testing.assert_close(
-        results(linear_map, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0
+        results(linear, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0
     )
 
 
@@ -106,9 +106,9 @@ def test_other_layouts_and_frozen_parameters():
     torch.manual_seed(5)
     x, weight, bias = torch.randn(40, 64), torch.randn(64, 96).t(), torch.randn(1).expand(96)
     with torch.autocast("cpu", torch.bfloat16):
-        y = linear_map(x, weight, bias)
-        turned = linear_map(x.t().contiguous().t(), weight.contiguous(), bias.bfloat16())
-        frozen = linear_map(x.requires_grad_(), weight, bias)
+        y = linear(x, weight, bias)
+        turned = linear(x.t().contiguous().t(), weight.contiguous(), bias.bfloat16())
+        frozen = linear(x.requires_grad_(), weight, bias)
     torch.testing.assert_close(turned, y, rtol=0.02, atol=0.1)
     (dx,) = torch.autograd.grad(frozen.float().sum(), x)
     torch.testing.assert_close(dx, weight.sum(0).expand(40, 64), rtol=0.02, atol=0.1)
@@ -119,7 +119,7 @@ def test_other_layouts_and_frozen_parameters():
 def test_shapes_that_do_not_match_are_refused(size, biases):
     x, weight = torch.zeros(8, size), torch.zeros(96, 64)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
-        linear_map(x, weight, torch.zeros(biases))
+        linear(x, weight, torch.zeros(biases))
 
 
 @pytest.mark.usefixtures("tiles")
