@@ -31,7 +31,7 @@ from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.log import set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
-from DeBERTa.training.checkpoint import checkpoint_path, find_newest_valid, read_model, write_json
+from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     broadcast_object,
     exit_process,
@@ -51,7 +51,7 @@ from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import warmup_steps
-from DeBERTa.training.parallel import gather_full
+from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.run_dir import check_room, flat, open_run_folder, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
@@ -194,22 +194,18 @@ def run(config: TrainConfig, signals: Signals) -> None:
         first_step = start_or_resume(this_run)
         say(banner(this_run, first_step))
         train(this_run, first_step, signals)
-        if config.sharding != "none":  # a separate model for the full weights
-            weights = gather_full(model.state_dict(), on_host=True)
-            model = build_model(
-                dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""),
-                model_config,
-            )
-            model.load_state_dict(weights)
+        outputs = training.outputs
+        full_model = get_full_model(config, model)
         if is_rank_zero():
-            folders = save_models(config.run_dir, model, tokenizer.path)
+            folders = save_models(config.run_dir, full_model, tokenizer.path)
             say(f"final models: {', '.join(map(str, folders))}")
     else:
         data = {"vocabulary_sha256": tokenizer.fingerprint, **texts}
         check_same_on_all_ranks({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
         load_trained(config, model)
+        outputs = outputs_of(model)
     if config.do_eval:
-        results = evaluate_splits(model, outputs_of(model), evaluation, config, precision, device)
+        results = evaluate_splits(model, outputs, evaluation, config, precision, device)
         for split, metrics in results.items():
             say(f"{split}  {describe(metrics)}")
         if is_rank_zero():
@@ -345,14 +341,24 @@ def load_trained(config: TrainConfig, model: nn.Module) -> None:
             say(f"warning: damaged checkpoint: {damage}")
         if step:
             weights = read_model(config.run_dir, step, model)
-            say(f"evaluating {checkpoint_path(config.run_dir, step)}")
-    weights = broadcast_object(weights)
-    if weights is None:
+            say(f"evaluating {get_checkpoint_path(config.run_dir, step)}")
+    if not broadcast_object(weights is not None):
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
         )
-    model.load_state_dict(weights)
+    load_full_weights(model, weights)
+
+
+def get_full_model(config: TrainConfig, model: nn.Module) -> nn.Module:
+    """Return on rank 0 the trained model with full weights. Called on every rank."""
+    if config.sharding == "none":
+        return model
+    weights = gather_to_rank_zero(model.state_dict())
+    if is_rank_zero():
+        model = type(model)(model.config)
+        model.load_state_dict(weights, assign=True)
+    return model
 
 
 def describe_data(batches: TrainingBatches) -> dict:

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from DeBERTa.training.checkpoint import checkpoint_path, saved_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
 from tests.conftest import ROOT, tiny_model, tiny_rtd
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
@@ -131,7 +131,7 @@ def run_pair(values: dict, port: int) -> tuple[int, str]:
 
 def final_files(run_dir: Path) -> dict[str, bytes]:
     """What must be the same for two runs that are the same: newest weights and moments, final models, metrics."""
-    newest = checkpoint_path(run_dir, saved_steps(run_dir)[-1])
+    newest = get_checkpoint_path(run_dir, list_steps(run_dir)[-1])
     files = {
         path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".safetensors", ".pt")
     }

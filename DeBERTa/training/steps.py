@@ -19,7 +19,7 @@ from DeBERTa.model.pretraining import (
 )
 from DeBERTa.model.sharing import SharedTables
 from DeBERTa.model.vocabulary import MaskedLoss
-from DeBERTa.training.distributed import all_reduce_sum, get_world_size
+from DeBERTa.training.distributed import all_reduce_sum, broadcast_object, get_world_size
 from DeBERTa.training.guard import Stability
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.optimizer import (
@@ -34,9 +34,10 @@ from DeBERTa.training.parallel import (
     DetectionObjective,
     JointObjective,
     MaskedLMObjective,
-    gather_full,
-    gradient_sync,
+    all_gather_full,
+    gather_to_rank_zero,
     load_full_optimizer_state,
+    sync_gradients,
     wrap_parallel,
 )
 from DeBERTa.training.precision import autocast, loss_scaler
@@ -68,21 +69,25 @@ class TrainingStep:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """All that the next step depends on besides the weights and its number. Called in every process."""
+        """Return what the next step depends on besides weights and step number.
+
+        Called on every rank. Tensors are full, in host memory, and on rank 0 alone.
+        """
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {
-            "optimizers": {
-                name: gather_full(optimizer.state_dict(), True) for name, optimizer in self.optimizers.items()
-            },
+            "optimizers": gather_to_rank_zero(optimizers),
             "scaler": self.scaler.state_dict(),
             "stability": self.guard.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave. Called in every process."""
+    def load_state_dict(self, state: dict | None) -> None:
+        """Resume from rank 0's `state`, as `state_dict` returned it. Called on every rank."""
         for name, optimizer in self.optimizers.items():
-            load_full_optimizer_state(optimizer, state["optimizers"][name])
-        self.scaler.load_state_dict(state["scaler"])
-        self.guard.load_state_dict(state["stability"])
+            load_full_optimizer_state(optimizer, state["optimizers"][name] if state else None)
+        others = {name: state[name] for name in ("scaler", "stability")} if state else None
+        others = broadcast_object(others)
+        self.scaler.load_state_dict(others["scaler"])
+        self.guard.load_state_dict(others["stability"])
 
     def learning_rate(self, update: int) -> float:
         """Set every optimiser's rate for update number `update` (from 1); returns the factor on the peaks."""
@@ -118,7 +123,7 @@ class TrainingStep:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = gradient_norm(parameters)
-        sums[f"{prefix}grad_norm"] = gather_full(norm)
+        sums[f"{prefix}grad_norm"] = all_gather_full(norm)
         taken = self.guard.allows(sums, losses, sums[f"{prefix}grad_norm"])
         if taken:
             optimizer.clip(norm, self.config.max_grad_norm or math.inf)
@@ -147,7 +152,7 @@ class MaskedLMStep(TrainingStep):
         targets, _ = self.global_counts(batch)
         sums: Sums = {}
         for part, last in self.parts(batch):
-            with gradient_sync(self.trained, last):
+            with sync_gradients(self.trained, last):
                 with autocast(self.precision, self.device):
                     out = self.trained(part)
                 self.backward(out.loss.sum() / targets)
@@ -203,7 +208,7 @@ class ReplacedTokenStep(TrainingStep):
         sums: Sums = {}
         corrupted = []
         for part, last in self.parts(batch):
-            with gradient_sync(self.trained_generator, last):
+            with sync_gradients(self.trained_generator, last):
                 with autocast(self.precision, self.device):
                     out = self.trained_generator(part)
                 self.backward(out.loss.sum() / masked_targets)
@@ -213,7 +218,7 @@ class ReplacedTokenStep(TrainingStep):
             return sums
         shared = self.shared_tables()
         for part, last, corrupted_ids in corrupted:
-            with gradient_sync(self.trained_discriminator, last):
+            with sync_gradients(self.trained_discriminator, last):
                 with autocast(self.precision, self.device):
                     found = self.trained_discriminator(part, corrupted_ids, shared)
                 self.backward(self.config.rtd_lambda * found.loss / targets)
@@ -225,7 +230,7 @@ class ReplacedTokenStep(TrainingStep):
         masked_targets, targets = self.global_counts(batch)
         sums: Sums = {}
         for part, last in self.parts(batch):
-            with gradient_sync(self.trained_both, last):
+            with sync_gradients(self.trained_both, last):
                 with autocast(self.precision, self.device):
                     out, found = self.trained_both(part)
                 self.backward(out.loss.sum() / masked_targets + self.config.rtd_lambda * found.loss / targets)
@@ -236,7 +241,7 @@ class ReplacedTokenStep(TrainingStep):
     def shared_tables(self) -> SharedTables | None:
         """The generator's tables as they are now, whole and without gradient. Called in every process."""
         shared = self.model.shared_tables()
-        return SharedTables(*(gather_full(table.detach()) for table in shared)) if shared else None
+        return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 
     def outputs(self, part: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
         """For evaluation. Called in every process alike."""

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from DeBERTa.training.checkpoint import checkpoint_path, saved_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
 from tests.runs import copy_run, final_files, run, tiny_flags
 
 KINDS = [
@@ -30,16 +30,16 @@ def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
     whole = flags["output_dir"]
     for cut in (2, 4):
         part = copy_run(whole, tmp_path / f"cut-{cut}")
-        for step in saved_steps(part):
+        for step in list_steps(part):
             if step > cut:
-                shutil.rmtree(checkpoint_path(part, step))
+                shutil.rmtree(get_checkpoint_path(part, step))
         for name in ("model", "generator", "discriminator"):
             shutil.rmtree(part / name, ignore_errors=True)
         status, output = run(flags | {"output_dir": part})
         assert status == 0, output
         assert f"going on from step {cut}" in output
         assert final_files(part) == final_files(whole)
-    state = json.loads((checkpoint_path(whole, 6) / "state.json").read_text())
+    state = json.loads((get_checkpoint_path(whole, 6) / "state.json").read_text())
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)
 
 
@@ -59,7 +59,7 @@ def test_killed_at_every_point_of_saving(tmp_path, prepared):
             killed = flags | {"output_dir": tmp_path / f"{point}-{step}"}
             status, output = run(killed, DEBERTA_CRASH_AT=f"{point}@{step}")
             assert status == -9, (point, step, output)
-            before = saved_steps(killed["output_dir"])
+            before = list_steps(killed["output_dir"])
             assert before and before[-1] >= step - 1, (point, step)
             status, output = run(killed)
             assert status == 0, (point, step, output)
