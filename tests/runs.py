@@ -13,6 +13,7 @@ from pathlib import Path
 
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
 from tests.conftest import ROOT, tiny_model, tiny_rtd
+from tests.kill_at_call.sitecustomize import kill_at_call
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
 PATIENCE = 600  # seconds until a run that takes a few is given up
@@ -65,6 +66,8 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     if "LARGEST_FILE" in environment:  # bytes; writing more gives the error "File too large", as a quota does
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
+    if "KILL_AT_CALL" in environment:  # die at the n-th call that changes a file
+        kill_at_call(int(environment["KILL_AT_CALL"]))
     torch.set_num_threads(1)
     exit_process(main(arguments))
 
@@ -147,3 +150,12 @@ def final_files(run_dir: Path) -> dict[str, bytes]:
 def copy_run(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+def remove_after(run_dir: Path, last: int) -> None:
+    """Remove the checkpoints after step `last`, and the final models."""
+    for step in list_steps(run_dir):
+        if step > last:
+            shutil.rmtree(get_checkpoint_path(run_dir, step))
+    for name in ("model", "generator", "discriminator"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
