@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
-from tests.conftest import ROOT, tiny_model, tiny_rtd
+from tests.conftest import ROOT, strip_times, tiny_model, tiny_rtd
 from tests.kill_at_call.sitecustomize import kill_at_call
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
@@ -106,7 +106,7 @@ class ForkedRun:
         if self.process.exitcode is None:
             os.killpg(self.pid, signal.SIGKILL)
             raise AssertionError(f"not over after {PATIENCE} s: {self.log}")
-        return self.process.exitcode, "".join(self.read) if self._pipe else self.log.read_text()
+        return self.process.exitcode, strip_times("".join(self.read) if self._pipe else self.log.read_text())
 
 
 def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.config import read_json
+from DeBERTa.config import FREE_TO_CHANGE, read_json
 from DeBERTa.data.files import find_unused_path, sync
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.pretraining import RTDModel
@@ -106,19 +106,12 @@ def remove_unfinished(run_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-FREE_TO_CHANGE = (
-    "output_dir", "tag", "do_train", "do_eval", "workers", "eval_batch_size", "dump_interval", "keep_last",
-    "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps", "nproc_per_node", "max_restarts",
-    "dist_timeout", "sharding", "log_level", "gradient_checkpointing",
-)  # fmt: skip
-
-
 def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
     """Raise `ConfigError` naming the settings in which the run in `run_dir` differs from the one asked for."""
     differing = []
     for section in ("train", "model", "data"):
         old, new = flat(saved.get(section, {})), flat(current[section])
-        for key in sorted((old.keys() | new.keys()) - set(FREE_TO_CHANGE)):
+        for key in sorted((old.keys() | new.keys()) - FREE_TO_CHANGE):
             if old.get(key) != new.get(key):
                 differing.append(f"{key} ({old.get(key)} there, {new.get(key)} here)")
     if differing:

@@ -31,7 +31,7 @@ from DeBERTa.training.parallel import gather_to_rank_zero
 from DeBERTa.training.run_dir import LOCK
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
-from tests.conftest import ROOT
+from tests.conftest import ROOT, strip_times
 from tests.runs import ForkedRun, command, copy_run, final_files, remove_after, run, tiny_flags
 from tests.training.batches import random_batch, train_config
 from tests.training.test_steps import CPU, rtd_model
@@ -333,7 +333,7 @@ def test_a_small_disk(tmp_path, prepared):
     )
     assert done.returncode == 0, f"unshare or mount not permitted, or the run failed: {done.stderr}"
     assert "Traceback" not in done.stderr
-    early, late = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    early, late = [line for line in strip_times(done.stderr).splitlines() if line.startswith("error: ")]
     free, one, final, needed = (
         float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early)
     )

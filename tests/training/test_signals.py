@@ -174,7 +174,7 @@ def test_a_worker_that_is_killed(tmp_path, undisturbed):
     status, output = process.finish()
     assert status == 1, output
     assert "Traceback" not in output
-    assert output.strip().splitlines()[-1].startswith("error: a process that prepares batches died")
+    assert output.strip().splitlines()[-1].startswith("error: a data worker died")
     assert "--workers" in output
     assert all_ended(workers)
     status, output = run(flags | {"dump_interval": 40})
