@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from DeBERTa.errors import ConfigError
 
 if TYPE_CHECKING:
-    from DeBERTa.config import ConfigError, ModelConfig, RTDConfig, TrainConfig
+    from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig
     from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel, RTDModel
 
 __version__ = "0.1.0"
@@ -20,12 +20,11 @@ __all__ = [
     "TrainConfig",
     "__version__",
 ]
-_CONFIGS = ("ConfigError", "ModelConfig", "RTDConfig", "TrainConfig")
 
 
 def __getattr__(name: str) -> object:
-    """Public names are imported at first use, so that preparing data does not load torch."""
+    """Import public names at first use, so that preparing data does not load torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "DeBERTa.config" if name in _CONFIGS else "DeBERTa.model.pretraining"
+    module = "DeBERTa.config" if name.endswith("Config") else "DeBERTa.model.pretraining"
     return getattr(importlib.import_module(module), name)

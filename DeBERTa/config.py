@@ -1,46 +1,70 @@
-"""Typed configurations: `ModelConfig`, `RTDConfig`, `TrainConfig`. Strict: an unknown or impossible value raises.
+"""Typed configurations: `ModelConfig`, `RTDConfig`, `TrainConfig`. Unknown and impossible values raise.
 
-`ModelConfig` and `RTDConfig` use the field names of the published JSON files. Every field of `TrainConfig` is a flag of
-`python -m DeBERTa.train`, with its help text and unit in the field's metadata.
+`ModelConfig` and `RTDConfig` use the field names of the published JSON files. Every field of `TrainConfig` is
+a flag of `python -m DeBERTa.train`. What else is known of a flag (group, help, unit, bounds, choices, rules)
+stands in its field's metadata.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import ujson
 
 from DeBERTa.errors import ConfigError
 
+T = TypeVar("T")
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
+SHARING = ("gdes", "es", "nes")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-def _check_keys(values: dict, cls: type, where: str) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(known)}"
+@dataclass(frozen=True)
+class Bounds:
+    """The interval in which a number must lie; both ends belong to it unless they are excluded."""
+
+    minimum: float
+    maximum: float = math.inf
+    excludes_minimum: bool = False
+    excludes_maximum: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Return whether `value` is finite and lies in the interval."""
+        is_excluded = (self.excludes_minimum and value == self.minimum) or (
+            self.excludes_maximum and value == self.maximum
         )
+        return math.isfinite(value) and self.minimum <= value <= self.maximum and not is_excluded
+
+    def __str__(self) -> str:
+        """Return the interval in words, as it follows "must be" in a message."""
+        text = f"{'above' if self.excludes_minimum else 'at least'} {self.minimum}"
+        if self.maximum < math.inf:
+            return f"{text} and {'below' if self.excludes_maximum else 'at most'} {self.maximum}"
+        return f"finite and {text}" if isinstance(self.minimum, float) else text
 
 
-def _check_type(name: str, value: object, annotation: object, where: str) -> None:
-    """Raise unless `value` fits the field's annotation; an int may stand for a float, a bool for nothing but a bool."""
-    allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if type(value) in allowed or (type(value) is int and float in allowed):
-        return
-    wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-    raise ConfigError(f"{where}: {name} must be {wanted}, not {value!r}")
+FROM_ONE, FROM_ZERO = Bounds(1), Bounds(0)
+POSITIVE, NOT_NEGATIVE = Bounds(0.0, excludes_minimum=True), Bounds(0.0)
+PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_maximum=True)
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object in `path`. Raises `ConfigError` naming the file when it is missing or not a JSON object."""
+def find_experiments() -> Path:
+    """Return the directory with the model configs and the sample, of the package or the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "experiments"  # setup.py maps it there
+    return installed if installed.is_dir() else package.parent / "experiments"
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read the JSON object in `path`. Raises `ConfigError` when the file is missing or not a JSON object."""
     try:
         values = ujson.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -52,106 +76,121 @@ def read_json(path: str | Path) -> dict:
     return values
 
 
+def _check_keys(values: dict[str, Any], cls: type, where: str) -> None:
+    """Raise unless all keys are fields of `cls`, and all fields without a default are among them."""
+    fields = dataclasses.fields(cls)
+    known = [f.name for f in fields]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"{where}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(known)}"
+        )
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+
+
+def _check_types(values: dict[str, Any], cls: type, where: str) -> None:
+    """Raise unless the values fit the annotations; an int may stand for a float, a bool for a bool alone."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+            raise ConfigError(f"{where}: {name} must be {wanted}, not {value!r}")
+
+
+def _check_metadata(config: ModelConfig | TrainConfig, prefix: str) -> None:
+    """Raise unless all values lie within the bounds and choices in their fields' metadata."""
+    for item in dataclasses.fields(config):
+        value, bounds = getattr(config, item.name), item.metadata.get("bounds")
+        choices = item.metadata.get("choices", ())
+        options = f"one of {', '.join(choices)}" if choices else bounds
+        is_wrong = (bounds is not None and value not in bounds) or (choices and value not in choices)
+        _refuse(is_wrong, f"{prefix}{item.name} must be {options}, not {value!r}")
+
+
+def _refuse(is_wrong: object, message: str) -> None:
+    if is_wrong:
+        raise ConfigError(message)
+
+
+def _limited(default: T, bounds: Bounds | None = None, choices: tuple[str, ...] = ()) -> T:
+    return field(default=default, metadata={"bounds": bounds, "choices": choices})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One encoder with its head. Sizes are in units (hidden width, heads, layers, table rows)."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    attention_head_size: int = 0  # 0: hidden_size / num_attention_heads
-    embedding_size: int = 0  # 0: hidden_size
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 0
+    vocab_size: int = field(metadata={"bounds": FROM_ONE})
+    hidden_size: int = field(metadata={"bounds": FROM_ONE})
+    num_hidden_layers: int = field(metadata={"bounds": FROM_ONE})
+    num_attention_heads: int = field(metadata={"bounds": FROM_ONE})
+    intermediate_size: int = field(metadata={"bounds": FROM_ONE})
+    attention_head_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size / num_attention_heads
+    embedding_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size
+    max_position_embeddings: int = _limited(512, FROM_ONE)
+    type_vocab_size: int = _limited(0, FROM_ZERO)
     position_biased_input: bool = True
     relative_attention: bool = False
     pos_att_type: str = "none"  # "c2p", "p2c", "p2c|c2p" or "none"
     position_buckets: int = -1  # < 1: a table row for every distance
     max_relative_positions: int = -1  # < 1: max_position_embeddings
     share_att_key: bool = False
-    norm_rel_ebd: str = "none"  # "layer_norm" or "none"
-    conv_kernel_size: int = 0
-    conv_act: str = "tanh"
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-7
+    norm_rel_ebd: str = _limited("none", choices=("none", "layer_norm"))
+    conv_kernel_size: int = _limited(0, FROM_ZERO)
+    conv_act: str = _limited("tanh", choices=ACTIVATIONS)
+    hidden_act: str = _limited("gelu", choices=ACTIVATIONS)
+    hidden_dropout_prob: float = _limited(0.1, PROPORTION_BELOW_ONE)
+    attention_probs_dropout_prob: float = _limited(0.1, PROPORTION_BELOW_ONE)
+    initializer_range: float = _limited(0.02, POSITIVE)
+    layer_norm_eps: float = _limited(1e-7, POSITIVE)
 
     @classmethod
-    def from_dict(cls, values: dict, where: str = "model config") -> ModelConfig:
-        """Build from published field names. Raises `ConfigError` on an unknown, missing or impossible value."""
+    def from_dict(cls, values: dict[str, Any], where: str = "model config") -> ModelConfig:
+        """Build from published field names. Raises `ConfigError` for an unknown, missing or wrong value."""
         _check_keys(values, cls, where)
-        hints = typing.get_type_hints(cls)
-        for name, value in values.items():
-            _check_type(name, value, hints[name], where)
-        missing = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is dataclasses.MISSING and f.name not in values
-        ]
-        if missing:
-            raise ConfigError(f"{where}: missing {', '.join(missing)}")
+        _check_types(values, cls, where)
         config = cls(**values)
         config._validate(where)
         return config
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
+        """Build from a JSON file with published field names."""
         return cls.from_dict(read_json(path), where=str(path))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by field name."""
         return dataclasses.asdict(self)
 
     def _validate(self, where: str) -> None:
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
+        _check_metadata(self, f"{where}: ")
+        heads, kernel = self.num_attention_heads, self.conv_kernel_size
+        terms = {term.strip() for term in self.pos_att_type.lower().split("|")}
+        _refuse(
+            not self.attention_head_size and self.hidden_size % heads,
+            f"{where}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
+            "set attention_head_size",
         )
-        for name in (*positive, "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{where}: {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("attention_head_size", "embedding_size", "type_vocab_size", "conv_kernel_size"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{where}: {name} must not be negative, not {getattr(self, name)}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{where}: {name} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{where}: {name} must be positive, not {getattr(self, name)}")
-        if not self.attention_head_size and self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"{where}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}; set attention_head_size"
-            )
-        for name in ("hidden_act", "conv_act"):
-            if getattr(self, name) not in ACTIVATIONS:
-                raise ConfigError(
-                    f"{where}: {name} {getattr(self, name)!r} is not one of {', '.join(ACTIVATIONS)}"
-                )
-        if self.norm_rel_ebd not in ("none", "layer_norm"):
-            raise ConfigError(f"{where}: norm_rel_ebd {self.norm_rel_ebd!r} is not 'none' or 'layer_norm'")
-        for term in self.pos_att_type.lower().split("|"):
-            if term.strip() not in (*POSITION_TERMS, "none", ""):
-                raise ConfigError(
-                    f"{where}: pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none"
-                )
-        if self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
-            raise ConfigError(
-                f"{where}: conv_kernel_size must be odd to keep the length, not {self.conv_kernel_size}"
-            )
-        if self.conv_kernel_size and self.num_hidden_layers < 2:
-            raise ConfigError(
-                f"{where}: conv_kernel_size needs at least 2 layers: it stands between the first two"
-            )
-        if self.relative_attention and self.position_buckets == 1:
-            raise ConfigError(f"{where}: position_buckets must be at least 2, or below 1 for none")
+        _refuse(
+            terms - {*POSITION_TERMS, "none", ""},
+            f"{where}: pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none",
+        )
+        _refuse(
+            kernel and kernel % 2 == 0,
+            f"{where}: conv_kernel_size must be odd to keep the length, not {kernel}",
+        )
+        _refuse(
+            kernel and self.num_hidden_layers < 2,
+            f"{where}: conv_kernel_size needs at least 2 layers: the convolution follows the first",
+        )
+        _refuse(
+            self.relative_attention and self.position_buckets == 1,
+            f"{where}: position_buckets must be at least 2, or below 1 for none",
+        )
 
     @property
     def position_terms(self) -> tuple[str, ...]:
@@ -163,18 +202,19 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
+        """Width of one attention head."""
         return self.attention_head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def embedding_width(self) -> int:
+        """Width of the embedding tables."""
         return self.embedding_size or self.hidden_size
 
     @property
     def max_distance(self) -> int:
         """Distances are clamped to one less than this (`max_relative_positions`)."""
-        return (
-            self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
-        )
+        has_own = self.max_relative_positions >= 1
+        return self.max_relative_positions if has_own else self.max_position_embeddings
 
     @property
     def position_span(self) -> int:
@@ -182,27 +222,25 @@ class ModelConfig:
         return self.position_buckets if self.position_buckets > 0 else self.max_distance
 
 
-SHARING = ("gdes", "es", "nes")
-
-
 @dataclass(frozen=True)
 class RTDConfig:
-    """Generator, discriminator, and how they share embeddings: "gdes", "es" or "nes" (DeBERTaV3, section 3.3)."""
+    """Generator, discriminator, and how they share embeddings (DeBERTaV3, section 3.3)."""
 
     generator: ModelConfig
     discriminator: ModelConfig
-    embedding_sharing: str = "gdes"
+    embedding_sharing: str = _limited("gdes", choices=SHARING)
 
     @classmethod
-    def from_dict(cls, values: dict, where: str = "RTD config") -> RTDConfig:
-        """Build from the published layout. Raises `ConfigError` when the two models cannot share their tables."""
-        _check_keys(values, cls, where)
+    def from_dict(cls, values: dict[str, Any], where: str = "RTD config") -> RTDConfig:
+        """Build from the published layout. Raises `ConfigError` when the tables cannot be shared."""
         for name in ("generator", "discriminator"):
-            if not isinstance(values.get(name), dict):
-                raise ConfigError(f"{where}: needs a section {name!r} holding a model config")
+            if name in values and not isinstance(values[name], dict):
+                raise ConfigError(f"{where}: {name} must be a model config, not {values[name]!r}")
+        _check_keys(values, cls, where)
         sharing = values.get("embedding_sharing", "gdes")
         if not isinstance(sharing, str) or sharing.lower() not in SHARING:
-            raise ConfigError(f"{where}: embedding_sharing {sharing!r} is not one of {', '.join(SHARING)}")
+            options = ", ".join(SHARING)
+            raise ConfigError(f"{where}: embedding_sharing must be one of {options}, not {sharing!r}")
         config = cls(
             generator=ModelConfig.from_dict(values["generator"], f"{where}: generator"),
             discriminator=ModelConfig.from_dict(values["discriminator"], f"{where}: discriminator"),
@@ -213,206 +251,228 @@ class RTDConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> RTDConfig:
+        """Build from a JSON file in the published layout."""
         return cls.from_dict(read_json(path), where=str(path))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by field name, those of the two models as nested dicts."""
         return dataclasses.asdict(self)
 
     def _validate(self, where: str) -> None:
-        generator, discriminator = self.generator, self.discriminator
-        if generator.vocab_size != discriminator.vocab_size:
-            raise ConfigError(
-                f"{where}: vocab_size differs between generator ({generator.vocab_size}) and "
-                f"discriminator ({discriminator.vocab_size})"
-            )
-        if self.embedding_sharing == "nes":
-            return
-        for name in ("embedding_width", "max_position_embeddings"):
-            ours, theirs = getattr(generator, name), getattr(discriminator, name)
+        tables = ("embedding_width", "max_position_embeddings") if self.embedding_sharing != "nes" else ()
+        for name in ("vocab_size", *tables):
+            ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
                 raise ConfigError(
-                    f"{where}: {self.embedding_sharing} shares the embedding tables, but {name} differs: "
-                    f"generator {ours}, discriminator {theirs}"
+                    f"{where}: {name} differs between generator ({ours}) and discriminator ({theirs}), "
+                    f"which {self.embedding_sharing} does not allow"
                 )
 
 
-def _flag(default: object, help: str, choices: tuple[str, ...] = ()) -> object:
-    return field(default=default, metadata={"help": help, "choices": choices})
+class Rule(enum.Flag):
+    """What else holds for a flag."""
+
+    NONE = 0
+    REQUIRED = enum.auto()
+    RESUME = enum.auto()  # a resumed run may have another value
+    NODE = enum.auto()  # each node may have its own value
+    HIDDEN = enum.auto()  # a published name that works, but is not listed by --help
+
+
+REQUIRED, RESUME, NODE, HIDDEN = Rule.REQUIRED, Rule.RESUME, Rule.NODE, Rule.HIDDEN
+
+
+def _flag(
+    default: T,
+    help: str,
+    unit: str = "",
+    bounds: Bounds | None = None,
+    rules: Rule = Rule.NONE,
+    choices: tuple[str, ...] = (),
+    group: str = "",  # of this flag and those after it
+) -> T:
+    facts = {"help": help, "unit": unit, "bounds": bounds, "rules": rules, "choices": choices, "group": group}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. Each field is a flag of the same name."""
 
-    task_name: str = _flag("MLM", "masked language modelling, or replaced token detection", ("MLM", "RTD"))
-    model_config: str = _flag("", "JSON model config (names under experiments/language_model/ need no path)")
-    data_dir: str = _flag(
-        "", "folder with train.txt and valid.txt (and test.txt), as prepare_data.py writes them"
+    task_name: str = _flag(
+        "MLM", "masked language modeling or replaced token detection", choices=("MLM", "RTD"), group="task"
     )
-    vocab_path: str = _flag("", "SentencePiece model the data was prepared with")
-    vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",))
-    vocab_size: int = _flag(0, "rows of the word embedding table; 0: the model config's number")
-    output_dir: str = _flag("", "folder of this run; empty: output/<tag>")
-    tag: str = _flag("run", "name of this run")
+    do_train: bool = _flag(False, "train", rules=RESUME)
+    do_eval: bool = _flag(False, "evaluate on valid.txt, and on test.txt if there is one", rules=RESUME)
 
-    do_train: bool = _flag(False, "train")
-    do_eval: bool = _flag(False, "evaluate on the validation split, and on the test split if there is one")
-    init_model: str = _flag("", "start MLM from these weights (.bin or .safetensors, published names)")
-    init_generator: str = _flag("", "start the RTD generator from these weights (.bin or .safetensors)")
-    init_discriminator: str = _flag(
-        "", "start the RTD discriminator from these weights (.bin or .safetensors)"
+    model_config: str = _flag(  # compared by content
+        "",
+        "JSON model config (experiments/language_model has some), or the config.json of a run",
+        rules=REQUIRED | RESUME | NODE,
+        group="model",
+    )
+    vocab_size: int = _flag(0, "size of the word table; 0: that of the model config", "rows", FROM_ZERO)
+    init_model: str = _flag("", "MLM: start from these weights (.bin or .safetensors)", rules=NODE)
+    init_generator: str = _flag("", "RTD: start the generator from these weights", rules=NODE)
+    init_discriminator: str = _flag("", "RTD: start the discriminator from these weights", rules=NODE)
+
+    data_dir: str = _flag(  # compared by content
+        "",
+        "directory with train.txt and valid.txt (and test.txt), as prepare_data.py writes them",
+        rules=REQUIRED | RESUME | NODE,
+        group="data",
+    )
+    vocab_path: str = _flag("", "SentencePiece model of the data", rules=REQUIRED | RESUME | NODE)
+    vocab_type: str = _flag("spm", "kind of vocabulary", rules=HIDDEN, choices=("spm",))
+    max_seq_length: int = _flag(512, "sequence length, [CLS] and [SEP] included", "tokens", Bounds(3))
+    max_ngram: int = _flag(1, "MLM: longest masked span; 1: single tokens", "words", FROM_ONE)
+    train_batch_size: int = _flag(256, "batch size over all ranks", "sequences per optimizer step", FROM_ONE)
+    accumulative_update: int = _flag(
+        1, "micro-batches of a rank, to need less memory", "micro-batches per optimizer step", FROM_ONE
+    )
+    eval_batch_size: int = _flag(32, "batch size of the evaluation", "sequences", FROM_ONE, RESUME)
+    workers: int = _flag(2, "data workers; 0: none", "processes per rank", FROM_ZERO, RESUME | NODE)
+    seed: int = _flag(
+        42, "seed of weights, data order, masks, dropout and sampling", "", Bounds(0, 2**63 - 1)
     )
 
-    max_seq_length: int = _flag(512, "tokens a sequence, [CLS] and [SEP] included")
-    max_ngram: int = _flag(1, "MLM: longest masked span in words; 1: single tokens")
-    num_training_steps: int = _flag(0, "optimiser steps; 0: by --num_train_epochs")
+    num_training_steps: int = _flag(
+        0, "length of the run; 0: by --num_train_epochs", "optimizer steps", FROM_ZERO, group="optimization"
+    )
     num_train_epochs: float = _flag(
-        1.0, "passes over the training data, when --num_training_steps is not given"
+        1.0, "passes over the data, when --num_training_steps is not given", "epochs", NOT_NEGATIVE
     )
-    train_batch_size: int = _flag(256, "sequences an optimiser step, over all processes")
-    eval_batch_size: int = _flag(32, "sequences an evaluation batch")
-    accumulative_update: int = _flag(1, "parts a step's batch is cut into, to need less memory")
-    workers: int = _flag(2, "processes that prepare batches; 0: none")
-    seed: int = _flag(42, "seed of initialisation, data order, masks, dropout and sampling")
-
-    learning_rate: float = _flag(1e-4, "peak learning rate")
+    learning_rate: float = _flag(1e-4, "peak learning rate", "", POSITIVE)
     discriminator_learning_rate: float = _flag(
-        0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate"
+        0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate", "", NOT_NEGATIVE
     )
-    warmup: float = _flag(10000.0, "linear warm-up: steps if >= 1, else a proportion of all steps")
-    lr_schedule_ends: float = _flag(0.0, "learning rate at the last step, as a proportion of the peak")
-    weight_decay: float = _flag(0.01, "AdamW weight decay (none on biases and LayerNorm)")
-    adam_beta1: float = _flag(0.9, "AdamW beta1")
-    adam_beta2: float = _flag(0.999, "AdamW beta2")
-    epsilon: float = _flag(1e-6, "AdamW epsilon")
-    max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0: do not clip")
-
-    rtd_lambda: float = _flag(10.0, "RTD: weight of the discriminator's loss")
-    decoupled_training: bool = _flag(True, "RTD: update the generator first, then the discriminator (not es)")
+    warmup: float = _flag(
+        10000.0, "linear warm-up", "optimizer steps if >= 1, else proportion of all steps", NOT_NEGATIVE
+    )
+    lr_schedule_ends: float = _flag(0.0, "final learning rate", "proportion of the peak", PROPORTION)
+    weight_decay: float = _flag(0.01, "AdamW weight decay (not of biases and LayerNorm)", "", NOT_NEGATIVE)
+    adam_beta1: float = _flag(0.9, "AdamW beta1", "", PROPORTION_BELOW_ONE)
+    adam_beta2: float = _flag(0.999, "AdamW beta2", "", PROPORTION_BELOW_ONE)
+    epsilon: float = _flag(1e-6, "AdamW epsilon", "", NOT_NEGATIVE)
+    max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0: no clipping", "", NOT_NEGATIVE)
+    max_skipped_steps: int = _flag(
+        20, "stop after as many consecutive skipped updates", "optimizer steps", FROM_ONE, RESUME
+    )
+    skip_spikes: bool = _flag(
+        False, "skip updates whose loss is above 6 standard deviations of the losses of the last 128 steps"
+    )
+    rtd_lambda: float = _flag(10.0, "RTD: weight of the discriminator's loss", "", NOT_NEGATIVE)
+    decoupled_training: bool = _flag(True, "RTD: step on the generator's loss, then on the other (not es)")
 
     precision: str = _flag(
         "auto",
         "auto: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, else fp32",
-        ("auto", "fp32", "bf16", "fp16"),
+        choices=("auto", "fp32", "bf16", "fp16"),
+        group="computation",
     )
-    fp16: bool | None = _flag(
-        None, "published name: True means --precision auto, False means --precision fp32"
-    )
-    kernels: str = _flag(
+    # What it resolves to is compared on resume: the precision.
+    fp16: bool | None = _flag(None, "--precision auto, or fp32 if False", rules=HIDDEN | RESUME)
+    kernels: str = _flag(  # compared on resume: auto and off draw different dropout masks
         "auto",
-        "auto: faster implementations from DeBERTa/ops where they exist; off: plain PyTorch",
-        ("auto", "off"),
+        "auto: faster implementations of DeBERTa/ops where they exist; off: plain PyTorch, --attention eager",
+        choices=("auto", "off"),
     )
     attention: str = _flag(
         "auto",
         "auto: the fastest for the device; eager: plain operations; sdpa: PyTorch's fused attention",
-        ("auto", "eager", "sdpa"),
+        choices=("auto", "eager", "sdpa"),
     )
     gradient_checkpointing: bool = _flag(
-        False,
-        "compute each layer again in the backward pass: less memory, about a third more time, the same numbers",
+        False, "recompute layers in the backward pass: less memory, a third more time", rules=RESUME
     )
-    compile: bool = _flag(False, "torch.compile the encoder's layers; a CPU needs a C++ compiler for it")
+    compile: bool = _flag(False, "torch.compile the encoder's layers; on CPUs this needs a C++ compiler")
 
-    nproc_per_node: int = _flag(0, "processes on this node; 0: one a GPU, or one on a machine without GPUs")
+    nproc_per_node: int = _flag(
+        0, "ranks on this node; 0: one per GPU, or one", "processes", FROM_ZERO, RESUME | NODE, group="ranks"
+    )
     sharding: str = _flag(
         "none",
-        "none: every rank holds the model (DDP); zero2: gradients and optimizer state are sharded; fsdp: parameters too",
-        ("none", "zero2", "fsdp"),
+        "none: every rank holds the model (DDP); zero2: gradients and optimizer state are sharded; fsdp: and "
+        "parameters",
+        rules=RESUME,
+        choices=("none", "zero2", "fsdp"),
     )
-    max_restarts: int = _flag(
-        0, "times all processes start again from the last checkpoint after one was lost"
-    )
-    dist_timeout: int = _flag(600, "seconds to wait for other nodes and processes before giving up")
+    max_restarts: int = _flag(0, "restarts of all ranks after one was lost", "restarts", FROM_ZERO, RESUME)
+    dist_timeout: int = _flag(600, "limit of waiting for other nodes and ranks", "seconds", FROM_ONE, RESUME)
 
-    dump_interval: int = _flag(10000, "steps between checkpoints; each is followed by an evaluation")
+    output_dir: str = _flag(
+        "", "run directory; empty: output/TAG", rules=RESUME | NODE, group="run directory"
+    )
+    tag: str = _flag("run", "name of this run", rules=RESUME)
+    dump_interval: int = _flag(
+        10000, "interval of checkpoints and evaluations", "optimizer steps", FROM_ONE, RESUME
+    )
     keep_last: int = _flag(
-        3,
-        "newest checkpoints to keep, besides the best by validation loss (MLM: loss, RTD: discriminator_loss)",
+        3, "newest checkpoints to keep, besides the best by validation loss", "checkpoints", FROM_ONE, RESUME
     )
-    fresh: bool = _flag(
-        False, "start over; what an earlier run left is moved aside to OUTPUT_DIR.old-1, .old-2, ..."
-    )
-    max_skipped_steps: int = _flag(20, "stop after that many steps in a row whose update was left out")
-    skip_spikes: bool = _flag(
-        False, "leave out updates whose loss is above 6 standard deviations of the last 128 steps' losses"
-    )
-    log_interval: int = _flag(100, "steps between lines of metrics.jsonl")
-    log_level: str = _flag(
-        "info", "least severe console messages to show", ("debug", "info", "warning", "error")
-    )
+    fresh: bool = _flag(False, "start over; an earlier run is moved to OUTPUT_DIR.old-1, ...", rules=RESUME)
+    log_interval: int = _flag(100, "interval of metrics.jsonl", "optimizer steps", FROM_ONE, RESUME)
+    log_level: str = _flag("info", "least severe console messages", rules=RESUME | NODE, choices=LOG_LEVELS)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "settings") -> TrainConfig:
+        """Build from flag names. Raises `ConfigError` for unknown names and wrong types; see `validate`."""
+        _check_keys(values, cls, where)
+        _check_types(values, cls, where)
+        return cls(**values)
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming the flag."""
-        for name in ("model_config", "data_dir", "vocab_path"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is required: {self.__dataclass_fields__[name].metadata['help']}")
-        if not (self.do_train or self.do_eval):
-            raise ConfigError("nothing to do: give --do_train, --do_eval, or both")
-        for name in ("train_batch_size", "eval_batch_size", "accumulative_update", "max_ngram"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("dump_interval", "keep_last", "log_interval", "max_skipped_steps", "dist_timeout"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name, value in self.to_dict().items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"--{name} must be a finite number, not {value}")
-        not_negative = (
-            "workers",
-            "nproc_per_node",
-            "max_restarts",
-            "seed",
-            "vocab_size",
-            "num_training_steps",
-            "warmup",
-            "weight_decay",
-            "max_grad_norm",
+        for item in dataclasses.fields(self):
+            is_missing = REQUIRED in item.metadata["rules"] and not getattr(self, item.name)
+            _refuse(is_missing, f"--{item.name} is required: {item.metadata['help']}")
+        _check_metadata(self, "--")
+        batch, parts = self.train_batch_size, self.accumulative_update
+        rtd_weights = (self.init_generator, self.init_discriminator)
+        _refuse(not (self.do_train or self.do_eval), "nothing to do: give --do_train, --do_eval, or both")
+        _refuse(self.fresh and not self.do_train, "--fresh starts training over: give --do_train too")
+        _refuse(
+            batch % parts, f"--train_batch_size {batch} is not a multiple of --accumulative_update {parts}"
         )
-        for name in (*not_negative, "epsilon", "rtd_lambda"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name} must not be negative, not {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
-        if self.fresh and not self.do_train:
-            raise ConfigError("--fresh starts training over: give --do_train too")
-        if self.seed >= 2**63:
-            raise ConfigError(f"--seed must be below 2^63, not {self.seed}")
-        if self.max_seq_length < 3:
-            raise ConfigError(
-                f"--max_seq_length must be at least 3 ([CLS], a token, [SEP]), not {self.max_seq_length}"
-            )
-        if self.train_batch_size % self.accumulative_update:
-            raise ConfigError(
-                f"--train_batch_size {self.train_batch_size} is not a multiple of "
-                f"--accumulative_update {self.accumulative_update}"
-            )
-        if not self.num_training_steps and self.num_train_epochs <= 0:
-            raise ConfigError("--num_train_epochs must be positive when --num_training_steps is not given")
-        if not 0 <= self.lr_schedule_ends <= 1:
-            raise ConfigError(
-                f"--lr_schedule_ends is a proportion of the peak, in [0, 1], not {self.lr_schedule_ends}"
-            )
-        if self.learning_rate <= 0 or self.discriminator_learning_rate < 0:
-            raise ConfigError(
-                "--learning_rate must be positive and --discriminator_learning_rate not negative"
-            )
-        if self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"):
-            raise ConfigError(
-                f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them"
-            )
-        for name in ("init_generator", "init_discriminator"):
-            if self.task_name == "MLM" and getattr(self, name):
-                raise ConfigError(f"--{name} belongs to --task_name RTD; MLM starts from --init_model")
-        if self.task_name == "RTD" and self.init_model:
-            raise ConfigError(
-                "--init_model belongs to MLM; RTD takes --init_generator and --init_discriminator"
-            )
+        _refuse(
+            not (self.num_training_steps or self.num_train_epochs),
+            "--num_train_epochs must be above 0 when --num_training_steps is not given",
+        )
+        _refuse(
+            self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"),
+            f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them",
+        )
+        _refuse(
+            self.kernels == "off" and self.attention == "sdpa",
+            "--kernels off computes attention by plain operations: leave out --attention sdpa",
+        )
+        _refuse(
+            self.task_name == "MLM" and any(rtd_weights),
+            "--init_generator and --init_discriminator belong to --task_name RTD: MLM takes --init_model",
+        )
+        _refuse(
+            self.task_name == "RTD" and self.init_model,
+            "--init_model belongs to MLM: RTD takes --init_generator and --init_discriminator",
+        )
+        _refuse(
+            any(rtd_weights) and not all(rtd_weights),
+            "--init_generator and --init_discriminator belong together: give both or neither",
+        )
 
     @property
     def run_dir(self) -> Path:
+        """The directory of this run's checkpoints, metrics and models."""
         return Path(self.output_dir) if self.output_dir else Path("output") / self.tag
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by flag name."""
         return dataclasses.asdict(self)
+
+
+def find_flags(rule: Rule) -> frozenset[str]:
+    """Return the names of the flags for which `rule` holds."""
+    return frozenset(item.name for item in dataclasses.fields(TrainConfig) if rule in item.metadata["rules"])
+
+
+FREE_TO_CHANGE = find_flags(RESUME)
+FREE_PER_NODE = find_flags(NODE)

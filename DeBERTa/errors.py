@@ -17,6 +17,12 @@ class ConfigError(DebertaError, ValueError):
     """Settings, model configs, flags or environment variables that cannot work."""
 
 
+class UsageError(ConfigError):
+    """A command line that cannot be read: a flag, preset or combination of them that does not exist."""
+
+    exit_status = 2
+
+
 class DataError(DebertaError, ValueError):
     """Text or prepared data that is missing, damaged, or not what the settings need."""
 
@@ -56,3 +62,8 @@ class DataWorkerError(DebertaError):
 
 class ReportedError(DebertaError):
     """An error that was logged and passed to the launcher already."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return a message that names the file, and why the system refused it."""
+    return f"{error.filename or 'input or output'}: {error.strerror or error}"

@@ -1,21 +1,26 @@
 """Train or evaluate: `python -m DeBERTa.train --help`. Reads top to bottom: flags, data, model, run."""
 
-import argparse
-import dataclasses
+import logging
 import math
 import os
 import signal
 import sys
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
 
-from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig, read_json
+from DeBERTa.config import (
+    FREE_PER_NODE,
+    ModelConfig,
+    RTDConfig,
+    TrainConfig,
+    find_experiments,
+    read_json,
+)
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
@@ -26,12 +31,14 @@ from DeBERTa.errors import (
     DataWorkerError,
     DebertaError,
     ReportedError,
+    describe_os_error,
 )
+from DeBERTa.flags import parse_flags
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.log import set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import banner, environment
-from DeBERTa.training.checkpoint import checkpoint_path, find_newest_valid, read_model, write_json
+from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     broadcast_object,
     exit_process,
@@ -51,112 +58,85 @@ from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import count_warmup_steps
-from DeBERTa.training.parallel import gather_full
+from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.run_dir import check_room, flat, open_run_folder, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from DeBERTa.training.trainer import Run, resume, train
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "experiments" / "language_model"
-# Nodes may have their own disks; model config, data and vocabulary are compared by content.
-FREE_PER_NODE = (
-    "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator", "init_discriminator",
-    "workers", "nproc_per_node",
-)  # fmt: skip
-SPARE_ROWS = (
-    127  # a word table may have that many rows more than the vocabulary has pieces (128100 for 128001)
-)
+SPARE_ROWS = 127  # of a word table, more than the vocabulary has tokens (128100 rows for 128001 tokens)
 WORKER_DIED = (
-    "a process that prepares batches died or was killed, perhaps because memory ran out (fewer --workers need less); "
-    "the same command goes on from the last checkpoint"
+    "a data worker died or was killed, perhaps because memory ran out (fewer --workers need less); "
+    "the same command resumes from the last checkpoint"
 )
+logger = logging.getLogger("DeBERTa.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, 1 after an error told in one sentence, 2 for wrong usage.
-
-    After SIGINT 130 and after SIGTERM 143, as shells expect.
-    """
+    """Return the exit status: 0, 1 after an error, 2 for wrong flags, 130 after SIGINT, 143 after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
-    config = parse_flags(argv)
-    set_up_logging(config.log_level)
+    set_up_logging()
     try:
+        config = parse_flags(argv)
+        set_up_logging(config.log_level)
         config.validate()
         job = find_job(config)
         if job is not None:
             return launch(job, config, argv)
         with Signals() as signals:
             if is_worker():
-                with log_rank(config.run_dir), join_process_group(config.dist_timeout), translate_worker_errors():
+                with (
+                    log_rank(config.run_dir),
+                    join_process_group(config.dist_timeout),
+                    translate_worker_errors(),
+                ):
                     run(config, signals)
             else:
                 with translate_worker_errors():
                     run(config, signals)
-    except DebertaError as error:
-        if not isinstance(error, ReportedError):
-            print(f"error: {error}", file=sys.stderr)
+    except ReportedError as error:
         return error.exit_status
-    except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+    except DebertaError as error:
+        logger.error("%s", error)
+        return error.exit_status
+    except OSError as error:  # a full disk, a directory that cannot be written
+        logger.error("%s", describe_os_error(error))
         return 1
     except RunInterrupted as error:
-        print(f"stopped by {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        logger.info("stopped by %s; the same command resumes from the last checkpoint", error)
         return error.exit_status
     return 0
 
 
+def run_command() -> NoReturn:
+    """Run the console command, and exit with its status."""
+    exit_process(main())
+
+
 @contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """The death of a data worker as `DataWorkerError`.
+    """Raise `DataWorkerError` when a data worker died.
 
-    It shows in up to two ways: DataLoader raises a RuntimeError wherever the main thread is when SIGCHLD comes, and a
-    batch that the worker was handing over breaks off (`ConnectionError`, `EOFError`; nothing else here has connections
-    that raise these). The second would interrupt telling the first.
+    A death shows in up to two ways. DataLoader raises a RuntimeError wherever the main thread is when SIGCHLD
+    comes. The transfer of a batch from the worker breaks off (`ConnectionError`, `EOFError`): only it
+    has such connections. The first would interrupt the handling of the second.
     """
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(
             error
-        ):  # what DataLoader says of it
+        ):  # DataLoader's message
             raise
-        for _ in range(
-            2
-        ):  # a handler that is waiting already has its turn in the first call, before it is replaced
+        for _ in range(2):  # a pending handler runs in the first call, before it is replaced
             with suppress(RuntimeError):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise DataWorkerError(WORKER_DIED) from error
 
 
-def parse_flags(argv: Sequence[str] | None) -> TrainConfig:
-    """Flags to a `TrainConfig`: one flag a field. Unambiguous beginnings of a flag work too, as they always did."""
-    parser = argparse.ArgumentParser(
-        prog="python -m DeBERTa.train", description="Pre-train a DeBERTa encoder."
-    )
-    hints = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        text = field.metadata["help"].replace("%", "%%")
-        shown = f"{text} (default: {'none' if field.default in ('', None) else field.default})"
-        kind = hints[field.name]
-        if kind is bool or isinstance(kind, types.UnionType):
-            form = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
-        else:
-            form = {"type": kind, "choices": field.metadata["choices"] or None}
-        parser.add_argument(f"--{field.name}", default=field.default, help=shown, **form)
-    return TrainConfig(**vars(parser.parse_args(argv)))
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-
-
 def run(config: TrainConfig, signals: Signals) -> None:
-    """One run, from flags to final models or figures."""
+    """Train or evaluate, from settings to final models or figures."""
     device = torch.device("cuda", get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config, device)
     if device.type == "cpu":
@@ -179,7 +159,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
             config.seed, config.train_batch_size, config.max_seq_length, get_rank(), get_world_size()
         )
         batches = TrainingBatches(train_store, tokenizer, masker, plan)
-        total_steps = number_of_steps(config, batches)
+        total_steps = count_steps(config, batches)
         step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
         training = step_class(model, config, precision, device, total_steps)
         data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
@@ -193,54 +173,47 @@ def run(config: TrainConfig, signals: Signals) -> None:
         check_same_on_all_ranks(settings | {"evaluation": texts})
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
         first_step = start_or_resume(this_run)
-        say(banner(this_run, first_step))
+        logger.info(banner(this_run, first_step))
         train(this_run, first_step, signals)
-        if config.sharding != "none":  # a separate model for the full weights
-            weights = gather_full(model.state_dict(), on_host=True)
-            model = build_model(
-                dataclasses.replace(config, init_model="", init_generator="", init_discriminator=""),
-                model_config,
-            )
-            model.load_state_dict(weights)
+        outputs = training.outputs
+        full_model = get_full_model(config, model)
         if is_rank_zero():
-            folders = save_models(config.run_dir, model, tokenizer.path)
-            say(f"final models: {', '.join(map(str, folders))}")
+            folders = save_models(config.run_dir, full_model, tokenizer.path)
+            logger.info("final models: %s", ", ".join(map(str, folders)))
     else:
         data = {"vocabulary_sha256": tokenizer.fingerprint, **texts}
         check_same_on_all_ranks({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
         load_trained(config, model)
+        outputs = outputs_of(model)
     if config.do_eval:
-        results = evaluate_splits(model, outputs_of(model), evaluation, config, precision, device)
+        results = evaluate_splits(model, outputs, evaluation, config, precision, device)
         for split, metrics in results.items():
-            say(f"{split}  {describe(metrics)}")
+            logger.info("%s  %s", split, describe(metrics))
         if is_rank_zero():
             config.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(config.run_dir / "evaluation.json", results)
 
 
-def say(text: str) -> None:
-    """To the console, once for all processes."""
-    if is_rank_zero():
-        print(text, file=sys.stderr, flush=True)
-
-
 def check_batch_size(config: TrainConfig) -> None:
-    """Raise `ConfigError` when a process would have no sequence in some part of a step."""
+    """Raise `ConfigError` when a rank would have no sequence in some micro-batch."""
     needed = get_world_size() * config.accumulative_update
     if config.train_batch_size < needed:
         raise ConfigError(
-            f"--train_batch_size {config.train_batch_size} is too small for {get_world_size()} processes with "
+            f"--train_batch_size {config.train_batch_size} is too small for {get_world_size()} ranks with "
             f"--accumulative_update {config.accumulative_update}: give at least {needed}"
         )
 
 
 def check_same_on_all_ranks(settings: dict) -> None:
-    """Raise `ConfigError` naming what differs, in all processes alike, unless they agree on all but paths."""
+    """Raise `ConfigError` on every rank, naming what differs, unless all ranks have the same settings.
+
+    Flags that may differ per node are not compared: paths are compared by the content that is read from them.
+    """
     everywhere = gather_objects(
         {name: value for section in settings.values() for name, value in flat(section).items()}
     )
     for number, values in enumerate(everywhere):
-        names = sorted((values.keys() | everywhere[0].keys()) - set(FREE_PER_NODE))
+        names = sorted((values.keys() | everywhere[0].keys()) - FREE_PER_NODE)
         differing = [
             f"{name} ({everywhere[0].get(name)} and {values.get(name)})"
             for name in names
@@ -248,31 +221,33 @@ def check_same_on_all_ranks(settings: dict) -> None:
         ]
         if differing:
             raise ConfigError(
-                f"processes 0 and {number} differ in {', '.join(differing)}: start the same command with the same "
-                "model config, data and vocabulary on every node"
+                f"ranks 0 and {number} differ in {', '.join(differing)}: start the same command with the "
+                "same model config, data and vocabulary on every node"
             )
 
 
 def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig | RTDConfig:
-    """The config file, with `--vocab_size` applied, checked against vocabulary and sequence length."""
+    """Read the model config, apply `--vocab_size`, and check it against vocabulary and sequence length."""
     path = Path(config.model_config)
-    if not path.exists() and (CONFIG_DIR / path).exists():
-        path = CONFIG_DIR / path
+    shipped = find_experiments() / "language_model" / path
+    if not path.exists() and shipped.exists():
+        path = shipped
     values = read_json(path)
+    if "train" in values and isinstance(values.get("model"), dict):  # the config.json of a run
+        values = values["model"]
+    sections = [values]
     if config.task_name == "RTD":
-        parts = [
-            values[name] for name in ("generator", "discriminator") if isinstance(values.get(name), dict)
-        ]
-    else:
-        parts = [values]
+        sections = [s for name in ("generator", "discriminator") if isinstance(s := values.get(name), dict)]
     if config.vocab_size:
-        for part in parts:
-            part["vocab_size"] = config.vocab_size
-    model_config = (RTDConfig if config.task_name == "RTD" else ModelConfig).from_dict(values, str(path))
-
-    models = [model_config]
-    if isinstance(model_config, RTDConfig):
+        for section in sections:
+            section["vocab_size"] = config.vocab_size
+    model_config: ModelConfig | RTDConfig
+    if config.task_name == "RTD":
+        model_config = RTDConfig.from_dict(values, str(path))
         models = [model_config.generator, model_config.discriminator]
+    else:
+        model_config = ModelConfig.from_dict(values, str(path))
+        models = [model_config]
     rows = models[0].vocab_size
     if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
         fitting = -(-len(tokenizer) // 8) * 8
@@ -289,9 +264,9 @@ def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig 
 
 
 def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenStore:
-    """The tokens of one split. Raises when it is missing, empty, or has lines longer than `--max_seq_length` allows."""
+    """Open the tokens of one split. Raises when it is missing, empty, or has lines that are too long."""
     if not Path(config.data_dir).is_dir():
-        raise DataError(f"--data_dir {config.data_dir}: no such folder; prepare_data.py makes one")
+        raise DataError(f"--data_dir {config.data_dir}: no such directory; prepare_data.py makes one")
     text = Path(config.data_dir) / f"{split}.txt"
     return open_store(text, tokenizer, config.max_seq_length - 2, progress=get_local_rank() == 0)
 
@@ -299,7 +274,7 @@ def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenSt
 def open_evaluation(
     config: TrainConfig, tokenizer: Tokenizer, masker: Masker
 ) -> dict[str, EvaluationBatches]:
-    """Batches of the validation split, and with `--do_eval` of the test split, where the data folder has them."""
+    """Open the validation split, and with `--do_eval` the test split, where the data directory has them."""
     plan = BatchPlan(config.seed, config.eval_batch_size, config.max_seq_length)
     wanted = ("valid", "test") if config.do_eval else ("valid",)
     there = [split for split in wanted if (Path(config.data_dir) / f"{split}.txt").exists()]
@@ -313,65 +288,73 @@ def open_evaluation(
     }
 
 
-def number_of_steps(config: TrainConfig, batches: TrainingBatches) -> int:
-    """`--num_training_steps`, or as many as `--num_train_epochs` passes over the data need."""
+def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
+    """Return `--num_training_steps`, or the steps that `--num_train_epochs` passes over the data need."""
     if config.num_training_steps:
         return config.num_training_steps
     return math.ceil(config.num_train_epochs * len(batches.store) / config.train_batch_size)
 
 
 def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> nn.Module:
-    """The model with fresh weights, or those of the `--init_*` files."""
+    """Build the model with fresh weights, or those of the `--init_*` files."""
     if isinstance(model_config, ModelConfig):
         model = MaskedLanguageModel(model_config)
         if config.init_model:
             load_masked_lm(model, config.init_model)
         return model
-    model = RTDModel(model_config)
-    if bool(config.init_generator) != bool(config.init_discriminator):
-        raise ConfigError("--init_generator and --init_discriminator belong together: give both or neither")
+    rtd_model = RTDModel(model_config)
     if config.init_generator:
-        load_rtd(model, config.init_generator, config.init_discriminator)
-    return model
+        load_rtd(rtd_model, config.init_generator, config.init_discriminator)
+    return rtd_model
 
 
 def load_trained(config: TrainConfig, model: nn.Module) -> None:
-    """For evaluation alone: the weights of the run's newest checkpoint, unless `--init_*` named others."""
+    """Load the weights of the run's newest checkpoint, to evaluate them, unless `--init_*` named others."""
     if config.init_model or config.init_generator:
         return
     weights = None
     if is_rank_zero():  # nodes may have disks of their own
         step, damages = find_newest_valid(config.run_dir)
         for damage in damages:
-            say(f"warning: damaged checkpoint: {damage}")
+            logger.warning("damaged checkpoint: %s", damage)
         if step:
             weights = read_model(config.run_dir, step, model)
-            say(f"evaluating {checkpoint_path(config.run_dir, step)}")
-    weights = broadcast_object(weights)
-    if weights is None:
+            logger.info("evaluating %s", get_checkpoint_path(config.run_dir, step))
+    if not broadcast_object(weights is not None):
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
         )
-    model.load_state_dict(weights)
+    load_full_weights(model, weights)
+
+
+def get_full_model(config: TrainConfig, model: nn.Module) -> nn.Module:
+    """Return on rank 0 the trained model with full weights. Called on every rank."""
+    if config.sharding == "none":
+        return model
+    weights = gather_to_rank_zero(model.state_dict())
+    if is_rank_zero():
+        model = type(model)(model.config)
+        model.load_state_dict(weights, assign=True)
+    return model
 
 
 def describe_data(batches: TrainingBatches) -> dict:
-    """What the run learns from, by content."""
+    """Return what the run learns from, by content."""
     store = batches.store
     return {"train_sha256": store.text_sha256, "train_lines": len(store), "train_tokens": store.num_tokens}
 
 
 def start_or_resume(this_run: Run) -> int:
-    """Open the run's folder and load its newest whole checkpoint, if any; returns the updates done.
+    """Open the run directory and load its newest valid checkpoint, if any; return the updates done.
 
-    The first process looks and tells the others, which then fail with it.
+    Rank 0 looks for it. An error there is raised on every rank.
     """
     config, device = this_run.config, this_run.training.device
     step, problem = 0, None
     if is_rank_zero():
         try:
-            # A restart by torchrun is to go on with what this run has saved, as one by our launcher is.
+            # A restart by torchrun resumes from what this run has saved, as one by our launcher does.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
             step = open_run_folder(config.run_dir, this_run.settings, environment(device), fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
@@ -387,4 +370,4 @@ def start_or_resume(this_run: Run) -> int:
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    run_command()

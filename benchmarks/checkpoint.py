@@ -21,13 +21,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.about import about  # noqa: E402
 from benchmarks.training_step import make_batch, ours  # noqa: E402
-from DeBERTa.training.checkpoint import Snapshot, check, checkpoint_path, copy_to_host  # noqa: E402
+from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, verify  # noqa: E402
+from DeBERTa.training.parallel import gather_to_rank_zero  # noqa: E402
 from DeBERTa.training.saving import Saver  # noqa: E402
 
 
 def take(training, step: int) -> Snapshot:
     state = {"training": training.state_dict()}
-    return Snapshot(step, copy_to_host(training.model.state_dict()), copy_to_host(state), {"step": step}, {})
+    return Snapshot(step, gather_to_rank_zero(training.model.state_dict()), state, {"step": step}, {})
 
 
 def seconds(function, *arguments) -> float:
@@ -58,14 +59,14 @@ def measure(folder: Path, rounds: int, precision: str) -> dict[str, list[float]]
         saver.wait()
         note("written, nothing else going on", time.perf_counter() - started)
         del snapshot
-        note("check", seconds(check, checkpoint_path(folder, first)))
+        note("check", seconds(verify, get_checkpoint_path(folder, first)))
 
         started = time.perf_counter()
         saver.save(take(training, second), None)
         steps = []
         while not (done := saver.check()):
             steps.append(seconds(training, batch))
-        assert done == checkpoint_path(folder, second)
+        assert done == get_checkpoint_path(folder, second)
         note("written, training going on", time.perf_counter() - started)
         note("step while saving", statistics.mean(steps))
     return found
@@ -86,7 +87,7 @@ def main() -> None:
         parser.error(f"--folder {arguments.folder} exists; it would be removed")
     try:
         found = measure(arguments.folder, arguments.rounds, arguments.precision)
-        newest = checkpoint_path(arguments.folder, 2 * arguments.rounds)
+        newest = get_checkpoint_path(arguments.folder, 2 * arguments.rounds)
         size = sum(path.stat().st_size for path in newest.iterdir())
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)

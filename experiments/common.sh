@@ -40,64 +40,17 @@ set_up_python() {
   imports_all "$PYTHON" "$@" || die "installed, but not importable: $*; remove $venv and try again"
 }
 
-# flag_value NAME DEFAULT ARGUMENT...: the last value of --NAME, which may be shortened, among the arguments.
-flag_value() {
-  local name=$1 value=$2 flag
-  shift 2
-  while (($#)); do
-    flag=${1%%=*}
-    if [[ $flag == --?* && --$name == "$flag"* ]]; then
-      if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2-}; fi
-    fi
-    shift
-  done
-  echo "$value"
-}
-
-# usage PROGRAM NAMES...: what may be given, on stderr; exit status 2.
-usage() {
-  local program=$1
-  shift
-  say "usage: $program NAME [flags of python -m DeBERTa.train]"
-  say "NAME is one of: $*"
-  say "DATA=sample trains on the bundled sample (the default of the tiny models), DATA=wikitext-103 on WikiText-103."
-  exit 2
-}
-
-# train NAME TASK SEQ_LENGTH DATA PRESET... -- FLAG...: prepares what is missing and trains. FLAGs come last and win.
+# train TASK [NAME] [FLAG...]: prepares what is missing and trains the preset. FLAGs override it. Python reads them all:
+# what to prepare follows from them, and no name, a wrong one, and --help are answered there, too.
 train() {
-  local name=$1 task=$2 length=$3 data=$4 preset=()
-  shift 4
-  while [[ $1 != -- ]]; do
-    preset+=("$1")
-    shift
-  done
+  local task=$1
   shift
-  length=$(flag_value max_seq_length "$length" "$@")
-  local cache=${DEBERTA_CACHE:-$HOME/.cache/DeBERTa}
-
-  trap '' USR1  # asks for a save: until there is something to save, it must end neither this script nor what it starts
+  trap '' USR1  # requests a save: until there is something to save, it must end neither this script nor its children
   set_up_python "$ROOT/requirements.txt"
   export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-  [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || exec "$PYTHON" -m DeBERTa.train --help
-  # Wrong flags are told before anything is fetched or prepared.
-  "$PYTHON" -c 'import sys; from DeBERTa.train import parse_flags; parse_flags(sys.argv[1:])' "$@" || exit
-  if [[ -z $(flag_value data_dir "" "$@") ]]; then
-    case $data in
-      sample)
-        "$PYTHON" "$ROOT/prepare_data.py" --corpus sample --train_vocab 8000 --max_seq_length "$length" || exit
-        preset+=(--vocab_path "$cache/sample/spm.model" --vocab_size 8064)
-        ;;
-      wikitext-103)
-        "$PYTHON" "$ROOT/prepare_data.py" --max_seq_length "$length" || exit
-        preset+=(--vocab_path "$cache/deberta-v3-base/spm.model")
-        ;;
-      *) die "DATA=$data: expected sample or wikitext-103 (your own text: --data_dir and --vocab_path)" ;;
-    esac
-    preset+=(--data_dir "$cache/$data/$length")
-  fi
+  set -- --task_name "$task" ${DATA:+--corpus "$DATA"} --preset "$@"
+  "$PYTHON" "$ROOT/prepare_data.py" "$@" || exit
   # glibc's cache of small blocks would pin the edges of freed tensors, so that these fit no other: see memory.py.
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.tcache_count=0
-  exec "$PYTHON" -m DeBERTa.train --task_name "$task" --tag "$name" \
-    --do_train --max_seq_length "$length" "${preset[@]}" "$@"
+  exec "$PYTHON" -m DeBERTa.train "$@"
 }

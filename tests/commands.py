@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, strip_times
 from tests.runs import command, tiny_flags
 
 PATIENCE = 60  # seconds until a test gives up on something that takes a few
@@ -59,7 +59,7 @@ class Command:
         return self.process.wait(timeout=PATIENCE)
 
     def lines(self) -> list[str]:
-        return self.printed.read_text().splitlines()
+        return strip_times(self.printed.read_text()).splitlines()
 
     def error(self) -> str:
         """The one sentence it ended with."""

@@ -1,6 +1,7 @@
 """Shared fixtures: a small vocabulary, real token ids, a prepared data folder, tiny model configs."""
 
 import lzma
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,11 @@ TINY = {
     "pos_att_type": "p2c|c2p",
     "position_biased_input": False,
 }
+
+
+def strip_times(text: str) -> str:
+    """Return the output of a command without the times that start its lines when it is not a terminal."""
+    return re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", text, flags=re.MULTILINE)
 
 
 def tiny_model() -> dict:

@@ -11,8 +11,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from DeBERTa.training.checkpoint import checkpoint_path, saved_steps
-from tests.conftest import ROOT, tiny_model, tiny_rtd
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
+from tests.conftest import ROOT, strip_times, tiny_model, tiny_rtd
+from tests.kill_at_call.sitecustomize import kill_at_call
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
 PATIENCE = 600  # seconds until a run that takes a few is given up
@@ -65,6 +66,8 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     if "LARGEST_FILE" in environment:  # bytes; writing more gives the error "File too large", as a quota does
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
+    if "KILL_AT_CALL" in environment:  # die at the n-th call that changes a file
+        kill_at_call(int(environment["KILL_AT_CALL"]))
     torch.set_num_threads(1)
     exit_process(main(arguments))
 
@@ -103,7 +106,7 @@ class ForkedRun:
         if self.process.exitcode is None:
             os.killpg(self.pid, signal.SIGKILL)
             raise AssertionError(f"not over after {PATIENCE} s: {self.log}")
-        return self.process.exitcode, "".join(self.read) if self._pipe else self.log.read_text()
+        return self.process.exitcode, strip_times("".join(self.read) if self._pipe else self.log.read_text())
 
 
 def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int, str]:
@@ -131,7 +134,7 @@ def run_pair(values: dict, port: int) -> tuple[int, str]:
 
 def final_files(run_dir: Path) -> dict[str, bytes]:
     """What must be the same for two runs that are the same: newest weights and moments, final models, metrics."""
-    newest = checkpoint_path(run_dir, saved_steps(run_dir)[-1])
+    newest = get_checkpoint_path(run_dir, list_steps(run_dir)[-1])
     files = {
         path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".safetensors", ".pt")
     }
@@ -147,3 +150,12 @@ def final_files(run_dir: Path) -> dict[str, bytes]:
 def copy_run(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+def remove_after(run_dir: Path, last: int) -> None:
+    """Remove the checkpoints after step `last`, and the final models."""
+    for step in list_steps(run_dir):
+        if step > last:
+            shutil.rmtree(get_checkpoint_path(run_dir, step))
+    for name in ("model", "generator", "discriminator"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)

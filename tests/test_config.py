@@ -1,8 +1,12 @@
 """Configs are strict: a wrong value is named, in one sentence."""
 
+import dataclasses
+import json
+
 import pytest
 
 from DeBERTa import ModelConfig, RTDConfig, TrainConfig
+from DeBERTa.config import FREE_PER_NODE, FREE_TO_CHANGE, Bounds
 from DeBERTa.errors import ConfigError
 from tests.conftest import TINY, tiny_model, tiny_rtd
 
@@ -75,6 +79,14 @@ def test_nes_allows_different_widths():
         ({"warmup": -1.0}, "--warmup"),
         ({"fp16": True, "precision": "fp32"}, "--fp16"),
         ({"init_generator": "x"}, "--init_generator"),
+        ({"task_name": "RTD", "init_generator": "x"}, "--init_discriminator"),
+        ({"task_name": "GPT"}, "--task_name must be one of MLM, RTD, not 'GPT'"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be finite and above 0.0, not nan"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0.0 and below 1.0, not 1.0"),
+        ({"num_train_epochs": 0.0}, "--num_train_epochs"),
+        ({"seed": 2**63}, "--seed"),
+        ({"kernels": "off", "attention": "sdpa"}, "--kernels off"),
+        ({"fresh": True, "do_train": False, "do_eval": True}, "--fresh"),
         ({"task_name": "RTD", "init_model": "x"}, "--init_model"),
     ],
 )
@@ -83,3 +95,60 @@ def test_train_config(change, named):
     TrainConfig(**values).validate()
     with pytest.raises(ConfigError, match=named):
         TrainConfig(**values | change).validate()
+
+
+def test_bounds():
+    assert [value in Bounds(0.0, 1.0, excludes_maximum=True) for value in (-0.1, 0.0, 0.5, 1.0)] == [
+        False, True, True, False
+    ]  # fmt: skip
+    assert [value in Bounds(0.0, excludes_minimum=True) for value in (0.0, 1e-9, float("inf"))] == [
+        False, True, False
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"zero": 1}, "'zero'"),
+        ({"workers": "2"}, "workers must be int"),
+        ({"do_train": 1}, "do_train must be bool"),
+        ({"fp16": 1}, "fp16 must be bool or null"),
+    ],
+)
+def test_settings_of_a_run_are_typed(change, named):
+    with pytest.raises(ConfigError, match=f"config.json: .*{named}"):
+        TrainConfig.from_dict(TrainConfig().to_dict() | change, "config.json")
+
+
+def test_settings_survive_json():
+    config = TrainConfig(warmup=3.0, fp16=True)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_flag_is_described_once():
+    """Help, a group at the first one, and bounds for every number; choices hold the default."""
+    fields = dataclasses.fields(TrainConfig)
+    assert fields[0].metadata["group"]
+    for field in fields:
+        metadata = field.metadata
+        assert metadata["help"]
+        if type(field.default) in (int, float):
+            assert field.default in metadata["bounds"]
+        if metadata["choices"]:
+            assert field.default in metadata["choices"]
+
+
+def test_what_a_resumed_run_must_have_in_common():
+    """All that determines the numbers, `kernels` too: auto and off draw different dropout masks."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names - FREE_TO_CHANGE == {
+        "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "vocab_type",
+        "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed", "num_training_steps",
+        "num_train_epochs", "learning_rate", "discriminator_learning_rate", "warmup", "lr_schedule_ends",
+        "weight_decay", "adam_beta1", "adam_beta2", "epsilon", "max_grad_norm", "skip_spikes", "rtd_lambda",
+        "decoupled_training", "precision", "kernels", "attention", "compile",
+    }  # fmt: skip
+    assert {
+        "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator",
+        "init_discriminator", "workers", "nproc_per_node", "log_level",
+    } == FREE_PER_NODE  # fmt: skip

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel
+from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, __version__
+from DeBERTa.train import main
 from DeBERTa.training.checkpoint import write_manifest
-from tests.conftest import ROOT, tiny_model, tiny_rtd
+from tests.conftest import ROOT, strip_times, tiny_model, tiny_rtd
 
 
 def train(*flags, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
@@ -62,7 +63,7 @@ def read_metrics(run: Path) -> list[dict]:
 def assert_refused(result: subprocess.CompletedProcess, *named: str) -> None:
     """One sentence on stderr, exit status 1, no traceback."""
     assert result.returncode == 1, result.stderr
-    message = result.stderr.strip().splitlines()[-1]
+    message = strip_times(result.stderr).strip().splitlines()[-1]
     assert message.startswith("error: ")
     assert "Traceback" not in result.stderr
     for name in named:
@@ -185,6 +186,36 @@ def test_another_run_in_the_same_folder_is_refused(flags):
     assert train(*command(flags | {"workers": 1, "log_interval": 1})).returncode == 0
 
 
+def test_a_run_is_repeated_from_its_settings(flags, tmp_path):
+    """`--config` needs no other flag, not even the model config it was started with; flags override it."""
+    assert train(*command(flags | {"fp16": "False", "precision": "auto"})).returncode == 0
+    run = flags["output_dir"]
+    flags["model_config"].unlink()
+    again = ["--config", run / "config.json", "--output_dir", tmp_path / "again"]
+    result = train(*again)
+    assert result.returncode == 0, result.stderr
+    weights = Path("discriminator") / "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
+    assert without_timing(tmp_path / "again") == without_timing(run)
+    result = train("--config", tmp_path / "again" / "config.json")  # the finished run, from its own settings
+    assert result.returncode == 0, result.stderr
+    assert_refused(train(*again, "--learning_rate", 1e-4), "learning_rate (0.001 there, 0.0001 here)")
+    assert_refused(train("--config", run / "generator" / "config.json"), "not the config.json of a run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["train"]["fsdp"] = True
+    (tmp_path / "old.json").write_text(json.dumps(settings))
+    assert_refused(train("--config", tmp_path / "old.json"), "old.json", "unknown key 'fsdp'")
+
+
+def test_runs_with_and_without_kernels_are_not_mixed(flags):
+    """They draw different dropout masks. Without kernels, attention is eager, and recorded as such."""
+    assert train(*command(flags | {"kernels": "off"}), "--num_training_steps", 3).returncode == 0
+    settings = json.loads((flags["output_dir"] / "config.json").read_text())["train"]
+    assert (settings["kernels"], settings["attention"]) == ("off", "eager")
+    result = train(*command(flags | {"attention": "eager"}), "--num_training_steps", 3)
+    assert_refused(result, "kernels (off there, auto here)")
+
+
 def test_wrong_vocabulary_size(flags, tmp_path):
     values = tiny_rtd()
     for part in ("generator", "discriminator"):
@@ -284,27 +315,61 @@ def test_evaluation_of_a_checkpoint_of_another_model(flags):
     assert_refused(train(*command(flags), "--do_eval"), "step-00000006", "[64, 32]", "[48, 32]")
 
 
-def test_wrong_flags_are_usage_errors(flags):
-    assert train("--no_such_flag").returncode == 2
-    assert train(*command(flags | {"task_name": "GPT"})).returncode == 2
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--no_such_flag"], "no flag --no_such_flag"),
+        (["--train_batchsize=8"], "did you mean --train_batch_size"),
+        (["--task_name", "GPT"], "--task_name: invalid choice: 'GPT'"),
+        (["--workers", "two"], "--workers: invalid int value: 'two'"),
+        (["--max", "3"], "--max could match --max_seq_length"),
+        (["--zero", "1"], "give --sharding zero2"),
+        (["--fsdp"], "give --sharding fsdp"),
+        (["tiny"], "unexpected argument 'tiny'"),
+        (["--preset", "bert-tini"], "the closest names are bert-tiny"),
+        (["--preset", "bert-tiny", "--config", "config.json"], "--preset and --config"),
+        (["--corpus", "sample"], "--preset"),
+    ],
+)
+def test_wrong_flags_are_usage_errors(wrong, named, capsys):
+    """One line that names what is wrong and what is right, and status 2."""
+    assert main(wrong) == 2
+    output = capsys.readouterr()
+    (error,) = strip_times(output.err).splitlines()
+    assert not output.out and error.startswith("error: ") and named in error
+
+
+def test_help_and_version():
     result = train("--help")
-    assert result.returncode == 0
-    for flag in ("--train_batch_size", "--lr_schedule_ends", "default: 256", "sequences an optimiser step"):
-        assert flag in result.stdout
+    assert result.returncode == 0 and not result.stderr
+    text = " ".join(result.stdout.split())
+    for flag in (
+        "--train_batch_size N batch size over all ranks (sequences per optimizer step; default: 256)",
+        "--lr_schedule_ends X",
+        "--sharding {none,zero2,fsdp}",
+    ):
+        assert flag in text
+    for group in ("task:", "model:", "data:", "optimization:", "computation:", "ranks:", "run directory:"):
+        assert f"\n{group}\n" in result.stdout
+    for alias in ("--fp16", "--vocab_type"):
+        assert alias not in result.stdout
+    result = train("--version")
+    assert result.returncode == 0 and __version__ in result.stdout
 
 
 def test_published_spellings_still_work(flags):
     """`--max_seq_len`, `--dump`, `--fp16 True` and a bare `--do_train`, as published scripts write them."""
     for name in ("max_seq_length", "dump_interval", "do_train", "precision"):
         del flags[name]
-    result = train(*command(flags), "--do_train", "--max_seq_len", 64, "--dump", 3, "--fp16", "False")
+    published = ["--do_train", "--max_seq_len", 64, "--dump", 3, "--fp16", "False", "--vocab_type", "spm"]
+    result = train(*command(flags), *published)
     assert result.returncode == 0, result.stderr
     assert "precision fp32" in result.stderr
 
 
 def test_layers_computed_again_train_the_same_model(flags, tmp_path):
-    """Bit for bit, with dropout; flash cannot run here, and stderr says so once for both models."""
-    values = flags | {"num_training_steps": 2, "attention": "flash"}
+    """Bit for bit, with dropout."""
+    values = flags | {"num_training_steps": 2}
     states = []
     for again in (False, True):
         run = tmp_path / f"again-{again}"
@@ -312,7 +377,6 @@ def test_layers_computed_again_train_the_same_model(flags, tmp_path):
             *command(values | {"gradient_checkpointing": again, "output_dir": run}), CUDA_VISIBLE_DEVICES=""
         )
         assert result.returncode == 0, result.stderr
-        assert result.stderr.count("--attention flash is not possible") == 1
         states.append(load_file(run / "discriminator" / "model.safetensors"))
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from DeBERTa.config import find_experiments
 from DeBERTa.data.files import (
     CHUNK_BYTES,
     get_cache_dir,
@@ -73,7 +74,7 @@ DEBERTA_V3_VOCABULARY = Download(
     ),
     sha256=None,
 )
-SAMPLE = Path(__file__).resolve().parents[2] / "experiments" / "sample" / "state_of_the_union.txt.xz"
+SAMPLE = find_experiments() / "sample" / "state_of_the_union.txt.xz"
 SAMPLE_HELD_OUT = 10  # addresses in the test split, and as many before them in the validation split
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -223,7 +223,7 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: Any) -> Any:
     """Return rank 0's `value` on every rank; any picklable object."""
     if not is_distributed():
         return value

@@ -1,10 +1,13 @@
-"""How several processes train one model: each holds the whole of it (DDP), or a part (FSDP).
+"""How several ranks train one model: each holds all of it (DDP) or shards of it (FSDP2).
 
-The gradients of all ranks are averaged once per step; losses are scaled so that the average is the gradient of the
-global batch.
+Gradients are averaged over the ranks once per step; losses are scaled so that the average is the gradient
+of the global batch.
+
+Full state dictionaries exist on rank 0 alone. They are gathered and loaded one tensor at a time: another
+rank never holds more than its own state and one more tensor. `torch.distributed.checkpoint.state_dict` does
+the same with `full_state_dict=True`, but its all-gather makes gloo corrupt memory (see `all_gather_full`).
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,29 +16,37 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from DeBERTa.config import TrainConfig
+from DeBERTa.errors import DamagedCheckpointError
 from DeBERTa.model.encoder import Layer
-from DeBERTa.training.distributed import get_world_size, is_distributed
+from DeBERTa.training.distributed import broadcast_object, get_world_size, is_distributed, is_rank_zero
+
+# PyTorch 2.13 renames the second to the first, and warns of the old name.
+all_gather_into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """What to call in training instead of `objective`; all processes start with the weights of the first one.
+    """Return the module to call in training; all ranks start with rank 0's weights.
 
-    `--sharding zero2` and `fsdp` shard the parameters in place, so that optimisers have to be built after this: gradients
-    and moments are sharded with them. With `zero2` a layer gathered for the forward pass stays so until its backward
-    pass has ended; with `fsdp` it is gathered twice.
+    `--sharding none`: DDP. Every rank holds parameters, gradients and optimizer state.
+    `--sharding zero2`: FSDP2 with `reshard_after_forward=False`. Gradients, optimizer state and, between
+    steps, parameters are sharded. Parameters are all-gathered once per micro-batch, in the forward pass.
+    `--sharding fsdp`: the parameters of a layer are freed after its forward pass and all-gathered again for
+    its backward pass. Those outside of layers (embeddings, heads) are not freed: they are needed again first.
+
+    Sharding replaces the parameters: build optimizers after this.
     """
     if not is_distributed():
         return objective
     if config.sharding == "none":
-        # Which parameters have no gradient depends on the config: position tables, for one, where positions are
-        # relative. Looking for them costs a walk over the graph once a step.
-        places = [device] if device.type == "cuda" else None
+        # Which parameters have no gradient depends on the config: position tables, for one, where positions
+        # are relative. Looking for them costs a walk over the graph per step.
+        device_ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(
-            objective, device_ids=places, find_unused_parameters=True, gradient_as_bucket_view=True
+            objective, device_ids=device_ids, find_unused_parameters=True, gradient_as_bucket_view=True
         )
     for tensor in objective.state_dict().values():
         dist.broadcast(tensor, src=0)
@@ -44,75 +55,143 @@ def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.devic
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh, reshard_after_forward=config.sharding == "fsdp")
             register_fsdp_forward_method(module, "decode")
-    return fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+    return objective
 
 
 @contextmanager
-def gradient_sync(objective: nn.Module, last: bool) -> Iterator[None]:
-    """Forward and backward of one part of a step: gradients are exchanged with those of the last part."""
+def sync_gradients(objective: nn.Module, is_last: bool) -> Iterator[None]:
+    """Run forward and backward pass of one micro-batch; gradients are reduced with those of the last.
+
+    Until then sharded ranks accumulate full gradients: one reduction per step is worth more than that memory.
+    """
     if isinstance(objective, FSDPModule):
-        objective.set_requires_gradient_sync(last)
+        objective.set_requires_gradient_sync(is_last)
         yield
-    elif isinstance(objective, DistributedDataParallel) and not last:
+    elif isinstance(objective, DistributedDataParallel) and not is_last:
         with objective.no_sync():
             yield
     else:
         yield
 
 
-def gather_full(value: object, on_host: bool = False) -> object:
-    """Tensors in nested dicts and lists with the parts of all processes put together. Called in every process.
+def all_gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the full tensor of a shard, without gradient, on every rank; any other tensor as it is.
 
-    With `on_host` what was put together leaves the device, so that this holds one such tensor at a time.
+    `DTensor.full_tensor()` does the same by a coalesced all-gather. After each collective gloo's two threads
+    write the name of its kind to one string without a lock (PyTorch 2.13, `ProcessGroupGloo::runLoop`). Names
+    of up to 15 letters are stored in place. That of a coalesced all-gather is longer, and its memory is
+    sooner or later freed twice: the process crashes, or worse.
     """
-    if isinstance(value, DTensor):
-        tensor = _put_together(value)
-        return tensor.cpu() if on_host else tensor
-    if isinstance(value, dict):
-        return {key: gather_full(item, on_host) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(gather_full(item, on_host) for item in value)
-    return value
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.placements != (Shard(0),):  # a norm, to be reduced
+        return tensor.full_tensor()
+    shard = _padded_shard(tensor)
+    full = shard.new_empty(len(shard) * tensor.device_mesh.size(), *shard.shape[1:])
+    all_gather_into_tensor(full, shard, group=tensor.device_mesh.get_group())
+    return full[: len(tensor)]
 
 
-def _put_together(value: DTensor) -> torch.Tensor:
-    """`value.full_tensor()`, without gradient, but for the kind of all-gather.
+def gather_to_rank_zero(state: object) -> object:
+    """Copy a nested state to host memory on rank 0, with full tensors for shards. Called on every rank.
 
-    Its all-gather is a coalesced one. After each collective gloo's two threads write the name of its kind to one string
-    without a lock (PyTorch 2.13, `ProcessGroupGloo::runLoop`). Names of up to 15 letters are stored in place; this one
-    is longer, and its memory is sooner or later freed twice, so that a process crashes, or worse.
+    Other ranks get None in place of every tensor.
     """
-    if value.placements != (Shard(0),):
-        return value.full_tensor()
-    mesh, mine = value.device_mesh, value.to_local().detach()
-    rows = math.ceil(len(value) / mesh.size())  # the last processes may have fewer, or none
-    padded = mine.new_zeros(rows, *value.shape[1:])
-    padded[: len(mine)] = mine
-    parts = mine.new_empty(rows * mesh.size(), *value.shape[1:])
-    dist.all_gather_single(parts, padded, group=mesh.get_group())
-    return parts[: len(value)]
+    if isinstance(state, DTensor):
+        return _gather_shards(state)
+    if isinstance(state, torch.Tensor):
+        return _copy_to_host(state) if is_rank_zero() else None
+    if isinstance(state, dict):
+        return {key: gather_to_rank_zero(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gather_to_rank_zero(value) for value in state)
+    return state
 
 
-def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, cut as `parameter` is; every process has the whole already."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+def load_full_weights(model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
+    """Set all parameters from rank 0's full tensors, by the names of `model.state_dict()`.
+
+    Called on every rank, with None on ranks other than 0.
+    """
+    for name, target in model.state_dict().items():
+        _load_tensor(target, None if weights is None else weights[name])
+
+
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
+    """Set moments and update counts from rank 0's full `optimizer.state_dict()`.
+
+    Called on every rank, with None on ranks other than 0. Learning rates and other settings of the
+    parameter groups stay as they are. Raises `DamagedCheckpointError` on rank 0 when a tensor does not fit its parameter.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    full = {} if state is None else state["state"]
+    _check_shapes(full, parameters)
+    # Scalars are sent as they are; None stands for a tensor of the parameter's shape.
+    scalars = {
+        index: {name: None if value.dim() else value for name, value in values.items()}
+        for index, values in full.items()
+    }
+    loaded = broadcast_object(scalars)
+    for index, values in loaded.items():
+        for name in [name for name, value in values.items() if value is None]:
+            values[name] = torch.empty_like(parameters[index], requires_grad=False)
+            _load_tensor(values[name], None if state is None else full[index][name])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
+
+
+def _check_shapes(state: dict[int, dict[str, torch.Tensor]], parameters: list[torch.Tensor]) -> None:
+    shapes = {index: tuple(parameter.shape) for index, parameter in enumerate(parameters)}
+    for index, values in state.items():
+        for name, value in values.items():
+            if value.dim() and tuple(value.shape) != shapes.get(index):
+                raise DamagedCheckpointError(
+                    f"optimizer.pt does not fit the model: {name} of parameter {index} has shape "
+                    f"{tuple(value.shape)}, the parameter {shapes.get(index)}; resume with the version that "
+                    "wrote it"
+                )
 
 
 @torch.no_grad()
-def load_full_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Set all parameters from whole tensors with the names of `model.state_dict()`."""
-    for name, parameter in model.state_dict().items():
-        parameter.copy_(shard_like(weights[name], parameter))
+def _load_tensor(target: torch.Tensor, full: torch.Tensor | None) -> None:
+    """Set `target` from rank 0's full tensor: broadcast it, or scatter its rows."""
+    if isinstance(target, DTensor):
+        shard, local, shards = _padded_shard(target), target.to_local(), None
+        if full is not None:
+            shards = list(_pad(full.to(shard), len(shard) * get_world_size()).split(len(shard)))
+        dist.scatter(shard, shards, src=0)
+        local.copy_(shard[: len(local)])
+        return
+    if full is not None:
+        target.copy_(full)
+    if is_distributed():
+        dist.broadcast(target, src=0)
 
 
-def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Set an optimiser's state from one with whole tensors."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    cut = {
-        index: {name: shard_like(value, parameters[index]) for name, value in moments.items()}
-        for index, moments in state["state"].items()
-    }
-    optimizer.load_state_dict(state | {"state": cut})
+def _gather_shards(tensor: DTensor) -> torch.Tensor | None:
+    if tensor.placements != (Shard(0),):
+        raise ValueError(f"placements {tensor.placements}: only tensors sharded by rows are saved")
+    shard, full, shards = _padded_shard(tensor), None, None
+    if is_rank_zero():
+        full = shard.new_empty(len(shard) * get_world_size(), *shard.shape[1:])
+        shards = list(full.split(len(shard)))
+    dist.gather(shard, shards, dst=0)
+    return None if full is None else _copy_to_host(full[: len(tensor)])
+
+
+def _padded_shard(tensor: DTensor) -> torch.Tensor:
+    """Return this rank's rows with as many rows on every rank: the last ranks may have fewer, or none."""
+    return _pad(tensor.to_local().detach(), -(-len(tensor) // tensor.device_mesh.size()))
+
+
+def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    if len(tensor) == rows:
+        return tensor.contiguous()
+    padded = tensor.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded
+
+
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    copied = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+    return copied.copy_(tensor.detach())

@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.config import read_json
+from DeBERTa.config import FREE_TO_CHANGE, read_json
 from DeBERTa.data.files import find_unused_path, sync
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.checkpoint import (
-    checkpoint_path,
     find_newest_valid,
-    megabytes,
-    move_aside,
-    saved_steps,
+    format_megabytes,
+    get_checkpoint_path,
+    list_steps,
+    rename_damaged,
     write_json,
 )
 from DeBERTa.training.distributed import LOGS
@@ -57,12 +57,12 @@ def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: boo
             print(f"--fresh: what was in {run_dir} is now in {old}", file=sys.stderr)
         step, damages = find_newest_valid(run_dir)
         if step:
-            check_same_run(read_json(checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
+            check_same_run(read_json(get_checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
         remove_unfinished(run_dir)
         for damage in damages:
             print(f"warning: damaged checkpoint: {damage}", file=sys.stderr)
-        for newer in [saved for saved in saved_steps(run_dir) if saved > step]:
-            aside = move_aside(checkpoint_path(run_dir, newer))
+        for newer in [saved for saved in list_steps(run_dir) if saved > step]:
+            aside = rename_damaged(get_checkpoint_path(run_dir, newer))
             print(
                 f"warning: going on from step {step} instead; step {newer} is kept as {aside}",
                 file=sys.stderr,
@@ -106,19 +106,12 @@ def remove_unfinished(run_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-FREE_TO_CHANGE = (
-    "output_dir", "tag", "do_train", "do_eval", "workers", "eval_batch_size", "dump_interval", "keep_last",
-    "log_interval", "data_dir", "vocab_path", "fresh", "max_skipped_steps", "nproc_per_node", "max_restarts",
-    "dist_timeout", "sharding", "log_level", "gradient_checkpointing",
-)  # fmt: skip
-
-
 def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
     """Raise `ConfigError` naming the settings in which the run in `run_dir` differs from the one asked for."""
     differing = []
     for section in ("train", "model", "data"):
         old, new = flat(saved.get(section, {})), flat(current[section])
-        for key in sorted((old.keys() | new.keys()) - set(FREE_TO_CHANGE)):
+        for key in sorted((old.keys() | new.keys()) - FREE_TO_CHANGE):
             if old.get(key) != new.get(key):
                 differing.append(f"{key} ({old.get(key)} there, {new.get(key)} here)")
     if differing:
@@ -149,17 +142,17 @@ def check_room(run_dir: Path, model: nn.Module, coming: int, keep_last: int) -> 
     needed, free = weights + moments + final, shutil.disk_usage(run_dir).free
     if free < needed:
         raise ConfigError(
-            f"{run_dir} is on a disk with {megabytes(free)} free, but one checkpoint ({megabytes(weights + moments)}) "
-            f"and the final models ({megabytes(final)}) need {megabytes(needed)}; "
+            f"{run_dir} is on a disk with {format_megabytes(free)} free, but one checkpoint ({format_megabytes(weights + moments)}) "
+            f"and the final models ({format_megabytes(final)}) need {format_megabytes(needed)}; "
             "make room there or give another --output_dir"
         )
     # The newest ones, the best, and the one that is being written.
-    kept = min(coming, max(keep_last + 2 - len(saved_steps(run_dir)), 1))
+    kept = min(coming, max(keep_last + 2 - len(list_steps(run_dir)), 1))
     room = int((free - final) / (weights + moments))
     if room < kept:
         print(
-            f"warning: {run_dir} is on a disk with {megabytes(free)} free: room for {room} of {kept} checkpoints "
-            f"to come ({megabytes(weights + moments)} each); make room there, or keep fewer with --keep_last",
+            f"warning: {run_dir} is on a disk with {format_megabytes(free)} free: room for {room} of {kept} checkpoints "
+            f"to come ({format_megabytes(weights + moments)} each); make room there, or keep fewer with --keep_last",
             file=sys.stderr,
         )
 

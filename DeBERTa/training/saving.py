@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied, then written by a thread, one checkpoint at a time."""
+"""Saving while training continues: a thread writes the snapshots, one checkpoint at a time."""
 
 import os
 import sys
@@ -6,13 +6,13 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from DeBERTa.training.checkpoint import Snapshot, crash_point, write_checkpoint
+from DeBERTa.training.checkpoint import Snapshot, write_checkpoint
 
 NICENESS = 10  # of -20 to 19
 
 
 class Saver:
-    """Writes snapshots of one run. Errors of the thread are raised by the next call of `save`, `check` or `wait`."""
+    """Writes snapshots of one run. The next `save`, `check` or `wait` raises the thread's error."""
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
         self.run_dir, self.keep_last = run_dir, keep_last
@@ -21,27 +21,31 @@ class Saver:
         )
         self._writing: Future | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint was started whose end no call has returned yet."""
+        return self._writing is not None
+
     def save(self, snapshot: Snapshot, best: int | None) -> None:
-        """Start writing `snapshot`. `best` is the step of a checkpoint to keep whatever its age."""
-        crash_point("snapshot-taken", snapshot.step)
+        """Start writing `snapshot`; `best` is the step of a checkpoint not to prune."""
         self.wait()
         self._writing = self._thread.submit(write_checkpoint, self.run_dir, snapshot, self.keep_last, best)
 
     def check(self) -> Path | None:
-        """The checkpoint that was completed since the last call, if any. Raises `StorageError` if it failed."""
+        """Return the checkpoint completed since the last call, if any. Raises `StorageError`."""
         return self.wait() if self._writing and self._writing.done() else None
 
     def wait(self) -> Path | None:
-        """Wait for the checkpoint being written, if any. Raises `StorageError` if it failed."""
+        """Wait for the checkpoint being written, if any, and return it. Raises `StorageError`."""
         writing, self._writing = self._writing, None
         return writing.result() if writing else None
 
     def close(self) -> None:
-        """Let the checkpoint being written be finished."""
+        """Wait until nothing is being written; errors are not raised."""
         self._thread.shutdown(wait=True)
 
 
 def lower_thread_priority() -> None:
-    """Let this thread take only what training leaves of the cores."""
-    if sys.platform == "linux":  # elsewhere the call is for the whole process
+    """Give this thread only the CPU time that training leaves."""
+    if sys.platform == "linux":  # elsewhere the call is for the complete process
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -12,7 +12,7 @@ from DeBERTa.data.batch import Batch
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.model.sharing import SharedTables
-from DeBERTa.training.distributed import all_reduce_sum, get_world_size
+from DeBERTa.training.distributed import all_reduce_sum, broadcast_object, get_world_size
 from DeBERTa.training.guard import Stability
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.objectives import DiscriminatorObjective, GeneratorObjective, MaskedLMObjective
@@ -24,7 +24,13 @@ from DeBERTa.training.optimizer import (
     count_warmup_steps,
     set_learning_rate,
 )
-from DeBERTa.training.parallel import gather_full, gradient_sync, load_full_optimizer_state, wrap_parallel
+from DeBERTa.training.parallel import (
+    all_gather_full,
+    gather_to_rank_zero,
+    load_full_optimizer_state,
+    sync_gradients,
+    wrap_parallel,
+)
 from DeBERTa.training.precision import autocast, loss_scaler
 
 
@@ -55,21 +61,25 @@ class TrainingStep:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """All that the next step depends on besides the weights and its number. Called in every process."""
+        """Return what the next step depends on besides weights and step number.
+
+        Called on every rank. Tensors are full, in host memory, and on rank 0 alone.
+        """
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {
-            "optimizers": {
-                name: gather_full(optimizer.state_dict(), True) for name, optimizer in self.optimizers.items()
-            },
+            "optimizers": gather_to_rank_zero(optimizers),
             "scaler": self.scaler.state_dict(),
             "stability": self.guard.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave. Called in every process."""
+    def load_state_dict(self, state: dict | None) -> None:
+        """Resume from rank 0's `state`, as `state_dict` returned it. Called on every rank."""
         for name, optimizer in self.optimizers.items():
-            load_full_optimizer_state(optimizer, state["optimizers"][name])
-        self.scaler.load_state_dict(state["scaler"])
-        self.guard.load_state_dict(state["stability"])
+            load_full_optimizer_state(optimizer, state["optimizers"][name] if state else None)
+        others = {name: state[name] for name in ("scaler", "stability")} if state else None
+        others = broadcast_object(others)
+        self.scaler.load_state_dict(others["scaler"])
+        self.guard.load_state_dict(others["stability"])
 
     def set_learning_rate(self, update: int) -> float:
         """Set the learning rate of every optimizer for update number `update` (from 1).
@@ -112,7 +122,7 @@ class TrainingStep:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = compute_gradient_norm(parameters)
-        sums[f"{prefix}grad_norm"] = gather_full(norm)
+        sums[f"{prefix}grad_norm"] = all_gather_full(norm)
         is_allowed = self.guard.allows(sums, losses, sums[f"{prefix}grad_norm"])
         if is_allowed:
             clip_gradients(parameters, norm, self.config.max_grad_norm)
@@ -142,7 +152,7 @@ class MaskedLMStep(TrainingStep):
         targets, _ = self.count_targets(batch)
         sums: Sums = {}
         for micro_batch, is_last in self.split(batch):
-            with gradient_sync(self.trained, is_last):
+            with sync_gradients(self.trained, is_last):
                 with autocast(self.precision, self.device):
                     masked = self.trained(micro_batch)
                 self.backward(masked.loss.sum() / targets)
@@ -197,7 +207,7 @@ class ReplacedTokenStep(TrainingStep):
         sums: Sums = {}
         corrupted = []
         for micro_batch, is_last in self.split(batch):
-            with gradient_sync(self.trained_generator, is_last):
+            with sync_gradients(self.trained_generator, is_last):
                 with autocast(self.precision, self.device):
                     generated = self.trained_generator(micro_batch)
                 self.backward(generated.masked.loss.sum() / masked_targets)
@@ -207,7 +217,7 @@ class ReplacedTokenStep(TrainingStep):
             return sums
         shared = self.gather_shared_tables()
         for micro_batch, is_last, corrupted_ids in corrupted:
-            with gradient_sync(self.trained_discriminator, is_last):
+            with sync_gradients(self.trained_discriminator, is_last):
                 with autocast(self.precision, self.device):
                     detected = self.trained_discriminator(micro_batch, corrupted_ids, shared)
                 self.backward(self.config.rtd_lambda * detected.loss / targets)
@@ -219,7 +229,7 @@ class ReplacedTokenStep(TrainingStep):
         masked_targets, targets = self.count_targets(batch)
         sums: Sums = {}
         for micro_batch, is_last in self.split(batch):
-            with gradient_sync(self.trained, is_last):
+            with sync_gradients(self.trained, is_last):
                 with autocast(self.precision, self.device):
                     (masked, _), detected = self.trained(micro_batch)
                 self.backward(
@@ -232,7 +242,7 @@ class ReplacedTokenStep(TrainingStep):
     def gather_shared_tables(self) -> SharedTables | None:
         """Return the generator's present tables, full and without gradient. Collective: every rank calls it."""
         shared = self.model.shared_tables()
-        return SharedTables(*(gather_full(table.detach()) for table in shared)) if shared else None
+        return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 
     def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
         """Return losses and logits of a batch, for evaluation. Collective: every rank calls it."""

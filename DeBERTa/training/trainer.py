@@ -12,19 +12,13 @@ from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
 from DeBERTa.errors import NonFiniteError
-from DeBERTa.training.checkpoint import (
-    Snapshot,
-    best_saved,
-    copy_to_host,
-    read_model,
-    read_training,
-    record_best,
-)
+from DeBERTa.training.best import find_best, record_best
+from DeBERTa.training.checkpoint import Snapshot, read_model, read_training
 from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import MetricsLog, Progress, describe
-from DeBERTa.training.parallel import gather_full, load_full_weights
+from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import TrainingStep
@@ -50,19 +44,17 @@ class Run:
 
 
 def resume(run: Run, step: int) -> None:
-    """Load the checkpoint of `step`: weights, optimisers, and what the next line of the log needs.
+    """Load the checkpoint of `step`: weights, optimizer state, and the sums of the logging interval.
 
-    The first process reads, for nodes may have disks of their own.
+    Rank 0 reads it: nodes may have separate disks.
     """
-    found = (
-        (read_model(run.run_dir, step, run.model), read_training(run.run_dir, step))
-        if is_rank_zero()
-        else None
-    )
-    weights, state = broadcast_object(found)
+    weights, state = None, {"training": None, "interval": None}
+    if is_rank_zero():
+        weights = read_model(run.run_dir, step, run.model)
+        state = read_training(run.run_dir, step)
     load_full_weights(run.model, weights)
     run.training.load_state_dict(state["training"])
-    run.interval.load_state_dict(state["interval"])
+    run.interval.load_state_dict(broadcast_object(state["interval"]))
 
 
 def train(run: Run, first_step: int, signals: Signals) -> None:
@@ -125,7 +117,7 @@ def _train(
             if is_rank_zero():
                 announce(saver.wait(), run, log, progress)
                 log.sync()
-                saver.save(snapshot, best=best_saved(run.run_dir, log.evaluations))
+                saver.save(snapshot, best=find_best(run.run_dir, log.evaluations))
         if ending:
             announce(saver.wait(), run, log, progress)
             barrier()  # a process that ends before the first one has saved would take it along
@@ -141,12 +133,10 @@ def _train(
 
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
-    """The state after `step` updates, copied. Called in every process; the first one gets it."""
-    training, interval, weights = (
-        run.training.state_dict(),
-        run.interval.state_dict(),
-        gather_full(run.model.state_dict(), on_host=True),
-    )
+    """Copy the state after `step` updates to rank 0's host memory. Called on every rank; others get None."""
+    weights = gather_to_rank_zero(run.model.state_dict())
+    training = run.training.state_dict()
+    interval = gather_to_rank_zero(run.interval.state_dict())
     if not is_rank_zero():
         return None
     lines, batch_size = len(run.train_batches.store), run.config.train_batch_size
@@ -163,8 +153,8 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
     }
     return Snapshot(
         step,
-        copy_to_host(weights),
-        copy_to_host({"training": training, "interval": interval}),
+        weights,
+        {"training": training, "interval": interval},
         state,
         run.settings,
     )
@@ -222,7 +212,8 @@ def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) ->
 
 def weight_norms(model: nn.Module) -> dict[str, float]:
     parameters = dict(model.named_parameters())
-    norms = torch.stack(gather_full(torch._foreach_norm([p.detach() for p in parameters.values()]))).tolist()
+    norms = torch._foreach_norm([p.detach() for p in parameters.values()])
+    norms = torch.stack([all_gather_full(norm) for norm in norms]).tolist()
     return dict(zip(parameters, norms, strict=True))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 from tests.commands import metrics
 from tests.conftest import ROOT
 from tests.nodes import system
@@ -82,7 +82,7 @@ def undisturbed(cluster, cache, tmp_path_factory) -> Path:
     job.wait_for(lambda: "training a vocabulary" in job.text())
     job.signal("--signal=USR1")
     assert job.finish() == 0, job.text()
-    assert saved_steps(folder / "node0") == [STEPS]
+    assert list_steps(folder / "node0") == [STEPS]
     return folder
 
 
@@ -115,14 +115,14 @@ def test_signals_to_a_job_and_the_same_job_again(cluster, cache, undisturbed, tm
     job.wait_for(lambda: "step 3/" in job.text())
     job.signal("--signal=USR1")
     job.wait_for(lambda: "saved " in job.text())
-    asked = saved_steps(run_dir)[0]
+    asked = list_steps(run_dir)[0]
     assert asked < STEPS / 2
     job.wait_for(lambda: f"step {asked + 4}/" in job.text())
     job.signal("--signal=TERM")
     assert job.end() == "FAILED 143:0", job.text()
     assert "srun ended with 143" in job.text()
     assert "Traceback" not in job.text()
-    stopped = saved_steps(run_dir)[-1]
+    stopped = list_steps(run_dir)[-1]
     assert asked + 4 <= stopped < STEPS
 
     job = submit(cluster, cache, tmp_path, script)
@@ -131,10 +131,10 @@ def test_signals_to_a_job_and_the_same_job_again(cluster, cache, undisturbed, tm
     job.signal()
     assert job.end() == "CANCELLED 0:15", job.text()
     assert "stopped by SIGTERM; the same command goes on from the last checkpoint" in job.text()
-    cancelled = saved_steps(run_dir)[-1]
+    cancelled = list_steps(run_dir)[-1]
     assert stopped + 2 <= cancelled < STEPS
-    for step in saved_steps(run_dir):
-        check(checkpoint_path(run_dir, step))
+    for step in list_steps(run_dir):
+        verify(get_checkpoint_path(run_dir, step))
 
     job = submit(cluster, cache, tmp_path, script)
     assert job.finish() == 0, job.text()
@@ -150,11 +150,11 @@ def test_the_warning_before_the_time_limit(cluster, cache, undisturbed, tmp_path
     job.wait_for(lambda: "step 3/" in job.text())
     job.limit(minutes=2)
     job.wait_for(lambda: "saved " in job.text())
-    asked = saved_steps(tmp_path / "node0")[0]
+    asked = list_steps(tmp_path / "node0")[0]
     job.wait_for(lambda: f"step {asked + 3}/" in job.text())
     assert job.end().startswith("TIMEOUT"), job.text()
     assert "DUE TO TIME LIMIT" in job.text() and "stopped by SIGTERM" in job.text()
-    first, second = saved_steps(tmp_path / "node0")
+    first, second = list_steps(tmp_path / "node0")
     assert first == asked and second >= asked + 3
 
 
@@ -174,11 +174,11 @@ def test_torchrun_in_a_job(cluster, cache, undisturbed, tmp_path, meeting):
     job.wait_for(lambda: "step 3/" in job.text())
     job.signal("--signal=USR1")
     job.wait_for(lambda: "saved " in job.text())
-    asked = saved_steps(tmp_path / "common")[0]
+    asked = list_steps(tmp_path / "common")[0]
     job.wait_for(lambda: f"step {asked + 3}/" in job.text())
     job.signal("--signal=TERM")
     assert job.finish() == 1, job.text()
-    stopped = saved_steps(tmp_path / "common")[-1]
+    stopped = list_steps(tmp_path / "common")[-1]
     assert asked + 3 <= stopped < STEPS
 
     job = submit(cluster, cache, tmp_path, script)

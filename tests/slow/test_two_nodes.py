@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, strip_times
 from tests.nodes import TwoNodes, two_nodes
 
 STEPS = 20
@@ -161,7 +161,7 @@ def test_a_cut_link_ends_both_sides_and_the_same_command_goes_on(cluster, alone)
     assert cluster.finish() == [1, 1]
     assert time.monotonic() - cut < 40
     for node in (0, 1):
-        lines = cluster.printed(node).read_text().splitlines()
+        lines = strip_times(cluster.printed(node).read_text()).splitlines()
         assert sum(line.startswith("error: ") for line in lines) == 1 and lines[-1].startswith("error: ")
         assert "Traceback" not in "".join(lines)
         assert cluster.nodes.processes(node) == []

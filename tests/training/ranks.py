@@ -16,7 +16,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.batch import Batch
 from DeBERTa.training.distributed import get_rank, get_world_size
 from DeBERTa.training.execution import set_execution
-from DeBERTa.training.parallel import gather_full
+from DeBERTa.training.parallel import all_gather_full
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from tests.conftest import tiny_model, tiny_rtd
 from tests.training.batches import random_batch, train_config
@@ -105,7 +105,7 @@ def recorded(kind: type[TrainingStep]) -> type[TrainingStep]:
             parameters = [p for group in self.optimizers[name].param_groups for p in group["params"]]
             self.gradients = {**vars(self).get("gradients", {})}
             self.gradients[name] = [
-                None if p.grad is None else gather_full(p.grad).clone() for p in parameters
+                None if p.grad is None else all_gather_full(p.grad).clone() for p in parameters
             ]
             return super().update(name, *arguments)
 

@@ -20,11 +20,10 @@ from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import PeerLostError
 from DeBERTa.training import optimizer as optimizers
-from DeBERTa.training import steps
 from DeBERTa.training.distributed import all_reduce_sums, get_rank, is_rank_zero, translate_peer_errors
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.metrics import mean_losses
-from DeBERTa.training.parallel import gather_full, gradient_sync, load_full_weights
+from DeBERTa.training.parallel import all_gather_full, load_full_weights
 from tests.training.batches import random_batch
 from tests.training.ranks import CASES, make_step, my_rows, run_ranks
 
@@ -43,9 +42,9 @@ def train(
 ) -> dict:
     """Steps `first` to `last` - 1; what is known afterwards, whole, in every process."""
     model, training = make_step(case, **MODES[mode], **EXECUTIONS.get(execution, {}))
-    if state is not None:
-        load_full_weights(model, state["weights"])
-        training.load_state_dict(state["training"])
+    if first:
+        load_full_weights(model, state["weights"] if state else None)
+        training.load_state_dict(state["training"] if state else None)
     losses = []
     for step in range(first, last):
         training.set_learning_rate(step + 1)
@@ -55,7 +54,7 @@ def train(
         losses.append(mean_losses(sums | norms))
         if step == first:
             gradients = training.gradients
-    weights = {name: tensor.clone() for name, tensor in gather_full(model.state_dict()).items()}
+    weights = {name: all_gather_full(tensor).clone() for name, tensor in model.state_dict().items()}
     moments = [
         state["exp_avg"] for optimizer in training.optimizers.values() for state in optimizer.state.values()
     ]
@@ -105,9 +104,6 @@ def reductions_all(folder: Path) -> None:
     for case in SAVED:
         for mode in MODES:
             found[case, mode] = [reductions(case, mode, 1), reductions(case, mode, 4)]
-    for mode in MODES:
-        with mock.patch.object(steps, "gradient_sync", lambda objective, _: gradient_sync(objective, True)):
-            found["gdes", mode].append(reductions("gdes", mode, 4))
     if is_rank_zero():
         torch.save(found, folder / "reductions.pt")
 
@@ -134,7 +130,8 @@ def norms_all(folder: Path) -> None:
 def go_on_all(folder: Path, size: int) -> None:
     for case in SAVED:
         for saved, opened in (("ddp", "fsdp"), ("zero2", "ddp"), ("fsdp", "zero2")):
-            state = torch.load(folder / f"{case}-{saved}-half.pt", weights_only=True)
+            path = folder / f"{case}-{saved}-half.pt"
+            state = torch.load(path, weights_only=True) if is_rank_zero() else None
             result = train(case, opened, STEPS // 2, STEPS, state)
             if is_rank_zero():
                 torch.save(result, folder / f"{case}-{saved}-opened-{size}.pt")

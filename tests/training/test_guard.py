@@ -15,7 +15,7 @@ from DeBERTa.data.dataset import BatchPlan, TrainingBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.training.checkpoint import checkpoint_path
+from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.distributed import get_rank
 from DeBERTa.training.guard import FEWEST, SIGMAS, WINDOW, Stability
 from DeBERTa.training.metrics import Sums
@@ -270,7 +270,7 @@ def test_a_spike_in_a_run(tmp_path, tokenizer):
     assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0, 0, 1, 1]
     assert "step 180: update left out: a loss spike" in output
     cut = copy_run(flags["output_dir"], tmp_path / "cut")
-    shutil.rmtree(checkpoint_path(cut, 181))
+    shutil.rmtree(get_checkpoint_path(cut, 181))
     status, output = run(flags | {"output_dir": cut})
     assert status == 0 and "going on from step 175" in output
     assert final_files(cut) == final_files(flags["output_dir"])

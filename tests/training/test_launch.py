@@ -284,7 +284,7 @@ def test_a_killed_data_worker_is_told_in_a_sentence(endless):
     run = Command(endless | {"workers": 1})
     run.wait_for(saved_something(run))
     os.kill(children(run.workers()[1])[0], signal.SIGKILL)
-    assert "a process that prepares batches died" in run.error()
+    assert "a data worker died" in run.error()
     assert not run.workers()
 
 

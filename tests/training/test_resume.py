@@ -1,12 +1,17 @@
 """A run that was cut anywhere and started again ends with the bytes of one that was not."""
 
+import itertools
 import json
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 
-from DeBERTa.training.checkpoint import checkpoint_path, saved_steps
-from tests.runs import copy_run, final_files, run, tiny_flags
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
+from tests.commands import Command
+from tests.conftest import ROOT
+from tests.runs import copy_run, final_files, remove_after, run, tiny_flags
 
 KINDS = [
     ("MLM", "gdes", {"max_ngram": 3}),
@@ -30,38 +35,60 @@ def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
     whole = flags["output_dir"]
     for cut in (2, 4):
         part = copy_run(whole, tmp_path / f"cut-{cut}")
-        for step in saved_steps(part):
-            if step > cut:
-                shutil.rmtree(checkpoint_path(part, step))
-        for name in ("model", "generator", "discriminator"):
-            shutil.rmtree(part / name, ignore_errors=True)
+        remove_after(part, cut)
         status, output = run(flags | {"output_dir": part})
         assert status == 0, output
         assert f"going on from step {cut}" in output
         assert final_files(part) == final_files(whole)
-    state = json.loads((checkpoint_path(whole, 6) / "state.json").read_text())
+    state = json.loads((get_checkpoint_path(whole, 6) / "state.json").read_text())
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)
 
 
-CRASH_POINTS = (
-    "snapshot-taken", "before-save", "folder-made", "model-written", "optimizer-written", "state-written",
-    "files-synced", "manifest-written", "manifest-synced", "renamed", "rename-synced", "old-renamed", "pruned",
-)  # fmt: skip
-
-
-def test_killed_at_every_point_of_saving(tmp_path, prepared):
-    """SIGKILL at each point of two saves, the last one among them; the same command finishes with the same bytes."""
-    flags = tiny_flags(tmp_path, prepared) | {"keep_last": 1, "dump_interval": 1, "num_training_steps": 4}
-    assert run(flags)[0] == 0
+def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[str, bytes]]:
+    """Return the flags of a run that resumes from step `first` and ends one step later, and its final files."""
+    flags = tiny_flags(folder, prepared) | {"dump_interval": 1, "num_training_steps": first + 1}
+    status, output = run(flags)
+    assert status == 0, output
     expected = final_files(flags["output_dir"])
-    for point in CRASH_POINTS:
-        for step in (3 if point == "old-renamed" else 2, 4):  # at step 2 only the best is old, and it is kept
-            killed = flags | {"output_dir": tmp_path / f"{point}-{step}"}
-            status, output = run(killed, DEBERTA_CRASH_AT=f"{point}@{step}")
-            assert status == -9, (point, step, output)
-            before = saved_steps(killed["output_dir"])
-            assert before and before[-1] >= step - 1, (point, step)
-            status, output = run(killed)
-            assert status == 0, (point, step, output)
-            assert final_files(killed["output_dir"]) == expected, (point, step)
-            assert not list(killed["output_dir"].glob("checkpoints/*.tmp"))
+    remove_after(flags["output_dir"], first)
+    return flags, expected
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_killed_at_every_call_that_changes_a_file(tmp_path, prepared, first):
+    """SIGKILL at the n-th call, for all n until a run ends undisturbed; each run resumes and ends with the same bytes.
+
+    From step 0 there is no checkpoint before; from step 3 there are two, one of which is pruned.
+    """
+    flags, expected = prepare_run(tmp_path, prepared, first)
+    start, killed = flags["output_dir"], flags | {"output_dir": tmp_path / "killed", "keep_last": 1}
+    if not first:
+        shutil.rmtree(start)
+        start.mkdir()
+    run_dir, places = killed["output_dir"], []
+    for number in itertools.count(1):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.copytree(start, run_dir)
+        status, output = run(killed, KILL_AT_CALL=str(number))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, (number, output)
+        places.append(output.strip().splitlines()[-1])
+        assert (list_steps(run_dir) or [0])[-1] >= first, places[-1]
+        status, output = run(killed)
+        assert status == 0, (places[-1], output)
+        assert final_files(run_dir) == expected, places[-1]
+        assert not [*run_dir.rglob("*.tmp"), *run_dir.rglob("*.part")], places[-1]
+    assert any(f"rename {run_dir}/checkpoints/step-0000000{first + 1}.tmp" in place for place in places)
+    calls = {place.split()[2] for place in places}  # "killed at CALL PATH"
+    assert calls >= {"write", "fsync", "replace", "rename"} | ({"rmdir", "unlink"} if first else set())
+
+
+def test_command_killed_at_a_call(tmp_path, prepared):
+    """The command of a shell instead of a forked run: Python wraps the calls when it starts."""
+    flags, expected = prepare_run(tmp_path, prepared, 1)
+    killed = Command(flags, PYTHONPATH=str(ROOT / "tests" / "kill_at_call"), KILL_AT_CALL="30")
+    assert killed.finish() == -signal.SIGKILL
+    assert killed.lines()[-1].startswith("killed at "), killed.lines()
+    assert run(flags)[0] == 0
+    assert final_files(flags["output_dir"]) == expected

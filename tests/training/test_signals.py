@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 from DeBERTa.training.signals import RunInterrupted, Signals
 from tests.conftest import ROOT
 from tests.processes import children, is_running
@@ -55,9 +55,9 @@ def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, undisturbed, number,
     assert found == status, output
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1].startswith(f"stopped by {number.name}; ")
-    (step,) = saved_steps(flags["output_dir"])
+    (step,) = list_steps(flags["output_dir"])
     assert 7 <= step < 40
-    check(checkpoint_path(flags["output_dir"], step))
+    verify(get_checkpoint_path(flags["output_dir"], step))
     found, output = run(flags)
     assert found == 0, output
     assert f"going on from step {step}" in output
@@ -75,7 +75,7 @@ def test_a_second_signal_ends_at_once(tmp_path, undisturbed, prepared):
     status, output = process.finish()
     assert status == 130, output
     assert "stopped by" not in output and "Traceback" not in output
-    assert saved_steps(flags["output_dir"]) == []
+    assert list_steps(flags["output_dir"]) == []
 
 
 def test_usr1_saves_and_goes_on(tmp_path, undisturbed):
@@ -86,11 +86,11 @@ def test_usr1_saves_and_goes_on(tmp_path, undisturbed):
     os.killpg(process.pid, signal.SIGUSR1)
     status, output = process.finish()
     assert status == 0, output
-    steps = saved_steps(flags["output_dir"])
+    steps = list_steps(flags["output_dir"])
     assert len(steps) == 3 and 7 <= steps[0] < 40 and steps[1:] == [40, 60]
     assert final_files(flags["output_dir"]) == expected
     for later in steps[1:]:  # going on from the extra checkpoint: its sums go into the next line of the log
-        shutil.rmtree(checkpoint_path(flags["output_dir"], later))
+        shutil.rmtree(get_checkpoint_path(flags["output_dir"], later))
     status, output = run(flags)
     assert status == 0 and f"going on from step {steps[0]}" in output
     assert final_files(flags["output_dir"]) == expected
@@ -111,14 +111,14 @@ def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
     }
     assert run(flags | {"output_dir": tmp_path / "whole"})[0] == 0
     process = ForkedRun(flags | {"output_dir": tmp_path / "run"})
-    checkpoint = checkpoint_path(tmp_path / "run", 2)
+    checkpoint = get_checkpoint_path(tmp_path / "run", 2)
     while not checkpoint.exists():
         assert is_running(process.pid)
     os.kill(process.pid, signal.SIGTERM)
     status, output = process.finish()
     assert status == 143 and "Traceback" not in output, output
     assert kinds(tmp_path / "run") == [(1, "train"), (2, "train")]
-    check(checkpoint)
+    verify(checkpoint)
     assert run(flags | {"output_dir": tmp_path / "run"})[0] == 0
     assert final_files(tmp_path / "run") == final_files(tmp_path / "whole")
 
@@ -155,10 +155,10 @@ def test_a_signal_while_saving(tmp_path, undisturbed):
     os.kill(process.pid, signal.SIGTERM)
     status, output = process.finish()
     assert status == 143, output
-    steps = saved_steps(tmp_path / "run")
+    steps = list_steps(tmp_path / "run")
     assert steps == list(range(1, steps[-1] + 1)) and 5 <= steps[-1] < 60
     for step in steps:
-        check(checkpoint_path(tmp_path / "run", step))
+        verify(get_checkpoint_path(tmp_path / "run", step))
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
@@ -174,7 +174,7 @@ def test_a_worker_that_is_killed(tmp_path, undisturbed):
     status, output = process.finish()
     assert status == 1, output
     assert "Traceback" not in output
-    assert output.strip().splitlines()[-1].startswith("error: a process that prepares batches died")
+    assert output.strip().splitlines()[-1].startswith("error: a data worker died")
     assert "--workers" in output
     assert all_ended(workers)
     status, output = run(flags | {"dump_interval": 40})

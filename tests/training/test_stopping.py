@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.training.checkpoint import check, checkpoint_path, saved_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 from DeBERTa.training.nodes import GRACE_SECONDS
 from DeBERTa.training.signals import DUPLICATE_SECONDS
 from tests.commands import (
@@ -137,7 +137,7 @@ class SlowRun(ForkedRun):
         path = f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"
         super().__init__(flags, PYTHONPATH=path, SLOW_DISK=str(seconds), **environment)
         self.run_dir = Path(flags["output_dir"])
-        self.slow = checkpoint_path(self.run_dir, 4).with_suffix(".tmp")
+        self.slow = get_checkpoint_path(self.run_dir, 4).with_suffix(".tmp")
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -155,9 +155,9 @@ class SlowRun(ForkedRun):
 
 def whole_checkpoints(run_dir: Path) -> list[int]:
     """Steps of all checkpoints, each of them whole."""
-    for step in saved_steps(run_dir):
-        check(checkpoint_path(run_dir, step))
-    return saved_steps(run_dir)
+    for step in list_steps(run_dir):
+        verify(get_checkpoint_path(run_dir, step))
+    return list_steps(run_dir)
 
 
 def assert_goes_on(flags: dict, step: int, expected: dict) -> None:
@@ -198,7 +198,7 @@ def test_a_signal_to_one_node_while_two_evaluate(tmp_path, undisturbed, evaluate
     for number in (0, 1):
         flags = undisturbed[0] | change | {"output_dir": tmp_path / f"run-{number}"}
         runs.append(SlowRun(flags, tmp_path, seconds, **cluster(port, node=number)))
-    runs[0].wait_for((runs[0].slow if seconds else checkpoint_path(runs[0].run_dir, 4)).exists)
+    runs[0].wait_for((runs[0].slow if seconds else get_checkpoint_path(runs[0].run_dir, 4)).exists)
     os.kill(runs[node].pid, signal.SIGTERM)
     assert [run.end() for run in runs] == [143, 143], runs[0].log.read_text() + runs[1].log.read_text()
     assert f"stopped by SIGTERM on node {node}" in runs[1 - node].log.read_text()

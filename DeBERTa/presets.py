@@ -1,0 +1,168 @@
+"""The published recipes: name -> task, model config, text and flags."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from DeBERTa.config import TrainConfig
+from DeBERTa.data.files import get_cache_dir, hash_file
+from DeBERTa.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text that presets train on, and its vocabulary.
+
+    Attributes:
+        vocabulary: where the vocabulary lies in the cache.
+        train_vocab: pieces of the vocabulary that is trained on the text; 0: the published one is fetched.
+        vocab_size: rows of the word embedding table, if other than the model config's.
+    """
+
+    vocabulary: str
+    train_vocab: int = 0
+    vocab_size: int = 0
+
+
+CORPORA = {
+    "sample": Corpus("sample/spm.model", train_vocab=8000, vocab_size=8064),
+    "wikitext-103": Corpus("deberta-v3-base/spm.model"),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One recipe: what `--preset` stands for.
+
+    Attributes:
+        flags: values of `TrainConfig` fields that differ from the defaults.
+        weights: the published model that training continues from, if any.
+    """
+
+    task_name: str
+    model_config: str
+    flags: Mapping[str, Any]
+    corpus: str = "wikitext-103"
+    max_seq_length: int = 512
+    weights: str = ""
+
+
+# The published scripts share these; other values than the flags' defaults are named below.
+FULL = {"num_training_steps": 1_000_000, "dump_interval": 10_000, "warmup": 10_000.0, "learning_rate": 1e-4}
+FULL_MLM = FULL | {"train_batch_size": 256, "max_ngram": 3}
+FULL_RTD = FULL | {"train_batch_size": 256}
+LARGE_MLM = FULL_MLM | {"train_batch_size": 32, "warmup": 1000.0}
+CONTINUE = FULL_RTD | {"num_training_steps": 100_000, "learning_rate": 5e-5}
+TINY = {
+    "num_training_steps": 400, "dump_interval": 200, "log_interval": 20, "warmup": 40.0,
+    "learning_rate": 2e-3, "train_batch_size": 48,
+}  # fmt: skip
+# Absolute positions are learned one by one: with 128 of them, a small BERT is blind to word order for long.
+TINY_BERT = TINY | {
+    "num_training_steps": 800, "dump_interval": 400, "warmup": 60.0,
+    "train_batch_size": 128, "adam_beta2": 0.98,
+}  # fmt: skip
+
+PRESETS = {
+    "bert-tiny": Preset("MLM", "bert_tiny.json", TINY_BERT, "sample", 32),
+    "deberta-tiny": Preset("MLM", "deberta_tiny.json", TINY | {"max_ngram": 3}, "sample", 128),
+    "bert-base": Preset("MLM", "bert_base.json", FULL_MLM | {"max_ngram": 1}),
+    "deberta-base": Preset("MLM", "deberta_base.json", FULL_MLM),
+    "xlarge-v2": Preset("MLM", "deberta_xlarge.json", LARGE_MLM),
+    "xxlarge-v2": Preset("MLM", "xxlarge.json", LARGE_MLM),
+    "deberta-v3-tiny": Preset("RTD", "rtd_tiny.json", TINY, "sample", 128),
+    "deberta-v3-xsmall": Preset(
+        "RTD", "rtd_xsmall.json", FULL_RTD | {"train_batch_size": 64, "learning_rate": 3e-4}
+    ),
+    "deberta-v3-small": Preset("RTD", "rtd_small.json", FULL_RTD),
+    "deberta-v3-base": Preset("RTD", "rtd_base.json", FULL_RTD),
+    "deberta-v3-large": Preset("RTD", "rtd_large.json", FULL_RTD),
+    # The public xsmall checkpoint is wider (384) than the model trained from scratch (256).
+    "deberta-v3-xsmall-continue": Preset(
+        "RTD", "rtd_xsmall_continue.json", CONTINUE, weights="microsoft/deberta-v3-xsmall"
+    ),
+    "deberta-v3-small-continue": Preset(
+        "RTD", "rtd_small.json", CONTINUE, weights="microsoft/deberta-v3-small"
+    ),
+    "deberta-v3-base-continue": Preset("RTD", "rtd_base.json", CONTINUE, weights="microsoft/deberta-v3-base"),
+    "deberta-v3-large-continue": Preset(
+        "RTD", "rtd_large.json", CONTINUE, weights="microsoft/deberta-v3-large"
+    ),
+}
+
+
+def find_preset(name: str, task_name: str | None = None) -> Preset:
+    """Return a preset by name. Raises `UsageError` with the closest names; `task_name` limits the choice."""
+    names = [known for known, preset in PRESETS.items() if task_name in (None, preset.task_name)]
+    if name in names:
+        return PRESETS[name]
+    script = {"MLM": "./mlm.sh NAME", "RTD": "./rtd.sh NAME", None: "--preset NAME"}[task_name]
+    usage = f"usage: {script} [flags], with NAME one of {', '.join(names)}; --help lists the flags"
+    if not name:
+        raise UsageError(f"no preset given; {usage}")
+    if name in PRESETS:
+        raise UsageError(f"{name} is a preset for {PRESETS[name].task_name}, not for {task_name}; {usage}")
+    closest = difflib.get_close_matches(name, names)
+    hint = f": the closest names are {', '.join(closest)}" if closest else ""
+    raise UsageError(f"no preset {name!r}{hint}; {usage}")
+
+
+def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `TrainConfig` fields that a preset sets, `given` the flags that override them.
+
+    `corpus` names the text to use in place of the preset's own. Where the prepared text lies follows from the
+    corpus, `--max_seq_length` and `--vocab_path`.
+    """
+    preset = find_preset(name, given.get("task_name"))
+    has_weights = given.get("init_generator") and given.get("init_discriminator")
+    if preset.weights and given.get("do_train", True) and not has_weights:
+        raise UsageError(
+            f"{name} needs published weights: fetch pytorch_model.generator.bin and pytorch_model.bin of "
+            f"{preset.weights} and pass them as --init_generator FILE --init_discriminator FILE"
+        )
+    values = {
+        "task_name": preset.task_name,
+        "tag": name,
+        "do_train": True,
+        "model_config": preset.model_config,
+        "max_seq_length": preset.max_seq_length,
+        **preset.flags,
+    }
+    if "data_dir" not in given:
+        values |= _locate(corpus or preset.corpus, given.get("max_seq_length", preset.max_seq_length), given)
+    return values
+
+
+def _locate(corpus: str, max_seq_length: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where the prepared text lies in the cache, and its vocabulary."""
+    folder = get_cache_dir() / corpus
+    if "vocab_path" in given:  # another vocabulary gives another text
+        fingerprint = hash_file(Path(given["vocab_path"]))[:8]
+        return {"data_dir": str(folder / f"{max_seq_length}-{fingerprint}")}
+    values = {
+        "data_dir": str(folder / str(max_seq_length)),
+        "vocab_path": str(get_cache_dir() / CORPORA[corpus].vocabulary),
+    }
+    vocab_size = CORPORA[corpus].vocab_size
+    return values | ({"vocab_size": vocab_size} if vocab_size else {})
+
+
+def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Return the flags of `prepare_data.py` that prepare what a preset trains on; none if --data_dir has it.
+
+    Args:
+        flags: what was given on the training command line, `preset` included.
+        config: the settings that it resolves to.
+    """
+    if "data_dir" in flags:
+        return []
+    corpus = flags.get("corpus") or PRESETS[flags["preset"]].corpus
+    arguments = ["--corpus", corpus, "--output", config.data_dir]
+    arguments += ["--max_seq_length", str(config.max_seq_length)]
+    if "vocab_path" in flags:
+        arguments += ["--vocab_path", flags["vocab_path"]]
+    elif CORPORA[corpus].train_vocab:
+        arguments += ["--train_vocab", str(CORPORA[corpus].train_vocab)]
+    return arguments
