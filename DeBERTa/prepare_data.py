@@ -61,7 +61,6 @@ def prepare_all(argv: Sequence[str]) -> None:
             arguments.max_seq_length,
             arguments.errors,
             arguments.workers,
-            label=f"preparing {split}",
         )
         for split, text in texts.items()
     ]

@@ -148,7 +148,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     )
     train_store = open_split(config, "train", tokenizer) if config.do_train else None
     evaluation = open_evaluation(config, tokenizer, masker)
-    texts = {f"{split}_sha256": batches.store.text_sha256 for split, batches in evaluation.items()}
+    texts = {f"{split}_sha256": batches.store.meta.text_sha256 for split, batches in evaluation.items()}
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
@@ -342,7 +342,7 @@ def get_full_model(config: TrainConfig, model: nn.Module) -> nn.Module:
 def describe_data(batches: TrainingBatches) -> dict:
     """Return what the run learns from, by content."""
     store = batches.store
-    return {"train_sha256": store.text_sha256, "train_lines": len(store), "train_tokens": store.num_tokens}
+    return {"train_sha256": store.meta.text_sha256, "train_lines": len(store), "train_tokens": store.meta.num_tokens}
 
 
 def start_or_resume(this_run: Run) -> int:

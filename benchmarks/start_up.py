@@ -44,7 +44,7 @@ from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
 from DeBERTa.data.masking import Masker  # noqa: E402
 from DeBERTa.data.prepare import find_or_train_vocabulary  # noqa: E402
-from DeBERTa.data.token_store import ids_folder  # noqa: E402
+from DeBERTa.data.token_store import get_store_path  # noqa: E402
 from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer  # noqa: E402
 from DeBERTa.train import build_model, load_model_config, open_split, parse_flags  # noqa: E402
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
@@ -147,7 +147,7 @@ def command_start(folder: Path) -> float:
 
 def drop_from_cache(folder: Path) -> None:
     """Have the system forget the pages of a prepared text and its ids."""
-    for path in (folder / "train.txt", *ids_folder(folder / "train.txt").iterdir()):
+    for path in (folder / "train.txt", get_store_path(folder / "train.txt")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -72,7 +72,7 @@ class TrainingBatches(Dataset):
         return np.arange(size * rank // world, size * (rank + 1) // world)
 
     def __getitem__(self, step: int) -> Batch:
-        sequences = [self.store.line(int(line)) for line in self.select_lines(step)]
+        sequences = [self.store[line] for line in self.select_lines(step)]
         return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(self._rows()[0]))
 
 
@@ -91,7 +91,7 @@ class EvaluationBatches(Dataset):
         first = index * self.plan.batch_size
         lines = range(first, min(first + self.plan.batch_size, len(self.store)))
         return make_batch(
-            [self.store.line(line) for line in lines], self.tokenizer, self.masker, self.plan, 0, first
+            [self.store[line] for line in lines], self.tokenizer, self.masker, self.plan, 0, first
         )
 
 

@@ -133,3 +133,8 @@ def find_unused_path(path: Path) -> Path:
     while (numbered := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
     return numbered
+
+
+def get_state(status: os.stat_result) -> dict[str, int]:
+    """Return size and modification time, which show whether a file has changed."""
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

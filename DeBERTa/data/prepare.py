@@ -1,50 +1,52 @@
-"""Raw text -> lines of exactly `max_seq_length - 2` SentencePiece pieces, separated by single spaces.
+"""Raw text to lines of exactly `max_seq_length - 2` SentencePiece pieces, separated by single spaces.
 
-Every line of the input is encoded on its own. The pieces of all lines follow each other, and are cut into lines without
-regard to where the input's lines or documents end; only the last line is shorter.
+Every line of the input is encoded on its own. The pieces of all lines are concatenated, then split into lines
+regardless of where the input's lines or documents end; only the last line is shorter.
 
-One process reads blocks and writes, the others encode. At any time only a few blocks are in memory, whatever the size
+One process reads and writes, the others encode. Only a few blocks are in memory at any time, whatever the size
 of the input.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import get_partial_path, hash_file, open_atomic, open_partial
+from DeBERTa.data.files import commit, get_state, hash_file, open_partial
 from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, read_training_sentences, split_lines
-from DeBERTa.data.token_store import TokenStoreWriter, ids_folder, matches, read_meta
+from DeBERTa.data.token_store import TokenStoreWriter, find_store, get_store_path, write_store
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import DataError, VocabularyError
 
-BLOCKS_AHEAD = 2  # blocks in flight for each process, so that none waits for the writer
+BLOCKS_AHEAD = 2  # blocks in flight per process, so that none waits for the writer
 WARN_UNKNOWN, MAX_UNKNOWN = 0.05, 0.2  # shares of [UNK]
 MIN_SEQ_LENGTH = 3  # [CLS], one piece, [SEP]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PreparedText:
-    """What was prepared: counts of the output, bytes of (decompressed) input, and how long it took.
+    """Counts of the output, bytes of (decompressed) input, and the time it took.
 
-    `seconds` is None if nothing had to be done.
+    `seconds` is None if the output was up to date.
     """
 
     output: Path
@@ -55,7 +57,7 @@ class PreparedText:
 
 
 def count_usable_cores() -> int:
-    """Cores this process may run on."""
+    """Return how many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -69,287 +71,266 @@ def prepare(
     errors: str = "strict",
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
-    label: str = "preparing",
 ) -> PreparedText:
-    """Write `output` and its token ids from the text `source`, unless they are there already.
+    """Write `output` and its token ids from the text `source`, unless they are up to date.
 
     Args:
         vocabulary: a SentencePiece model with DeBERTa's ids.
-        errors: what to do with invalid UTF-8, "strict" (refuse) or "replace".
-        workers: processes that encode, by default one a core; with 1 everything happens in this process.
+        errors: how to treat invalid UTF-8, "strict" (raise) or "replace".
+        workers: processes that encode, by default one per core; with 1, this process encodes.
         block_bytes: input that is encoded at once.
-        label: what the progress bar says.
 
-    Raises DataError or VocabularyError if something does not fit, OSError if something cannot be read or written.
-    `output` is then as it was before.
+    Raises `DataError`, `VocabularyError` or `StorageError`; `output` is then as it was before.
     """
+    output = _check_paths(source, output, vocabulary)
     if max_seq_length < MIN_SEQ_LENGTH:
         raise DataError(
-            f"--max_seq_length {max_seq_length} leaves no room between [CLS] and [SEP]; 512 is usual."
+            f"--max_seq_length {max_seq_length} is too small: nothing fits between [CLS] and [SEP]; pass 512"
         )
-    for path, what in ((source, "input"), (vocabulary, "vocabulary")):
-        if output.exists() and path.exists() and output.samefile(path):
-            raise DataError(f"The output {output} is also the {what}; give it another name.")
-    output = output.resolve()  # a link stays one; what it points to is replaced
-    if output.exists() and not output.is_file():
-        raise DataError(f"The output {output} is a folder or a device; give a file name.")
-    text = TextFile(source)
-    if not vocabulary.is_file():
-        raise VocabularyError(f"There is no vocabulary {vocabulary}.")
-    fingerprint = hash_file(vocabulary)
-    recipe = {**_identity(source), "max_seq_length": max_seq_length, "errors": errors}
-    done = _up_to_date(output, recipe, fingerprint)
-    if done is not None:
-        return done
+    text, encoder = TextFile(source), _Encoder(vocabulary)
+    recipe = _describe_source(source) | {"max_seq_length": max_seq_length, "errors": errors}
+    prepared = _find_prepared(output, recipe, encoder.tokenizer)
+    if prepared is not None:
+        return prepared
     start = time.perf_counter()
     with open_partial(output) as file:
-        done = _up_to_date(output, recipe, fingerprint)
-        if done is not None:  # another process has made it meanwhile
-            get_partial_path(output).unlink()
-            return done
-        with (
-            _removed_on_failure(get_partial_path(output)),
-            TokenStoreWriter(get_partial_path(ids_folder(output))) as store,
-        ):
-            file.truncate(0)
-            encoder = _Encoder(vocabulary)
-            chunks = _encoded(text, encoder, errors, workers or count_usable_cores(), block_bytes)
-            with contextlib.closing(chunks):  # ends the processes at once if writing fails
-                written = _write(label, text, chunks, encoder, max_seq_length - 2, file, store)
-                input_bytes, text_sha256, unknown = written
-            _check_unknown(unknown, store.num_tokens, source, vocabulary)
-            file.flush()
-            os.fsync(file.fileno())
-            get_partial_path(output).replace(output)
-            status = output.stat()
-            store.commit(
-                ids_folder(output),
-                {
-                    "text_bytes": status.st_size,
-                    "text_mtime_ns": status.st_mtime_ns,
-                    "text_sha256": text_sha256,
-                    "vocabulary": fingerprint,
-                    "longest": min(store.num_tokens, max_seq_length - 2),
-                    "longest_line": 1,
-                    "unknown": 0,
-                    "prepared": {
-                        **recipe,
-                        "input_bytes": input_bytes,
-                        "vocabulary_path": str(vocabulary.resolve()),
-                    },
-                },
-            )
-    return PreparedText(output, store.lines, store.num_tokens, input_bytes, time.perf_counter() - start)
+        # Another process may have written it while this one waited for the lock.
+        prepared = _find_prepared(output, recipe, encoder.tokenizer)
+        if prepared is not None:
+            return prepared
+        with write_store(get_store_path(output)) as store:
+            blocks = _encode_blocks(text, encoder, errors, workers or count_usable_cores(), block_bytes)
+            # Closing ends the processes and the progress bar if writing fails.
+            with contextlib.closing(_show_progress(blocks, text, f"preparing {output.name}")) as shown:
+                input_bytes, unknown = _write(shown, encoder, max_seq_length - 2, file, store)
+            _check_unknown(unknown, store.meta.num_tokens, source, vocabulary)
+            commit(file, output)
+            store.meta.text = get_state(output.stat())
+            store.meta.recipe = recipe | {
+                "input_bytes": input_bytes,
+                "vocabulary_path": str(vocabulary.resolve()),
+            }
+            store.commit()
+    meta = store.meta
+    return PreparedText(output, meta.lines, meta.num_tokens, input_bytes, time.perf_counter() - start)
 
 
-@contextlib.contextmanager
-def _removed_on_failure(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+def _check_paths(source: Path, output: Path, vocabulary: Path) -> Path:
+    """Return the resolved output: a link to it remains, what it points to is replaced."""
+    for path, name in ((source, "input"), (vocabulary, "vocabulary")):
+        if output.exists() and path.exists() and output.samefile(path):
+            raise DataError(f"cannot write {output}: it is also the {name}; give another --output")
+    if output.exists() and not output.is_file():
+        raise DataError(f"cannot write {output}: it is a directory or a device; give a file name")
+    return output.resolve()
 
 
-def _identity(source: Path) -> dict[str, Any]:
-    status = source.stat()
-    return {"input": str(source.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+def _describe_source(source: Path) -> dict[str, Any]:
+    return {"input": str(source.resolve()), **get_state(source.stat())}
 
 
-def _up_to_date(output: Path, recipe: dict[str, Any], fingerprint: str) -> PreparedText | None:
-    meta = read_meta(ids_folder(output))
-    if meta is None or "prepared" not in meta or not recipe.items() <= meta["prepared"].items():
+def _find_prepared(output: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> PreparedText | None:
+    store = find_store(output, tokenizer.fingerprint) if output.is_file() else None
+    if store is None or store.meta.recipe is None or not recipe.items() <= store.meta.recipe.items():
         return None
-    if not output.is_file() or not matches(meta, output, fingerprint):
-        return None
-    return PreparedText(output, meta["lines"], meta["num_tokens"], meta["prepared"]["input_bytes"], None)
+    meta = store.meta
+    return PreparedText(output, meta.lines, meta.num_tokens, store.meta.recipe["input_bytes"], None)
 
 
-def _write(
-    label: str,
-    text: TextFile,
-    chunks: Iterable[tuple[int, np.ndarray, bytes]],
-    encoder: "_Encoder",
-    width: int,
-    file: BinaryIO,
-    store: TokenStoreWriter,
-) -> tuple[int, str, int]:
-    """Write the encoded chunks as lines of `width` pieces.
+class _EncodedBlock(NamedTuple):
+    """Bytes of input, ids int32 [n], and their pieces, each with one space before it."""
 
-    Returns bytes of input, SHA-256 of the output, and how many pieces are [UNK].
-    """
-    input_bytes = unknown = 0
-    digest = hashlib.sha256()
-
-    def put(data: bytes | memoryview) -> None:
-        file.write(data)
-        digest.update(data)
-
-    with tqdm(desc=label, total=text.bytes_on_disk, unit="B", unit_scale=True) as bar:
-        for block_bytes, ids, pieces in chunks:
-            seen = store.num_tokens
-            line_starts = np.arange(-seen % width, len(ids), width)
-            piece_bytes = encoder.piece_bytes[ids]
-            buffer = np.frombuffer(bytearray(pieces), np.uint8)
-            buffer[(np.cumsum(piece_bytes) - piece_bytes)[line_starts]] = ord("\n")
-            put(buffer.data[1:] if seen == 0 else buffer.data)
-            ends = np.arange(seen // width + 1, (seen + len(ids)) // width + 1) * width
-            store.append(ids, ends)
-            input_bytes += block_bytes
-            unknown += int(np.count_nonzero(ids == encoder.tokenizer.unk_id))
-            bar.update(text.position() - bar.n)
-    if store.num_tokens == 0:
-        raise DataError(f"{text.path} has no text.")
-    put(b"\n")
-    if store.num_tokens % width:
-        store.append(np.empty(0, np.int32), np.array([store.num_tokens]))
-    return input_bytes, digest.hexdigest(), unknown
-
-
-def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) -> None:
-    """A vocabulary of another script or language is never silent: above 5 % [UNK] a warning, above 20 % an error."""
-    told = f"{unknown / tokens:.1%} of the pieces of {source} are [UNK]: the vocabulary {vocabulary} does not fit"
-    if tokens >= 1000 and unknown > MAX_UNKNOWN * tokens:
-        raise VocabularyError(f"{told}; --train_vocab trains one on the text.")
-    if unknown > WARN_UNKNOWN * tokens:
-        print(f"warning: {told} well; --train_vocab trains one on the text", file=sys.stderr)
+    input_bytes: int
+    ids: np.ndarray
+    pieces: bytes
 
 
 class _Encoder:
-    """Turns blocks of text into ids and into pieces as they are written, each with one space before it.
+    """Turns blocks of text into ids and pieces.
 
-    `piece_bytes`, int64 [pieces]: what each piece takes, its space included.
+    `piece_bytes`, int64 [pieces]: the length of each piece in the output, with its space.
     """
 
-    def __init__(self, vocabulary: Path):
+    def __init__(self, vocabulary: Path) -> None:
         self.vocabulary = vocabulary
         self.tokenizer = Tokenizer(vocabulary)
         written = [b" " + piece.encode() for piece in self.tokenizer.pieces]
         self.piece_bytes = np.array([len(piece) for piece in written])
         self._written = np.array(written, dtype=object)
 
-    def encode(self, path: Path, offset: int, block: bytes, errors: str) -> tuple[np.ndarray, bytes]:
-        """Ids, int32, and pieces of a block that begins at byte `offset` of the file `path`."""
+    def encode(self, path: Path, offset: int, block: bytes, errors: str) -> _EncodedBlock:
+        """Encode a block that begins at byte `offset` of the file `path`."""
         ids = self.tokenizer.encode_utf8(split_lines(decode_block(path, offset, block, errors)))
-        return ids, b"".join(self._written[ids].tolist())
+        return _EncodedBlock(len(block), ids, b"".join(self._written[ids].tolist()))
 
 
-def _encoded(
+def _encode_blocks(
     text: TextFile, encoder: _Encoder, errors: str, workers: int, block_bytes: int
-) -> Generator[tuple[int, np.ndarray, bytes], None, None]:
-    """Bytes, ids and pieces of every block, in order."""
-    blocks = text.blocks(block_bytes)
-    beginning = list(islice(blocks, 2))
-    blocks = chain(beginning, blocks)
-    if workers == 1 or len(beginning) < 2:
+) -> Generator[_EncodedBlock, None, None]:
+    """Yield every block in order, encoded here or in `workers` processes."""
+    blocks = text.read_blocks(block_bytes)
+    first = list(islice(blocks, 2))
+    blocks = chain(first, blocks)
+    if workers == 1 or len(first) < 2:
         for offset, block in blocks:
-            yield len(block), *encoder.encode(text.path, offset, block, errors)
-        return
-    pending: deque[tuple[int, Future]] = deque()
-    strangers, started = set(multiprocessing.active_children()), set()
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder.vocabulary,),
-    )
+            yield encoder.encode(text.path, offset, block, errors)
+    else:
+        yield from _encode_in_processes(blocks, text.path, encoder.vocabulary, errors, workers)
+
+
+def _encode_in_processes(
+    blocks: Iterable[tuple[int, bytes]], path: Path, vocabulary: Path, errors: str, workers: int
+) -> Generator[_EncodedBlock, None, None]:
+    """Yield every block in order; each process is started and served by a thread of its own."""
+    context = multiprocessing.get_context("spawn")
+    processes: list[tuple[SpawnProcess, Connection]] = []
+    local = threading.local()
+
+    def start_process() -> None:
+        local.connection, remote = context.Pipe()
+        process = context.Process(target=_serve, args=(remote, path, vocabulary, errors), daemon=True)
+        process.start()
+        remote.close()  # so that reading fails once the process is dead, even in the middle of a result
+        processes.append((process, local.connection))
+
+    def encode(offset: int, block: bytes) -> _EncodedBlock:
+        try:
+            local.connection.send((offset, block))
+            result = local.connection.recv()
+        except (EOFError, OSError) as error:
+            raise DataError(
+                f"cannot encode {path}: a worker process died; pass fewer --workers if memory ran out"
+            ) from error
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    threads = ThreadPoolExecutor(workers, initializer=start_process)
+    pending: deque[Future[_EncodedBlock]] = deque()
     try:
         for offset, block in blocks:
-            pending.append((len(block), pool.submit(_encode, text.path, offset, block, errors)))
-            started |= set(multiprocessing.active_children()) - strangers
+            pending.append(threads.submit(encode, offset, block))
             if len(pending) == workers * BLOCKS_AHEAD:
-                size, future = pending.popleft()
-                yield size, *_result(future, pool, started)
-        for size, future in pending:
-            yield size, *_result(future, pool, started)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A process that encodes text died; if the machine ran out of memory, pass fewer --workers."
-        ) from error
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
+        for process, connection in processes:
+            connection.close()
+            process.join()
 
 
-def _result(future: Future, pool: ProcessPoolExecutor, workers: set[multiprocessing.Process]) -> Any:
-    """The future's result. Raises `BrokenProcessPool` once one of the pool's `workers` is dead, however it died.
+def _serve(connection: Connection, path: Path, vocabulary: Path, errors: str) -> None:
+    """Encode blocks until the parent process closes the connection or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
+    encoder = _Encoder(vocabulary)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            offset, block = connection.recv()
+            try:
+                result: _EncodedBlock | DataError = encoder.encode(path, offset, block, errors)
+            except DataError as error:
+                result = error
+            connection.send(result)
 
-    Python's pool waits for ever for the rest of a result in whose middle its process was killed, because it holds the
-    writing end of that pipe itself: here that end is closed.
+
+def _show_progress(
+    blocks: Generator[_EncodedBlock, None, None], text: TextFile, label: str
+) -> Generator[_EncodedBlock, None, None]:
+    """Yield the blocks, with a progress bar over the bytes of the file."""
+    with (
+        tqdm(desc=label, total=text.bytes_on_disk, unit="B", unit_scale=True) as bar,
+        contextlib.closing(blocks),
+    ):
+        for block in blocks:
+            yield block
+            bar.update(text.position - bar.n)
+
+
+def _write(
+    blocks: Iterable[_EncodedBlock], encoder: _Encoder, width: int, file: BinaryIO, store: TokenStoreWriter
+) -> tuple[int, int]:
+    """Write the blocks as lines of `width` pieces.
+
+    Returns bytes of input, and how many pieces are [UNK].
     """
-    while True:
-        try:
-            return future.result(timeout=1)
-        except TimeoutError:
-            if future.done():
-                raise
-        if not all(worker.is_alive() for worker in workers):
-            for worker in workers:
-                worker.kill()
-            pool._result_queue._writer.close()
+    digest, meta = hashlib.sha256(), store.meta
+    input_bytes = unknown = 0
+
+    def write(data: bytes | memoryview) -> None:
+        file.write(data)
+        digest.update(data)
+
+    for block_bytes, ids, pieces in blocks:
+        start = meta.num_tokens
+        line_starts = np.arange(-start % width, len(ids), width)
+        piece_bytes = encoder.piece_bytes[ids]
+        buffer = np.frombuffer(bytearray(pieces), np.uint8)
+        buffer[(np.cumsum(piece_bytes) - piece_bytes)[line_starts]] = ord("\n")
+        write(buffer.data[1:] if start == 0 else buffer.data)
+        store.append(ids, np.arange(start // width + 1, (start + len(ids)) // width + 1) * width)
+        input_bytes += block_bytes
+        unknown += int(np.count_nonzero(ids == encoder.tokenizer.unk_id))
+    write(b"\n")
+    if meta.num_tokens % width:
+        store.append(np.empty(0, np.int32), np.array([meta.num_tokens]))
+    meta.text_sha256, meta.vocabulary_sha256 = digest.hexdigest(), encoder.tokenizer.fingerprint
+    meta.longest, meta.longest_line = min(meta.num_tokens, width), 1
+    return input_bytes, unknown
 
 
-_worker_encoder: _Encoder  # of a worker process
-
-
-def _start_worker(vocabulary: Path) -> None:
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process gets it too, and ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = _Encoder(vocabulary)
-
-
-def _end_with_parent() -> None:
-    """Without this, workers of a killed process would wait for work for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _encode(path: Path, offset: int, block: bytes, errors: str) -> tuple[np.ndarray, bytes]:
-    return _worker_encoder.encode(path, offset, block, errors)
+def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) -> None:
+    """Warn above 5 % [UNK], as of a text in another script; raise `VocabularyError` above 20 %."""
+    if tokens == 0:
+        raise DataError(f"{source} has no text: it is empty or blank; give another --input")
+    message = f"{vocabulary} does not fit {source}: {unknown / tokens:.1%} of the pieces are [UNK]"
+    advice = "train a vocabulary on the text with --train_vocab"
+    if tokens >= 1000 and unknown > MAX_UNKNOWN * tokens:
+        raise VocabularyError(f"{message}; {advice}")
+    if unknown > WARN_UNKNOWN * tokens:
+        logger.warning("%s; %s", message, advice)
 
 
 def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = "strict") -> Path:
-    """The vocabulary of `size` pieces trained on the text `source`, trained now unless `path` is it already.
+    """Return the vocabulary of `size` pieces trained on the text `source`; train it unless it is at `path`.
 
-    What it was trained on is recorded in `path` + `.json`. Another vocabulary at `path` is never written over: that
-    raises VocabularyError.
+    What it was trained on is recorded in `path` + `.json`. Another vocabulary at `path` is never overwritten.
+    Raises `VocabularyError`.
     """
     record = path.with_name(path.name + ".json")
     if _is_trained(source, size, path, record):
         return path
     refusal = VocabularyError(
-        f"{path} is not the vocabulary of {size} pieces trained on {source}, and is not written over: "
-        "give another --vocab_path, or remove it."
+        f"cannot write a vocabulary to {path}: the one there was not trained with {size} pieces on {source}; "
+        "give another --vocab_path, or remove it"
     )
-    with open_atomic(record) as file:
-        if not _is_trained(source, size, path, record):  # another process may have done it meanwhile
-            if path.exists() and record.exists():
-                raise refusal
-            print(f"training a vocabulary of {size} pieces on {source}", file=sys.stderr)
-            fresh = path.with_name(path.name + ".new")
-            train_vocabulary(read_training_sentences(source, errors), size, fresh)
-            # A run killed before it wrote the record left the same bytes; any others are somebody's.
-            if path.exists() and hash_file(path) != hash_file(fresh):
-                fresh.unlink()
-                raise refusal
-            fresh.replace(path)
-        made = {
-            "pieces": size,
-            **_identity(source),
-            "text": hash_file(source),
-            "vocabulary": hash_file(path),
-        }
-        file.write(json.dumps(made, indent=1).encode())
+    with open_partial(record) as file:
+        # Another process may have trained it while this one waited for the lock.
+        if _is_trained(source, size, path, record):
+            return path
+        if path.exists() and record.exists():
+            raise refusal
+        logger.info("training a vocabulary of %d pieces on %s", size, source)
+        trained = path.with_name(path.name + ".new")
+        train_vocabulary(read_training_sentences(source, errors), size, trained)
+        # A process killed before it wrote the record left the same bytes; any others are not ours.
+        if path.exists() and hash_file(path) != hash_file(trained):
+            trained.unlink()
+            raise refusal
+        trained.replace(path)
+        values = {"pieces": size, "text": hash_file(source), "vocabulary": hash_file(path)}
+        file.write(json.dumps(values | _describe_source(source), indent=1).encode())
+        commit(file, record)
     return path
 
 
 def _is_trained(source: Path, size: int, path: Path, record: Path) -> bool:
-    if not path.is_file() or not record.is_file():
-        return False
+    """Return whether `path` is the vocabulary of `size` pieces trained on the text `source`."""
     try:
-        made = json.loads(record.read_text())
-    except ValueError:
+        values = json.loads(record.read_text())
+        if values["pieces"] != size or values["vocabulary"] != hash_file(path):
+            return False
+        return _describe_source(source).items() <= values.items() or values["text"] == hash_file(source)
+    except (FileNotFoundError, ValueError, KeyError):
         return False
-    if made["pieces"] != size or made["vocabulary"] != hash_file(path):
-        return False
-    return _identity(source).items() <= made.items() or made["text"] == hash_file(source)

@@ -1,287 +1,243 @@
-"""The ids of a prepared text, memory-mapped from a cache beside it.
+"""Token ids of a prepared text, memory-mapped from a file next to it.
 
-A prepared text `train.txt` (one sequence a line, pieces separated by single spaces) is what people see and move around.
-Beside it lies the folder `train.txt.ids`:
+A prepared text `train.txt` holds one sequence per line, as pieces separated by single spaces. Its store
+`train.txt.ids` is a cache, one file:
 
-    tokens.int32     the ids of all lines, one after the other
-    offsets.int64    where each line begins in `tokens`, and the end of the last one
-    meta.json        which text and which vocabulary these ids are of, and counts
+    tokens     int32 [num_tokens], the ids of all lines; padded to a multiple of 8 bytes
+    offsets    int64 [lines + 1], where each line begins in `tokens`, and the end of the last one
+    metadata   the fields of `StoreMeta` as JSON, followed by the length of the JSON, 8 bytes, little endian
 
-A cache that does not match its text and vocabulary is rebuilt from the text. Where the text's folder cannot be written,
-the cache goes to `id-cache` in the cache directory. Folders are filled under another name and then renamed.
+A store that does not match its text and vocabulary is rebuilt from the text. If it cannot be written next to
+the text, it is written to the cache directory.
 """
 
 import contextlib
-import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import tempfile
-from array import array
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import _lock, get_cache_dir
+from DeBERTa.data.files import commit, get_cache_dir, get_state, open_partial
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DataError, VocabularyError
+from DeBERTa.errors import DataError, StorageError, VocabularyError
 
-FORMAT = 1
-BLOCK_BYTES = 4 << 20
-MAX_LINE_BYTES = 16 << 20  # no sequence is that long: such a file is not prepared text
+FORMAT = 2
+MAX_LINE_BYTES = 16 << 20  # no sequence is that long
 MAX_UNKNOWN_SHARE = 0.01
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TokenStore:
-    """Ids of a prepared text; `tokens` int32 [num_tokens] and `offsets` int64 [lines + 1] are memory-mapped."""
+class StoreMeta:
+    """What a store was made from, and its counts."""
 
+    format: int = FORMAT
+    text: dict[str, int] = field(default_factory=dict)  # the state of the file
+    text_sha256: str = ""
+    vocabulary_sha256: str = ""
+    lines: int = 0
+    num_tokens: int = 0
+    longest: int = 0  # tokens in the longest line
+    longest_line: int = 0  # its number in the text, from 1
+    unknown: int = 0  # pieces that are not in the vocabulary, other than a literal [UNK]
+    recipe: dict[str, Any] | None = None  # what `prepare` made the text from
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Memory-mapped ids: `tokens` int32 [num_tokens], `offsets` int64 [lines + 1]."""
+
+    path: Path
     tokens: np.ndarray
     offsets: np.ndarray
-    lines: int
-    num_tokens: int
-    longest: int  # tokens in the longest line
-    longest_line: int  # its number in the file, from 1
-    unknown: int  # pieces that are not in the vocabulary, other than a written [UNK]
-    text_sha256: str
+    meta: StoreMeta
 
     def __len__(self) -> int:
-        return self.lines
+        """Return the number of lines."""
+        return self.meta.lines
 
-    def line(self, index: int) -> np.ndarray:
-        """Ids of one line, int32 [tokens of the line], without special ids."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+    def __getitem__(self, line: int) -> np.ndarray:
+        """Return the ids of a line, int32 [tokens of the line], without special tokens."""
+        return self.tokens[self.offsets[line] : self.offsets[line + 1]]
 
 
 def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool = True) -> TokenStore:
-    """Open the ids of a prepared text, building the cache first if there is none that matches.
+    """Open the store of a prepared text; build it first if there is none that matches.
 
-    Raises DataError if the text is missing or empty or has a line of more than `max_tokens` pieces, VocabularyError if
-    it was prepared with another vocabulary or more than 1 % of its pieces are not in this one.
+    `progress` shows a progress bar, and a warning about unknown pieces. Raises `DataError` if the text is
+    missing or empty or has a line of more than `max_tokens` pieces, `VocabularyError` if it was prepared with
+    another vocabulary or more than 1 % of its pieces are unknown, `StorageError` if the store cannot be written.
     """
     text = Path(text)
     if not text.is_file():
-        raise DataError(f"There is no prepared text {text}; prepare_data.py makes it.")
-    folders = (ids_folder(text), _fallback_folder(text))
-    store = _open_valid(text, tokenizer, folders)
-    if store is None:
-        with text.open("rb") as file:
-            _lock(file, text)
-            # Another process may have built it while this one waited for the lock.
-            store = _open_valid(text, tokenizer, folders)
-            if store is None:
-                _refuse_other_vocabulary(text, tokenizer)
-                _build(text, file, tokenizer, folders, progress)
-                store = _open_valid(text, tokenizer, folders)
-        if store is None:
-            raise DataError(f"{text} changed while it was read; wait until it is complete and start again.")
-    if store.longest > max_tokens:
+        raise DataError(f"no prepared text {text}: the file does not exist; write it with prepare_data.py")
+    store = find_store(text, tokenizer.fingerprint) or _build(text, tokenizer, progress)
+    meta = store.meta
+    if meta.longest > max_tokens:
         raise DataError(
-            f"{text}, line {store.longest_line}, has {store.longest} tokens, but --max_seq_length {max_tokens + 2} "
-            f"allows {max_tokens} ([CLS] and [SEP] take two): prepare the text for this length, or raise it."
+            f"{text}, line {meta.longest_line}: {meta.longest} tokens, but --max_seq_length {max_tokens + 2} "
+            f"allows {max_tokens} between [CLS] and [SEP]; prepare the text for this length, or raise it"
         )
-    if store.unknown and progress:
-        print(
-            f"warning: {store.unknown} of {store.num_tokens} pieces in {text} are not in the vocabulary "
-            f"{tokenizer.path} and are read as [UNK]",
-            file=sys.stderr,
+    if meta.unknown and progress:
+        unknown = f"{meta.unknown} of {meta.num_tokens} pieces in {text}"
+        logger.warning("%s are not in the vocabulary %s and become [UNK]", unknown, tokenizer.path)
+    return store
+
+
+def get_store_path(text: Path) -> Path:
+    """Return where the store of a text is, unless it could not be written there."""
+    return text.with_name(text.name + ".ids")
+
+
+def _get_cached_path(text: Path) -> Path:
+    """Return where the store of a text is in the cache directory."""
+    name = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:32]
+    return get_cache_dir() / "token-stores" / f"{name}.ids"
+
+
+def find_store(text: Path, vocabulary_sha256: str | None = None) -> TokenStore | None:
+    """Return the store of a text as it is now, made with this vocabulary or any, or None."""
+    for path in (get_store_path(text), _get_cached_path(text)):
+        with contextlib.suppress(OSError, ValueError, TypeError, OverflowError):  # missing, or not complete
+            store = _map_store(path)
+            is_fitting = vocabulary_sha256 in (None, store.meta.vocabulary_sha256)
+            if is_fitting and store.meta.format == FORMAT and store.meta.text == get_state(text.stat()):
+                return store
+    return None
+
+
+def _map_store(path: Path) -> TokenStore:
+    """Memory-map a store."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        meta = StoreMeta(**json.loads(file.read(length)))
+        tokens = np.memmap(file, np.int32, "r", 0, (meta.num_tokens,))
+        offsets = np.memmap(file, np.int64, "r", -(-tokens.nbytes // 8) * 8, (meta.lines + 1,))
+    return TokenStore(path, tokens, offsets, meta)
+
+
+class TokenStoreWriter:
+    """Writes a store: `append` the ids in order, complete `meta`, then `commit`."""
+
+    def __init__(self, path: Path, tokens: BinaryIO, offsets: BinaryIO) -> None:
+        self.meta = StoreMeta()
+        self._path, self._tokens, self._offsets = path, tokens, offsets
+        self._offsets.write(bytes(8))
+
+    def append(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Append ids, int32 [n], and the lines that they complete.
+
+        `ends`: int64, ascending; for each of these lines the number of tokens in the store up to its end.
+        """
+        self._tokens.write(np.ascontiguousarray(ids, np.int32).data)
+        self._offsets.write(np.ascontiguousarray(ends, np.int64).data)
+        self.meta.num_tokens += len(ids)
+        self.meta.lines += len(ends)
+
+    def commit(self) -> None:
+        """Complete the store, in place of an older one."""
+        self._tokens.write(bytes(-4 * self.meta.num_tokens % 8))
+        self._offsets.seek(0)
+        shutil.copyfileobj(self._offsets, self._tokens)
+        encoded = json.dumps(asdict(self.meta)).encode()
+        self._tokens.write(encoded + len(encoded).to_bytes(8, "little"))
+        if self._path.is_dir():  # the store of format 1
+            shutil.rmtree(self._path)
+        commit(self._tokens, self._path)
+
+
+@contextlib.contextmanager
+def write_store(path: Path) -> Iterator[TokenStoreWriter]:
+    """Open a writer; nothing is left of a store that is not committed."""
+    with open_partial(path) as tokens, tempfile.TemporaryFile(dir=path.parent) as offsets:
+        yield TokenStoreWriter(path, tokens, offsets)
+
+
+def _build(text: Path, tokenizer: Tokenizer, progress: bool) -> TokenStore:
+    """Write the store of a text and open it."""
+    try:
+        _write_from_text(get_store_path(text), text, tokenizer, progress)
+    except StorageError as error:
+        cached = _get_cached_path(text)
+        logger.info("token ids go to %s (%s)", cached.parent, error)
+        _write_from_text(cached, text, tokenizer, progress)
+    store = find_store(text, tokenizer.fingerprint)
+    if store is None:
+        raise DataError(
+            f"{text} changed while it was read: it may be incomplete; start again when it is complete"
         )
     return store
 
 
+def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: bool) -> None:
+    """Write the ids of all lines of a text, unless another process has done it."""
+    lookup, digest = _PieceLookup(tokenizer), hashlib.sha256()
+    with write_store(path) as writer, text.open("rb") as file:
+        if find_store(text, tokenizer.fingerprint):  # written while this process waited for the lock
+            return
+        _refuse_other_vocabulary(text, tokenizer)
+        meta = writer.meta
+        meta.text, meta.vocabulary_sha256 = get_state(os.fstat(file.fileno())), tokenizer.fingerprint
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
+        size = meta.text["bytes"]
+        with tqdm(
+            desc=f"reading {text.name}", total=size, unit="B", unit_scale=True, disable=not progress
+        ) as bar:
+            for number, line in enumerate(lines, 1):
+                if len(line) == MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{text} is not prepared text: line {number} is longer than 16 MB; prepare it"
+                    )
+                digest.update(line)
+                bar.update(len(line))
+                pieces = filter(None, line.rstrip(b"\r\n").split(b" "))
+                ids = np.fromiter(map(lookup.__getitem__, pieces), np.int32)
+                if len(ids):
+                    writer.append(ids, np.array([meta.num_tokens + len(ids)]))
+                if len(ids) > meta.longest:
+                    meta.longest, meta.longest_line = len(ids), number
+        meta.text_sha256, meta.unknown = digest.hexdigest(), lookup.unknown
+        if meta.lines == 0:
+            raise DataError(f"{text} has no lines of tokens: it is empty; prepare it again")
+        if meta.unknown > MAX_UNKNOWN_SHARE * meta.num_tokens:
+            raise VocabularyError(
+                f"{text} does not fit the vocabulary {tokenizer.path}: "
+                f"{meta.unknown / meta.num_tokens:.2%} of its pieces are not in it, for example "
+                f"{', '.join(lookup.examples)}; pass the --vocab_path of the text, or prepare it again"
+            )
+        writer.commit()
+
+
 def _refuse_other_vocabulary(text: Path, tokenizer: Tokenizer) -> None:
-    """Two vocabularies can share nearly all pieces, so what prepare_data.py recorded says more than the text."""
-    meta = read_meta(ids_folder(text))
-    if meta is not None and "prepared" in meta and matches(meta, text, meta["vocabulary"]):
-        raise VocabularyError(
-            f"{text} was prepared with the vocabulary {meta['prepared']['vocabulary_path']}, which {tokenizer.path} is "
-            f"not: pass the former as --vocab_path, or prepare the text again. (Without {ids_folder(text)} its pieces "
-            "are looked up in any vocabulary.)"
-        )
+    """Raise `VocabularyError` if `prepare` used another vocabulary.
 
-
-def ids_folder(text: Path) -> Path:
-    """Where the ids of a prepared text belong."""
-    return text.with_name(text.name + ".ids")
-
-
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The `meta.json` of a cache folder, or None if there is no readable one of this format."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None
-
-
-def matches(meta: dict[str, Any], text: Path, vocabulary_fingerprint: str) -> bool:
-    """Whether a cache was made from this text, as it is now, with this vocabulary."""
-    status = text.stat()
-    return (
-        meta["text_bytes"] == status.st_size
-        and meta["text_mtime_ns"] == status.st_mtime_ns
-        and meta["vocabulary"] == vocabulary_fingerprint
-    )
-
-
-class TokenStoreWriter:
-    """Fills a cache folder: `append` the ids in order, then `commit`. Leaving the context removes what is left over.
-
-    Args:
-        staging: the folder to fill; `commit` renames it. Removed first if it exists.
+    Two vocabularies can share nearly all pieces, so that the text alone does not show it.
     """
-
-    def __init__(self, staging: Path):
-        self.staging = staging
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        self._tokens = (staging / "tokens.int32").open("wb")
-        self._offsets = (staging / "offsets.int64").open("wb")
-        self._offsets.write(np.zeros(1, np.int64).tobytes())
-        self.lines = 0
-        self.num_tokens = 0
-
-    def append(self, ids: np.ndarray, ends: np.ndarray) -> None:
-        """Add ids, int32 [n], and the lines that are complete with them.
-
-        `ends`: int64, ascending; for each of these lines the number of tokens in the store up to and with its last one.
-        """
-        self._tokens.write(np.ascontiguousarray(ids, np.int32))
-        self.num_tokens += len(ids)
-        self._offsets.write(np.ascontiguousarray(ends, np.int64))
-        self.lines += len(ends)
-
-    def commit(self, folder: Path, meta: dict[str, Any]) -> None:
-        """Write `meta.json`, last, and put the folder in its place, over an older one.
-
-        `meta`: text_bytes, text_mtime_ns, text_sha256, vocabulary (its fingerprint), longest, longest_line, unknown,
-        and from prepare_data.py `prepared`, which says from what the text was made.
-        """
-        self._close(sync=True)
-        counts = {"format": FORMAT, "lines": self.lines, "num_tokens": self.num_tokens}
-        (self.staging / "meta.json").write_text(json.dumps(counts | meta, indent=1) + "\n")
-        _replace_folder(self.staging, folder)
-
-    def _close(self, sync: bool) -> None:
-        for file in (self._tokens, self._offsets):
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
-
-    def __enter__(self) -> "TokenStoreWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close(sync=False)
-        shutil.rmtree(self.staging, ignore_errors=True)
-
-
-def _replace_folder(staging: Path, folder: Path) -> None:
-    """Rename `staging` to `folder`; a folder that is there moves into `staging` first, so that none is left over."""
-    previous = staging / "previous"
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(previous)
-        try:
-            staging.rename(folder)
-            break
-        except OSError:
-            if not folder.exists():
-                raise
-            shutil.rmtree(
-                previous, ignore_errors=True
-            )  # another process was faster; take its folder away in turn
-    shutil.rmtree(folder / "previous", ignore_errors=True)
-
-
-def _fallback_folder(text: Path) -> Path:
-    name = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:32]
-    return get_cache_dir() / "id-cache" / name
-
-
-def _open_valid(text: Path, tokenizer: Tokenizer, folders: tuple[Path, ...]) -> TokenStore | None:
-    for folder in folders:
-        meta = read_meta(folder)
-        if meta is None or not matches(meta, text, tokenizer.fingerprint):
-            continue
-        try:
-            tokens = np.memmap(folder / "tokens.int32", np.int32, mode="r")
-            offsets = np.memmap(folder / "offsets.int64", np.int64, mode="r")
-        except (OSError, ValueError):
-            continue
-        if len(tokens) != meta["num_tokens"] or len(offsets) != meta["lines"] + 1:
-            continue
-        return TokenStore(
-            tokens=tokens,
-            offsets=offsets,
-            lines=meta["lines"],
-            num_tokens=meta["num_tokens"],
-            longest=meta["longest"],
-            longest_line=meta["longest_line"],
-            unknown=meta["unknown"],
-            text_sha256=meta["text_sha256"],
-        )
-    return None
-
-
-def _build(
-    text: Path, file: BinaryIO, tokenizer: Tokenizer, folders: tuple[Path, ...], progress: bool
-) -> None:
-    folder, staging = _new_staging(text, folders)
-    status = os.fstat(file.fileno())
-    reader = _LineReader(text, file, tokenizer)
-    with (
-        TokenStoreWriter(staging) as writer,
-        tqdm(
-            desc=f"reading {text.name}", total=status.st_size, unit="B", unit_scale=True, disable=not progress
-        ) as bar,
-    ):
-        while block := reader.read():
-            ids, ends = reader.parse(block)
-            writer.append(ids, writer.num_tokens + ends)
-            bar.update(len(block))
-        if writer.lines == 0:
-            raise DataError(f"{text} has no lines of tokens; prepare it again.")
-        reader.refuse_foreign_text(writer.num_tokens)
-        writer.commit(
-            folder,
-            {
-                "text_bytes": status.st_size,
-                "text_mtime_ns": status.st_mtime_ns,
-                "text_sha256": reader.sha256.hexdigest(),
-                "vocabulary": tokenizer.fingerprint,
-                "longest": reader.longest,
-                "longest_line": reader.longest_line,
-                "unknown": reader.ids.unknown,
-            },
+    store = find_store(text)
+    if store is not None and store.meta.recipe is not None:
+        raise VocabularyError(
+            f"cannot read {text} with the vocabulary {tokenizer.path}: it was prepared with "
+            f"{store.meta.recipe['vocabulary_path']}; pass that as --vocab_path, prepare the text again, or "
+            f"remove {store.path} to look up its pieces in the other vocabulary"
         )
 
 
-def _new_staging(text: Path, folders: tuple[Path, ...]) -> tuple[Path, Path]:
-    """The first of the folders that can be written, and a new one of another name beside it to fill."""
-    reason = ""
-    for folder in folders:
-        prefix = f"{folder.name}.rebuild-"
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in folder.parent.glob(f"{glob.escape(prefix)}*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-            return folder, Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-        except OSError as error:
-            reason = error.strerror
-    raise DataError(f"Cannot write the token ids of {text} to {folders[0]} nor to {folders[1]}: {reason}.")
+class _PieceLookup(dict[bytes, int]):
+    """Ids of UTF-8 pieces; pieces that are missing are counted and get the id of [UNK]."""
 
-
-class _PieceIds(dict):
-    """Ids by UTF-8 piece; pieces it does not have are counted and get the id of [UNK]."""
-
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__((piece.encode(), index) for index, piece in enumerate(tokenizer.pieces))
         self.unk_id = tokenizer.unk_id
         self.unknown = 0
@@ -289,62 +245,7 @@ class _PieceIds(dict):
 
     def __missing__(self, piece: bytes) -> int:
         self.unknown += 1
-        if len(self.examples) < 3:
-            example = piece[:60].decode(errors="replace")
-            if example not in self.examples:
-                self.examples.append(example)
+        example = piece[:60].decode(errors="replace")
+        if len(self.examples) < 3 and example not in self.examples:
+            self.examples.append(example)
         return self.unk_id
-
-
-class _LineReader:
-    """Reads a prepared text in blocks of whole lines and turns them into ids."""
-
-    def __init__(self, text: Path, file: BinaryIO, tokenizer: Tokenizer):
-        self.text = text
-        self.file = file
-        self.tokenizer = tokenizer
-        self.ids = _PieceIds(tokenizer)
-        self.sha256 = hashlib.sha256()
-        self.line_number = 0
-        self.longest = 0
-        self.longest_line = 0
-
-    def read(self) -> bytes:
-        """The next lines; nothing at the end of the file."""
-        block = self.file.read(BLOCK_BYTES)
-        if block and not block.endswith(b"\n"):
-            rest = self.file.readline(MAX_LINE_BYTES)
-            if len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                raise DataError(f"{self.text} has a line of more than 16 MB, so it is not prepared text.")
-            block += rest
-        self.sha256.update(block)
-        return block
-
-    def parse(self, block: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all lines of a block, int32 [tokens], and after how many of them each line ends, int64 [lines]."""
-        ids = array("i")
-        ends = []
-        id_of = self.ids.__getitem__
-        for line in block.removesuffix(b"\n").split(b"\n"):
-            self.line_number += 1
-            line = line.removesuffix(b"\r").strip(b" ")
-            if not line:
-                continue
-            pieces = line.split(b" ")
-            if b"  " in line:
-                pieces = [piece for piece in pieces if piece]
-            ids.extend(map(id_of, pieces))
-            ends.append(len(ids))
-            if len(pieces) > self.longest:
-                self.longest, self.longest_line = len(pieces), self.line_number
-        return np.frombuffer(ids, np.int32), np.array(ends, np.int64)
-
-    def refuse_foreign_text(self, num_tokens: int) -> None:
-        """Raise VocabularyError if more than 1 % of the pieces are not in the vocabulary."""
-        share = self.ids.unknown / num_tokens
-        if share > MAX_UNKNOWN_SHARE:
-            raise VocabularyError(
-                f"{share:.2%} of the pieces in {self.text} are not in the vocabulary {self.tokenizer.path} "
-                f"(for example {', '.join(self.ids.examples)}): pass the --vocab_path the text was prepared with, "
-                "or prepare the text again with this vocabulary."
-            )

@@ -6,6 +6,7 @@ Without a process group every function answers for a single process, so that cal
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,9 +24,11 @@ from DeBERTa.training.failures import Failure
 from DeBERTa.training.metrics import Sums
 
 LOGS = "logs"  # directory of the ranks' logs in a run directory
+STORE_THREAD = "store"  # name of the launcher's threads that wait for a store
 ENDING_SECONDS = 15  # for a rank that lost its peers to end, and for the launchers to end all others
-# What our launcher sets for its workers, besides the variables that torchrun sets.
-LAUNCHER_PID, ATTEMPT, FAILURE_FILE = "DEBERTA_LAUNCHER_PID", "DEBERTA_ATTEMPT", "DEBERTA_FAILURE_FILE"
+# Variables of our launcher's workers, besides those that torchrun sets.
+LAUNCHER_PID, FAILURE_FILE = "DEBERTA_LAUNCHER_PID", "DEBERTA_FAILURE_FILE"
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 
 
 def is_worker() -> bool:
@@ -57,10 +60,15 @@ def join_process_group(timeout: int) -> Iterator[None]:
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", get_local_rank())
         torch.cuda.set_device(device)
+    store: dist.Store | None = None  # under torchrun, at MASTER_ADDR:MASTER_PORT
     with translate_peer_errors(timeout):
+        if LAUNCHER_PID in os.environ:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, timeout=timedelta(seconds=timeout))
+            store = dist.PrefixStore(f"ranks-{os.environ[RESTART_COUNT]}", store)
         dist.init_process_group(
             backend,
-            store=_connect_to_store(timedelta(seconds=timeout)),
+            store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3)),
@@ -69,14 +77,6 @@ def join_process_group(timeout: int) -> Iterator[None]:
         yield
         barrier()  # no rank leaves while another one still writes
     dist.destroy_process_group()
-
-
-def _connect_to_store(timeout: timedelta) -> dist.Store:
-    if LAUNCHER_PID not in os.environ:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        return dist.PrefixStore(os.environ["TORCHELASTIC_RUN_ID"], store)
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
-    return dist.PrefixStore(f"ranks-{os.environ[ATTEMPT]}", store)
 
 
 @contextmanager
@@ -134,10 +134,10 @@ def redirect_stderr(path: Path) -> tuple[TextIO, TextIO]:
 def exit_process(status: int) -> NoReturn:
     """Exit with that status.
 
-    A worker does so without Python's finalization, during which threads of the communication libraries may
-    abort the process although all its work is done.
+    Workers and launchers do so without Python's finalization, during which threads of the communication
+    libraries may abort the process although all its work is done.
     """
-    if is_worker():
+    if is_worker() or any(thread.name == STORE_THREAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

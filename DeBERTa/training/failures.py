@@ -27,13 +27,8 @@ class Failure:
         """Return the failure of a rank that ends with `error`."""
         if not isinstance(error, DebertaError):
             return Failure(f"{type(error).__name__}: {error}")
-        return Failure(
-            str(error),
-            error.exit_status,
-            error.is_retryable,
-            error.is_consequence,
-            is_explained=not error.is_consequence,
-        )
+        is_consequence = error.is_consequence
+        return Failure(str(error), error.exit_status, error.is_retryable, is_consequence, not is_consequence)
 
     @staticmethod
     def from_exit_code(code: int, record: Path | None = None) -> "Failure":
@@ -44,8 +39,7 @@ class Failure:
         if code < 0:
             return Failure(f"killed by {signal.Signals(-code).name}", is_retryable=True)
         try:
-            assert record is not None
-            return Failure.from_json(record.read_text(encoding="utf-8"))
+            return Failure.from_json(record.read_text(encoding="utf-8") if record else "")
         except (OSError, ValueError):
             return Failure(f"exited with status {code}", is_retryable=True)
 

@@ -29,9 +29,9 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError, LaunchError, StorageError
 from DeBERTa.processes import STOP_SIGNALS
 from DeBERTa.training.distributed import (
-    ATTEMPT,
     FAILURE_FILE,
     LAUNCHER_PID,
+    RESTART_COUNT,
     get_log_path,
     is_worker,
     redirect_stderr,
@@ -54,19 +54,13 @@ def find_job(config: TrainConfig) -> Job | None:
         return None
     nodes, node = _read_integer("WORLD_SIZE", 1), _read_integer("RANK", 0)
     if nodes < 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {nodes}, but it is the number of nodes: export 1 or more, or unset it"
-        )
+        raise ConfigError(f"WORLD_SIZE is {nodes}: export the number of nodes, 1 or more, or unset it")
     if not 0 <= node < nodes:
-        raise ConfigError(
-            f"RANK is {node} and WORLD_SIZE {nodes}: export the number of this node, from 0 to WORLD_SIZE - 1"
-        )
+        raise ConfigError(f"RANK is {node}, WORLD_SIZE {nodes}: export its number, from 0 to {nodes - 1}")
     gpus = torch.cuda.device_count()
     processes = config.nproc_per_node or gpus or 1
     if gpus and processes > gpus:
-        raise ConfigError(
-            f"--nproc_per_node {processes}: this node has {gpus} GPUs, and each process needs one"
-        )
+        raise ConfigError(f"--nproc_per_node {processes}: each needs a GPU; give at most {gpus}")
     if nodes == 1:
         return Job(1, 0, "127.0.0.1", 0, processes) if processes > 1 else None
     address, port = os.environ.get("MASTER_ADDR", ""), _read_integer("MASTER_PORT", 0)
@@ -114,9 +108,6 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
             coordinator.leave()
     except dist.DistError:
         raise LaunchError(describe_loss(job)) from None
-    finally:
-        if coordinator is not None:
-            coordinator.end_attempt()
     if failure is None:
         return 0
     if not failure.is_stop:
@@ -202,9 +193,6 @@ class Supervisor:
         return min(failures, key=lambda failure: failure.order, default=None)
 
     def _start(self, members: list[Member], coordinator: Coordinator, directory: Path) -> None:
-        arguments = [*self.arguments]
-        if coordinator.attempt and self.config.fresh:  # resume from the checkpoints of the attempt before
-            arguments += ["--fresh", "False"]
         environment = self._make_environment(members, coordinator)
         first_rank = sum(member.processes for member in members[: self.job.node])
         self._workers = []
@@ -213,7 +201,7 @@ class Supervisor:
         for local_rank in range(self.job.processes):
             rank, failure_file = first_rank + local_rank, directory / f"{local_rank}.json"
             own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), FAILURE_FILE: str(failure_file)}
-            command = [sys.executable, "-m", "DeBERTa.train", *arguments]
+            command = [sys.executable, "-m", "DeBERTa.train", *self.arguments]
             process = subprocess.Popen(command, env=environment | own, stderr=sys.stderr)
             self._workers.append(Worker(rank, process, failure_file))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
@@ -243,7 +231,7 @@ class Supervisor:
             "MASTER_ADDR": job.address,
             "MASTER_PORT": str(coordinator.port),
             LAUNCHER_PID: str(os.getpid()),
-            ATTEMPT: str(coordinator.attempt),
+            RESTART_COUNT: str(coordinator.attempt),
         }
 
     def _is_ending(self, coordinator: Coordinator) -> bool:

@@ -1,14 +1,13 @@
-"""Reach node 0: wait until its port is open, and find the network interface that leads to it."""
+"""Reach node 0: check its address, find the network interface that leads to it, explain why it is silent."""
 
 import fcntl
 import socket
 import struct
-import time
 
 from DeBERTa.errors import LaunchError
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
-RETRY_SECONDS = 0.2
+PROBE_SECONDS = 1
 
 
 def check_host(address: str) -> None:
@@ -22,22 +21,19 @@ def check_host(address: str) -> None:
         ) from None
 
 
-def wait_for_port(address: str, port: int, timeout: float) -> None:
-    """Wait until a server listens. Raises `LaunchError` after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            socket.create_connection((address, port), timeout=max(left, RETRY_SECONDS)).close()
-            return
-        except OSError as error:
-            if left <= RETRY_SECONDS:
-                raise LaunchError(
-                    f"node 0 did not answer at MASTER_ADDR {address}, MASTER_PORT {port} within "
-                    f"--dist_timeout {timeout} s ({error.strerror or error}): start the command there, and "
-                    "check address and firewall"
-                ) from None
-            time.sleep(RETRY_SECONDS)
+def describe_silence(address: str, port: int, timeout: int) -> str:
+    """Return why the store of node 0 could not be reached within `timeout` seconds."""
+    try:
+        socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        return (
+            f"node 0 did not answer at MASTER_ADDR {address}, MASTER_PORT {port} within --dist_timeout "
+            f"{timeout} s ({error.strerror or error}): start the command there, check address and firewall"
+        )
+    return (
+        f"what answers at MASTER_ADDR {address}, MASTER_PORT {port} is not the launcher of node 0: "
+        "start the command with RANK 0 there, with an unused MASTER_PORT"
+    )
 
 
 def find_interface(address: str) -> str | None:

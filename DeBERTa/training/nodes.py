@@ -12,18 +12,18 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
 from DeBERTa.errors import LaunchError
+from DeBERTa.training.distributed import STORE_THREAD
 from DeBERTa.training.failures import Failure
-from DeBERTa.training.network import check_host, wait_for_port
+from DeBERTa.training.network import check_host, describe_silence
 
 POLL_SECONDS = 0.1
-ANSWER_SECONDS = 60  # for the store of node 0 to answer, once its port is open
 GRACE_SECONDS = 5  # for workers to end after a failure, and for nodes to read of it
 Result = TypeVar("Result")
 
@@ -46,7 +46,7 @@ class Member:
     host: str
     nodes: int  # its WORLD_SIZE
     processes: int
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)  # differs between nodes with the same RANK
+    token: str  # differs between nodes with the same RANK
 
 
 class Coordinator:
@@ -58,11 +58,8 @@ class Coordinator:
         Raises `LaunchError` if the port is taken, or unreachable for `timeout` seconds.
         """
         self.job, self.timeout, self.port = job, timeout, job.port
-        self.remote_failure: Failure | None = None  # published by another node
         self._is_answering = True
-        self._members: dict[int, Member] = {}  # by node
-        self._watcher: threading.Thread | None = None
-        self._is_over = threading.Event()  # tells the watcher that the attempt has ended
+        self._is_over = threading.Event()  # ends the watcher of an attempt
         check_host(job.address)
         self._root = self._serve() if job.node == 0 else self._reach()
         self.port = self._root.port
@@ -89,22 +86,16 @@ class Coordinator:
 
     def _reach(self) -> dist.TCPStore:
         """Connect to the store of node 0. Raises `LaunchError` if there is none, or another server."""
-        deadline = time.monotonic() + self.timeout
-        wait_for_port(self.job.address, self.job.port, self.timeout)
-        seconds = min(max(deadline - time.monotonic(), GRACE_SECONDS), ANSWER_SECONDS)
 
         def connect() -> dist.TCPStore:
             store = self._connect()
-            store.wait(["attempt"], timedelta(seconds=seconds))
+            store.wait(["attempt"])
             return store
 
         # Bounded: the connection waits forever for a server that sends nothing.
-        store = self._call(connect, seconds)
+        store = self._call(connect, self.timeout)
         if store is None:
-            raise LaunchError(
-                f"what answers at MASTER_ADDR {self.job.address}, MASTER_PORT {self.job.port} is not the "
-                "launcher of node 0: start the command with RANK 0 there, with an unused MASTER_PORT"
-            )
+            raise LaunchError(describe_silence(self.job.address, self.job.port, self.timeout))
         return store
 
     def _connect(self) -> dist.TCPStore:
@@ -113,50 +104,45 @@ class Coordinator:
     def _enter_attempt(self) -> None:
         self.attempt = int(self._root.get("attempt"))
         self._store = dist.PrefixStore(f"attempt-{self.attempt}", self._root)
-        self._members, self.remote_failure = {}, None
+        self._members: dict[int, Member] = {}  # by node
+        self.remote_failure: Failure | None = None  # published by another node
 
     def register(self) -> list[Member]:
         """Publish this node and wait for all others; returns the members by node number.
 
         Raises `LaunchError` if one does not register in time, or if RANK or WORLD_SIZE do not fit together.
         """
-        own = Member(socket.gethostname(), self.job.nodes, self.job.processes)
+        own = Member(socket.gethostname(), self.job.nodes, self.job.processes, uuid.uuid4().hex)
         first = self._store.compare_set(f"node-{self.job.node}", "", json.dumps(asdict(own)))
         registered = Member(**json.loads(first))
         if registered != own:
             self._refuse(f"two nodes have RANK {self.job.node}: {registered.host} and {own.host}")
-        self._wait_for_members()
+        if not wait_until(self._is_complete, self.timeout):
+            missing = ", ".join(str(node) for node in range(self.job.nodes) if node not in self._members)
+            self._refuse(
+                f"no node with RANK {missing} registered within --dist_timeout {self.timeout} s: start the "
+                f"same command there with WORLD_SIZE={self.job.nodes}"
+            )
         self._store.set("complete", "")
-        self._is_over = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, args=(self._is_over,), daemon=True)
+        self._is_over.clear()
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name=STORE_THREAD)
         self._watcher.start()
         return [self._members[node] for node in range(self.job.nodes)]
 
-    def _wait_for_members(self) -> None:
+    def _is_complete(self) -> bool:
+        """Read who has registered; returns whether all have. Raises `LaunchError` if one refuses to start."""
         job = self.job
-        deadline = time.monotonic() + self.timeout
-        while len(self._members) < job.nodes:
-            self._read_members()
-            if self._store.check(["failure"]):
-                self.leave()
-                raise LaunchError(Failure.from_json(self._store.get("failure")).message)
-            for node, member in self._members.items():
+        for node in range(job.nodes):
+            if node not in self._members and self._store.check([f"node-{node}"]):
+                member = self._members[node] = Member(**json.loads(self._store.get(f"node-{node}")))
                 if member.nodes != job.nodes:
                     self._refuse(
                         f"WORLD_SIZE is {member.nodes} on node {node} and {job.nodes} on node {job.node}"
                     )
-            if len(self._members) < job.nodes and time.monotonic() > deadline:
-                missing = ", ".join(str(node) for node in range(job.nodes) if node not in self._members)
-                self._refuse(
-                    f"no node with RANK {missing} registered within --dist_timeout {self.timeout} s: start "
-                    f"the same command there with WORLD_SIZE={job.nodes}"
-                )
-            time.sleep(POLL_SECONDS)
-
-    def _read_members(self) -> None:
-        for node in range(self.job.nodes):
-            if node not in self._members and self._store.check([f"node-{node}"]):
-                self._members[node] = Member(**json.loads(self._store.get(f"node-{node}")))
+        if self._store.check(["failure"]):
+            self.leave()
+            raise LaunchError(Failure.from_json(self._store.get("failure")).message)
+        return len(self._members) == job.nodes
 
     def _refuse(self, message: str) -> NoReturn:
         """End the registration of all nodes, or of this one alone if the others are complete without it."""
@@ -165,17 +151,17 @@ class Coordinator:
             self.leave()
         raise LaunchError(message)
 
-    def _watch(self, is_over: threading.Event) -> None:
+    def _watch(self) -> None:
         """Set `remote_failure` once a failure is published. In a thread, over a connection of its own."""
         try:
             store = dist.PrefixStore(f"attempt-{self.attempt}", self._connect())
-            while not is_over.wait(POLL_SECONDS):
+            while not self._is_over.wait(POLL_SECONDS):
                 if store.check(["failure"]):
                     self.remote_failure = Failure.from_json(store.get("failure"))
                     return
         except dist.DistError:
             # Node 0 leaves first at the end of a run, too. This node's own end counts then.
-            if not is_over.wait(GRACE_SECONDS):
+            if not self._is_over.wait(GRACE_SECONDS):
                 self.remote_failure = Failure(describe_loss(self.job), is_consequence=True)
 
     def report(self, failure: Failure | None) -> Failure | None:
@@ -208,10 +194,11 @@ class Coordinator:
 
     def start_next_attempt(self) -> None:
         """Move on to the next attempt, or to the one that the other nodes have started already."""
-        self.end_attempt()
         current, following = str(self.attempt), str(self.attempt + 1)
         if self._call(lambda: self._root.compare_set("attempt", current, following)) is None:
             raise LaunchError(describe_loss(self.job))
+        self._is_over.set()
+        self._watcher.join()
         self._enter_attempt()
 
     def leave(self) -> None:
@@ -222,12 +209,6 @@ class Coordinator:
         if self.job.node == 0:
             wait_until(lambda: self._have_all("left"), GRACE_SECONDS)
 
-    def end_attempt(self) -> None:
-        """Stop watching: a thread inside the store when Python ends would abort the process."""
-        self._is_over.set()
-        if self._watcher is not None and self._is_answering:
-            self._watcher.join(2 * GRACE_SECONDS)
-
     def _call(self, function: Callable[[], Result], seconds: float = GRACE_SECONDS) -> Result | None:
         """Return `function()`, or None if node 0 has left or does not answer within `seconds`."""
         results: list[Result] = []
@@ -237,7 +218,7 @@ class Coordinator:
                 results.append(function())
 
         if self._is_answering:
-            thread = threading.Thread(target=run, daemon=True)
+            thread = threading.Thread(target=run, daemon=True, name=STORE_THREAD)
             thread.start()
             thread.join(seconds)
             self._is_answering = not thread.is_alive()

@@ -140,7 +140,7 @@ def test_the_error_names_every_address_and_the_place(server, tmp_path):
     message = str(error.value)
     for url, reason in zip(urls, ("refused", "HTTP 403", "ended after 0", "another SHA-256"), strict=True):
         assert re.search(f"{re.escape(url)}: .*{reason}", message)
-    assert f"Put the file at {tmp_path / 'file'}" in message
+    assert f"put the file at {tmp_path / 'file'}" in message
 
 
 def test_the_vocabulary_must_be_one(server, monkeypatch, cache):
@@ -197,7 +197,7 @@ def test_archives_that_are_not_wikitext(tmp_path):
     (tmp_path / "c.zip").write_bytes(whole.replace(whole[60:70], b"0123456789"))
     with pytest.raises(DataError, match="not a complete zip file"):
         fetch_wikitext(tmp_path / "c.zip")
-    with pytest.raises(DataError, match="There is no archive"):
+    with pytest.raises(DataError, match="no archive"):
         fetch_wikitext(tmp_path / "d.zip")
     assert not list(tmp_path.rglob("*.tokens"))
 

@@ -42,7 +42,7 @@ def test_layout(store, tokenizer, masker):
     batch = batches[3]
     for row, line in zip(originals(batch), batches.select_lines(3), strict=True):
         assert row[0] == tokenizer.cls_id and row[63] == tokenizer.sep_id
-        assert row[1:63].tolist() == store.line(line).tolist()
+        assert row[1:63].tolist() == store[line].tolist()
     assert batch.input_ids.dtype == torch.int64
     assert batch.masked_tokens == (batch.labels > 0).sum()
     assert batch.real_tokens == batch.input_mask.sum() == 24 * 64
@@ -108,7 +108,7 @@ def test_evaluation_sees_every_line_once_with_masks_of_its_own(prepared, tokeniz
     batches = list(EvaluationBatches(store, tokenizer, masker, plan))
     rows = torch.cat([originals(batch) for batch in batches])
     assert len(rows) == len(store) == 40
-    assert all(row[1:63].tolist() == store.line(i).tolist() for i, row in enumerate(rows))
+    assert all(row[1:63].tolist() == store[i].tolist() for i, row in enumerate(rows))
     one = EvaluationBatches(store, tokenizer, masker, dataclasses.replace(PLAN, batch_size=40))[0]
     assert torch.equal(torch.cat([batch.labels for batch in batches]), one.labels)
     assert torch.equal(torch.cat([batch.uniforms for batch in batches]), one.uniforms)

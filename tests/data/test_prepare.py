@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import signal
@@ -19,9 +18,10 @@ from DeBERTa.data import corpus
 from DeBERTa.data.files import open_partial
 from DeBERTa.data.prepare import prepare
 from DeBERTa.data.text import TextFile, read_training_sentences, split_lines
-from DeBERTa.data.token_store import ids_folder, open_store
+from DeBERTa.data.token_store import find_store, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
+from DeBERTa.log import set_up_logging
 from tests.conftest import strip_times
 from tests.processes import children, is_running
 
@@ -62,33 +62,29 @@ def test_the_published_output(tmp_path, workers, block_bytes):
     assert output.read_bytes() == expected
     assert (result.lines, result.num_tokens, result.input_bytes) == (75, 4612, 18167)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "train.txt.ids"]
-    meta = json.loads((ids_folder(output) / "meta.json").read_text())
-    assert meta["text_sha256"] == hashlib.sha256(expected).hexdigest()
+    assert find_store(output).meta.text_sha256 == hashlib.sha256(expected).hexdigest()
 
 
 def test_the_ids_beside_it_are_those_of_the_text(tmp_path):
     output = tmp_path / "train.txt"
     prepare(GOLDEN / "input.txt", output, VOCABULARY, 64, workers=1, block_bytes=1000)
-    made = {path: path.stat().st_mtime_ns for path in ids_folder(output).iterdir()}
+    made = get_store_path(output).stat().st_mtime_ns
     written = open_store(output, TOKENIZER, 62)
-    assert {path: path.stat().st_mtime_ns for path in ids_folder(output).iterdir()} == made
+    assert get_store_path(output).stat().st_mtime_ns == made
     copy = tmp_path / "copy.txt"
     copy.write_bytes(output.read_bytes())
     read = open_store(copy, TOKENIZER, 62)
     assert np.array_equal(written.tokens, read.tokens)
     assert np.array_equal(written.offsets, read.offsets)
-    assert (written.longest, written.unknown, written.text_sha256) == (
-        read.longest,
-        read.unknown,
-        read.text_sha256,
-    )
+    for name in ("lines", "num_tokens", "longest", "longest_line", "unknown", "text_sha256"):
+        assert getattr(written.meta, name) == getattr(read.meta, name), name
 
 
 @pytest.mark.parametrize("width", [1, 2, 62, 510, 4612, 5000])
 def test_every_width(tmp_path, width):
     prepare(GOLDEN / "input.txt", tmp_path / "o", VOCABULARY, width + 2, workers=1, block_bytes=777)
     assert (tmp_path / "o").read_text() == straightforward((GOLDEN / "input.txt").read_text(), width)
-    assert open_store(tmp_path / "o", TOKENIZER, width).lines == -(-4612 // width)
+    assert open_store(tmp_path / "o", TOKENIZER, width).meta.lines == -(-4612 // width)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +163,7 @@ def test_blocks_hold_all_text_and_end_well(tmp_path):
     ).encode()
     (tmp_path / "i").write_bytes(content)
     for block_bytes in (7, 64, 1000, len(content), len(content) + 1):
-        blocks = list(TextFile(tmp_path / "i").blocks(block_bytes))
+        blocks = list(TextFile(tmp_path / "i").read_blocks(block_bytes))
         assert b"".join(block for _, block in blocks) == content
         assert all(0 < len(block) <= block_bytes for _, block in blocks)
         assert [offset for offset, _ in blocks] == [
@@ -213,7 +209,7 @@ def test_memory_does_not_follow_the_text(tmp_path, separator):
     )
     peak = int(run.stdout.split("peak ")[1])
     assert peak < 500_000_000
-    assert open_store(tmp_path / "o", TOKENIZER, 510).num_tokens > 3_000_000
+    assert open_store(tmp_path / "o", TOKENIZER, 510).meta.num_tokens > 3_000_000
 
 
 def test_preparing_does_not_load_torch():
@@ -249,7 +245,7 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
     process.kill()
     process.communicate()
     assert not output.exists()
-    assert not ids_folder(output).exists()
+    assert not get_store_path(output).exists()
     while any(is_running(worker) for worker in workers):
         pass  # they end with their parent; the test run's own limit catches it if not
 
@@ -305,7 +301,7 @@ def test_a_worker_that_dies(tmp_path, handing_over):
     os.kill(process.pid, signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "A process that encodes text died" in errors
+    assert "a worker process died" in errors
     assert "Traceback" not in errors
     assert list(output.parent.iterdir()) == []
 
@@ -344,7 +340,7 @@ def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
         assert "waiting for another process that writes" in second.stderr.readline()
         prepare(GOLDEN / "input.txt", elsewhere, VOCABULARY, workers=1)
         elsewhere.rename(output)
-        ids_folder(elsewhere).rename(ids_folder(output))
+        get_store_path(elsewhere).rename(get_store_path(output))
     out, errors = second.communicate()
     assert second.returncode == 0
     assert out == "" and "up to date" in errors and "error" not in errors
@@ -377,14 +373,14 @@ def test_the_sample_with_its_own_vocabulary(cache, capsys):
         split: open_store(cache / "sample" / "128" / f"{split}.txt", tokenizer, 126)
         for split in corpus.SPLITS
     }
-    assert stores["train"].lines > 10 * stores["test"].lines > 0 < stores["valid"].lines
+    assert len(stores["train"]) > 10 * len(stores["test"]) > 0 < len(stores["valid"])
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     assert prepare_data.main(arguments) == 0
     assert capsys.readouterr().err.count("up to date") == 3
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
 
     assert prepare_data.main([*arguments[:-1], "1200"]) == 1
-    assert "not written over" in capsys.readouterr().err
+    assert "cannot write a vocabulary to" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
 
 
@@ -401,7 +397,7 @@ def test_an_own_vocabulary_beside_the_output(tmp_path, capsys):
     assert (tmp_path / "spm.model.json").exists()
     (tmp_path / "spm.model").write_bytes(VOCABULARY.read_bytes())
     assert prepare_data.main(arguments) == 1
-    assert "not written over" in capsys.readouterr().err
+    assert "cannot write a vocabulary to" in capsys.readouterr().err
     assert (tmp_path / "spm.model").read_bytes() == VOCABULARY.read_bytes()
 
 
@@ -420,12 +416,12 @@ def test_vocabularies_of_large_texts_see_all_of_it(tmp_path, monkeypatch):
     ("arguments", "complaint"),
     [
         (["-i", "missing.txt", "-o", "o", "--vocab_path", str(VOCABULARY)], "no text file missing.txt"),
-        (["-i", "i", "-o", "o", "--vocab_path", "missing.model"], "no vocabulary missing.model"),
+        (["-i", "i", "-o", "o", "--vocab_path", "missing.model"], "vocabulary missing.model"),
         (["-i", "i", "-o", "o", "--vocab_path", "i"], "i is not a SentencePiece model"),
-        (["-i", "i", "-o", "./i", "--vocab_path", str(VOCABULARY)], "is also the input"),
-        (["-i", "i", "-o", "v", "--vocab_path", "v"], "is also the vocabulary"),
+        (["-i", "i", "-o", "./i", "--vocab_path", str(VOCABULARY)], "it is also the input"),
+        (["-i", "i", "-o", "v", "--vocab_path", "v"], "it is also the vocabulary"),
         (["-i", "i", "-o", "i/o", "--vocab_path", str(VOCABULARY)], "i: "),
-        (["-i", "i", "-o", ".", "--vocab_path", str(VOCABULARY)], "is a folder"),
+        (["-i", "i", "-o", ".", "--vocab_path", str(VOCABULARY)], "it is a directory"),
         (["-i", "i", "-o", "o", "--train_vocab", "5000"], "too little text"),
         (["--wikitext", "missing.zip"], "no archive missing.zip"),
     ],
@@ -467,7 +463,7 @@ def test_no_network(cache, monkeypatch, capsys):
     for address in ("9/a.zip: ", "9/b.zip: ", "9/spm.model: "):
         assert address in errors
     for destination in ("wikitext-103/wikitext-103-v1.zip", "deberta-v3-base/spm.model"):
-        assert f"Put the file at {cache / destination} by hand" in errors
+        assert f"put the file at {cache / destination} by hand" in errors
 
 
 def test_own_addresses_come_from_the_environment(cache):
@@ -497,9 +493,10 @@ def test_a_vocabulary_for_prepared_text_is_checked_early(tmp_path):
 
 
 def test_a_vocabulary_of_another_script_is_never_silent(tmp_path, capsys):
+    set_up_logging()
     text = tmp_path / "i.txt"
     text.write_text("漢字 仮名 " * 1000, encoding="utf-8")
-    with pytest.raises(VocabularyError, match=r"50.0% of the pieces .*i\.txt are \[UNK\]"):
+    with pytest.raises(VocabularyError, match=r"i\.txt: 50.0% of the pieces are \[UNK\]"):
         prepare(text, tmp_path / "o.txt", VOCABULARY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i.txt"]
     text.write_text("the 漢 of the and of the of and the " * 300, encoding="utf-8")
@@ -509,7 +506,7 @@ def test_a_vocabulary_of_another_script_is_never_silent(tmp_path, capsys):
 
 def test_output_that_is_not_a_file_and_links(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe is a folder or a device"):
+    with pytest.raises(DataError, match="pipe: it is a directory or a device"):
         prepare(GOLDEN / "input.txt", tmp_path / "pipe", VOCABULARY, 64)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "o.txt").symlink_to(tmp_path / "elsewhere" / "o.txt")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from DeBERTa.errors import ConfigError
 from DeBERTa.training.launch import find_job
-from DeBERTa.training.network import find_interface, wait_for_port
+from DeBERTa.training.network import find_interface
 from tests.commands import (
     ENDLESS,
     PATIENCE,
@@ -49,7 +49,7 @@ def endless(flags) -> dict:
 @pytest.mark.parametrize(
     ("environment", "named"),
     [
-        ({"WORLD_SIZE": "2", "RANK": "2"}, ("RANK is 2", "WORLD_SIZE 2", "from 0")),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, ("RANK is 2", "WORLD_SIZE 2", "from 0 to 1")),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, ("RANK is -1",)),
         ({"RANK": "1"}, ("RANK is 1", "WORLD_SIZE 1")),
         ({"WORLD_SIZE": "two"}, ("WORLD_SIZE", "'two'")),
@@ -115,7 +115,8 @@ def test_two_nodes_of_rank_0(flags):
     """On one host, which has the port once: the second one is told at once, and the first one goes on waiting."""
     port = free_port()
     first = ForkedRun(flags, **cluster(port))
-    wait_for_port("127.0.0.1", port, PATIENCE)
+    while port_is_free(port):
+        assert is_running(first.pid)
     status, output = ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port)).finish()
     (error,) = output.splitlines()
     assert status == 1
