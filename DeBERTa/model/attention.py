@@ -30,7 +30,7 @@ def map_to_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> 
 
 
 def map_to_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Map signed distances to rows of the relative-position table: int64, values in [0, 2 * span)."""
+    """Map signed distances to rows of the table: int64, in [0, 2 * span)."""
     span = config.position_span
     buckets = map_to_buckets(distances, config.position_buckets, config.max_distance)
     return (buckets + span).clamp(0, 2 * span - 1)
@@ -68,7 +68,7 @@ class Keys(NamedTuple):
 
 
 class DisentangledSelfAttention(nn.Module):
-    """Attention scores from content, content to position (c2p) and position to content (p2c).
+    """Attention by content, content to position (c2p), position to content (p2c).
 
     `score(i, j) = (q_i k_j + q_i K_R[slot(i, j)] + k_j Q_R[slot(i, j)]) / sqrt(D * (1 + terms))`, equation 4
     of the paper. Both position terms use the same `slot(i, j)`, as in the published code.
@@ -118,12 +118,15 @@ class DisentangledSelfAttention(nn.Module):
         positions: RelativePositions | None,
         query_positions: torch.Tensor | None = None,
     ) -> Keys:
-        """Project keys, values and relative positions, for queries everywhere or at int64 [B, M] only."""
+        """Project keys, values and relative positions.
+
+        query_positions: int64 [B, M], where queries are at selected positions only.
+        """
         k, v = (
             self.split_heads(self.key_proj(hidden_states)),
             self.split_heads(self.value_proj(hidden_states)),
         )
-        if not self.terms:
+        if positions is None:
             return Keys(k, v, input_mask, None, None, None)
         slots = positions.slots if query_positions is None else positions.slots[query_positions]
         key_table, query_table = self.project_positions(positions.table)
@@ -131,7 +134,10 @@ class DisentangledSelfAttention(nn.Module):
         return Keys(k, v, input_mask, slots, key_table, scores)
 
     def project_positions(self, table: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Project `table` [S, h] to position keys (c2p) and scaled position queries (p2c), [H, S, D]."""
+        """Project `table` [S, h] to position keys and scaled position queries, [H, S, D].
+
+        None where the c2p or p2c term is not in use.
+        """
         table = self.position_dropout(table)
         key_table = query_table = None
         if "c2p" in self.terms:
@@ -158,7 +164,7 @@ class DisentangledSelfAttention(nn.Module):
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
         scores = q @ keys.k.transpose(2, 3)
-        if keys.key_table is not None:
+        if keys.key_table is not None and keys.slots is not None:
             scores = scores + self.content_to_position(q, keys.key_table, keys.slots)
         if keys.position_to_content is not None:
             scores = scores + keys.position_to_content
@@ -168,7 +174,7 @@ class DisentangledSelfAttention(nn.Module):
 
 
 def expand_slots(slots: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Expand int64 [rows, columns] or [B, rows, columns] to the batch and heads of `scores` [B, H, ...]."""
+    """Expand int64 [(B,) rows, columns] to the batch and heads of `scores` [B, H, ...]."""
     if slots.dim() == 3:
         slots = slots[:, None]
     return slots.expand(*scores.shape[:2], *slots.shape[-2:])

@@ -15,11 +15,16 @@ from DeBERTa.config import ModelConfig
 from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions, map_to_slots
 from DeBERTa.model.sharing import SharedTables, make_table
 
-ACTIVATION = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class EncoderOutput(NamedTuple):
-    """The output of every layer, `num_hidden_layers` tensors [B, L, h], and the embeddings [B, L, h]."""
+    """The output of every layer, and the embeddings, [B, L, h] each."""
 
     hidden_states: tuple[torch.Tensor, ...]
     embeddings: torch.Tensor
@@ -50,7 +55,10 @@ class Embeddings(nn.Module):
         token_type_ids: torch.Tensor | None,
         shared: SharedTables | None,
     ) -> torch.Tensor:
-        """Return [B, L, h]. Raise ValueError when positions are added and L exceeds `max_position_embeddings`."""
+        """Return [B, L, h].
+
+        Raises ValueError when positions are added and L exceeds `max_position_embeddings`.
+        """
         word_base, position_base = shared if shared is not None else (None, None)
         words = self.word_embeddings(input_ids, word_base)
         return self.embed(words, input_ids, input_mask, token_type_ids, position_base)
@@ -75,11 +83,14 @@ class Embeddings(nn.Module):
         return self.dropout(x * input_mask.unsqueeze(-1).to(x.dtype))
 
     def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the positions int64 [1, L]. Raise ValueError when the table has fewer rows than L."""
+        """Return the positions int64 [1, L].
+
+        Raises ValueError when the table has fewer rows than L.
+        """
         length = input_ids.size(1)
         if length > self.max_positions:
             raise ValueError(
-                f"sequence length {length}: the model config has max_position_embeddings {self.max_positions}; "
+                f"sequence length {length}: max_position_embeddings is {self.max_positions}; "
                 "shorten the input or raise max_position_embeddings"
             )
         return torch.arange(length, device=input_ids.device).unsqueeze(0)
@@ -150,7 +161,7 @@ class Layer(nn.Module):
         positions: RelativePositions | None,
         passes: int,
     ) -> torch.Tensor:
-        """Apply this layer `passes` times at int64 `query_positions` [B, M] only; return [B, M, h].
+        """Apply this layer `passes` times at `query_positions` int64 [B, M] only.
 
         Queries and the residual start as `query_states` [B, M, h] and are replaced by the output. Keys and
         values always come from `hidden_states` [B, L, h] and are projected once.
@@ -203,7 +214,10 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def relative_positions(self, length: int) -> RelativePositions | None:
-        """Return the rows of the table that sequences of `length` need, or None without relative attention."""
+        """Return the rows of the table that sequences of `length` need.
+
+        None without relative attention.
+        """
         if not self.config.position_terms:
             return None
         slots = map_to_slots(
@@ -218,7 +232,7 @@ class Encoder(nn.Module):
         return RelativePositions(table, distance_slots, distance_slots[length - 1 - tokens[:, None] + tokens])
 
     def run(self, function: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
-        """Call `function`, a layer or one of its methods, through a checkpoint where these are on."""
+        """Call a layer or one of its methods, through a checkpoint where these are on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -236,7 +250,7 @@ class Encoder(nn.Module):
             yield hidden_states
 
     def forward(self, embeddings: torch.Tensor, input_mask: torch.Tensor, num_layers: int) -> torch.Tensor:
-        """Return the output [B, L, h] of layer `num_layers`, without references to those before it."""
+        """Return the output [B, L, h] of layer `num_layers`; those before are freed."""
         hidden_states = embeddings
         for hidden_states in self.iterate_layers(embeddings, input_mask, num_layers):  # noqa: B007
             pass
@@ -244,7 +258,10 @@ class Encoder(nn.Module):
 
 
 class Deberta(nn.Module):
-    """Embeddings and encoder: the backbone below the heads. `sharing` is the kind of the embedding tables."""
+    """Embeddings and encoder: the backbone below the heads.
+
+    sharing: the kind of the embedding tables.
+    """
 
     def __init__(self, config: ModelConfig, sharing: str) -> None:
         super().__init__()

@@ -3,17 +3,19 @@
 Shapes: B batch, L length, h hidden, E embedding width, V vocabulary, M masked positions.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from DeBERTa.config import ModelConfig
 from DeBERTa.data.batch import MaskedPositions
-from DeBERTa.model.encoder import ACTIVATION, Deberta
+from DeBERTa.model.encoder import ACTIVATION, Deberta, Layer
 from DeBERTa.model.losses import ChunkOperations, MaskedLoss, vocabulary_loss
 
 
 class LMHead(nn.Module):
-    """Dense to the embedding width, activation, LayerNorm, product with the word table, plus a bias per token."""
+    """Dense, activation, LayerNorm, product with the word table, bias per token."""
 
     operations = ChunkOperations()
 
@@ -81,13 +83,13 @@ class EnhancedMaskDecoder(nn.Module):
             queries = queries + embeddings.embed_proj(absolute)[0][masked.positions]
             passes = 2
         positions = encoder.relative_positions(input_ids.size(1))
-        decode = encoder.layer[-1].decode
+        decode = cast(Layer, encoder.layer[-1]).decode
         decoded = encoder.run(decode, queries, masked.positions, hidden_states, is_real, positions, passes)
         return decoded.flatten(0, 1).index_select(0, masked.valid_index)
 
 
 class ReplacedTokenHead(nn.Module):
-    """LayerNorm(h_0 + h_i), dense, activation, one logit per position; h_0 is the state of [CLS]."""
+    """LayerNorm(h_0 + h_i), dense, activation, one logit; h_0 is the state of [CLS]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

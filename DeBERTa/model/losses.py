@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK = 8192  # tokens: a chunk of some hundred rows fits in a CPU's cache, and its matmuls are large enough to be fast
+CHUNK = 8192  # tokens: some hundred rows of a chunk fit in a CPU's cache; its matmuls are large enough
 GROUP = 32  # tokens
 SAMPLE_ROWS = 512  # sampled at a time: each gathers GROUP rows of the table
 
@@ -33,7 +33,13 @@ class MaskedLoss(NamedTuple):
 
 
 class ChunkOperations:
-    """The arithmetic on one chunk of the vocabulary, in plain PyTorch."""
+    """The arithmetic on one chunk of the vocabulary, in plain PyTorch.
+
+    chunk: tokens of a chunk, a multiple of GROUP.
+    """
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
 
     def compute_logits(
         self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor
@@ -42,7 +48,7 @@ class ChunkOperations:
         return F.linear(x_ME, table_CE.to(x_ME.dtype), bias_C.to(x_ME.dtype))
 
     def sum_exponentials(self, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest logit, float32 [M], and sums of exp(logit - largest) by group, [M, S]."""
+        """Return the largest logit [M] and sums of exp(logit - largest) by group [M, S]."""
         largest_M = logits_MC.amax(1).float()
         exps_MC = logits_MC.float().sub_(largest_M[:, None]).exp_()
         return largest_M, F.pad(exps_MC, (0, -logits_MC.size(1) % GROUP)).unflatten(1, (-1, GROUP)).sum(2)
@@ -55,7 +61,7 @@ class ChunkOperations:
         column_M: torch.Tensor,
         sign_M: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits' gradients without the rows' signs, [M, C], and the biases', float32 [C].
+        """Return unsigned gradients of the logits [M, C], and those of the bias [C].
 
         shift_M: logarithm of the sum of exponentials, less that of `size_M`, the magnitude of the loss
         gradients.
@@ -84,37 +90,34 @@ def vocabulary_loss(
     targets_M: torch.Tensor,
     uniforms_M: torch.Tensor | None = None,
     operations: ChunkOperations | None = None,
-    chunk: int = CHUNK,
 ) -> MaskedLoss:
-    """Return the cross entropy of softmax(`x_ME table_VE^T + bias_V`) at int64 `targets_M`.
+    """Return the cross entropy of softmax(`x table^T + bias`) at int64 `targets_M`.
 
     `uniforms_M` in [0, 1), if given, draws one sample per row. Matmuls run in the autocast dtype, or that of
-    `x_ME`; sums in float32. `chunk` must be a multiple of GROUP.
+    `x_ME`; sums in float32.
     """
     device = x_ME.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x_ME = x_ME.to(torch.get_autocast_dtype(device))  # LayerNorm returns float32 under autocast on a GPU
     loss, correct, samples = _ChunkedCrossEntropy.apply(
-        x_ME, table_VE, bias_V, targets_M, uniforms_M, operations or ChunkOperations(), chunk
+        x_ME, table_VE, bias_V, targets_M, uniforms_M, operations or ChunkOperations()
     )
     return MaskedLoss(loss, correct, samples if uniforms_M is not None else None)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ME, table_VE, bias_V, targets_M, uniforms_M, operations, chunk):
-        target_logits_M, largest_NM, sums_NMS = _sum_chunks(
-            x_ME, table_VE, bias_V, targets_M, operations, chunk
-        )
+    def forward(ctx, x_ME, table_VE, bias_V, targets_M, uniforms_M, operations):
+        target_logits_M, largest_NM, sums_NMS = _sum_chunks(x_ME, table_VE, bias_V, targets_M, operations)
         top_M = largest_NM.amax(0)
         weights_NM = (largest_NM - top_M).double().exp() * sums_NMS.sum(2)
         log_total_M = weights_NM.sum(0).log().float() + top_M
         samples = torch.empty_like(targets_M)
         if uniforms_M is not None:
-            samples = _sample(x_ME, table_VE, bias_V, weights_NM, sums_NMS, uniforms_M, chunk)
+            samples = _sample(x_ME, table_VE, bias_V, weights_NM, sums_NMS, uniforms_M, operations.chunk)
         correct = target_logits_M >= top_M
         ctx.save_for_backward(x_ME, table_VE, bias_V, targets_M, log_total_M)
-        ctx.operations, ctx.chunk = operations, chunk
+        ctx.operations = operations
         ctx.mark_non_differentiable(correct, samples)
         return log_total_M - target_logits_M, correct, samples
 
@@ -129,8 +132,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         signed_x_ME = x_ME * sign_M[:, None].to(x_ME.dtype)
         grad_x_ME = torch.zeros_like(x_ME, dtype=torch.float32)
         grad_table_VE, grad_bias_V = torch.empty_like(table_VE), torch.empty_like(bias_V)
-        for first in range(0, len(table_VE), ctx.chunk):
-            tokens = slice(first, first + ctx.chunk)
+        for first in range(0, len(table_VE), ctx.operations.chunk):
+            tokens = slice(first, first + ctx.operations.chunk)
             table_CE = table_VE[tokens]
             logits_MC = ctx.operations.compute_logits(x_ME, table_CE, bias_V[tokens])
             grad_MC, grad_bias_V[tokens] = ctx.operations.differentiate_logits(
@@ -140,7 +143,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_MC, signed_x_ME, table_CE, grad_table_VE[tokens]
             )
         grad_x_ME = (grad_x_ME * sign_M[:, None]).to(x_ME.dtype)
-        return grad_x_ME, grad_table_VE, grad_bias_V, None, None, None, None
+        return grad_x_ME, grad_table_VE, grad_bias_V, None, None, None
 
 
 def _sum_chunks(
@@ -149,12 +152,12 @@ def _sum_chunks(
     bias_V: torch.Tensor,
     targets_M: torch.Tensor,
     operations: ChunkOperations,
-    chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return target logits float32 [M], the largest of each chunk float32 [N, M], and sums by group [N, M, S].
+    """Return target logits [M], largest logits [N, M] and sums by group [N, M, S].
 
     The sums are of exponentials relative to the chunk's largest; token c of a chunk belongs to group c // G.
     """
+    chunk = operations.chunk
     largest, sums = [], []
     target_logits_M = torch.zeros_like(targets_M, dtype=torch.float32)
     for first in range(0, len(table_VE), chunk):
@@ -170,7 +173,7 @@ def _sum_chunks(
 
 
 def _clamp_columns(column_M: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return columns clamped to those of a chunk, int64 [M, 1], and whether they lie in it, bool [M]."""
+    """Return columns clamped to a chunk, int64 [M, 1], and whether they lie in it [M]."""
     return column_M.clamp(0, tokens - 1)[:, None], (column_M >= 0) & (column_M < tokens)
 
 
@@ -183,7 +186,7 @@ def _sample(
     uniforms_M: torch.Tensor,
     chunk: int,
 ) -> torch.Tensor:
-    """Draw one token per row, int64 [M]: chunk, group and token, each with what remains of the uniform number."""
+    """Draw one token per row, int64 [M]: its chunk, its group, then the token."""
     rows_M = torch.arange(len(x_ME), device=x_ME.device)
     chunk_M, rest_M = _pick(weights_NM.t(), uniforms_M.double())
     group_M, rest_M = _pick(sums_NMS[chunk_M, rows_M], rest_M)
@@ -202,7 +205,7 @@ def _sample(
 
 
 def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a column of `weights` [M, K] per row, int64 [M]; return it and a new uniform number [M]."""
+    """Draw a column of `weights` [M, K] per row; return it and a new uniform number."""
     ends = weights.double().cumsum(1)
     points = uniforms * ends[:, -1]
     # Rounding can put a point at the very end, past the last column that has weight.

@@ -3,7 +3,7 @@
 Shapes: B batch, L length, V vocabulary, M masked positions, N real positions.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,11 +14,14 @@ from DeBERTa.data.batch import Batch, MaskedPositions
 from DeBERTa.model.encoder import Deberta
 from DeBERTa.model.heads import EnhancedMaskDecoder, ReplacedTokenHead
 from DeBERTa.model.losses import MaskedLoss
-from DeBERTa.model.sharing import SharedTables, TiedLookup
+from DeBERTa.model.sharing import OwnTable, SharedTables, TiedLookup
 
 
 class MaskedLMOutput(NamedTuple):
-    """Results at the masked positions in row-major order: float32 [M], logits [M, V], labels int64 [M]."""
+    """Results at the masked positions in row-major order.
+
+    loss: float32 [M]. logits: [M, V]. labels: int64 [M].
+    """
 
     loss: torch.Tensor
     logits: torch.Tensor
@@ -26,21 +29,30 @@ class MaskedLMOutput(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """The generator's results at the masked positions, and the ids [B, L] with its samples there."""
+    """The generator's results at the masked positions.
+
+    corrupted_ids: int64 [B, L], the input ids with its samples at these positions.
+    """
 
     masked: MaskedLoss
     corrupted_ids: torch.Tensor
 
 
 class DetectionLoss(NamedTuple):
-    """Sums over the real positions: the loss, float32, and the number of right decisions at logit 0, int64."""
+    """Sums over the real positions.
+
+    loss: float32. correct: int64, the number of right decisions at logit 0.
+    """
 
     loss: torch.Tensor
     correct: torch.Tensor
 
 
 class ReplacedTokenOutput(NamedTuple):
-    """Loss and labels float32 [N] at the real positions in row-major order; logits [B, L] everywhere."""
+    """Results of the discriminator.
+
+    loss, labels: float32 [N] at the real positions in row-major order. logits: [B, L].
+    """
 
     loss: torch.Tensor
     logits: torch.Tensor
@@ -48,7 +60,7 @@ class ReplacedTokenOutput(NamedTuple):
 
 
 def initialize(module: nn.Module, std: float) -> None:
-    """Draw the weights of every Linear and Embedding from normal(0, `std`); zero biases, LayerNorm 1 and 0.
+    """Draw the weights of Linear and Embedding from normal(0, `std`); zero biases.
 
     GDES residuals and the head's token bias are zero from their constructors; the convolution keeps PyTorch's
     weights.
@@ -61,7 +73,7 @@ def initialize(module: nn.Module, std: float) -> None:
 
 
 class MaskedLanguageModel(nn.Module):
-    """Encoder and language-model head over one word table: BERT, DeBERTa, or the generator of RTD."""
+    """BERT, DeBERTa, or the generator of RTD: encoder and LM head over one word table."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,7 +97,10 @@ class MaskedLanguageModel(nn.Module):
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
     def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
-        """Return what training needs of `forward`, without the logits; with `sample`, a draw per masked token."""
+        """Return what training needs of `forward`, without the logits.
+
+        sample: draw a token per masked position from the predicted distribution.
+        """
         words, table = TiedLookup.apply(self.tables().word, batch.input_ids)
         masked = batch.masked
         hidden = self.lm_predictions.decode(self.deberta, words, batch.input_ids, batch.input_mask, masked)
@@ -94,18 +109,23 @@ class MaskedLanguageModel(nn.Module):
         return self.lm_predictions.lm_head.compute_loss(hidden, table, targets, uniforms)
 
     def generate(self, batch: Batch) -> Generated:
-        """Predict the masked tokens, and replace them by samples from the predicted distribution, without gradient."""
+        """Predict the masked tokens, and replace them by samples of the prediction."""
         masked = self.masked_loss(batch, sample=True)
+        assert masked.samples is not None
         return Generated(masked, batch.input_ids.masked_scatter(batch.labels > 0, masked.samples))
 
     def tables(self) -> SharedTables:
         """Return the embedding tables that a discriminator may share."""
         embeddings = self.deberta.embeddings
-        return SharedTables(embeddings.word_embeddings.full(), embeddings.position_embeddings.full())
+        tables = (embeddings.word_embeddings, embeddings.position_embeddings)
+        return SharedTables(*(cast(OwnTable, table).weight for table in tables))
 
 
 class ReplacedTokenDetectionModel(nn.Module):
-    """Encoder and replaced-token head; `sharing` is the source of its embedding tables ("nes": its own)."""
+    """Encoder and replaced-token head.
+
+    sharing: the kind of its embedding tables ("nes": its own).
+    """
 
     def __init__(self, config: ModelConfig, sharing: str = "nes") -> None:
         super().__init__()
@@ -121,7 +141,7 @@ class ReplacedTokenDetectionModel(nn.Module):
         labels: torch.Tensor,
         shared: SharedTables | None = None,
     ) -> ReplacedTokenOutput:
-        """Decide for every real position whether its token was replaced; int64 [B, L] each.
+        """Decide for every real position whether its token was replaced.
 
         `input_ids` are the corrupted ids; `labels` the original id where masked, 0 elsewhere. A position
         counts as replaced where the sample differs from the original. `shared`: the generator's tables, under
@@ -140,7 +160,7 @@ class ReplacedTokenDetectionModel(nn.Module):
         labels: torch.Tensor,
         shared: SharedTables | None = None,
     ) -> DetectionLoss:
-        """Return what training needs of `forward`: padding has weight 0, so that no size depends on the data."""
+        """Return what training needs of `forward`; padding has weight 0."""
         logits = self.logits(input_ids, input_mask, shared).float()
         is_real, replaced = input_mask > 0, is_replaced(input_ids, labels)
         weight = is_real.float()
@@ -155,7 +175,7 @@ class ReplacedTokenDetectionModel(nn.Module):
 
 
 class RTDModel(nn.Module):
-    """Generator and discriminator, with the embedding sharing of the config (DeBERTaV3, section 3)."""
+    """Generator and discriminator with shared embeddings (DeBERTaV3, section 3)."""
 
     def __init__(self, config: RTDConfig) -> None:
         super().__init__()
@@ -166,7 +186,10 @@ class RTDModel(nn.Module):
     def forward(
         self, batch: Batch, per_token: bool = False
     ) -> tuple[Generated, DetectionLoss | ReplacedTokenOutput]:
-        """Generate, sample, corrupt, discriminate; with `per_token`, the discriminator's loss of every position."""
+        """Generate, sample, corrupt, discriminate.
+
+        per_token: return the discriminator's loss of every position, not their sum.
+        """
         generated = self.generator.generate(batch)
         discriminate = self.discriminate if per_token else self.detection_loss
         return generated, discriminate(generated.corrupted_ids, batch.input_mask, batch.labels)
@@ -178,7 +201,7 @@ class RTDModel(nn.Module):
     def discriminate(
         self, corrupted_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> ReplacedTokenOutput:
-        """Run the discriminator on `corrupted_ids` [B, L] with the generator's present tables."""
+        """Run the discriminator with the generator's present tables."""
         return self.discriminator(corrupted_ids, input_mask, labels, self.shared_tables())
 
     def detection_loss(
@@ -189,7 +212,7 @@ class RTDModel(nn.Module):
 
     @torch.no_grad()
     def standalone_discriminator(self) -> dict[str, torch.Tensor]:
-        """Return the discriminator's state dict with full tables under `weight`, as a model that shares nothing."""
+        """Return the discriminator's state dict with full tables, sharing nothing."""
         state = {
             k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")
         }
@@ -202,12 +225,12 @@ class RTDModel(nn.Module):
 
 
 def is_replaced(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return bool [B, L], true where a masked token was filled with another one than the original."""
+    """Return bool [B, L], true where the sample differs from the original token."""
     return (labels > 0) & (labels != input_ids)
 
 
 def count_backbone_parameters(model: nn.Module) -> int:
-    """Count the elements of the encoder layers' weight matrices: the size that the presets are named by."""
+    """Count the elements of the weight matrices of the encoder layers."""
     return sum(
         p.numel() for name, p in model.named_parameters() if ".encoder.layer." in name and p.dim() == 2
     )

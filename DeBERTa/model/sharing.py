@@ -25,7 +25,7 @@ class SharedTables(NamedTuple):
 
 
 class TiedLookup(torch.autograd.Function):
-    """Rows of a table, and the table itself for the LM head: one node where both gradients arrive.
+    """Rows of a table, and the table itself: one node where both gradients arrive.
 
     `TiedLookup.apply(table [V, E], ids [...])` returns `table[ids]` [..., E] and `table`. The backward pass
     adds the rows' gradients to the table's in place, without a second table of zeros.
@@ -58,14 +58,14 @@ class OwnTable(nn.Embedding):
 
 
 class ResidualTable(nn.Module):
-    """GDES: the sum of another model's table, which gets no gradient, and a residual that starts at zero."""
+    """GDES: another model's table, without gradient, plus a residual from zero."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self._weight = nn.Parameter(torch.zeros(rows, width))
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """Return `base[ids] + residual[ids]`, [..., E], without the sum of the full tables."""
+        """Return `base[ids] + residual[ids]`, [..., E]; full tables are not added."""
         return F.embedding(ids, base.detach()) + F.embedding(ids, self._weight)
 
     def full(self, base: torch.Tensor) -> torch.Tensor:

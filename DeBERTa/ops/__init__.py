@@ -19,7 +19,7 @@ from DeBERTa.ops.cpu import library
 
 
 def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
-    """Use the faster implementations for `device` in all modules of `model`; return the attention in use.
+    """Use the faster implementations for `device`; return the attention in use.
 
     attention: "auto", "eager" or "sdpa". is_compiled: `torch.compile` will see the layers, which stay plain
     PyTorch then but for sdpa.

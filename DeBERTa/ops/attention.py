@@ -7,7 +7,7 @@ from DeBERTa.model.attention import DisentangledSelfAttention, Keys, expand_slot
 
 
 class _Gather(torch.autograd.Function):
-    """`x.gather(3, index)` without `x` among the saved tensors: the backward pass needs its shape only."""
+    """`x.gather(3, index)` that does not save `x`: the backward pass needs its shape."""
 
     @staticmethod
     def forward(ctx, x, index):
@@ -42,7 +42,7 @@ class SdpaSelfAttention(DisentangledSelfAttention):
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
         bias = keys.position_to_content
-        if keys.key_table is not None:
+        if keys.key_table is not None and keys.slots is not None:
             c2p = self.content_to_position(q, keys.key_table, keys.slots)
             bias = c2p if bias is None else c2p + bias
         if bias is None:

@@ -19,12 +19,15 @@ def draw_seed() -> int:
 
 
 def compute_threshold(p: float) -> int:
-    """Return the number below which the 16 random bits of an element mean that it is dropped."""
+    """Return the number below which the bits of an element mean that it is dropped."""
     return round(p * 2**16)
 
 
 def draw_keep_mask(shape: torch.Size | tuple[int, ...], seed: int, p: float, first: int = 0) -> torch.Tensor:
-    """Return bool of `shape` on the host: false with probability `p`, rounded to 2^-16, from element `first` on."""
+    """Return bool of `shape` on the host, false with probability `p`.
+
+    `p` is rounded to 2^-16; `first` is the number of the first element.
+    """
     mask = np.empty(shape, dtype=bool)
     flat, threshold = mask.reshape(-1), compute_threshold(p)
     for start in range(0, flat.size, 4 * BLOCK_WORDS):

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
     """Prepare `model`, which is on `device`, for training; parameters and their names stay as they are.
 
-    Returns what `--kernels` and `--attention` mean here. Raises ConfigError where `--compile` has no compiler.
+    Returns what `--kernels` and `--attention` mean here. Raises ConfigError where `--compile` has no
+    compiler.
     """
     if config.compile:
         check_compiler(device)
@@ -33,7 +34,7 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
 
 
 def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
-    """Use the faster implementations of DeBERTa/ops in `model` unless `--kernels off`; return what is in use."""
+    """Use the implementations of DeBERTa/ops in `model`; return what is in use."""
     plain = {"kernels": "off", "attention": "eager"}
     if config.kernels == "off":
         if config.attention not in ("auto", "eager"):
@@ -59,8 +60,8 @@ def check_compiler(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile: there is no C++ compiler {compiler}; install it, name another one in the environment "
-            "variable CXX, or omit --compile"
+            f"--compile: there is no C++ compiler {compiler}; install it, name another one in the "
+            "environment variable CXX, or omit --compile"
         )
 
 

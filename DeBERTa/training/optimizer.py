@@ -1,4 +1,4 @@
-"""AdamW with the published parameter groups, clipping, and the learning-rate schedule as a function of the step."""
+"""AdamW with the published parameter groups, clipping, learning-rate schedule."""
 
 import math
 
@@ -18,7 +18,8 @@ def build_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) 
     """
     groups = []
     for model, peak in models:
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             is_plain = name.endswith("bias") or ".LayerNorm." in name
             (plain if is_plain else decayed).append(parameter)

@@ -1,4 +1,4 @@
-"""Number formats: what `--precision` means on this hardware, and the autocast and loss scaler that go with it."""
+"""What `--precision` means on this hardware: autocast and loss scaler."""
 
 from contextlib import AbstractContextManager
 
@@ -11,7 +11,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(config: TrainConfig, device: torch.device) -> str:
-    """The precision to use: fp32, bf16 or fp16.
+    """Return the precision to use: fp32, bf16 or fp16.
 
     "auto" takes bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not,
     and fp32 elsewhere. Raises `ConfigError` for bf16 on a GPU without it.

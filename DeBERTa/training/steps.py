@@ -240,7 +240,10 @@ class ReplacedTokenStep(TrainingStep):
         return sums
 
     def gather_shared_tables(self) -> SharedTables | None:
-        """Return the generator's present tables, full and without gradient. Collective: every rank calls it."""
+        """Return the generator's present tables, full and without gradient.
+
+        Collective: every rank calls it.
+        """
         shared = self.model.shared_tables()
         return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 

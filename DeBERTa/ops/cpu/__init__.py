@@ -1,4 +1,4 @@
-"""Faster implementations for CPUs: one pass over memory where PyTorch takes several, and bfloat16 matmuls on AMX tiles.
+"""Faster implementations for CPUs: fewer passes over memory, bfloat16 on AMX tiles.
 
 Without a C++ compiler the same classes run on PyTorch's operations, and draw the same dropout masks.
 """

@@ -1,4 +1,4 @@
-"""Disentangled attention on a CPU: one sequence at a time, so that scores stay in the cache (`--attention auto`).
+"""Disentangled attention on a CPU, one sequence at a time: scores stay in the cache.
 
 Shapes: B batch, H heads, L length, D head size, W = 2L - 1 distances, T rows of a block.
 
@@ -12,6 +12,7 @@ In bfloat16 on processors with AMX one kernel computes all of it by the same for
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,9 +25,10 @@ ROWS, FLOAT32_ROWS = 256, 128
 
 
 def view_distances(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return the view [..., T, L] of `product` [..., T, L + T - 1]: element (r, c) is `product[r, T - 1 - r + c]`.
+    """Return the view [..., T, L] of `product` [..., T, L + T - 1] by distance.
 
-    `offset` is the storage offset of `product`, which is contiguous.
+    Element (r, c) is `product[r, T - 1 - r + c]`.
+        `offset` is the storage offset of `product`, which is contiguous.
 
     For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and
     columns c as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as
@@ -58,7 +60,7 @@ class BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, key_table, query_table, input_mask, p):
+    def forward(ctx, q, k, v, key_table, query_table, input_mask, p):  # noqa: PLR0913  autograd's inputs
         batch, heads, length, size = q.shape
         kept = q.new_empty(batch, heads, length, length)
         context = q.new_empty(batch, length, heads, size)
@@ -89,7 +91,7 @@ class BlockedAttention(torch.autograd.Function):
             c2p.multiply(q[b])
             p2c.multiply(k[b])
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
-            _probabilities(scores, c2p, p2c, input_mask[b], p, seed, b * scores.numel(), kept[b])
+            _probabilities(scores, c2p, p2c, input_mask[b], _Bits(seed, p, b * scores.numel()), kept[b])
             torch.mul(torch.bmm(scores, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
         return context
 
@@ -128,9 +130,10 @@ def _fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
 
 
 class _Blocks:
-    """Memory for a position term of one sequence in blocks of rows; none without a `table` [H, W, D].
+    """Memory for a position term of one sequence, in blocks of rows.
 
-    `buffer` holds the blocks in sequence, each contiguous [H, T, L + T - 1].
+    There are no blocks without a `table` [H, W, D].
+        `buffer` holds the blocks in sequence, each contiguous [H, T, L + T - 1].
     """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
@@ -155,7 +158,7 @@ class _Blocks:
     def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the rows of each block and their scores, [H, T, L]."""
         return (
-            (rows, view_distances(b, b.storage_offset()))
+            (rows, view_distances(b, int(b.storage_offset())))
             for rows, b in zip(self.rows, self.blocks, strict=True)
         )
 
@@ -174,7 +177,7 @@ class _PositionTerm(_Blocks):
 
 
 class _PositionGradient(_Blocks):
-    """Gradients of a position term; the blocks hold those of the matmul's result, and zero elsewhere."""
+    """Gradients of a position term; blocks are zero outside of the view by distance."""
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         super().__init__(table, length)
@@ -184,7 +187,7 @@ class _PositionGradient(_Blocks):
             self.buffer.zero_()
 
     def add(self, x: torch.Tensor, dx: torch.Tensor) -> None:
-        """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to the sum over sequences."""
+        """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to its sum."""
         for rows, part, grad_part, block in zip(
             self.rows, self.tables, self.grad_tables, self.blocks, strict=True
         ):
@@ -203,38 +206,33 @@ class _PositionGradient(_Blocks):
         return full
 
 
+class _Bits(NamedTuple):
+    """Random bits of a dropout mask: those of `seed`, from element `first` on."""
+
+    seed: int
+    p: float
+    first: int
+
+
 def _probabilities(
     scores: torch.Tensor,
     c2p: _PositionTerm,
     p2c: _PositionTerm,
     input_mask: torch.Tensor,
-    p: float,
-    seed: int,
-    first: int,
+    bits: _Bits,
     kept: torch.Tensor,
 ) -> None:
-    """Write the softmax of `scores` [H, L, L] and both terms over real tokens to `scores`, with zeros where dropped.
+    """Write the softmax of `scores` [H, L, L] and both terms to `scores`.
 
-    `kept` receives it with a minus sign there. `first` is the number of the first element in the random bits
-    of `seed`.
+    Padded keys take no part; dropped elements are zero. `kept` receives the same with a minus sign instead of
+    the zero.
     """
     kernel = library.find_kernel("probabilities", scores)
     if kernel is not None:
-        heads, length, _ = scores.shape
         mask = input_mask.bool().contiguous()
-        kernel(
-            scores,
-            kept,
-            c2p.buffer,
-            p2c.buffer,
-            mask,
-            heads,
-            length,
-            _block_rows(scores),
-            seed,
-            first,
-            compute_threshold(p),
-        )
+        sizes = (*scores.shape[:2], _block_rows(scores))
+        threshold = compute_threshold(bits.p)
+        kernel(scores, kept, c2p.buffer, p2c.buffer, mask, *sizes, bits.seed, bits.first, threshold)
         return
     for rows, term in c2p.views():
         scores[:, rows] += term
@@ -242,8 +240,9 @@ def _probabilities(
         scores[:, :, rows] += term.transpose(1, 2).contiguous()  # adding the view takes three times as long
     scores.masked_fill_(~input_mask, torch.finfo(scores.dtype).min)
     torch.softmax(scores, dim=-1, out=kept).mul_(input_mask[:, None])
-    if p:
-        kept.mul_(draw_keep_mask(kept.shape, seed, p, first).to(kept.dtype).mul_(2).sub_(1))
+    if bits.p:
+        mask = draw_keep_mask(kept.shape, bits.seed, bits.p, bits.first)
+        kept.mul_(mask.to(kept.dtype).mul_(2).sub_(1))
     torch.clamp(kept, min=0, out=scores)
 
 
@@ -255,9 +254,10 @@ def _score_gradients(
     p2c: _PositionGradient,
     dropped: torch.Tensor,
 ) -> None:
-    """Turn gradients of the probabilities `kept` [H, L, L] into those of the scores, P dP - P `inner` [H, L], in place.
+    """Turn gradients of the probabilities into those of the scores, in place.
 
-    Gradients of dropped elements are zero. They are also written to the blocks of both terms; `dropped`
+    These are P dP - P `inner`, with P = `kept` [H, L, L] and `inner` [H, L].
+        Gradients of dropped elements are zero. They are also written to the blocks of both terms; `dropped`
     receives the probabilities that multiplied v.
     """
     kernel = library.find_kernel("score_gradients", gradients)

@@ -1,4 +1,9 @@
-"""The feed-forward network with its input as the only saved activation: on a CPU memory costs more than the matmul."""
+"""The feed-forward network with its input as the only saved activation.
+
+On a CPU memory costs more time than the matmul that recomputes the rest.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -9,7 +14,7 @@ from DeBERTa.ops.cpu.linear import affine, affine_gradients, find_tile_kernel
 
 
 class FeedForward(torch.autograd.Function):
-    """`linear(activation(linear(x)))`, recomputed up to the activation's input in the backward pass.
+    """`linear(activation(linear(x)))`, recomputed in part in the backward pass.
 
     x: [..., h]. inner_weight [I, h], inner_bias [I], outer_weight [h, I], outer_bias [h]: I is the
     intermediate size.
@@ -57,9 +62,9 @@ class FeedForward(torch.autograd.Function):
 
 
 def _differentiate_activation(
-    activation: object, hidden: torch.Tensor, grad: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `activation(hidden)` and the gradient of `hidden`; both inputs may be overwritten."""
+    """Return `activation(hidden)` and the gradient of `hidden`, in place or not."""
     kernel = library.find_kernel("gelu_gradients", hidden) if activation is F.gelu else None
     if kernel is not None:
         kernel(hidden, grad, hidden.numel())

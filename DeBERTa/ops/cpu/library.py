@@ -45,7 +45,7 @@ COMPILE_SECONDS = 120  # at most, each; it takes 3 on an idle machine
 COUNT, SEED, REAL = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 FLOAT, LONG = torch.float32, torch.int64
 # Arguments: tensors by dtype (0 and 1 stand for those of the tensors passed to `find_kernel`), and numbers.
-SIGNATURES = {
+SIGNATURES: dict[str, list[object]] = {
     "probabilities": [0, 0, 0, 0, torch.bool, COUNT, COUNT, COUNT, SEED, COUNT, COUNT],
     "score_gradients": [0, 0, 0, 0, 0, FLOAT, COUNT, COUNT, COUNT],
     "dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
@@ -74,12 +74,12 @@ _is_enabled = True
 
 def enable(is_enabled: bool) -> None:
     """Turn all kernels on or off, for comparisons with PyTorch's operations."""
-    global _is_enabled  # noqa: PLW0603
+    global _is_enabled
     _is_enabled = is_enabled
 
 
 def find_kernel(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
-    """Return kernel `name` for the dtypes of these tensors; None where there is none, or a tensor is not on the CPU.
+    """Return kernel `name` for the dtypes of these CPU tensors, or None.
 
     It takes contiguous tensors, or None for some, and numbers, and writes into its output arguments. It
     raises TypeError for tensors of another dtype, device or layout.
@@ -98,9 +98,9 @@ def find_obstacle() -> str | None:
 
 @functools.cache
 def has_tiles() -> bool:
-    """Return whether the kernels for AMX can be used: the processor has it and the system permits it."""
+    """Return whether the processor has AMX and the system permits it."""
     library = _library()[0]
-    return hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
+    return library is not None and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load(compiler: list[str], version: str) -> ctypes.CDLL:
-    """Load the library for these sources, compiler and processor; compile it if it is not in the cache.
+    """Load the library for these sources, compiler and processor; compile it if needed.
 
     Its file name contains the SHA-256 of the file: loading a truncated library would end the process.
     """

@@ -16,9 +16,9 @@ from DeBERTa.ops.cpu import library
 
 
 def transpose(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x` [N, K] as [K, N] in `dtype`; in new memory, row by row, only where that makes matmuls faster.
+    """Return `x` [N, K] as [K, N] in `dtype`.
 
-    `sums` float32 [K] receives the sums over N.
+    It is copied only where contiguous rows make matmuls faster. `sums` float32 [K] receives the sums over N.
     """
     kernel = library.find_kernel("transposed", x) if dtype == torch.bfloat16 else None
     if kernel is None:
@@ -33,7 +33,7 @@ def transpose(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = N
 def find_tile_kernel(
     name: str, x: torch.Tensor, *parameters: tuple[torch.Tensor, tuple[int, ...]]
 ) -> Callable[..., None] | None:
-    """Return the kernel of csrc/linear.cpp for `x` and these parameters, if there is one.
+    """Return the kernel of csrc/linear.cpp for `x` and these parameters, or None.
 
     Each parameter comes with the shape it must have. What does not fit is left to PyTorch, which takes other
     layouts and reports wrong shapes.
@@ -47,7 +47,10 @@ def find_tile_kernel(
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return `x weight^T + bias` [..., N] of `x` [..., K] and `weight` [N, K], in the dtype of `x`."""
+    """Return `x weight^T + bias` [..., N], in the dtype of `x` [..., K].
+
+    weight: [N, K]. bias: [N].
+    """
     columns, depth = weight.shape
     kernel = find_tile_kernel("affine", x, (weight, (columns, x.size(-1))), (bias, (columns,)))
     if kernel is None:
@@ -66,7 +69,7 @@ def affine_gradients(
     needs_bias: bool = True,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of `x` [..., K], of `weight` [N, K] and of the bias [N], from `grad` [..., N] of `affine`.
+    """Return the gradients of `x`, `weight` and bias, from `grad` [..., N] of `affine`.
 
     Those of the parameters are summed over all rows, in float32 at least; the weight's is written to `out`,
     if given. Where there is no kernel, the weight's has been rounded to the dtype of `grad`.
@@ -92,7 +95,7 @@ def affine_gradients(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return `F.linear(x, weight, bias)` of `x` [..., M, K], under autocast in its dtype."""
+    """Return `F.linear(x, weight, bias)`; under autocast in its dtype."""
     if not torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias, torch.get_autocast_dtype("cpu"))

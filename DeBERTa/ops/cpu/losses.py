@@ -8,7 +8,7 @@ from DeBERTa.ops.cpu.linear import affine, affine_gradients
 
 
 class CpuChunkOperations(ChunkOperations):
-    """Matmuls in the layouts that are fast on a CPU, one pass over the logits for sums, one for gradients."""
+    """Matmuls in fast layouts; one pass over the logits for sums, one for gradients."""
 
     def compute_logits(
         self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor
@@ -17,7 +17,7 @@ class CpuChunkOperations(ChunkOperations):
         return affine(x_ME, table_CE, bias_C)
 
     def sum_exponentials(self, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest logit, float32 [M], and sums of exp(logit - largest) by group, [M, S]."""
+        """Return the largest logit [M] and sums of exp(logit - largest) by group [M, S]."""
         kernel = library.find_kernel("chunk_sums", logits_MC)
         if kernel is None:
             return super().sum_exponentials(logits_MC)
@@ -35,7 +35,7 @@ class CpuChunkOperations(ChunkOperations):
         column_M: torch.Tensor,
         sign_M: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits' gradients without the rows' signs, in place, and the biases', float32 [C]."""
+        """Return unsigned gradients of the logits, in place, and those of the bias [C]."""
         kernel = library.find_kernel("chunk_gradients", logits_MC)
         if kernel is None:
             return super().differentiate_logits(logits_MC, shift_M, size_M, column_M, sign_M)
@@ -48,4 +48,6 @@ class CpuChunkOperations(ChunkOperations):
         self, grad_MC: torch.Tensor, x_ME: torch.Tensor, table_CE: torch.Tensor, out_CE: torch.Tensor
     ) -> torch.Tensor:
         """Return the gradient of `x_ME` [M, E]; write that of the table to `out_CE`."""
-        return affine_gradients(grad_MC, x_ME, table_CE, needs_bias=False, out=out_CE)[0]
+        grad_x_ME, *_ = affine_gradients(grad_MC, x_ME, table_CE, needs_bias=False, out=out_CE)
+        assert grad_x_ME is not None
+        return grad_x_ME

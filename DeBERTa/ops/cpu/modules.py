@@ -1,5 +1,7 @@
 """Modules of model/ as the CPU computes them; `select_implementations` makes them of the plain ones."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,11 +52,12 @@ class CpuLayer(Layer):
         """Return [..., h] from [..., h]."""
         inner, outer = self.intermediate.dense, self.output.dense
         weights = (inner.weight, inner.bias, outer.weight, outer.bias)
-        return self.output.add(FeedForward.apply(x, *weights, self.intermediate.activation), x)
+        output = cast(CpuAddNorm, self.output)
+        return output.add(FeedForward.apply(x, *weights, self.intermediate.activation), x)
 
 
 class CpuSelfAttention(DisentangledSelfAttention):
-    """One matmul for queries, keys and values; attention one sequence at a time, with a backward pass of its own."""
+    """One matmul for queries, keys and values; attention one sequence at a time."""
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
@@ -62,11 +65,10 @@ class CpuSelfAttention(DisentangledSelfAttention):
         """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding."""
         q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
         key_table = query_table = None
-        if positions is not None and self.terms:
+        if positions is not None:
             key_table, query_table = self.project_positions(positions.table)
-        if key_table is not None:
             key_table = _expand(key_table, positions.distance_slots)
-        if query_table is not None:  # ordered from distance -(L - 1) up: see `view_distances`
+            # Ordered from distance -(L - 1) up: see `view_distances`.
             query_table = _expand(query_table, positions.distance_slots.flip(0))
         p = self.dropout.p if self.training else 0.0
         return BlockedAttention.apply(q, k, v, key_table, query_table, input_mask, p).flatten(2)
@@ -95,8 +97,10 @@ class CpuSelfAttention(DisentangledSelfAttention):
         return keys._replace(k=keys.k.contiguous(), v=keys.v.contiguous())
 
 
-def _expand(table_HSD: torch.Tensor, slots_W: torch.Tensor) -> torch.Tensor:
-    """Return the row of each distance, contiguous [H, W, D]."""
+def _expand(table_HSD: torch.Tensor | None, slots_W: torch.Tensor) -> torch.Tensor | None:
+    """Return the row of each distance, contiguous [H, W, D]; None of None."""
+    if table_HSD is None:
+        return None
     return table_HSD.transpose(0, 1).index_select(0, slots_W).transpose(0, 1).contiguous()
 
 
