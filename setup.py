@@ -27,7 +27,6 @@ setup(
     package_dir={"DeBERTa.experiments": "experiments"},  # see find_experiments in DeBERTa/config.py
     package_data={
         "DeBERTa.experiments": ["language_model/*.json", "sample/*"],
-        "DeBERTa.model": ["*.cpp", "*.h"],
         "DeBERTa.ops.cpu": ["csrc/*"],
     },
     entry_points={
