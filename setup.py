@@ -1,20 +1,44 @@
+"""Packaging: `pip install .`; model configs and the sample of experiments/ become part of the package."""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "DeBERTa" / "__init__.py").read_text())
+assert VERSION, "no version in DeBERTa/__init__.py"
+
 setup(
     name="deberta-pretraining",
-    version="0.1.0",
-    description="Pre-training of DeBERTa encoders: masked language modelling and replaced token detection",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    version=VERSION[1],
+    description="Pre-training of DeBERTa encoders: masked language modeling and replaced token detection",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["DeBERTa", "DeBERTa.*"]),
-    package_data={"DeBERTa.model": ["*.cpp", "*.h"]},
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=[*find_packages(include=["DeBERTa", "DeBERTa.*"]), "DeBERTa.experiments"],
+    package_dir={"DeBERTa.experiments": "experiments"},  # see find_experiments in DeBERTa/config.py
+    package_data={
+        "DeBERTa.experiments": ["language_model/*.json", "sample/*"],
+        "DeBERTa.ops.cpu": ["csrc/*"],
+    },
+    entry_points={
+        "console_scripts": [
+            "deberta-train = DeBERTa.train:run_command",
+            "deberta-prepare = DeBERTa.prepare_data:main",
+        ]
+    },
     python_requires=">=3.10",
     # Ranges; requirements.txt pins the versions the results were obtained with.
     install_requires=[
-        "torch>=2.13,<3",
+        "torch>=2.11,<3",
         "numpy>=2.0,<3",
         "sentencepiece>=0.2.3,<0.3",
         "safetensors>=0.5,<1",

@@ -62,10 +62,10 @@ class Command:
         return strip_times(self.printed.read_text()).splitlines()
 
     def error(self) -> str:
-        """The one sentence it ended with."""
+        """Wait for its end, and return the one error that it ended with."""
         assert self.finish() == 1, self.printed.read_text()
         errors = [line for line in self.lines() if line.startswith("error: ")]
-        assert len(errors) == 1 and self.lines()[-1] == errors[0], self.printed.read_text()
+        assert errors == self.lines()[-1:], self.printed.read_text()
         assert "Traceback" not in self.printed.read_text()
         return errors[0]
 
@@ -99,7 +99,7 @@ class Command:
 def start_nodes(
     flags: dict, port: int, *changes: dict, ranks: tuple[int, ...] = (0, 1), nodes: int = 2
 ) -> list:
-    """The same command on several nodes, each with a disk of its own."""
+    """Start the same command on several nodes, each with a disk of its own."""
     return [
         Command(
             flags | change | {"output_dir": f"{flags['output_dir']}-{number}"}, **cluster(port, nodes, rank)

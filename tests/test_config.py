@@ -1,4 +1,4 @@
-"""Configs are strict: a wrong value is named, in one sentence."""
+"""Configs are strict: a wrong value is named, in one sentence. Metadata says what else holds for flags."""
 
 import dataclasses
 import json
@@ -143,8 +143,9 @@ def test_what_a_resumed_run_must_have_in_common():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - FREE_TO_CHANGE == {
         "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "vocab_type",
-        "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed", "num_training_steps",
-        "num_train_epochs", "learning_rate", "discriminator_learning_rate", "warmup", "lr_schedule_ends",
+        "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed",
+        "num_training_steps", "num_train_epochs", "learning_rate", "discriminator_learning_rate", "warmup",
+        "lr_schedule_ends",
         "weight_decay", "adam_beta1", "adam_beta2", "epsilon", "max_grad_norm", "skip_spikes", "rtd_lambda",
         "decoupled_training", "precision", "kernels", "attention", "compile",
     }  # fmt: skip

@@ -50,7 +50,7 @@ def test_every_config_builds(name):
     ],
 )
 def test_promised_sizes(name, layers, hidden, backbone, embedding):
-    """Backbone exactly as promised. The promise counts 128 * 1024 rows of the word table; there are 128100."""
+    """Backbone as promised. The promise counts 128 * 1024 rows of the word table; there are 128100."""
     model = build(name).discriminator
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (layers, hidden)
     assert count_backbone_parameters(model) == backbone * M
@@ -92,19 +92,23 @@ def test_no_name_or_a_wrong_one(script, known, unknown, arguments):
         assert result.returncode == 2
         assert not result.stdout
         (message,) = result.stderr.splitlines()
-        assert f"usage: ./{script} NAME" in message and known in message and f" {unknown}" not in message
+        assert f"usage: ./{script} NAME" in message
+        assert known in message
+        assert f" {unknown}" not in message
         assert ("closest" in message) == (arguments == ["deberta-v-base"])
 
 
 def test_a_preset_of_the_other_task():
     result = run_script("rtd.sh", "bert-base")
-    assert result.returncode == 2 and "bert-base is a preset for MLM" in result.stderr
+    assert result.returncode == 2
+    assert "bert-base is a preset for MLM" in result.stderr
 
 
 def test_continue_asks_for_weights():
     result = run_script("rtd.sh", "deberta-v3-base-continue")
     assert result.returncode == 2
-    assert "--init_generator" in result.stderr and "--init_discriminator" in result.stderr
+    assert "--init_generator" in result.stderr
+    assert "--init_discriminator" in result.stderr
     assert "microsoft/deberta-v3-base " in result.stderr
 
 
@@ -113,9 +117,11 @@ def test_wrong_flags_are_reported_before_anything_is_prepared(tmp_path):
     for script, name in (("rtd.sh", "deberta-v3-base"), ("mlm.sh", "bert-tiny")):
         result = run_script(script, name, "--lerning_rate", "3", **cache)
         (error,) = result.stderr.splitlines()
-        assert result.returncode == 2 and "no flag --lerning_rate: did you mean --learning_rate" in error
+        assert result.returncode == 2
+        assert "no flag --lerning_rate: did you mean --learning_rate" in error
         result = run_script(script, name, "--adam_beta1", "3", **cache)
-        assert result.returncode == 1 and "--adam_beta1" in result.stderr
+        assert result.returncode == 1
+        assert "--adam_beta1" in result.stderr
     assert run_script("rtd.sh", "deberta-v3-tiny", DATA="wikipedia", **cache).returncode == 2
     assert not list(tmp_path.iterdir())
 
@@ -123,7 +129,8 @@ def test_wrong_flags_are_reported_before_anything_is_prepared(tmp_path):
 @pytest.mark.parametrize("arguments", [["--help"], ["deberta-v3-tiny", "--help"], ["deberta-v3-tiny", "-h"]])
 def test_help_lists_presets_and_flags(tmp_path, arguments):
     result = run_script("rtd.sh", *arguments, DEBERTA_CACHE=str(tmp_path))
-    assert result.returncode == 0 and not result.stderr
+    assert result.returncode == 0
+    assert not result.stderr
     assert result.stdout.count("usage: ") == 1
     text = "".join(result.stdout.split())  # names may be hyphenated at the end of a line
     assert all(name in text for name in PRESETS)
@@ -160,12 +167,13 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_recipes(name, tmp_path, monkeypatch):
-    """Each preset has the figures of the published scripts, a config that exists, and settings that can work."""
+    """Each preset has the figures of the published scripts, and a config that exists."""
     monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path))
     weights = ["--init_generator", "g.bin", "--init_discriminator", "d.bin"] if "continue" in name else []
     config = parse_flags(["--preset", name, *weights])
     config.validate()
-    assert config.tag == name and (CONFIGS / config.model_config).is_file()
+    assert config.tag == name
+    assert (CONFIGS / config.model_config).is_file()
     assert config.task_name == ("RTD" if "v3" in name else "MLM")
     assert RECIPES[name].items() <= config.to_dict().items()
     shared = {
@@ -223,7 +231,7 @@ def test_flags_override_the_preset(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_prepared_for_a_preset(flags, expected, tmp_path, monkeypatch):
-    """By the same rules that tell training where the text lies; another vocabulary has a directory of its own."""
+    """Training and preparation derive the same directory; another vocabulary has one of its own."""
     monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path))
     vocabulary = tmp_path / "spm.model"
     vocabulary.write_bytes(b"pieces")

@@ -1,4 +1,4 @@
-"""`python -m DeBERTa.train` as people run it: what a run leaves behind, going on, and errors in one sentence."""
+"""`python -m DeBERTa.train` as people run it: what a run leaves behind, resuming, errors in one line."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def train(*flags, cwd: Path = ROOT, **environment) -> subprocess.CompletedProces
 
 @pytest.fixture
 def flags(prepared, tmp_path):
-    """Flags of a quick run as a dict; `command` makes them a list."""
+    """Return flags of a quick run as a dict; `command` makes them a list."""
     (tmp_path / "rtd.json").write_text(json.dumps(tiny_rtd()))
     (tmp_path / "mlm.json").write_text(json.dumps(tiny_model()))
     return {
@@ -87,9 +87,9 @@ def test_rtd_run_leaves_models_metrics_and_settings(flags):
         (1, "train"), (2, "train"), (3, "train"), (3, "valid"), (4, "train"), (6, "train"), (6, "valid")
     ]  # fmt: skip
     for line in lines:
-        assert (
-            line["generator_loss"] > 0 and line["discriminator_loss"] > 0 and "discriminator_accuracy" in line
-        )
+        assert line["generator_loss"] > 0
+        assert line["discriminator_loss"] > 0
+        assert "discriminator_accuracy" in line
     assert {"discriminator_auc", "discriminator_precision", "discriminator_recall"} <= lines[-1].keys()
     settings = json.loads((run / "config.json").read_text())["train"]
     assert (settings["num_training_steps"], settings["warmup"], settings["precision"]) == (6, 2, "fp32")
@@ -148,7 +148,7 @@ def without_timing(run: Path) -> list[dict]:
 
 
 def test_an_evaluation_cut_off_is_made_up_for(flags):
-    """Stopped after the last checkpoint but before its evaluation: the same command evaluates, and only that."""
+    """Stopped after the last checkpoint but before its evaluation: the same command only evaluates."""
     assert train(*command(flags)).returncode == 0
     metrics = flags["output_dir"] / "metrics.jsonl"
     whole = metrics.read_text()
@@ -216,7 +216,7 @@ def test_runs_with_and_without_kernels_are_not_mixed(flags):
     assert_refused(result, "kernels (off there, auto here)")
 
 
-def test_wrong_vocabulary_size(flags, tmp_path):
+def test_wrong_vocabulary_size(flags):
     values = tiny_rtd()
     for part in ("generator", "discriminator"):
         values[part]["vocab_size"] = 128100
@@ -336,12 +336,15 @@ def test_wrong_flags_are_usage_errors(wrong, named, capsys):
     assert main(wrong) == 2
     output = capsys.readouterr()
     (error,) = strip_times(output.err).splitlines()
-    assert not output.out and error.startswith("error: ") and named in error
+    assert not output.out
+    assert error.startswith("error: ")
+    assert named in error
 
 
 def test_help_and_version():
     result = train("--help")
-    assert result.returncode == 0 and not result.stderr
+    assert result.returncode == 0
+    assert not result.stderr
     text = " ".join(result.stdout.split())
     for flag in (
         "--train_batch_size N batch size over all ranks (sequences per optimizer step; default: 256)",
@@ -354,7 +357,8 @@ def test_help_and_version():
     for alias in ("--fp16", "--vocab_type"):
         assert alias not in result.stdout
     result = train("--version")
-    assert result.returncode == 0 and __version__ in result.stdout
+    assert result.returncode == 0
+    assert __version__ in result.stdout
 
 
 def test_published_spellings_still_work(flags):
