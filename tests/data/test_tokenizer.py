@@ -140,7 +140,7 @@ def test_training_on_one_long_line(tmp_path):
     ("sentences", "size", "complaint"),
     [
         (["hello you"], 500, "too little text"),
-        (["hello you"], 6, "ask for more"),
+        (["hello you"], 6, "pass a larger number"),
         (["hello you"], 3, "too small"),
         ([], 500, "no text"),
     ],
