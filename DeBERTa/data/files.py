@@ -62,6 +62,8 @@ def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
                 try:
                     yield file
                 finally:
+                    if resume:
+                        file.flush()
                     if _is_at(partial, file) and not (resume and partial.stat().st_size):
                         partial.unlink()
                 return
