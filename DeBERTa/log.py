@@ -1,29 +1,36 @@
-"""Console messages: one logger for the package, its level set by `--log_level`."""
+"""Messages of a run: one logger for the package, its level set by `--log_level`.
 
+Modules log to `logging.getLogger(__name__)`, and everything goes to stderr. In a run of several ranks each rank's stderr
+is its file in logs/, and rank 0's is the console too (`log_rank` in training/distributed.py).
+"""
+
+import contextlib
 import logging
 import sys
 
 from tqdm import tqdm
 
-LEVELS = ("debug", "info", "warning", "error")
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
-class ConsoleHandler(logging.Handler):
+class StderrHandler(logging.Handler):
     """Write records to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        """Write one record; a full disk or a closed pipe loses the message, not the run."""
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
 
 
-class ConsoleFormatter(logging.Formatter):
-    """Prefix warnings and errors with their level; add timestamps when stderr is not a terminal."""
+class LineFormatter(logging.Formatter):
+    """Prefix warnings and errors with their level, and each line with the time when stderr is not a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line to print."""
+        """Return the text to write."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        stamp = "" if sys.stderr.isatty() else f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} "
-        return f"{stamp}{level}{record.getMessage()}"
+        time = "" if sys.stderr.isatty() else f"{self.formatTime(record, TIME_FORMAT)} "
+        return "\n".join(time + line for line in f"{level}{record.getMessage()}".split("\n"))
 
 
 def set_up_logging(level: str = "info") -> None:
@@ -32,6 +39,6 @@ def set_up_logging(level: str = "info") -> None:
     logger.setLevel(level.upper())
     logger.propagate = False
     if not logger.handlers:
-        handler = ConsoleHandler()
-        handler.setFormatter(ConsoleFormatter())
+        handler = StderrHandler()
+        handler.setFormatter(LineFormatter())
         logger.addHandler(handler)

@@ -60,17 +60,17 @@ from DeBERTa.training.metrics import describe
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.precision import resolve_precision
-from DeBERTa.training.run_dir import check_room, flat, open_run_folder, save_models
+from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
-from DeBERTa.training.trainer import Run, resume, train
+from DeBERTa.training.trainer import Run, Trainer, resume
 
 SPARE_ROWS = 127  # of a word table, more than the vocabulary has tokens (128100 rows for 128001 tokens)
 WORKER_DIED = (
     "a data worker died or was killed, perhaps because memory ran out (fewer --workers need less); "
     "the same command resumes from the last checkpoint"
 )
-logger = logging.getLogger("DeBERTa.train")
+logger = logging.getLogger("DeBERTa.train")  # as a command, __name__ is "__main__"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,7 +174,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
         first_step = start_or_resume(this_run)
         logger.info(banner(this_run, first_step))
-        train(this_run, first_step, signals)
+        Trainer(this_run, first_step, signals).train()
         outputs = training.outputs
         full_model = get_full_model(config, model)
         if is_rank_zero():
@@ -210,7 +210,7 @@ def check_same_on_all_ranks(settings: dict) -> None:
     Flags that may differ per node are not compared: paths are compared by the content that is read from them.
     """
     everywhere = gather_objects(
-        {name: value for section in settings.values() for name, value in flat(section).items()}
+        {name: value for section in settings.values() for name, value in flatten(section).items()}
     )
     for number, values in enumerate(everywhere):
         names = sorted((values.keys() | everywhere[0].keys()) - FREE_PER_NODE)
@@ -356,14 +356,14 @@ def start_or_resume(this_run: Run) -> int:
         try:
             # A restart by torchrun resumes from what this run has saved, as one by our launcher does.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-            step = open_run_folder(config.run_dir, this_run.settings, environment(device), fresh)
+            step = open_run_dir(config.run_dir, this_run.settings, environment(device), fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
-            check_room(config.run_dir, this_run.model, coming, config.keep_last)
-        except ConfigError as error:
-            problem = str(error)
+            check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
+        except DebertaError as error:
+            problem = error
     step, problem = broadcast_object((step, problem))
     if problem:
-        raise ConfigError(problem)
+        raise problem
     if step:
         resume(this_run, step)
     return step

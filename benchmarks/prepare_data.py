@@ -1,10 +1,11 @@
-"""Speed and memory of prepare_data.py, beside the straightforward loop, on the bundled sample repeated.
+"""Measure speed and memory of prepare_data.py against the straightforward loop.
 
     python benchmarks/prepare_data.py --megabytes 300 --rounds 3 --json result.json
 
-Both run as processes of their own, in turns (A B A B), start-up included. Memory is the largest sum of the proportional
-set sizes (PSS) of a process and all its descendants, looked at five times a second. CPU seconds, of all processes, tell
-how much of the difference is less work and how much is more cores. Needs Linux.
+Both encode the bundled sample, repeated, in processes of their own, in turns (A B A B), start-up included.
+Memory is the largest sum of the proportional set sizes (PSS) of a process and all its descendants, sampled
+five times per second. CPU seconds of all processes show how much of the difference is less work, and how much
+more cores. Needs Linux.
 """
 
 import argparse
@@ -28,7 +29,7 @@ MAX_SEQ_LENGTH = 512
 
 
 def straightforward_loop(source: Path, output: Path, vocabulary: Path) -> None:
-    """Every line through `encode_as_pieces`, one list of all tokens, then lines of them."""
+    """Encode every line with `encode_as_pieces`, then split one list of all tokens."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
     tokens = []
     with source.open(encoding="utf-8") as file:
@@ -40,20 +41,20 @@ def straightforward_loop(source: Path, output: Path, vocabulary: Path) -> None:
             file.write(" ".join(tokens[start : start + width]) + "\n")
 
 
-def descendants(process: int) -> list[int]:
-    """A process and all below it."""
+def find_descendants(process: int) -> list[int]:
+    """Return a process and all its descendants."""
     found = [process]
     for thread in Path(f"/proc/{process}/task").iterdir():
         for child in (thread / "children").read_text().split():
-            found.extend(descendants(int(child)))
+            found.extend(find_descendants(int(child)))
     return found
 
 
-def memory(process: int) -> int:
-    """PSS of a process and all below it, in bytes; 0 if one of them ended while it was looked at."""
+def measure_memory(process: int) -> int:
+    """Return the PSS of a process and its descendants in bytes; 0 if one of them ended."""
     try:
         total = 0
-        for member in descendants(process):
+        for member in find_descendants(process):
             for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
@@ -71,26 +72,28 @@ class Run:
     peak_bytes: int
 
 
-def cpu_seconds() -> float:
-    """Of all processes waited for so far."""
+def get_cpu_seconds() -> float:
+    """Return the CPU seconds of all child processes that ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def measure(command: list[str]) -> Run:
-    start, cpu_start = time.perf_counter(), cpu_seconds()
+    """Run a command."""
+    start, cpu_start = time.perf_counter(), get_cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, memory(process.pid))
+        peak = max(peak, measure_memory(process.pid))
         time.sleep(0.2)
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
-    return Run(seconds, cpu_seconds() - cpu_start, peak)
+    return Run(seconds, get_cpu_seconds() - cpu_start, peak)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

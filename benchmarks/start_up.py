@@ -1,22 +1,24 @@
-"""Time from the command to the end of the first training step, and memory, on prepared texts of three sizes.
+"""Measure the time from the command to the end of the first step, and memory.
 
     python benchmarks/start_up.py --json result.json [--tokens 1200000 12000000 120000000] [--rounds 3]
 
-Each text is lines of 510 random pieces of a vocabulary of 8000, trained on the bundled sample; 120 million tokens are
-the size of WikiText-103. Every start is a process of its own, which does what `python -m DeBERTa.train` does, with the
-same functions, batch 64 x 512, two workers, and the model of `rtd_tiny.json`:
+Each text is lines of 510 random pieces of a vocabulary of 8000 pieces trained on the bundled sample. 120
+million tokens are the size of WikiText-103. Every start is a process of its own that does what `python -m
+DeBERTa.train` does, with the same functions, batch 64 x 512, two data workers, and the model of
+`rtd_tiny.json`:
 
-- a first start finds a text without ids and builds the id cache (prepare_data.py writes it along with the text);
-- a later start finds it. The files' pages are dropped from the system's cache before, so that they come from the disk.
+- a first start finds a text without a token store and builds it (prepare_data.py writes it with the text);
+- a later start finds it. The page cache of the files is dropped before, so that they are read from the disk.
 
-Parts of a later start: `imports` (from the start of the process; with `torch._dynamo`, which the first optimiser
-imports), `ids` (vocabulary, config, opening the store), `model` (building model and optimisers), `batch` (starting the
-workers until the first batch is there), `step`. `data` is imports, ids and batch together. `command` is a run of
-`python -m DeBERTa.train` until `metrics.jsonl` has the first step, as a check on the sum.
+Parts of a later start: `imports` (from the start of the process, with `torch._dynamo`, which the first
+optimizer imports), `ids` (vocabulary, config, opening the store), `model` (building model and optimizers),
+`batch` (from starting the data workers to the first batch), `step`. `data` is the sum of imports, ids and
+batch. `command` is a run of `python -m DeBERTa.train` until `metrics.jsonl` has the first step, as a check on
+the sum.
 
-Memory is anonymous memory of the process and its workers, shared pages counted once (Pss_Anon), after 50 batches and
-before the first step: what is mapped from the files is the system's cache, which it takes back when it needs to. Needs
-Linux; everything runs on the CPU.
+Memory is anonymous memory of the process and its data workers, shared pages counted once (Pss_Anon), after 50
+batches and before the first step. Mapped pages of the files are not counted: the kernel can take them back at
+any time. Needs Linux; everything runs on the CPU.
 """
 
 import argparse
@@ -39,7 +41,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.about import about  # noqa: E402
-from benchmarks.prepare_data import descendants  # noqa: E402
+from benchmarks.prepare_data import find_descendants  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
 from DeBERTa.data.masking import Masker  # noqa: E402
@@ -51,22 +53,22 @@ from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.precision import resolve_precision  # noqa: E402
 from DeBERTa.training.steps import ReplacedTokenStep  # noqa: E402
 
-PIECES_A_LINE = 510
+PIECES_PER_LINE = 510
 PARTS = ("imports", "ids", "model", "batch")
 
 
 def write_text(path: Path, tokenizer: Tokenizer, tokens: int) -> None:
-    """Lines of random pieces."""
+    """Write lines of random pieces."""
     generator = np.random.default_rng(0)
     pieces = [piece.encode() for piece in tokenizer.pieces[:-1]]  # all but [MASK]
     with path.open("wb") as file:
-        for _ in range(tokens // PIECES_A_LINE):
-            ids = generator.integers(len(SPECIAL_PIECES), len(pieces), PIECES_A_LINE).tolist()
+        for _ in range(tokens // PIECES_PER_LINE):
+            ids = generator.integers(len(SPECIAL_PIECES), len(pieces), PIECES_PER_LINE).tolist()
             file.write(b" ".join([pieces[i] for i in ids]) + b"\n")
 
 
-def flags(folder: Path) -> list[str]:
-    """Of one step of training in `folder`."""
+def list_flags(folder: Path) -> list[str]:
+    """Return the flags of one training step in `folder`."""
     return [
         *("--task_name", "RTD", "--do_train", "--model_config", "rtd_tiny.json", "--vocab_size", "8064"),
         *("--vocab_path", str(folder.parent / "spm.model"), "--data_dir", str(folder)),
@@ -74,9 +76,9 @@ def flags(folder: Path) -> list[str]:
     ]
 
 
-def first_start(folder: Path) -> dict[str, float]:
-    """Seconds and peak memory (MB) of building the id cache."""
-    config = parse_flags(flags(folder))
+def measure_first_start(folder: Path) -> dict[str, float]:
+    """Return seconds and peak memory (MB) of building the token store."""
+    config = parse_flags(list_flags(folder))
     tokenizer = Tokenizer(config.vocab_path)
     started = time.monotonic()
     open_split(config, "train", tokenizer)
@@ -84,11 +86,14 @@ def first_start(folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
 
 
-def later_start(folder: Path, started: float) -> dict[str, float]:
-    """Seconds of each part, and `memory_mb`. `started`: when the process was started, in monotonic time."""
+def measure_later_start(folder: Path, started: float) -> dict[str, float]:
+    """Return the seconds of each part, and `memory_mb`.
+
+    `started`: when the process was started, in monotonic time.
+    """
     importlib.import_module("torch._dynamo")
     times = [started, time.monotonic()]
-    config = parse_flags(flags(folder))
+    config = parse_flags(list_flags(folder))
     device = torch.device("cpu")
     precision = resolve_precision(config, device)
     keep_freed_memory()
@@ -108,7 +113,7 @@ def later_start(folder: Path, started: float) -> dict[str, float]:
     times.append(time.monotonic())
     for _ in range(50):
         next(loader)
-    memory = anonymous_memory()
+    memory = measure_memory()
     step_started = time.monotonic()
     training.learning_rate(1)
     training(batch)
@@ -118,23 +123,23 @@ def later_start(folder: Path, started: float) -> dict[str, float]:
     return seconds | {"step": step, "data": data, "memory_mb": memory}
 
 
-def anonymous_memory() -> float:
-    """Of this process and all below it, in MB."""
+def measure_memory() -> float:
+    """Return the anonymous memory of this process and its descendants, in MB."""
     kilobytes = 0
-    for process in descendants(os.getpid()):
+    for process in find_descendants(os.getpid()):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss_Anon:"):
                 kilobytes += int(line.split()[1])
     return kilobytes * 1024 / 1e6
 
 
-def command_start(folder: Path) -> float:
-    """Seconds until `python -m DeBERTa.train` has logged its first step."""
+def measure_command(folder: Path) -> float:
+    """Return the seconds until `python -m DeBERTa.train` has logged its first step."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     metrics = folder / "run" / "metrics.jsonl"
     with tempfile.TemporaryFile() as output:
         started = time.monotonic()
-        command = [sys.executable, "-m", "DeBERTa.train", *flags(folder)]
+        command = [sys.executable, "-m", "DeBERTa.train", *list_flags(folder)]
         with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
             while not (metrics.exists() and metrics.read_bytes()):
                 if process.poll() is not None:
@@ -146,36 +151,37 @@ def command_start(folder: Path) -> float:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Have the system forget the pages of a prepared text and its ids."""
+    """Drop the pages of a prepared text and its store from the page cache."""
     for path in (folder / "train.txt", get_store_path(folder / "train.txt")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def in_own_process(which: str, folder: Path) -> dict[str, float]:
+def run_in_process(which: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", which, str(folder), str(time.monotonic())]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure(folder: Path, tokens: int, tokenizer: Tokenizer, rounds: int) -> dict:
-    """All starts with a text of `tokens` tokens; medians of the later ones."""
+    """Measure all starts with a text of `tokens` tokens; medians of the later ones."""
     folder.mkdir()
     write_text(folder / "train.txt", tokenizer, tokens)
     result = {"tokens": tokens, "text_mb": (folder / "train.txt").stat().st_size / 1e6}
-    result["first"] = in_own_process("first", folder)
+    result["first"] = run_in_process("first", folder)
     runs = []
     for _ in range(rounds):
         drop_from_cache(folder)
-        runs.append(in_own_process("later", folder))
+        runs.append(run_in_process("later", folder))
         drop_from_cache(folder)
-        runs[-1]["command"] = command_start(folder)
+        runs[-1]["command"] = measure_command(folder)
     result["later"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     result["runs"] = runs
     return result
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,7 +200,9 @@ def main() -> None:
         which, folder, started = arguments.one
         print(
             json.dumps(
-                first_start(Path(folder)) if which == "first" else later_start(Path(folder), float(started))
+                measure_first_start(Path(folder))
+                if which == "first"
+                else measure_later_start(Path(folder), float(started))
             )
         )
         return

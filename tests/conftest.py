@@ -1,5 +1,6 @@
 """Shared fixtures: a small vocabulary, real token ids, a prepared data folder, tiny model configs."""
 
+import json
 import lzma
 import re
 import shutil
@@ -34,6 +35,13 @@ TINY = {
 def strip_times(text: str) -> str:
     """Return the output of a command without the times that start its lines when it is not a terminal."""
     return re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", text, flags=re.MULTILINE)
+
+
+def read_equal_metrics(run_dir: Path) -> list[dict]:
+    """Return the lines of `metrics.jsonl` without what equal runs differ in."""
+    varying = {"time", "elapsed_seconds", "tokens_per_second", "peak_memory_gb"}
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in varying} for line in lines]
 
 
 def tiny_model() -> dict:

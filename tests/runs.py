@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
-from tests.conftest import ROOT, strip_times, tiny_model, tiny_rtd
+from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
 from tests.kill_at_call.sitecustomize import kill_at_call
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
@@ -141,10 +141,7 @@ def final_files(run_dir: Path) -> dict[str, bytes]:
     files |= {
         str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.glob("*/model.safetensors")
     }
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("tokens_per_second", None)
-    return files | {"metrics": json.dumps(lines).encode()}
+    return files | {"metrics": json.dumps(read_equal_metrics(run_dir)).encode()}
 
 
 def copy_run(source: Path, target: Path) -> Path:

@@ -13,7 +13,8 @@ class MaskedPositions(NamedTuple):
 
     They are computed on the host with the batch, so that no step synchronizes with the device for them.
 
-    positions: int64 [B, P], their positions in each sequence, padded with other positions where there are fewer.
+    positions: int64 [B, P], their positions in each sequence, padded with other positions where there are
+    fewer.
     valid_index: int64 [M], the entries of the flattened `positions` that are masked tokens.
     flat_index: int64 [M], their indices in a flattened [B, L].
     """
@@ -64,7 +65,7 @@ class Batch(NamedTuple):
         return len(self.masked.flat_index)
 
     def split(self, micro_batches: int) -> list["Batch"]:
-        """Split a batch on the host into consecutive micro-batches for gradient accumulation."""
+        """Split a batch on the host into consecutive micro-batches."""
         chunks = (tensor.tensor_split(micro_batches) for tensor in self[:4])
         return [Batch.from_tensors(*tensors) for tensors in zip(*chunks, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Where text comes from: WikiText-103, the bundled sample, and downloads that resume.
+"""Where text comes from: WikiText-103, the bundled sample, resumable downloads.
 
 Everything is stored in the cache directory, `$DEBERTA_CACHE` or `~/.cache/DeBERTa`.
 """
@@ -80,13 +80,13 @@ SAMPLE_HELD_OUT = 10  # addresses in the test split, and as many before them in 
 
 
 def fetch(download: Download, destination: Path, check: Callable[[Path], object] | None = None) -> Path:
-    """Download a file to `destination`, unless it is there already, and return that path.
+    """Download a file to `destination` unless it is there already; return that path.
 
     An interrupted download resumes from `destination` + `.part`. `check` reads the complete file and raises
     `ValueError` if it is not the right one, for files whose SHA-256 is not known.
 
-    Raises `DownloadError`, naming every address and its failure, if none served the file, and if another file is
-    at `destination`. Raises `StorageError` if the file cannot be written.
+    Raises `DownloadError`, naming every address and its failure, if none served the file, and if another file
+    is at `destination`. Raises `StorageError` if the file cannot be written.
     """
     if _is_fetched(download, destination):
         return destination
@@ -133,7 +133,10 @@ def _is_fetched(download: Download, destination: Path) -> bool:
 
 
 def _transfer(url: str, file: BinaryIO, download: Download) -> None:
-    """Download a file, resuming after the bytes of `file`. Raises `ValueError` if it is not the right one."""
+    """Download a file, resuming after the bytes of `file`.
+
+    Raises `ValueError` if it is not the right one.
+    """
     if download.sha256 is None:
         file.truncate(0)  # nothing would show that two halves do not fit
     earlier_bytes = _get_size(file)
@@ -155,7 +158,10 @@ def _transfer(url: str, file: BinaryIO, download: Download) -> None:
 
 
 def _receive(url: str, file: BinaryIO, name: str) -> None:
-    """Append what one connection sends to `file`; start over if the server does not send the remainder."""
+    """Append to `file` what one connection sends.
+
+    Starts over if the server does not send the remainder only.
+    """
     size = _get_size(file)
     headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={size}-"} if size else {})
     request = urllib.request.Request(url, headers=headers)
@@ -199,12 +205,12 @@ def _explain(error: Exception) -> str:
 
 
 def fetch_vocabulary() -> Path:
-    """Return the published vocabulary of 128,000 pieces, fetched into the cache if it is not there."""
+    """Return the published vocabulary of 128,000 pieces; fetch it if need be."""
     return fetch(DEBERTA_V3_VOCABULARY, get_cache_dir() / "deberta-v3-base" / "spm.model", check=Tokenizer)
 
 
 def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:
-    """Return the texts of WikiText-103 by split, extracted into the cache if they are not there.
+    """Return the texts of WikiText-103 by split; fetch and extract them if need be.
 
     `archive`: the published zip file; without it, it is fetched. Raises `DataError`.
     """
@@ -220,7 +226,7 @@ def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:
 
 
 def extract_sample() -> dict[str, Path]:
-    """Return the texts of the bundled sample by split, extracted into the cache if they are not there.
+    """Return the texts of the bundled sample by split; extract them if need be.
 
     The last 10 addresses are the test split, the 10 before them the validation split, all others the training
     split.
@@ -234,7 +240,7 @@ def extract_sample() -> dict[str, Path]:
 def _extract_once(
     source: Path, texts: dict[str, Path], extract: Callable[[Path, dict[str, Path]], None]
 ) -> dict[str, Path]:
-    """Return the texts, extracted from `source` unless they were; `source.json` next to them records it."""
+    """Return the texts; extract them from `source` unless `source.json` records it."""
     record = texts["train"].with_name("source.json")
     values = {"sha256": hash_file(source)}
     if not _is_extracted(texts, record, values):

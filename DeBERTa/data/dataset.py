@@ -1,6 +1,7 @@
-"""Batches as a pure function of (seed, step, rank): the same command always sees the same data in the same order.
+"""Batches as a pure function of (seed, step, rank).
 
-Shapes: B sequences of this rank, L tokens of the longest of them, M masked tokens, P of them in the fullest sequence.
+The same command always trains on the same data in the same order.
+Shapes: B sequences of this rank, L length.
 """
 
 import signal
@@ -17,13 +18,13 @@ from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.processes import exit_with_parent
 
-LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: matrix kernels like it
+LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, for which matmuls are fast
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who reads what: `rank` of `world_size` takes its part of every global batch of `batch_size` sequences."""
+    """How global batches of `batch_size` sequences are sharded over ranks."""
 
     seed: int
     batch_size: int
@@ -32,60 +33,63 @@ class BatchPlan:
     world_size: int = 1
 
 
-class TrainingBatches(Dataset):
-    """Item `step` is this rank's batch of that optimiser step (from 0), for ever: epoch after epoch, reshuffled.
+class TrainingBatches(Dataset[Batch]):
+    """This rank's batch of every optimizer step, from 0 without end.
 
-    An epoch is one pass over all lines in random order; a batch may hold the end of one epoch and the start of the
-    next, so that no line is lost or repeated.
+    An epoch is one pass over all lines in random order. A batch may hold the end of one epoch and the start
+    of the next, so that no line is skipped or repeated.
     """
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
         self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
         self._orders: dict[int, np.ndarray] = {}
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """The order of all lines in `epoch`; the last two epochs asked for are kept."""
+    def _get_epoch_order(self, epoch: int) -> np.ndarray:
+        """Return the order of all lines in an epoch; the latest two are cached."""
         if epoch not in self._orders:
             generator = np.random.Generator(
                 np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0])
             )
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = generator.permutation(np.arange(len(self.store), dtype=np.int32))
         return self._orders[epoch]
 
     def select_lines(self, step: int) -> np.ndarray:
-        """Lines of this rank's part of the global batch of `step`, int64 [B]."""
-        return self._lines(step, self._rows())
+        """Return the lines of this rank's batch of `step`, int64 [B]."""
+        return self._select(step, self._get_rows())
 
     def select_global_lines(self, step: int) -> np.ndarray:
-        """Lines of the whole global batch, int64 [`batch_size`]."""
-        return self._lines(step, np.arange(self.plan.batch_size))
+        """Return the lines of the global batch of `step`, int64 [batch_size]."""
+        return self._select(step, np.arange(self.plan.batch_size))
 
-    def _lines(self, step: int, rows: np.ndarray) -> np.ndarray:
+    def _select(self, step: int, rows: np.ndarray) -> np.ndarray:
         epochs, offsets = np.divmod(step * self.plan.batch_size + rows, len(self.store))
-        return np.array([self._epoch_order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+        return np.array([self._get_epoch_order(int(e))[i] for e, i in zip(epochs, offsets, strict=True)])
 
-    def _rows(self) -> np.ndarray:
-        """Rows of the global batch that belong to this rank."""
+    def _get_rows(self) -> np.ndarray:
+        """Return the rows of the global batch that belong to this rank."""
         rank, world = self.plan.rank, self.plan.world_size
         size = self.plan.batch_size
         return np.arange(size * rank // world, size * (rank + 1) // world)
 
     def __getitem__(self, step: int) -> Batch:
+        """Return this rank's batch of a step."""
         sequences = [self.store[line] for line in self.select_lines(step)]
-        return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(self._rows()[0]))
+        return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(self._get_rows()[0]))
 
 
-class EvaluationBatches(Dataset):
-    """Every line once, in file order, with masks and samples that depend on the seed and the line only."""
+class EvaluationBatches(Dataset[Batch]):
+    """Every line once, in file order; masks and samples depend on seed and line only."""
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
         self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
 
     def __len__(self) -> int:
+        """Return the number of batches."""
         return -(-len(self.store) // self.plan.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
+        """Return a batch; the last one may be smaller."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         first = index * self.plan.batch_size
@@ -96,16 +100,17 @@ class EvaluationBatches(Dataset):
 
 
 def derive_step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of a step's dropout: independent numbers for every (seed, step, rank), below 2^63."""
+    """Return the seed of a step's dropout, below 2^63, independent for every rank."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def draw_uniforms(
     plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int
 ) -> np.ndarray:
-    """float64 [rows, draws] in [0, 1) for rows `first_row` onwards of a global batch: any cut gives the same numbers.
+    """Return uniform values of rows of a global batch, float64 [rows, draws].
 
-    `draws` must be a multiple of 4, the block size of numpy's Philox.
+    They are in [0, 1) and do not depend on how the batch is sharded. `draws` must be a multiple of 4, the
+    block size of numpy's Philox.
     """
     counter = [first_row * draws // 4, 0, step, 0]
     return np.random.Generator(np.random.Philox(key=[plan.seed, stream], counter=counter)).random(
@@ -121,9 +126,9 @@ def make_batch(
     step: int,
     first_row: int,
 ) -> Batch:
-    """[CLS] tokens [SEP] of each sequence (at most `max_seq_length - 2` ids), padded to the longest, masked.
+    """Add [CLS] and [SEP] to each sequence, pad to the longest, and mask.
 
-    `first_row`: the first sequence's row in the global batch of `step`.
+    `sequences` have at most `max_seq_length - 2` ids; the first one is row `first_row` of the global batch.
     """
     max_seq_length = plan.max_seq_length
     longest = max(len(sequence) for sequence in sequences) + 2
@@ -144,8 +149,8 @@ def make_batch(
     return Batch.from_tensors(*map(torch.from_numpy, arrays))
 
 
-def load_batches(dataset: Dataset, indices: Sequence[int], workers: int) -> DataLoader:
-    """Batches in order, prepared ahead by `workers` processes."""
+def load_batches(dataset: Dataset[Batch], indices: Sequence[int], workers: int) -> DataLoader:
+    """Load batches in order, ahead of time in `workers` data workers."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -153,12 +158,12 @@ def load_batches(dataset: Dataset, indices: Sequence[int], workers: int) -> Data
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=serve_parent,
+        worker_init_fn=_set_up_worker,
     )
 
 
-def serve_parent(_worker: int) -> None:
-    """In a process that prepares batches: end with the one that trains, and leave signals to it."""
+def _set_up_worker(_worker: int) -> None:
+    """Have a data worker exit with its rank, and leave signals to it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     exit_with_parent(signal.SIGKILL)

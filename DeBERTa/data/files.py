@@ -44,7 +44,7 @@ def raise_storage_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
-    """Open the partial file of `path`, locked against other processes, for `commit` to complete.
+    """Open and lock the partial file of `path`, for `commit` to complete.
 
     A partial file that is not committed is removed. With `resume`, its content is neither discarded at first
     nor removed at the end. Raises `StorageError` if the file cannot be written.
@@ -62,6 +62,8 @@ def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
                 try:
                     yield file
                 finally:
+                    if resume:
+                        file.flush()
                     if _is_at(partial, file) and not (resume and partial.stat().st_size):
                         partial.unlink()
                 return
@@ -77,9 +79,9 @@ def commit(file: BinaryIO, path: Path) -> None:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a new empty file that replaces `path` when the block succeeds, and is removed when it fails.
+    """Open a new empty file that replaces `path` when the block succeeds.
 
-    Raises `StorageError` if the file cannot be written.
+    It is removed when the block fails. Raises `StorageError` if the file cannot be written.
     """
     with open_partial(path) as file:
         yield file
@@ -87,9 +89,9 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Wait until no other process has locked this open file; closing the file releases the lock.
+    """Wait until no other process has locked this open file.
 
-    On file systems without locks it returns at once.
+    Closing the file releases the lock. On file systems without locks it returns at once.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +112,10 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
-    """Return the SHA-256 of a file in hexadecimal. Large chunks disturb other threads less."""
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Large chunks disturb other threads less.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(chunk_bytes):

@@ -1,10 +1,11 @@
-"""Raw text to lines of exactly `max_seq_length - 2` SentencePiece pieces, separated by single spaces.
+"""Raw text to lines of SentencePiece pieces, separated by single spaces.
 
 Every line of the input is encoded on its own. The pieces of all lines are concatenated, then split into lines
-regardless of where the input's lines or documents end; only the last line is shorter.
+of exactly `max_seq_length - 2` pieces regardless of where the input's lines or documents end. Only the last
+line is shorter.
 
-One process reads and writes, the others encode. Only a few blocks are in memory at any time, whatever the size
-of the input.
+One process reads and writes, the others encode. Only a few blocks are in memory at any time, whatever the
+size of the input.
 """
 
 import contextlib
@@ -72,7 +73,7 @@ def prepare(
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> PreparedText:
-    """Write `output` and its token ids from the text `source`, unless they are up to date.
+    """Write `output` and its token ids from the text `source` unless up to date.
 
     Args:
         vocabulary: a SentencePiece model with DeBERTa's ids.
@@ -181,7 +182,7 @@ def _encode_blocks(
 def _encode_in_processes(
     blocks: Iterable[tuple[int, bytes]], path: Path, vocabulary: Path, errors: str, workers: int
 ) -> Generator[_EncodedBlock, None, None]:
-    """Yield every block in order; each process is started and served by a thread of its own."""
+    """Yield every block in order; each process has a thread that starts and feeds it."""
     context = multiprocessing.get_context("spawn")
     processes: list[tuple[SpawnProcess, Connection]] = []
     local = threading.local()
@@ -281,7 +282,7 @@ def _write(
 
 
 def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) -> None:
-    """Warn above 5 % [UNK], as of a text in another script; raise `VocabularyError` above 20 %."""
+    """Warn above 5 % [UNK]; raise `VocabularyError` above 20 %."""
     if tokens == 0:
         raise DataError(f"{source} has no text: it is empty or blank; give another --input")
     message = f"{vocabulary} does not fit {source}: {unknown / tokens:.1%} of the pieces are [UNK]"
@@ -293,10 +294,10 @@ def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) ->
 
 
 def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = "strict") -> Path:
-    """Return the vocabulary of `size` pieces trained on the text `source`; train it unless it is at `path`.
+    """Return `path`, the vocabulary of `size` pieces trained on `source`.
 
-    What it was trained on is recorded in `path` + `.json`. Another vocabulary at `path` is never overwritten.
-    Raises `VocabularyError`.
+    It is trained if need be. What it was trained on is recorded in `path` + `.json`. Another vocabulary at
+    `path` is never overwritten. Raises `VocabularyError`.
     """
     record = path.with_name(path.name + ".json")
     if _is_trained(source, size, path, record):
@@ -326,7 +327,7 @@ def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = 
 
 
 def _is_trained(source: Path, size: int, path: Path, record: Path) -> bool:
-    """Return whether `path` is the vocabulary of `size` pieces trained on the text `source`."""
+    """Return whether `path` is the vocabulary of `size` pieces trained on `source`."""
     try:
         values = json.loads(record.read_text())
         if values["pieces"] != size or values["vocabulary"] != hash_file(path):

@@ -1,4 +1,4 @@
-"""Raw text in blocks of about a megabyte: memory grows neither with the file nor with its longest line."""
+"""Raw text in blocks, so that memory does not grow with the file or its lines."""
 
 import codecs
 import gzip
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from DeBERTa.data.tokenizer import find_character_boundary, split_at_spaces
 from DeBERTa.errors import DataError
@@ -19,10 +19,7 @@ MAX_LINE_BYTES = 64 << 10
 # memory.
 TRAINING_BYTES = 100 << 20
 
-_OPENERS: dict[str, Callable[[BinaryIO], BufferedIOBase]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".xz": lambda raw: lzma.LZMAFile(raw),
-}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class TextFile:
@@ -36,10 +33,11 @@ class TextFile:
         self.position = 0  # bytes of the file on disk that were read
 
     def read_blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
-        """Yield blocks of at most `block_bytes`, each with its offset in bytes of (decompressed) text.
+        """Yield blocks of at most `block_bytes`, each with its offset in the text.
 
-        A block ends with a line. If a line is longer than a block, the block ends at a space or else between two
-        characters. A byte order mark is skipped. Raises `DataError` for UTF-16 and damaged compressed files.
+        A block ends with a line. If a line is longer than a block, the block ends at a space or else between
+        two characters. A byte order mark is skipped. Raises `DataError` for UTF-16 and damaged compressed
+        files.
         """
         opener = _OPENERS.get(self.path.suffix)
         with self.path.open("rb") as raw:
@@ -72,7 +70,7 @@ class TextFile:
 
 
 def _find_block_end(block: bytes) -> int:
-    """Return where to end a block: after its last line, else at its last space, else at a character."""
+    """Return where a block ends: after a line, else at a space, else at a character."""
     line_end = max(block.rfind(b"\n"), block.rfind(b"\r"))
     if line_end >= 0:
         return line_end + 1
@@ -85,7 +83,7 @@ def _find_block_end(block: bytes) -> int:
 
 
 def _refuse_utf16(path: Path, beginning: bytes) -> None:
-    """Raise `DataError` for a byte order mark of UTF-16, or zeros in nearly every second byte."""
+    """Raise `DataError` for the mark of UTF-16, or zeros in nearly every second byte."""
     sample = beginning[:4096]
     zeros = max(sample[0::2].count(0), sample[1::2].count(0))
     has_mark = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -96,9 +94,9 @@ def _refuse_utf16(path: Path, beginning: bytes) -> None:
 
 
 def decode_block(path: Path, offset: int, block: bytes, errors: str) -> bytes:
-    """Return a block as valid UTF-8, with U+FFFD for invalid bytes if `errors` is "replace".
+    """Return a block as valid UTF-8.
 
-    Raises `DataError` naming the first invalid byte if `errors` is "strict".
+    With `errors` "replace", invalid bytes become U+FFFD; with "strict", the first one raises `DataError`.
     """
     try:
         block.decode()

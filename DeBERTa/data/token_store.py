@@ -76,7 +76,8 @@ def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool
 
     `progress` shows a progress bar, and a warning about unknown pieces. Raises `DataError` if the text is
     missing or empty or has a line of more than `max_tokens` pieces, `VocabularyError` if it was prepared with
-    another vocabulary or more than 1 % of its pieces are unknown, `StorageError` if the store cannot be written.
+    another vocabulary or more than 1 % of its pieces are unknown, `StorageError` if the store cannot be
+    written.
     """
     text = Path(text)
     if not text.is_file():
@@ -106,7 +107,7 @@ def _get_cached_path(text: Path) -> Path:
 
 
 def find_store(text: Path, vocabulary_sha256: str | None = None) -> TokenStore | None:
-    """Return the store of a text as it is now, made with this vocabulary or any, or None."""
+    """Return the store that matches a text and a vocabulary (None: any), or None."""
     for path in (get_store_path(text), _get_cached_path(text)):
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError):  # missing, or not complete
             store = _map_store(path)
@@ -235,7 +236,7 @@ def _refuse_other_vocabulary(text: Path, tokenizer: Tokenizer) -> None:
 
 
 class _PieceLookup(dict[bytes, int]):
-    """Ids of UTF-8 pieces; pieces that are missing are counted and get the id of [UNK]."""
+    """Ids of UTF-8 pieces; missing pieces are counted and get the id of [UNK]."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__((piece.encode(), index) for index, piece in enumerate(tokenizer.pieces))

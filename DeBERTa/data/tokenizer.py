@@ -1,7 +1,7 @@
-"""SentencePiece with DeBERTa's special ids, and training such a vocabulary from text.
+"""SentencePiece with DeBERTa's special ids, and training such a vocabulary.
 
-A vocabulary file holds `[PAD]` 0, `[CLS]` 1, `[SEP]` 2, `[UNK]` 3, then the pieces. `[MASK]` is not in the file: it
-takes the id right after the last piece, as in the published models.
+A vocabulary file holds `[PAD]` 0, `[CLS]` 1, `[SEP]` 2, `[UNK]` 3, then the pieces. `[MASK]` is not in the
+file: it takes the id right after the last piece, as in the published models.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ import sentencepiece
 from DeBERTa.data.files import open_atomic
 from DeBERTa.errors import VocabularyError
 
-WORD_MARK = "\u2581"  # SentencePiece writes it where a space stood
-SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # their ids are their places here
+WORD_MARK = "\u2581"  # SentencePiece writes it in place of a space
+SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # their ids are 0 to 3
 MASK_PIECE = "[MASK]"
 
 # Kinds of pieces, for masking whole words.
@@ -27,9 +27,9 @@ STARTS_WORD = 1
 CONTINUES_WORD = 2
 PUNCTUATION = 3
 
-# SentencePiece drops training sentences above 4192 bytes; longer ones are cut below that.
+# SentencePiece drops training sentences above 4192 bytes; longer ones are split below that.
 MAX_SENTENCE_BYTES = 4000
-# The result depends on the number of threads (order of float sums), so it does not follow the machine.
+# The result depends on the number of threads (order of float sums), so it is the same on every machine.
 TRAINING_THREADS = 4
 
 
@@ -44,33 +44,37 @@ class Tokenizer:
         special_ids: these five as a frozenset.
         fingerprint: SHA-256 of the file, in hexadecimal.
 
-    Raises VocabularyError if the file is missing, is not a SentencePiece model, has other ids for the special pieces,
-    or has pieces that cannot stand in a line of pieces separated by spaces.
+    Raises `VocabularyError` if the file is missing or not a SentencePiece model, has other ids for the
+    special pieces, or has pieces with spaces or line ends.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise VocabularyError(f"Cannot read the vocabulary {self.path}: {error.strerror}.") from error
+            raise VocabularyError(
+                f"cannot read the vocabulary {self.path}: {error.strerror}; check --vocab_path"
+            ) from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if not model:
-            raise VocabularyError(f"{self.path} is empty, not a SentencePiece model.")
+            raise VocabularyError(f"{self.path} is not a SentencePiece model: it is empty; fetch it again")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise VocabularyError(f"{self.path} is not a SentencePiece model.") from error
+            raise VocabularyError(
+                f"{self.path} is not a SentencePiece model: it cannot be parsed; fetch it again"
+            ) from error
         self.pieces: list[str] = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
         if tuple(self.pieces[:4]) != SPECIAL_PIECES:
             raise VocabularyError(
-                f"{self.path} has {' '.join(self.pieces[:4])} at ids 0 to 3 where DeBERTa needs "
-                f"{' '.join(SPECIAL_PIECES)}; prepare_data.py --train_vocab makes a fitting vocabulary."
+                f"{self.path} is not a vocabulary for DeBERTa: ids 0 to 3 are {' '.join(self.pieces[:4])}, "
+                f"not {' '.join(SPECIAL_PIECES)}; train one with prepare_data.py --train_vocab"
             )
         if any(separator in "".join(self.pieces) for separator in (" ", "\n", "\r")):
             raise VocabularyError(
-                f"{self.path} has pieces that contain a space or a line end, which cannot be written as lines of "
-                "pieces separated by spaces; train the vocabulary without user-defined pieces of this kind."
+                f"{self.path} cannot be used: some pieces contain a space or a line end, which separate "
+                "pieces in a prepared text; train the vocabulary without such user-defined pieces"
             )
         if MASK_PIECE not in self.pieces:
             self.pieces.append(MASK_PIECE)
@@ -80,22 +84,24 @@ class Tokenizer:
         self.special_ids = frozenset((self.pad_id, self.cls_id, self.sep_id, self.unk_id, self.mask_id))
 
     def __len__(self) -> int:
+        """Return the number of pieces."""
         return len(self.pieces)
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
-        """Ids of every line, encoded on its own, without special ids; pieces not in the vocabulary become `[UNK]`."""
+        """Return the ids per line, without special ids; unknown pieces become `[UNK]`."""
         return self._processor.encode(lines, num_threads=1)
 
     def encode_utf8(self, lines: list[bytes]) -> np.ndarray:
-        """Ids of all lines one after the other, int32 [pieces]; the lines are valid UTF-8. The fastest way in."""
+        """Return the concatenated ids of lines of valid UTF-8, int32 [pieces]."""
         arrays = self._processor.encode(lines, num_threads=1, out_type="numpy")
         return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
     @cached_property
     def piece_kinds(self) -> np.ndarray:
-        """SPECIAL, STARTS_WORD, CONTINUES_WORD or PUNCTUATION for every id, int8 [len(self)].
+        """Return SPECIAL, STARTS_WORD, CONTINUES_WORD or PUNCTUATION per id, int8 [ids].
 
-        Punctuation is a piece which, without its word mark, is made of punctuation only; it stands alone as a word.
+        Punctuation is a piece that, without its word mark, consists of punctuation only; it is a word of its
+        own.
         """
         kinds = np.full(len(self.pieces), CONTINUES_WORD, dtype=np.int8)
         for index, piece in enumerate(self.pieces):
@@ -114,19 +120,21 @@ def _is_punctuation(character: str) -> bool:
 
 
 def train_vocabulary(sentences: Iterable[str], size: int, path: Path) -> None:
-    """Train a unigram vocabulary of `size` pieces, the four special ones included, and write it to `path`.
+    """Train a unigram vocabulary of `size` pieces, special ones included, to `path`.
 
-    The same sentences give the same file. SentencePiece takes about 20 bytes of memory for each byte of text, so feed a
-    sample of a large one.
-    Raises VocabularyError if the text does not suit the size, and whatever `sentences` raises; nothing is written then.
+    The same sentences give the same file. SentencePiece takes about 20 bytes of memory per byte of text, so
+    pass a sample of a large text. Raises `VocabularyError` if the text does not suit the size, and whatever
+    `sentences` raises; nothing is written then.
     """
     if size <= len(SPECIAL_PIECES):
-        raise VocabularyError(f"A vocabulary of {size} pieces is too small; ask for some thousands.")
-    feeding_errors: list[Exception] = []
+        raise VocabularyError(
+            f"cannot train a vocabulary of {size} pieces: it is too small; pass some thousands"
+        )
+    reading_errors: list[Exception] = []
     try:
         with open_atomic(path) as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_short_sentences(sentences, feeding_errors),
+                sentence_iterator=_short_sentences(sentences, reading_errors),
                 model_writer=file,
                 model_type="unigram",
                 vocab_size=size,
@@ -143,53 +151,59 @@ def train_vocabulary(sentences: Iterable[str], size: int, path: Path) -> None:
                 minloglevel=2,
             )
     except RuntimeError as error:
-        if feeding_errors:
-            raise feeding_errors[0] from None
+        if reading_errors:
+            raise reading_errors[0] from None
         raise VocabularyError(_explain_training_error(str(error), size)) from error
 
 
 def _explain_training_error(message: str, size: int) -> str:
+    """Return the message for an error of SentencePiece."""
+    start = f"cannot train a vocabulary of {size} pieces"
     if "Vocabulary size too high" in message:
         limit = message.rpartition("<=")[2].strip(" .")
-        return f"There is too little text for a vocabulary of {size} pieces: it gives at most {limit}; ask for fewer."
+        return f"{start}: there is too little text for more than {limit}; pass a smaller number"
     if "smaller than required_chars" in message:
-        return f"The text has more different characters than a vocabulary of {size} pieces can hold; ask for more."
+        return f"{start}: the text has more different characters; pass a larger number"
     if "sentences_.empty()" in message:
-        return "There is no text to train a vocabulary on."
-    return f"SentencePiece could not train a vocabulary of {size} pieces: {message}"
+        return f"{start}: there is no text; check the input"
+    return f"{start}: {message}; pass another number"
 
 
 def _short_sentences(sentences: Iterable[str], errors: list[Exception]) -> Iterator[str]:
-    """The sentences, none too long for SentencePiece; an error in them is kept in `errors`, to be raised again."""
+    """Yield the sentences, split to suit SentencePiece; record an error in `errors`."""
     try:
         for sentence in sentences:
-            for part in split_at_spaces(sentence.encode(), MAX_SENTENCE_BYTES):
-                yield part.decode()
+            for short in split_at_spaces(sentence.encode(), MAX_SENTENCE_BYTES):
+                yield short.decode()
     except Exception as error:
         errors.append(error)
         raise
 
 
 def split_at_spaces(line: bytes, limit: int) -> list[bytes]:
-    """Cut UTF-8 text into parts of at most `limit` bytes, at spaces or, without any, between characters.
+    """Split UTF-8 text into strings of at most `limit` bytes.
 
-    SentencePiece's pieces do not cross spaces, so a cut at a space changes none. The spaces at the cuts are dropped.
+    It is split at spaces, which are dropped, or between characters if there are none. SentencePiece's pieces
+    do not cross spaces, so that a split at a space changes none.
     """
-    parts = []
+    strings = []
     start = 0
     while len(line) - start > limit:
-        cut = line.rfind(b" ", start + 1, start + limit + 1)
-        following = cut + 1
-        if cut < 0:
-            cut = following = find_character_boundary(line, start + limit)
-        parts.append(line[start:cut])
+        end = line.rfind(b" ", start + 1, start + limit + 1)
+        following = end + 1
+        if end < 0:
+            end = following = find_character_boundary(line, start + limit)
+        strings.append(line[start:end])
         start = following
-    parts.append(line[start:])
-    return parts
+    strings.append(line[start:])
+    return strings
 
 
 def find_character_boundary(data: bytes, position: int) -> int:
-    """The last position not after `position` where a UTF-8 character begins; `position` itself in other text."""
+    """Return the last position up to `position` where a UTF-8 character begins.
+
+    Returns `position` itself if the text is not UTF-8.
+    """
     for candidate in range(position, max(position - 4, 0), -1):
         if candidate >= len(data) or data[candidate] & 0xC0 != 0x80:
             return candidate

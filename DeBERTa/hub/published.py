@@ -1,7 +1,8 @@
-"""Weights in the published layout: read `.bin` or `.safetensors` files and load them into our models.
+"""Published weights in: read `.bin` and `.safetensors` files, and load them.
 
-Published files carry a little more or less than one model needs: a discriminator's file may hold the generator's head,
-its word table whole (`weight`), as a GDES residual (`_weight`) or both, and no position table. All else must fit.
+Published files hold a little more or less than a model needs. The file of a discriminator may hold the head
+of the generator, and its word table as `weight`, as a residual `_weight` (GDES) or both, but no position
+table. All other names must match.
 """
 
 import pickle
@@ -18,93 +19,99 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 TABLES = ("word_embeddings", "position_embeddings")
 HEADS = ("lm_predictions.", "mask_predictions.")
 
+StateDict = dict[str, torch.Tensor]
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin` (read with `weights_only=True`: nothing in it is executed) or `.safetensors` file.
 
-    Raises `ConfigError` naming the file when it is missing or not such a file.
+def load_masked_lm(model: MaskedLanguageModel, path: str | Path) -> None:
+    """Load an MLM model or a generator. Raises `ConfigError` if the file does not fit."""
+    load_strictly(model, read_weights(path), path)
+
+
+def load_rtd(model: RTDModel, generator_path: str | Path, discriminator_path: str | Path) -> None:
+    """Load generator and discriminator; with GDES and NES both start as published.
+
+    GDES: the residual is the `weight` of the discriminator's file minus the generator's table, or its
+    `_weight`.
+    NES: the table is the `weight` of the file, or the generator's table plus its `_weight`. ES: there is one
+    table, the generator's. Raises `ConfigError` if a file does not fit.
+    """
+    load_masked_lm(model.generator, generator_path)
+    state = read_weights(discriminator_path)
+    generator, discriminator = model.generator.state_dict(), model.discriminator.state_dict()
+    sharing = model.config.embedding_sharing
+    for name in TABLES:
+        key, residual_key = f"deberta.embeddings.{name}.weight", f"deberta.embeddings.{name}._weight"
+        base, table, residual = generator[key], state.pop(key, None), state.pop(residual_key, None)
+        for tensor in (residual,) if sharing == "nes" else (table, residual):
+            if tensor is not None and tensor.shape != base.shape:
+                raise ConfigError(
+                    f"{discriminator_path} does not fit {generator_path}: {name} has shape "
+                    f"{list(tensor.shape)}, the generator's {list(base.shape)}; give files of one model"
+                )
+        if sharing == "gdes":
+            if table is not None:
+                residual = table - base
+            if residual is not None:
+                state[residual_key] = residual
+        elif sharing == "nes":
+            if table is None and residual is not None:
+                table = base + residual
+            if table is not None:
+                state[key] = table
+    # No published discriminator has a position table of its own: a new one keeps its initial values.
+    for key in (f"deberta.embeddings.{TABLES[1]}.weight", f"deberta.embeddings.{TABLES[1]}._weight"):
+        if key in discriminator:
+            state.setdefault(key, discriminator[key])
+    load_strictly(model.discriminator, state, discriminator_path)
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """Read the tensors of a `.bin` or `.safetensors` file; no code in it is executed.
+
+    Raises `ConfigError` if it is missing or not such a file.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such weights file")
+        raise ConfigError(f"no weights file {path}: it does not exist; check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError):
         raise ConfigError(
-            f"{path}: {_what_instead(path)}, not a weights file that can be read; fetch it again"
+            f"cannot read the weights in {path}: it is {_guess_content(path)}; fetch it again"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ConfigError(f"{path}: expected a state dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
     return state
 
 
-def _what_instead(path: Path) -> str:
-    """The usual wrong downloads."""
+def _guess_content(path: Path) -> str:
+    """Return what a file that is not weights holds: the usual wrong downloads."""
     beginning = path.read_bytes()[:64].lstrip()
     if beginning.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer"
-    return "a web page" if beginning.startswith(b"<") else "torn or foreign data"
+    return "a web page" if beginning.startswith(b"<") else "damaged or of another format"
 
 
-def load_masked_lm(model: MaskedLanguageModel, path: str) -> None:
-    """Load an MLM model or a generator. Raises `ConfigError` on missing, extra or misshapen weights."""
-    load_strictly(model, read_weights(path), path)
-
-
-def load_rtd(model: RTDModel, generator_path: str, discriminator_path: str) -> None:
-    """Load generator and discriminator; under GDES and NES each starts exactly as published.
-
-    GDES: the discriminator's table comes whole (`weight`) or as a residual (`_weight`); from a whole one the residual
-    becomes `E_D - E_G`. Where a file holds both, the whole table counts. NES takes whole tables; under ES there is one
-    table, the generator's, and the discriminator's is not used.
-    """
-    load_masked_lm(model.generator, generator_path)
-    state = read_weights(discriminator_path)
-    sharing = model.config.embedding_sharing
-    generator = model.generator.tables()
-    for name, base in zip(TABLES, generator, strict=True):
-        key = f"deberta.embeddings.{name}"
-        whole, residual = state.pop(f"{key}.weight", None), state.pop(f"{key}._weight", None)
-        for tensor in (whole, residual):
-            if tensor is not None and sharing != "nes" and tensor.shape != base.shape:
-                raise ConfigError(
-                    f"{discriminator_path}: {key} is {list(tensor.shape)}, the generator's table {list(base.shape)}; "
-                    "the files do not belong to this --model_config"
-                )
-        if sharing == "gdes":
-            if whole is not None:
-                residual = whole - base.detach()
-            elif residual is None:
-                if name == "word_embeddings":
-                    raise ConfigError(
-                        f"{discriminator_path}: holds no word embeddings ({key}.weight or ._weight)"
-                    )
-                residual = torch.zeros_like(base)
-            state[f"{key}._weight"] = residual
-        elif sharing == "nes":
-            if whole is None and residual is not None:
-                whole = base.detach() + residual
-            if whole is None and name == "position_embeddings":
-                whole = model.discriminator.deberta.embeddings.position_embeddings.full().detach()
-            if whole is not None:
-                state[f"{key}.weight"] = whole
-    load_strictly(model.discriminator, state, discriminator_path)
-
-
-def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Strict loading, apart from heads the model does not have and buffers older code saved."""
+def load_strictly(model: nn.Module, state: StateDict, path: str | Path) -> None:
+    """Load a state dict whose names and shapes must match, except for foreign heads."""
     model.load_state_dict(select_weights(model, state, path), strict=True)
 
 
-def select_weights(
-    model: nn.Module, state: dict[str, torch.Tensor], path: str | Path
-) -> dict[str, torch.Tensor]:
-    """What of `state` belongs to the model. Raises `ConfigError` for what is missing, foreign or of another shape."""
+def select_weights(model: nn.Module, state: StateDict, path: str | Path) -> StateDict:
+    """Return the tensors that belong to the model.
+
+    Heads of other models and buffers of older code are dropped. Raises `ConfigError` for weights that are
+    missing, not part of the model, or of another shape.
+    """
     expected = model.state_dict()
     foreign = tuple(head for head in HEADS if not any(name.startswith(head) for name in expected))
-    state = {k: v for k, v in state.items() if not k.startswith(foreign) and not k.endswith("position_ids")}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(foreign) and not name.endswith("position_ids")
+    }
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not part of the model" for name in state if name not in expected]
     problems += [
@@ -113,6 +120,8 @@ def select_weights(
         if name in state and state[name].shape != tensor.shape
     ]
     if problems:
-        more = f" and {len(problems) - 1} more such" if len(problems) > 1 else ""
-        raise ConfigError(f"{path} does not fit --model_config: {problems[0]}{more}")
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ConfigError(
+            f"{path} does not fit --model_config: {problems[0]}{more}; give a file of this model"
+        )
     return state

@@ -32,7 +32,7 @@ def banner(run: Run, first_step: int) -> str:
         "device": f"{device_name(training.device)}, precision {training.precision}, {kernels}",
         "processes": _processes(config),
         "batch": f"{config.train_batch_size} sequences of {config.max_seq_length}{parts}: {tokens:,} tokens a step",
-        "steps": steps + (f"; going on from step {first_step:,}" if first_step else ""),
+        "steps": steps + (f"; resuming from step {first_step:,}" if first_step else ""),
         "parameters": f"{_sizes(run)} (M = 2^20)",
         "data": f"{config.data_dir}: {store.meta.num_tokens:,} tokens in {len(store):,} lines; "
         + (", ".join(held_out) or "no validation split"),

@@ -100,7 +100,7 @@ def translate_peer_errors(timeout: int) -> Iterator[None]:
 
 @contextmanager
 def log_rank(run_dir: Path) -> Iterator[None]:
-    """Send what this worker writes to its log, and from local rank 0 Python's stderr to the console, too.
+    """Send what this worker writes to its log, and Python's stderr of rank 0 to the console, too.
 
     An error that ends the worker goes to its log with its traceback, and to the launcher as a `Failure`. When
     the launcher is killed, the worker receives SIGTERM.
@@ -109,7 +109,7 @@ def log_rank(run_dir: Path) -> Iterator[None]:
     exit_with_parent(signal.SIGTERM, int(launcher) if launcher else None)
     log, console = redirect_stderr(get_log_path(run_dir, int(os.environ["RANK"])))
     os.dup2(log.fileno(), 1)
-    sys.stdout, sys.stderr = log, _Tee(log, console) if get_local_rank() == 0 else log
+    sys.stdout, sys.stderr = log, _Tee(log, console) if os.environ["RANK"] == "0" else log
     try:
         yield
     except Exception as error:

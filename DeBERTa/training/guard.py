@@ -1,7 +1,7 @@
-"""Updates that are left out: losses or gradients that are not finite, and with `--skip_spikes` sudden losses.
+"""Which updates are skipped: losses or gradients that are not finite, and with `--skip_spikes` loss spikes.
 
-The decision is taken before the optimiser's step and is the same in every process, so that weights and moments stay as
-they are everywhere. It reads the device once an update.
+The decision comes before the optimizer's step and is the same on every rank, so that a skipped update leaves weights
+and moments unchanged everywhere. It reads the device once per update.
 """
 
 import math
@@ -15,14 +15,14 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.training.distributed import all_reduce_sum
 from DeBERTa.training.metrics import Sums
 
-WINDOW = 128  # losses a spike is measured against
-FEWEST = 32  # losses seen before any can be called a spike
+WINDOW = 128  # losses that a spike is measured against
+MIN_WINDOW = 32  # losses needed before any can be a spike
 SIGMAS = 6.0
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss (nats a target) far above the mean of those before."""
+    """A loss (nats per target) far above the mean of the losses before it."""
 
     name: str
     loss: float
@@ -30,46 +30,48 @@ class Spike:
     sigma: float
 
 
-class Stability:
-    """What became of the updates so far; part of every checkpoint."""
+class UpdateGuard:
+    """Decides whether an update is taken, and counts the skipped ones; part of every checkpoint."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.skip_spikes, self.device = config.skip_spikes, device
-        self.windows: dict[str, deque[float]] = {}  # by loss, the last finite ones
-        self.skipped = 0  # steps with an update left out, since the start of the run
-        self.in_a_row = 0
+        self.windows: dict[str, deque[float]] = {}  # by loss name, the last finite ones
+        self.skipped_steps = 0  # steps with a skipped update, since the start of the run
+        self.consecutive_skips = 0
         self.begin_step()
 
     def begin_step(self) -> None:
-        self.losses: dict[str, float] = {}  # of this step, over all processes, nats a target
+        """Forget the losses and spikes of the previous step."""
+        self.losses: dict[str, float] = {}  # of this step, over all ranks, nats per target
         self.spikes: list[Spike] = []
-        self.left_out = False
+        self.is_skipped = False
 
-    def allows(self, sums: Sums, names: tuple[str, ...], norm: torch.Tensor) -> bool:
-        """Whether to take the update with gradient `norm` and the losses `names` of `sums`; the same in all processes.
+    def allows_update(self, sums: Sums, names: tuple[str, ...], norm: torch.Tensor) -> bool:
+        """Return whether to take the update with this gradient norm; the same on all ranks.
 
-        After one refusal in a step all its later updates are refused too.
+        `names` are the losses in `sums` that the update follows. Once an update is refused, all later ones of the
+        same step are refused too.
         """
-        numbers = [(~torch.isfinite(norm)).double()]
+        values = [(~torch.isfinite(norm)).double()]
         for name in names:
-            numbers += [sums[name].double(), sums[name.replace("loss", "targets")].double()]
-        broken, *pairs = all_reduce_sum(torch.stack(numbers)).tolist()
+            values += [sums[name].double(), sums[name.replace("loss", "targets")].double()]
+        non_finite_norms, *pairs = all_reduce_sum(torch.stack(values)).tolist()
         for name, loss, targets in zip(names, pairs[::2], pairs[1::2], strict=True):
             self.losses[name] = loss / max(targets, 1)
-        spikes = [spike for name in names if (spike := self._watch(name, self.losses[name]))]
+        spikes = [spike for name in names if (spike := self._detect_spike(name, self.losses[name]))]
         self.spikes += spikes
-        finite = broken == 0 and all(math.isfinite(self.losses[name]) for name in names)
-        if not finite or (spikes and self.skip_spikes):
-            self.left_out = True
-        return not self.left_out
+        is_finite = non_finite_norms == 0 and all(math.isfinite(self.losses[name]) for name in names)
+        if not is_finite or (spikes and self.skip_spikes):
+            self.is_skipped = True
+        return not self.is_skipped
 
-    def _watch(self, name: str, loss: float) -> Spike | None:
-        """Compare a loss with its window and add it: a lasting change of level is a spike for a few steps only."""
+    def _detect_spike(self, name: str, loss: float) -> Spike | None:
+        """Compare a loss with its window, then add it: a lasting rise is a spike for a few steps only."""
         if not math.isfinite(loss):
             return None
         window = self.windows.setdefault(name, deque(maxlen=WINDOW))
         spike = None
-        if len(window) >= FEWEST:
+        if len(window) >= MIN_WINDOW:
             mean, sigma = float(np.mean(window)), float(np.std(window))
             if loss > mean + SIGMAS * sigma:
                 spike = Spike(name, loss, mean, sigma)
@@ -77,17 +79,29 @@ class Stability:
         return spike
 
     def end_step(self) -> None:
-        self.in_a_row = self.in_a_row + 1 if self.left_out else 0
-        self.skipped += self.left_out
+        """Count the step if its update was skipped."""
+        self.consecutive_skips = self.consecutive_skips + 1 if self.is_skipped else 0
+        self.skipped_steps += self.is_skipped
 
-    def losses_finite(self) -> bool:
-        """Whether this step's losses can go into a mean."""
+    def has_finite_losses(self) -> bool:
+        """Return whether this step's losses can go into a mean."""
         return all(math.isfinite(loss) for loss in self.losses.values())
 
+    def describe_skip(self) -> str:
+        """Return why this step's update was skipped."""
+        if non_finite := [
+            f"{name} is {loss}" for name, loss in self.losses.items() if not math.isfinite(loss)
+        ]:
+            return ", ".join(non_finite)
+        losses = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
+        return f"a loss spike ({losses})" if self.spikes else f"the gradient is not finite ({losses})"
+
     def state_dict(self) -> dict:
+        """Return the windows and counts, for a checkpoint."""
         windows = {name: list(window) for name, window in self.windows.items()}
-        return {"windows": windows, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"windows": windows, "skipped": self.skipped_steps, "in_a_row": self.consecutive_skips}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
         self.windows = {name: deque(values, maxlen=WINDOW) for name, values in state["windows"].items()}
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped_steps, self.consecutive_skips = state["skipped"], state["in_a_row"]

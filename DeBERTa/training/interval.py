@@ -1,4 +1,4 @@
-"""What is summed up between two lines of `metrics.jsonl`."""
+"""Sums over the steps between two "train" lines of `metrics.jsonl`, and the tokens seen so far."""
 
 import time
 
@@ -9,49 +9,65 @@ from DeBERTa.training.metrics import Sums, add, mean_losses
 
 
 class Interval:
-    """Sums since the last line, in float64, so that a run that goes on in between logs the same numbers."""
+    """Sums since the last line, in float64, so that a run resumed in between logs the same values."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.tokens_seen = 0  # on all ranks since the start of the run, without those of this interval
         self.clear()
 
     def clear(self) -> None:
-        self.sums: Sums = {}  # of this process
-        self.norms: Sums = {}  # of the last step; the same in every process
-        self.tokens = 0  # of this process
-        self.started = time.monotonic()
+        """Start the next interval."""
+        self.sums: Sums = {}  # of this rank
+        self.norms: Sums = {}  # of the last step; the same on all ranks
+        self.tokens = 0  # of this rank
+        self.start_clock()
 
-    def add(self, sums: Sums, tokens: int, finite: bool) -> None:
-        """A step's sums and real tokens. Of gradient norms the last one stands; without `finite` no loss counts."""
+    def start_clock(self) -> None:
+        """Measure the speed from now on."""
+        self._started = time.monotonic()
+
+    def add(self, sums: Sums, tokens: int, is_finite: bool) -> None:
+        """Add a step's sums and real tokens; losses only if all are finite, and the last of the gradient norms."""
         norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
-        if finite:
-            add(
-                self.sums,
-                {name: value.detach().double() for name, value in sums.items() if name not in norms},
-            )
+        if is_finite:
+            losses = {name: value.detach().double() for name, value in sums.items() if name not in norms}
+            add(self.sums, losses)
         self.norms |= norms
         self.tokens += tokens
 
-    def metrics(self) -> dict[str, float]:
-        """Means over the interval and all processes. Called in every process."""
-        tokens = float(all_reduce_sum(torch.tensor(self.tokens, dtype=torch.float64, device=self.device)))
+    def finish(self) -> dict[str, float]:
+        """Return means over the interval and all ranks, and start the next one. Called on every rank."""
+        tokens = self._count_tokens()
+        self.tokens_seen += tokens
         sums = all_reduce_sums(self.sums) | self.norms
-        seconds = time.monotonic() - self.started
-        return (mean_losses(sums) if sums else {}) | {"tokens_per_second": tokens / seconds}
+        rate = tokens / (time.monotonic() - self._started)
+        metrics = mean_losses(sums) if sums else {}
+        self.clear()
+        return metrics | {"tokens_per_second": rate, "tokens_seen": self.tokens_seen}
+
+    def _count_tokens(self) -> int:
+        """Return the tokens of this interval on all ranks."""
+        return int(all_reduce_sum(torch.tensor(self.tokens, dtype=torch.float64, device=self.device)))
 
     def state_dict(self) -> dict:
-        """Called in every process; each gets the sums of all, float64 [processes, names]."""
+        """Return the sums of all ranks, float64 [ranks, names]. Called on every rank."""
         table = torch.zeros(get_world_size(), len(self.sums), dtype=torch.float64, device=self.device)
         if self.sums:
             table[get_rank()] = torch.stack(list(self.sums.values()))
-        return {"names": list(self.sums), "sums": all_reduce_sum(table), "norms": dict(self.norms)}
+        return {
+            "names": list(self.sums),
+            "sums": all_reduce_sum(table),
+            "norms": dict(self.norms),
+            "tokens_seen": self.tokens_seen + self._count_tokens(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take this process's part; with another number of processes than before the first one takes all."""
+        """Take this rank's row; with another number of ranks than before, rank 0 takes the sum of all rows."""
         table = state["sums"].to(self.device)
         if len(table) != get_world_size():
-            table = torch.cat(
-                [table.sum(0, keepdim=True), table.new_zeros(get_world_size() - 1, table.size(1))]
-            )
+            others = table.new_zeros(get_world_size() - 1, table.size(1))
+            table = torch.cat([table.sum(0, keepdim=True), others])
         self.sums = dict(zip(state["names"], table[get_rank()], strict=True))
         self.norms = {name: norm.to(self.device) for name, norm in state["norms"].items()}
+        self.tokens_seen = state.get("tokens_seen", 0)  # older checkpoints lack it

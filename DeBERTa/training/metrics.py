@@ -1,9 +1,12 @@
-"""What a person sees of a run: the console, and `metrics.jsonl` in the run's folder."""
+"""What a user sees of a run: `metrics.jsonl` in the run directory, and the progress on the console."""
 
+import logging
 import math
 import os
+import resource
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -11,8 +14,13 @@ import ujson
 from tqdm import tqdm
 
 from DeBERTa.data.files import find_unused_path, sync
+from DeBERTa.errors import StorageError
 
-Sums = dict[str, torch.Tensor]  # numbers that add up over parts and steps, on the device: losses and counts
+logger = logging.getLogger(__name__)
+
+Sums = dict[
+    str, torch.Tensor
+]  # on the device; losses and counts that add up over micro-batches, steps and ranks
 
 
 def add(sums: Sums, more: Sums) -> None:
@@ -22,7 +30,10 @@ def add(sums: Sums, more: Sums) -> None:
 
 
 def mean_losses(sums: Sums) -> dict[str, float]:
-    """Losses and accuracies per target from sums named `*loss`, `*correct`, `*targets`; reads the device once."""
+    """Return losses and accuracies per target from sums named `*loss`, `*correct` and `*targets`.
+
+    Reads the device once.
+    """
     values = dict(zip(sums, torch.stack([v.detach().double() for v in sums.values()]).tolist(), strict=True))
     means = {}
     for name, value in values.items():
@@ -34,143 +45,149 @@ def mean_losses(sums: Sums) -> dict[str, float]:
     return means
 
 
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def measure_peak_memory(device: torch.device) -> float:
+    """Return the peak memory of this rank in GB (10^9 bytes): allocated on the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, with "step" and "kind" ("train", "spike" or the split evaluated)."""
+    """`metrics.jsonl`: a JSON object per line, of kind "train", "spike" or the evaluated split."""
 
-    def __init__(self, path: Path, first_step: int, writes: bool = True) -> None:
-        """Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped.
+    def __init__(
+        self, path: Path, first_step: int, elapsed_seconds: float = 0.0, is_writer: bool = True
+    ) -> None:
+        """Open the file without the lines after `first_step`, which a killed run may have left.
 
-        When there is no checkpoint to go on from, all lines go to a file aside.
-
-        Without `writes`, as in all processes but the first, there is no file and nothing is remembered.
+        Without a checkpoint to resume from, all previous lines move to another file. `elapsed_seconds` is the training
+        time of the run so far. Only rank 0 is a writer: other ranks have no file and remember no lines.
         """
         self._path, self._file = path, None
-        self._there: set[tuple[int, str]] = set()
+        self._started = time.monotonic() - elapsed_seconds
+        self._lines: set[tuple[int, str]] = set()
         self.evaluations: dict[int, dict] = {}  # on the validation split, by step
-        if not writes:
+        if not is_writer:
             return
-        kept: list[str] = []
         if path.exists() and path.stat().st_size and first_step == 0:
-            aside = find_unused_path(path)
-            path.rename(aside)
-            print(f"no checkpoint to go on from: the metrics of before are now in {aside}", file=sys.stderr)
+            previous = find_unused_path(path)
+            path.rename(previous)
+            logger.info("no checkpoint to resume from: the previous metrics are now in %s", previous)
         elif path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= first_step]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            sync(temporary)
-            temporary.replace(path)
-        for line in map(ujson.loads, kept):
-            self._remember(line["step"], line["kind"], line)
+            self._remove_later_lines(first_step)
         self._file = path.open("a", buffering=1)
 
+    def _remove_later_lines(self, first_step: int) -> None:
+        lines = self._path.read_text(errors="replace").splitlines()
+        valid = [line for line in lines if _parse_step(line) <= first_step]
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in valid))
+        sync(temporary)
+        temporary.replace(self._path)
+        for line in map(ujson.loads, valid):
+            self._remember(line["step"], line["kind"], line)
+
     def _remember(self, step: int, kind: str, values: dict) -> None:
-        self._there.add((step, kind))
+        self._lines.add((step, kind))
         if kind == "valid":
             self.evaluations[step] = values
 
-    def has(self, step: int, kind: str) -> bool:
-        """Whether this line was written, by this run or an earlier one."""
-        return (step, kind) in self._there
+    @property
+    def elapsed_seconds(self) -> float:
+        """Training time of the run so far, earlier processes included."""
+        return round(time.monotonic() - self._started, 3)
+
+    def has_line(self, step: int, kind: str) -> bool:
+        """Return whether this line was written, by this process or an earlier one."""
+        return (step, kind) in self._lines
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Add a line; what is not finite becomes null, which JSON can say. Raises `OSError` naming the file."""
+        """Add a line with the time; values that are not finite become null. Raises `StorageError`."""
         if not self._file:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._remember(step, kind, finite)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = {"step": step, "kind": kind, "time": now, "elapsed_seconds": self.elapsed_seconds, **finite}
         try:
-            self._file.write(ujson.dumps({"step": step, "kind": kind, **finite}) + "\n")
+            self._file.write(ujson.dumps(line) + "\n")
         except OSError as error:
-            error.filename = str(self._path)
-            raise
+            raise StorageError(
+                f"cannot write {self._path}: {error.strerror}; make room there, then the same command resumes"
+            ) from error
 
     def sync(self) -> None:
-        """Have all lines reach the disk."""
+        """Flush all lines to the disk."""
         if self._file:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         if self._file:
             self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """Step of a metrics line; infinity for one cut short by a crash."""
+def _parse_step(line: str) -> float:
+    """Return the step of a metrics line; infinity for a line that a crash truncated."""
     try:
         return ujson.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
 
 
 class Progress:
-    """One line on the terminal: losses, discriminator accuracy, tokens a second, time to go.
+    """Progress on the console: a bar on a terminal, else a log line per logging interval."""
 
-    A terminal gets a bar that is redrawn; a file or pipe gets a line each logging interval. Nobody hears anything
-    without `speaks`, as in all processes but the first.
-    """
-
-    def __init__(self, first_step: int, total_steps: int, speaks: bool = True) -> None:
-        self.first_step, self.total_steps, self.speaks = first_step, total_steps, speaks
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self.first_step, self.total_steps = first_step, total_steps
+        is_hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: hidden unless on a terminal
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
             desc="training",
             unit="step",
-            disable=None if speaks else True,
+            disable=is_hidden,
             dynamic_ncols=True,
         )
         self._started = time.monotonic()
 
     def advance(self) -> None:
+        """Count one step."""
         self.bar.update()
 
     def show(self, step: int, metrics: dict) -> None:
-        """`metrics` of the interval that ends at `step`."""
-        if not self.speaks:
-            return
+        """Show the metrics of the interval that ends at `step`, and the time left."""
         text = describe(metrics)
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
-        each = (time.monotonic() - self._started) / (step - self.first_step)
-        left = duration(each * (self.total_steps - step))
-        print(f"step {step}/{self.total_steps}  {text}  {left} to go", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
-        if self.speaks:
-            tqdm.write(text, file=sys.stderr)
+        seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
+        time_left = tqdm.format_interval(seconds_per_step * (self.total_steps - step))
+        logger.info("step %d/%d  %s  %s to go", step, self.total_steps, text, time_left)
 
     def close(self) -> None:
+        """Remove the bar."""
         self.bar.close()
 
 
-SHOWN = (
-    ("loss", "loss {:.3f}"),
-    ("accuracy", "accuracy {:.1%}"),
-    ("perplexity", "perplexity {:.1f}"),
-    ("generator_loss", "generator loss {:.3f}"),
-    ("generator_accuracy", "accuracy {:.1%}"),
-    ("discriminator_loss", "discriminator loss {:.4f}"),
-    ("discriminator_accuracy", "accuracy {:.1%}"),
-    ("discriminator_precision", "precision {:.1%}"),
-    ("discriminator_recall", "recall {:.1%}"),
-    ("discriminator_auc", "ROC AUC {:.3f}"),
-    ("tokens_per_second", "{:,.0f} tokens/s"),
-    ("skipped_steps", "{} steps left out"),
-)
+FORMATS = {
+    "loss": "loss {:.3f}",
+    "accuracy": "accuracy {:.1%}",
+    "perplexity": "perplexity {:.1f}",
+    "generator_loss": "generator loss {:.3f}",
+    "generator_accuracy": "accuracy {:.1%}",
+    "discriminator_loss": "discriminator loss {:.4f}",
+    "discriminator_accuracy": "accuracy {:.1%}",
+    "discriminator_precision": "precision {:.1%}",
+    "discriminator_recall": "recall {:.1%}",
+    "discriminator_auc": "ROC AUC {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "skipped_steps": "{} steps skipped",
+}
 
 
 def describe(metrics: dict) -> str:
-    """The main figures of `metrics` on one line; steps left out only if there are any."""
+    """Return the main metrics on one line; skipped steps only if there are any."""
     shown = {name: value for name, value in metrics.items() if name != "skipped_steps" or value}
-    return "  ".join(form.format(shown[name]) for name, form in SHOWN if name in shown)
+    return "  ".join(form.format(shown[name]) for name, form in FORMATS.items() if name in shown)

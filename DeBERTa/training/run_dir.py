@@ -1,28 +1,27 @@
-"""The folder of a run: opening it, going on with what is there, starting over, and the final models.
+"""The run directory: opening it, resuming or starting over, and the final models.
 
 model/ (MLM), or generator/ and discriminator/ (RTD):
-                          model.safetensors   weights under the published names, tables whole
+                          model.safetensors   weights under the published names, with full tables
                           config.json         model config
                           spm.model           vocabulary
 """
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, read_json
 from DeBERTa.data.files import find_unused_path, sync
-from DeBERTa.errors import ConfigError
+from DeBERTa.errors import ConfigError, StorageError
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.checkpoint import (
     find_newest_valid,
@@ -34,54 +33,46 @@ from DeBERTa.training.checkpoint import (
 )
 from DeBERTa.training.distributed import LOGS
 
+logger = logging.getLogger(__name__)
+
 LOCK = ".lock"
-locks: list[TextIO] = []  # open, and with them held, until this process ends, however it does
+locks: list[TextIO] = []  # open files; their locks are held until this process ends
 
 
-def open_run_folder(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
-    """Make the folder, or go on with the run in it: returns the step of the checkpoint to load, 0 for none.
+def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
+    """Create or reopen the run directory; return the step of the checkpoint to resume from, or 0.
 
-    Settings and environment are written there. Raises `ConfigError` when the folder cannot be written, is another
-    process's, holds a run with other settings, or has checkpoints of which none is whole.
+    Writes settings and environment there. Raises `StorageError` when the directory cannot be written, and `ConfigError`
+    when another process trains in it, its run has other settings, or none of its checkpoints is valid.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock_run_folder(run_dir)
-        # The logs of the processes stay: they are being written.
-        left = [path for path in run_dir.glob("*") if path.name not in (LOGS, LOCK)]
-        if fresh and left:
-            old = find_unused_path(run_dir.with_name(run_dir.name + ".old"))
-            old.mkdir()
-            for path in left:
-                path.rename(old / path.name)
-            print(f"--fresh: what was in {run_dir} is now in {old}", file=sys.stderr)
+        lock_run_dir(run_dir)
+        if fresh:
+            move_previous_run(run_dir)
         step, damages = find_newest_valid(run_dir)
         if step:
             check_same_run(read_json(get_checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
         remove_unfinished(run_dir)
         for damage in damages:
-            print(f"warning: damaged checkpoint: {damage}", file=sys.stderr)
+            logger.warning("damaged checkpoint: %s", damage)
         for newer in [saved for saved in list_steps(run_dir) if saved > step]:
-            aside = rename_damaged(get_checkpoint_path(run_dir, newer))
-            print(
-                f"warning: going on from step {step} instead; step {newer} is kept as {aside}",
-                file=sys.stderr,
-            )
+            renamed = rename_damaged(get_checkpoint_path(run_dir, newer))
+            logger.warning("resuming from step %d instead; step %d is now %s", step, newer, renamed)
         write_json(run_dir / "config.json", settings)
         write_json(run_dir / "environment.json", environment)
     except OSError as error:
-        reason = error.strerror
-        raise ConfigError(
-            f"cannot write the run's folder {run_dir}: {reason}; give another --output_dir"
-        ) from None
+        raise StorageError(
+            f"cannot write the run directory {run_dir}: {error.strerror}; give another --output_dir"
+        ) from error
     return step
 
 
-def lock_run_folder(run_dir: Path) -> None:
-    """Keep other processes from training in `run_dir` until this one ends. Raises `ConfigError` when one does already.
+def lock_run_dir(run_dir: Path) -> None:
+    """Keep other processes from training in `run_dir` until this one ends.
 
-    A record lock: it ends with the process, is not inherited by data workers, and holds between the machines of a
-    network file system. Where a file system has no locks, nothing is held.
+    Raises `ConfigError` when another process trains there. A record lock: it ends with the process, data workers do not
+    inherit it, and it holds between the machines of a network file system. Without file locks nothing is held.
     """
     file = (run_dir / LOCK).open("a+")
     try:
@@ -99,94 +90,101 @@ def lock_run_folder(run_dir: Path) -> None:
     locks.append(file)
 
 
+def move_previous_run(run_dir: Path) -> None:
+    """Move everything but the open log files to `RUN_DIR.old-1` (-2, ...)."""
+    previous = [path for path in run_dir.glob("*") if path.name not in (LOGS, LOCK)]
+    if previous:
+        target = find_unused_path(run_dir.with_name(run_dir.name + ".old"))
+        target.mkdir()
+        for path in previous:
+            path.rename(target / path.name)
+        logger.info("--fresh: the previous files of %s are now in %s", run_dir, target)
+
+
 def remove_unfinished(run_dir: Path) -> None:
-    """Checkpoints that a killed process had not written to their end, or not removed to its end."""
+    """Remove checkpoints that a killed process has not fully written or removed."""
     for path in (run_dir / "checkpoints").glob("step-*.tmp"):
-        print(f"removing {path}, which a run that was killed left unfinished", file=sys.stderr)
+        logger.info("removing %s, which a killed run left unfinished", path)
         shutil.rmtree(path)
 
 
 def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
-    """Raise `ConfigError` naming the settings in which the run in `run_dir` differs from the one asked for."""
+    """Raise `ConfigError` naming the settings in which the saved run differs from this one."""
     differing = []
     for section in ("train", "model", "data"):
-        old, new = flat(saved.get(section, {})), flat(current[section])
+        old, new = flatten(saved.get(section, {})), flatten(current[section])
         for key in sorted((old.keys() | new.keys()) - FREE_TO_CHANGE):
             if old.get(key) != new.get(key):
                 differing.append(f"{key} ({old.get(key)} there, {new.get(key)} here)")
     if differing:
         raise ConfigError(
             f"{run_dir} holds a run with other settings: {', '.join(differing)}; "
-            "give another --tag or --output_dir, or the settings of that run to go on with it"
+            "give another --tag or --output_dir, or the settings of that run to resume it"
         )
 
 
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dicts as one, with dotted keys."""
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Return nested dicts as one dict with dotted keys."""
     result = {}
     for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        result |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
 
 
-def check_room(run_dir: Path, model: nn.Module, coming: int, keep_last: int) -> None:
-    """Raise `ConfigError` unless the disk has room for one checkpoint more and the final models.
+def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> None:
+    """Raise `StorageError` unless the disk has room for one more checkpoint and the final models.
 
-    Warns when it has none for what the rest of the run will keep of `coming` checkpoints.
+    Logs a warning when it lacks room for those of the `remaining` checkpoints that will be kept.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    final = weights  # the whole tables of a discriminator are as large as its residuals; under ES it has none
+    final = weights  # full tables of a discriminator are as large as its residuals; under ES it has none
     if isinstance(model, RTDModel) and model.config.embedding_sharing == "es":
         final += sum(table.numel() * table.element_size() for table in model.generator.tables())
-    needed, free = weights + moments + final, shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise ConfigError(
-            f"{run_dir} is on a disk with {format_megabytes(free)} free, but one checkpoint ({format_megabytes(weights + moments)}) "
-            f"and the final models ({format_megabytes(final)}) need {format_megabytes(needed)}; "
+    checkpoint, free = weights + moments, shutil.disk_usage(run_dir).free
+    if free < checkpoint + final:
+        raise StorageError(
+            f"the disk of {run_dir} has {format_megabytes(free)} free, but one checkpoint ({format_megabytes(checkpoint)}) "
+            f"and the final models ({format_megabytes(final)}) need {format_megabytes(checkpoint + final)}; "
             "make room there or give another --output_dir"
         )
-    # The newest ones, the best, and the one that is being written.
-    kept = min(coming, max(keep_last + 2 - len(list_steps(run_dir)), 1))
-    room = int((free - final) / (weights + moments))
-    if room < kept:
-        print(
-            f"warning: {run_dir} is on a disk with {format_megabytes(free)} free: room for {room} of {kept} checkpoints "
-            f"to come ({format_megabytes(weights + moments)} each); make room there, or keep fewer with --keep_last",
-            file=sys.stderr,
-        )
+    # The newest ones, the best one, and the one that is being written.
+    needed = min(remaining, max(keep_last + 2 - len(list_steps(run_dir)), 1))
+    room = int((free - final) / checkpoint)
+    if room < needed:
+        logger.warning(
+            "the disk of %s has %s free: room for %d of %d more checkpoints (%s each); "
+            "make room there, or save fewer with --keep_last",
+            run_dir, format_megabytes(free), room, needed, format_megabytes(checkpoint),
+        )  # fmt: skip
 
 
 def save_models(run_dir: Path, model: nn.Module, vocabulary: Path) -> list[Path]:
-    """Write the trained models for use elsewhere, each with its config and vocabulary; returns their folders.
+    """Write the trained models for use elsewhere, each with config and vocabulary; return their directories.
 
-    Raises `ConfigError` when the disk is full; the same command tries again.
+    Raises `StorageError` when the disk is full; the same command then writes them again.
     """
     if isinstance(model, RTDModel):
-        parts = {
+        models = {
             "generator": (model.generator.state_dict(), model.config.generator),
             "discriminator": (model.standalone_discriminator(), model.config.discriminator),
         }
     else:
-        parts = {"model": (model.state_dict(), model.config)}
-    for name, (state, config) in parts.items():
-        folder = run_dir / name
-        temporary = folder / "model.safetensors.tmp"
+        models = {"model": (model.state_dict(), model.config)}
+    for name, (state, config) in models.items():
+        directory = run_dir / name
+        temporary = directory / "model.safetensors.tmp"
         try:
-            folder.mkdir(exist_ok=True)
-            save_file(_on_host(state), temporary)
+            directory.mkdir(exist_ok=True)
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, temporary)
             sync(temporary)
-            temporary.replace(folder / "model.safetensors")
-            write_json(folder / "config.json", config.to_dict())
-            shutil.copyfile(vocabulary, folder / "spm.model")
+            temporary.replace(directory / "model.safetensors")
+            write_json(directory / "config.json", config.to_dict())
+            shutil.copyfile(vocabulary, directory / "spm.model")
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise ConfigError(
-                f"the final model cannot be written to {folder}: {error}; "
+            raise StorageError(
+                f"cannot write the final model to {directory}: {error}; "
                 "make room there, then the same command writes it without training again"
-            ) from None
-    return [run_dir / name for name in parts]
-
-
-def _on_host(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+            ) from error
+    return [run_dir / name for name in models]

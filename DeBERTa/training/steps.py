@@ -13,7 +13,7 @@ from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.model.sharing import SharedTables
 from DeBERTa.training.distributed import all_reduce_sum, broadcast_object, get_world_size
-from DeBERTa.training.guard import Stability
+from DeBERTa.training.guard import UpdateGuard
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.objectives import DiscriminatorObjective, GeneratorObjective, MaskedLMObjective
 from DeBERTa.training.optimizer import (
@@ -42,7 +42,7 @@ class TrainingStep:
         self.total_steps = total_steps
         self.scaler = loss_scaler(precision, device)
         self.optimizers: dict[str, torch.optim.AdamW] = {}
-        self.guard = Stability(config, device)
+        self.guard = UpdateGuard(config, device)
 
     def __call__(self, batch: Batch) -> Sums:
         """Take one step on this rank's batch; return its sums, and gradient norms under `*grad_norm`."""
@@ -123,7 +123,7 @@ class TrainingStep:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = compute_gradient_norm(parameters)
         sums[f"{prefix}grad_norm"] = all_gather_full(norm)
-        is_allowed = self.guard.allows(sums, losses, sums[f"{prefix}grad_norm"])
+        is_allowed = self.guard.allows_update(sums, losses, sums[f"{prefix}grad_norm"])
         if is_allowed:
             clip_gradients(parameters, norm, self.config.max_grad_norm)
             self.scaler.step(optimizer)
@@ -172,7 +172,7 @@ class ReplacedTokenStep(TrainingStep):
     update and, where tables are shared, the generator's updated ones. Joint: one backward pass of mlm +
     lambda * rtd. Under ES both losses train one table, so that the update is always joint.
 
-    Decoupled, when the generator's update is skipped (`Stability`), so is the discriminator's. The
+    Decoupled, when the generator's update is skipped (`UpdateGuard`), so is the discriminator's. The
     generator's update comes before the discriminator's loss is known, and stands when the discriminator's is
     skipped.
     """

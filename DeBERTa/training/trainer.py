@@ -1,34 +1,38 @@
-"""The training loop: batches in order, a step each, and what is logged, saved and evaluated on the way."""
+"""The training loop: step, log, save, evaluate and stop, in this order."""
 
+import logging
 import math
-import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from DeBERTa import __version__
-from DeBERTa.config import TrainConfig
+from DeBERTa.config import TrainConfig, read_json
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
 from DeBERTa.errors import NonFiniteError
 from DeBERTa.training.best import find_best, record_best
-from DeBERTa.training.checkpoint import Snapshot, read_model, read_training
+from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_model, read_training
 from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
-from DeBERTa.training.metrics import MetricsLog, Progress, describe
+from DeBERTa.training.metrics import MetricsLog, Progress, describe, measure_peak_memory
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import TrainingStep
 
-LINES_SHOWN = 16  # of a batch that could not be learnt from
+logger = logging.getLogger(__name__)
+
+MAX_LINES_SHOWN = 16  # of a batch whose update was skipped
 
 
 @dataclass
 class Run:
-    """All that a training run is made of."""
+    """The parts of a training run."""
 
     config: TrainConfig
     model: nn.Module
@@ -40,7 +44,169 @@ class Run:
 
     @property
     def run_dir(self) -> Path:
+        """The run directory."""
         return self.config.run_dir
+
+
+class Trainer:
+    """The loop over the steps of a run, with what it writes on the way."""
+
+    def __init__(self, run: Run, first_step: int, signals: Signals) -> None:
+        """Train `run` from the state after `first_step` updates; `signals` may end it or request a save."""
+        self.run, self.first_step, self.signals = run, first_step, signals
+        self.total_steps = run.training.total_steps
+        self.progress = Progress(first_step, self.total_steps)
+        self.saver = Saver(run.run_dir, run.config.keep_last)
+        elapsed = 0.0
+        if first_step and is_rank_zero():
+            state = read_json(get_checkpoint_path(run.run_dir, first_step) / "state.json")
+            elapsed = state.get("elapsed_seconds", 0.0)  # older checkpoints lack it
+        self.log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, elapsed, is_rank_zero())
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        `metrics.jsonl` gets a line after the first step, every `log_interval` steps and at checkpoints. A checkpoint
+        followed by an evaluation is due every `dump_interval` steps and after the last one. Raises `NonFiniteError`
+        when training diverged, `StorageError` when the disk is full, and `RunInterrupted` after a signal; the checkpoints
+        on disk stay valid.
+        """
+        run, config, training, interval = self.run, self.run.config, self.run.training, self.run.interval
+        with self.signals.defer_stop(), closing(self.log), closing(self.progress), closing(self.saver):
+            self.evaluate_if_missed()
+            batches = load_batches(
+                run.train_batches, range(self.first_step, self.total_steps), config.workers
+            )
+            interval.start_clock()
+            run.model.train()
+            for step, batch in enumerate(batches, start=self.first_step + 1):
+                torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
+                training.set_learning_rate(step)
+                interval.add(training(batch), batch.real_tokens, training.guard.has_finite_losses())
+                self.report_skipped_update(step)
+                self.progress.advance()
+
+                stop_signal, is_save_requested = self.signals.exchange_requests(step, training.device)
+                is_due = step % config.dump_interval == 0 or step == self.total_steps
+                if is_due or step == 1 or step % config.log_interval == 0:
+                    self.write_metrics(step)
+                if is_due or is_save_requested or stop_signal:
+                    self.save(step)
+                if stop_signal:
+                    self.stop(stop_signal)
+                if is_due:
+                    self.evaluate(step)
+                self.report_saved(self.saver.check())
+            self.report_saved(self.saver.wait())
+            stop_signal, _ = self.signals.exchange_requests(
+                0, training.device
+            )  # while the last checkpoint was written
+            if stop_signal:
+                raise RunInterrupted(stop_signal)
+
+    def write_metrics(self, step: int) -> None:
+        """Log the interval that ends at `step`. Called on every rank."""
+        training = self.run.training
+        metrics = self.run.interval.finish() | get_learning_rates(training)
+        metrics["skipped_steps"] = training.guard.skipped_steps
+        metrics["peak_memory_gb"] = round(measure_peak_memory(training.device), 3)
+        self.log.write(step, "train", metrics)
+        self.progress.show(step, metrics)
+
+    def report_skipped_update(self, step: int) -> None:
+        """Log spikes and a skipped update. Raises `NonFiniteError` after too many consecutive ones."""
+        guard, run = self.run.training.guard, self.run
+        for spike in guard.spikes:
+            values = {"mean": spike.mean, "sigma": spike.sigma, "skipped": guard.is_skipped}
+            self.log.write(step, "spike", {spike.name: spike.loss, **values})
+            logger.info(
+                "step %d: spike: %s %.4g after %.4g ± %.2g",
+                step,
+                spike.name,
+                spike.loss,
+                spike.mean,
+                spike.sigma,
+            )
+        if not guard.is_skipped:
+            return
+        logger.info("step %d: update skipped: %s", step, guard.describe_skip())
+        if guard.consecutive_skips < run.config.max_skipped_steps:
+            return
+        lines = (run.train_batches.select_global_lines(step - 1) + 1).tolist()
+        more = f" and {len(lines) - MAX_LINES_SHOWN} more" if len(lines) > MAX_LINES_SHOWN else ""
+        raise NonFiniteError(
+            f"step {step}: the updates of {guard.consecutive_skips} steps in a row were skipped "
+            f"(--max_skipped_steps): {guard.describe_skip()} on lines "
+            f"{', '.join(map(str, lines[:MAX_LINES_SHOWN]))}{more} of train.txt; look at these lines, or start over "
+            "with a lower --learning_rate or a longer --warmup under another --tag "
+            f"(the checkpoints in {run.run_dir} hold earlier weights)"
+        )
+
+    def save(self, step: int) -> None:
+        """Copy the state after `step` updates and start to write it. Called on every rank."""
+        check_finite_weights(self.run.model, step, self.run.run_dir)
+        snapshot = take_snapshot(self.run, step)
+        if snapshot:
+            snapshot.state["elapsed_seconds"] = self.log.elapsed_seconds
+            self.report_saved(self.saver.wait())
+            self.log.sync()
+            self.saver.save(snapshot, best=find_best(self.run.run_dir, self.log.evaluations))
+
+    def report_saved(self, checkpoint: Path | None) -> None:
+        """Log that a checkpoint is complete, and record the best one."""
+        if checkpoint:
+            logger.info("saved %s", checkpoint)
+            record_best(self.run.run_dir, self.log.evaluations)
+
+    def stop(self, signal_number: int) -> NoReturn:
+        """End the run after the checkpoint is written."""
+        self.report_saved(self.saver.wait())
+        barrier()  # a rank that exits before rank 0 has saved would end rank 0, too
+        raise RunInterrupted(signal_number)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate on the validation split, if there is one. A signal ends the evaluation at once."""
+        run, training = self.run, self.run.training
+        splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
+        with self.signals.allow_stop():
+            results = evaluate_splits(
+                run.model, training.outputs, splits, run.config, training.precision, training.device
+            )
+        for split, metrics in results.items():
+            self.log.write(step, split, metrics)
+            logger.info("step %d: %s  %s", step, split, describe(metrics))
+        run.interval.start_clock()
+
+    def evaluate_if_missed(self) -> None:
+        """Evaluate the checkpoint resumed from, if the run stopped between its save and its evaluation."""
+        step, run = self.first_step, self.run
+        is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
+        is_missing = is_rank_zero() and not self.log.has_line(step, "valid")
+        if is_due and is_any_rank(is_missing, run.training.device):
+            self.evaluate(step)
+        if is_rank_zero():
+            record_best(run.run_dir, self.log.evaluations)
+
+
+def get_learning_rates(training: TrainingStep) -> dict[str, float]:
+    """Return the current learning rates: the model's or generator's, and the discriminator's."""
+    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
+    rates = {"learning_rate": groups[0]["lr"]}
+    if training.config.task_name == "RTD":
+        rates["discriminator_learning_rate"] = groups[-1]["lr"]
+    return rates
+
+
+def check_finite_weights(model: nn.Module, step: int, run_dir: Path) -> None:
+    """Raise `NonFiniteError` naming the first parameter that is not finite. Called on every rank."""
+    parameters = dict(model.named_parameters())
+    norms = [all_gather_full(torch.linalg.vector_norm(p.detach())) for p in parameters.values()]
+    for name, norm in zip(parameters, torch.stack(norms).tolist(), strict=True):
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"step {step}: the norm of {name} is {norm}: training has diverged; start over with a lower "
+                f"--learning_rate or a longer --warmup under another --tag (the checkpoints in {run_dir} are older)"
+            )
 
 
 def resume(run: Run, step: int) -> None:
@@ -55,81 +221,6 @@ def resume(run: Run, step: int) -> None:
     load_full_weights(run.model, weights)
     run.training.load_state_dict(state["training"])
     run.interval.load_state_dict(broadcast_object(state["interval"]))
-
-
-def train(run: Run, first_step: int, signals: Signals) -> None:
-    """Train from update `first_step` to the end.
-
-    Writes `metrics.jsonl` after the first step, every `log_interval` and at checkpoints; a checkpoint followed by an
-    evaluation every `dump_interval` steps and at the end. Raises `NonFiniteError` after `max_skipped_steps` updates in
-    a row that had to be left out or when a weight to be saved is not finite, `StorageError` when the disk is full, and
-    `RunInterrupted` after a signal: what is on disk stays good.
-    """
-    log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, is_rank_zero())
-    progress = Progress(first_step, run.training.total_steps, is_rank_zero())
-    saver = Saver(run.run_dir, run.config.keep_last)
-    with signals.defer_stop():
-        try:
-            _train(run, first_step, signals, log, progress, saver)
-        finally:
-            saver.close()
-            progress.close()
-            log.close()
-
-
-def _train(
-    run: Run, first_step: int, signals: Signals, log: MetricsLog, progress: Progress, saver: Saver
-) -> None:
-    config, training, interval = run.config, run.training, run.interval
-    total_steps = training.total_steps
-    if is_rank_zero():
-        record_best(run.run_dir, log.evaluations)
-    if first_step and (first_step % config.dump_interval == 0 or first_step == total_steps):
-        # Stopped between the checkpoint and its evaluation?
-        if is_any_rank(is_rank_zero() and not log.has(first_step, "valid"), training.device):
-            validate(run, first_step, log, progress, signals)
-        if is_rank_zero():
-            record_best(run.run_dir, log.evaluations)
-    batches = load_batches(run.train_batches, range(first_step, total_steps), config.workers)
-    interval.started = time.monotonic()
-    run.model.train()
-    for step, batch in enumerate(batches, start=first_step + 1):
-        torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
-        factor = training.set_learning_rate(step)
-        interval.add(training(batch), batch.real_tokens, training.guard.losses_finite())
-        progress.advance()
-        report_left_out(run, step, log, progress)
-
-        ending, save = signals.exchange_requests(step, training.device)
-        due = step % config.dump_interval == 0 or step == total_steps
-        if due or step == 1 or step % config.log_interval == 0:
-            metrics = interval.metrics()
-            metrics |= {
-                "learning_rate": config.learning_rate * factor,
-                "skipped_steps": training.guard.skipped,
-            }
-            log.write(step, "train", metrics)
-            progress.show(step, metrics)
-            interval.clear()
-        if due or save or ending:
-            check_finite(weight_norms(run.model), step, run.run_dir)
-            snapshot = take_snapshot(run, step)
-            if is_rank_zero():
-                announce(saver.wait(), run, log, progress)
-                log.sync()
-                saver.save(snapshot, best=find_best(run.run_dir, log.evaluations))
-        if ending:
-            announce(saver.wait(), run, log, progress)
-            barrier()  # a process that ends before the first one has saved would take it along
-            raise RunInterrupted(ending)
-        if due:
-            validate(run, step, log, progress, signals)
-            interval.started = time.monotonic()
-        announce(saver.check(), run, log, progress)
-    announce(saver.wait(), run, log, progress)
-    ending, _ = signals.exchange_requests(0, training.device)  # told while the last checkpoint was written
-    if ending:
-        raise RunInterrupted(ending)
 
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
@@ -147,7 +238,7 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
         "epoch": epoch,
         "lines_into_epoch": position,
         "processes": get_world_size(),
-        "skipped_steps": run.training.guard.skipped,
+        "skipped_steps": run.training.guard.skipped_steps,
         "torch": torch.__version__,
         "deberta": __version__,
     }
@@ -158,70 +249,3 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
         state,
         run.settings,
     )
-
-
-def announce(saved: Path | None, run: Run, log: MetricsLog, progress: Progress) -> None:
-    """Say that a checkpoint is complete, and which is now the best."""
-    if saved:
-        progress.say(f"saved {saved}")
-        record_best(run.run_dir, log.evaluations)
-
-
-def validate(run: Run, step: int, log: MetricsLog, progress: Progress, signals: Signals) -> None:
-    """Evaluate on the validation split, if there is one, and log it under `step`. A signal ends it at once."""
-    splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
-    training = run.training
-    with signals.allow_stop():
-        results = evaluate_splits(
-            run.model, training.outputs, splits, run.config, training.precision, training.device
-        )
-    for split, metrics in results.items():
-        log.write(step, split, metrics)
-        progress.say(f"step {step}: {split}  {describe(metrics)}")
-
-
-def report_left_out(run: Run, step: int, log: MetricsLog, progress: Progress) -> None:
-    """Tell of spikes and of an update left out. Raises `NonFiniteError` when there were too many in a row."""
-    stability = run.training.guard
-    for spike in stability.spikes:
-        values = {"mean": spike.mean, "sigma": spike.sigma, "left_out": stability.left_out}
-        log.write(step, "spike", {spike.name: spike.loss, **values})
-        progress.say(
-            f"step {step}: {spike.name} {spike.loss:.4g} is a spike, {spike.mean:.4g} ± {spike.sigma:.2g} before it"
-        )
-    if not stability.left_out:
-        return
-    broken = [f"{name} is {loss}" for name, loss in stability.losses.items() if not math.isfinite(loss)]
-    losses = ", ".join(f"{name} {loss:.4g}" for name, loss in stability.losses.items())
-    if broken:
-        reason = ", ".join(broken)
-    else:
-        reason = f"a loss spike ({losses})" if stability.spikes else f"the gradient is not finite ({losses})"
-    progress.say(f"step {step}: update left out: {reason}")
-    if stability.in_a_row < run.config.max_skipped_steps:
-        return
-    lines = (run.train_batches.select_global_lines(step - 1) + 1).tolist()
-    more = f" and {len(lines) - LINES_SHOWN} more" if len(lines) > LINES_SHOWN else ""
-    raise NonFiniteError(
-        f"step {step}: the updates of {stability.in_a_row} steps in a row were left out (--max_skipped_steps): "
-        f"{reason} on lines {', '.join(map(str, lines[:LINES_SHOWN]))}{more} of train.txt; look at these lines, or "
-        "start anew with a lower --learning_rate or a longer --warmup under another --tag "
-        f"(the checkpoints in {run.run_dir} hold the weights from before)"
-    )
-
-
-def weight_norms(model: nn.Module) -> dict[str, float]:
-    parameters = dict(model.named_parameters())
-    norms = torch._foreach_norm([p.detach() for p in parameters.values()])
-    norms = torch.stack([all_gather_full(norm) for norm in norms]).tolist()
-    return dict(zip(parameters, norms, strict=True))
-
-
-def check_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
-    """Raise `NonFiniteError` naming the first of `values` that is NaN or infinite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"step {step}: {name} is {value}, training has diverged; start anew with a lower --learning_rate or a "
-                f"longer --warmup under another --tag (the checkpoints in {run_dir} are from before)"
-            )

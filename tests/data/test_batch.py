@@ -1,4 +1,4 @@
-"""Batches: where the masked tokens are, and micro-batches that add up to the batch."""
+"""Batches: where the masked tokens are, micro-batches that add up to the batch."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Downloads against a real local server, archives, and the splits of the bundled sample."""
+"""Downloads from a local server, archives, and the splits of the bundled sample."""
 
 import hashlib
 import http.server
@@ -17,11 +17,14 @@ from DeBERTa.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
-NOBODY = "http://127.0.0.1:9/nothing"  # the port of the discard service, where nothing listens
+UNREACHABLE = "http://127.0.0.1:9/nothing"  # the port of the discard service, where nothing listens
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.content`; the path says how it misbehaves. Refuses the user agent of urllib, as real hosts do."""
+    """Serves `server.content`; the path selects a failure.
+
+    Refuses the user agent of urllib, as real hosts do.
+    """
 
     def do_GET(self):
         content = self.server.content
@@ -79,22 +82,22 @@ def test_fetches_and_then_needs_no_network(server, tmp_path):
     assert fetch(download(server.address + "/plain"), destination) == destination
     assert destination.read_bytes() == CONTENT
     assert [path.name for path in destination.parent.iterdir()] == ["file"]
-    fetch(download(NOBODY), destination)
+    fetch(download(UNREACHABLE), destination)
     assert len(server.ranges) == 1
 
 
 def test_the_next_address_is_tried(server, tmp_path):
-    fetch(download(NOBODY, server.address + "/forbidden", server.address + "/plain"), tmp_path / "file")
+    fetch(download(UNREACHABLE, server.address + "/forbidden", server.address + "/plain"), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_a_cut_connection_goes_on_where_it_ended(server, tmp_path):
+def test_an_interrupted_connection_resumes(server, tmp_path):
     fetch(download(server.address + "/cut"), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.ranges == [("/cut", None), ("/cut", "bytes=2000000-"), ("/cut", "bytes=4000000-")]
 
 
-def test_an_earlier_run_is_resumed(server, tmp_path):
+def test_an_earlier_download_is_resumed(server, tmp_path):
     (tmp_path / "file.part").write_bytes(CONTENT[:3_000_000])
     fetch(download(server.address + "/plain"), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
@@ -111,13 +114,13 @@ def test_clean_restart(server, tmp_path, left, path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_a_wrong_file_is_not_kept(server, tmp_path):
+def test_a_wrong_file_is_removed(server, tmp_path):
     with pytest.raises(DownloadError, match="another SHA-256"):
         fetch(download(server.address + "/plain", content=b"something else"), tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_half_file_without_known_hash_is_not_kept_for_good(server, tmp_path):
+def test_an_incomplete_file_without_known_hash_is_never_used(server, tmp_path):
     with pytest.raises(DownloadError, match="ended after 2000000 of 5120000 bytes"):
         fetch(download(server.address + "/cut", content=None), tmp_path / "file")
     assert not (tmp_path / "file").exists()
@@ -125,7 +128,7 @@ def test_a_half_file_without_known_hash_is_not_kept_for_good(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_a_wrong_file_at_the_destination_is_named_and_left(server, tmp_path):
+def test_a_wrong_file_at_the_destination_is_named_and_not_replaced(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(DownloadError, match="remove it") as error:
         fetch(download(server.address + "/plain"), tmp_path / "file")
@@ -133,8 +136,13 @@ def test_a_wrong_file_at_the_destination_is_named_and_left(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_the_error_names_every_address_and_the_place(server, tmp_path):
-    urls = (NOBODY, server.address + "/forbidden", server.address + "/cut-at-once", server.address + "/plain")
+def test_the_error_names_every_address_and_the_destination(server, tmp_path):
+    urls = (
+        UNREACHABLE,
+        server.address + "/forbidden",
+        server.address + "/cut-at-once",
+        server.address + "/plain",
+    )
     with pytest.raises(DownloadError) as error:
         fetch(download(*urls, content=b"something else"), tmp_path / "file")
     message = str(error.value)
@@ -162,7 +170,7 @@ def archive(path: Path, **texts: str) -> Path:
     return path
 
 
-def test_wikitext_given_by_hand(tmp_path, cache):
+def test_wikitext_from_a_local_archive(tmp_path):
     texts = fetch_wikitext(archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
     assert [texts[split].read_text() for split in ("train", "valid", "test")] == ["1\n", "2\n", "3\n"]
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
@@ -193,8 +201,8 @@ def test_archives_that_are_not_wikitext(tmp_path):
     (tmp_path / "b.zip").write_bytes(b"not a zip file")
     with pytest.raises(DataError, match="not a complete zip file"):
         fetch_wikitext(tmp_path / "b.zip")
-    whole = archive(tmp_path / "c.zip", train="1" * 10_000, valid="2", test="3").read_bytes()
-    (tmp_path / "c.zip").write_bytes(whole.replace(whole[60:70], b"0123456789"))
+    complete = archive(tmp_path / "c.zip", train="1" * 10_000, valid="2", test="3").read_bytes()
+    (tmp_path / "c.zip").write_bytes(complete.replace(complete[60:70], b"0123456789"))
     with pytest.raises(DataError, match="not a complete zip file"):
         fetch_wikitext(tmp_path / "c.zip")
     with pytest.raises(DataError, match="no archive"):
@@ -204,12 +212,14 @@ def test_archives_that_are_not_wikitext(tmp_path):
 
 def test_splits_of_the_sample():
     texts = extract_sample()
-    parts = {split: path.read_text() for split, path in texts.items()}
-    titles = {split: re.findall(r"^ = (.*) = $", part, re.MULTILINE) for split, part in parts.items()}
+    contents = {split: path.read_text() for split, path in texts.items()}
+    titles = {
+        split: re.findall(r"^ = (.*) = $", content, re.MULTILINE) for split, content in contents.items()
+    }
     assert {split: len(found) for split, found in titles.items()} == {"train": 213, "valid": 10, "test": 10}
     assert titles["train"][0].startswith("1790")
     assert titles["test"][-1].startswith("2021")
-    assert all(part.startswith(" = ") for part in parts.values())
-    assert "".join(parts.values()).encode() == lzma.decompress(corpus.SAMPLE.read_bytes())
+    assert all(content.startswith(" = ") for content in contents.values())
+    assert "".join(contents.values()).encode() == lzma.decompress(corpus.SAMPLE.read_bytes())
     times = {path: path.stat().st_mtime_ns for path in texts.values()}
     assert {path: path.stat().st_mtime_ns for path in extract_sample().values()} == times

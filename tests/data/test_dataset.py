@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step, rank), every line once an epoch, any cut into ranks the same data."""
+"""Batches: a pure function of (seed, step, rank); every line once per epoch."""
 
 import dataclasses
 
@@ -41,14 +41,14 @@ def test_layout(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)
     batch = batches[3]
     for row, line in zip(originals(batch), batches.select_lines(3), strict=True):
-        assert row[0] == tokenizer.cls_id and row[63] == tokenizer.sep_id
+        assert (row[0], row[63]) == (tokenizer.cls_id, tokenizer.sep_id)
         assert row[1:63].tolist() == store[line].tolist()
     assert batch.input_ids.dtype == torch.int64
     assert batch.masked_tokens == (batch.labels > 0).sum()
     assert batch.real_tokens == batch.input_mask.sum() == 24 * 64
 
 
-def test_every_line_once_an_epoch_even_across_batches(store, tokenizer, masker):
+def test_every_line_once_per_epoch_even_across_batches(store, tokenizer, masker):
     batches = training(store, tokenizer, masker, batch_size=32)  # 600 lines: epochs end within batches
     seen = np.concatenate([batches.select_lines(step) for step in range(75)])
     epochs = seen[:2400].reshape(4, 600)
@@ -62,7 +62,8 @@ def test_pure_function_of_seed_and_step(store, tokenizer, masker):
     first = [forwards[step] for step in (0, 30, 60)]
     again = [backwards[step] for step in (60, 30, 0)][::-1]
     for a, b in zip(first, again, strict=True):
-        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.labels, b.labels)
     other_seed = training(store, tokenizer, masker, seed=8)[0]
     assert not torch.equal(originals(first[0]), originals(other_seed))
 
@@ -77,23 +78,25 @@ def test_a_line_is_masked_anew_in_each_epoch(store, tokenizer, masker):
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_cut_the_same_global_batch(store, tokenizer, masker, world_size):
-    whole = training(store, tokenizer, masker)[11]
-    parts = [training(store, tokenizer, masker, rank=r, world_size=world_size)[11] for r in range(world_size)]
+def test_ranks_shard_the_same_global_batch(store, tokenizer, masker, world_size):
+    batch = training(store, tokenizer, masker)[11]
+    shards = [
+        training(store, tokenizer, masker, rank=r, world_size=world_size)[11] for r in range(world_size)
+    ]
     for name in ("input_ids", "input_mask", "labels", "uniforms"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    assert sum(part.masked_tokens for part in parts) == whole.masked_tokens
+        assert torch.equal(torch.cat([getattr(shard, name) for shard in shards]), getattr(batch, name))
+    assert sum(shard.masked_tokens for shard in shards) == batch.masked_tokens
 
 
-def test_sampling_numbers_are_uniform_and_differ_by_step_and_row(store, tokenizer, masker):
+def test_uniforms_are_uniform_and_differ_by_step_and_row(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)
-    numbers = torch.stack([batches[step].uniforms for step in range(25)])
-    assert numbers.unique().numel() == numbers.numel() == 25 * 24 * 64
-    observed = torch.histc(numbers, 20, 0, 1)
+    uniforms = torch.stack([batches[step].uniforms for step in range(25)])
+    assert uniforms.unique().numel() == uniforms.numel() == 25 * 24 * 64
+    observed = torch.histc(uniforms, 20, 0, 1)
     assert ((observed - 1920) ** 2 / 1920).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
 
 
-def test_worker_processes_change_nothing(store, tokenizer, masker):
+def test_data_workers_change_nothing(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)
     for alone, prepared in zip(
         load_batches(batches, range(4, 10), 0), load_batches(batches, range(4, 10), 2), strict=True
@@ -102,7 +105,7 @@ def test_worker_processes_change_nothing(store, tokenizer, masker):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40, 64])
-def test_evaluation_sees_every_line_once_with_masks_of_its_own(prepared, tokenizer, masker, batch_size):
+def test_evaluation_holds_every_line_once_with_its_own_masks(prepared, tokenizer, masker, batch_size):
     store = open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
     plan = dataclasses.replace(PLAN, batch_size=batch_size)
     batches = list(EvaluationBatches(store, tokenizer, masker, plan))

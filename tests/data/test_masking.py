@@ -14,7 +14,7 @@ REPEATS = 4
 
 @pytest.fixture(scope="module")
 def lines(tokenizer, sample_ids) -> np.ndarray:
-    """Full lines of the sample between [CLS] and [SEP], int64 [more than 10,000, LENGTH]; some end in padding."""
+    """Return 12,000 lines of the sample, int64 [12,000, LENGTH]; some end in padding."""
     rows = sample_ids[: len(sample_ids) // 126 * 126].reshape(-1, 126)
     lines = np.full((len(rows), LENGTH), tokenizer.pad_id, dtype=np.int64)
     lines[:, 0], lines[:, 1:-1], lines[:, -1] = tokenizer.cls_id, rows, tokenizer.sep_id
@@ -29,7 +29,7 @@ def mask(masker: Masker, lines: np.ndarray, seed: int = 0):
 
 
 def words_of(kinds: np.ndarray) -> list[list[int]]:
-    """Positions of each word of a line, by a plain loop over the rule."""
+    """Return the positions of each word of a line, by a plain loop over the rule."""
     words: list[list[int]] = []
     joinable = False
     for position, kind in enumerate(kinds):
@@ -62,7 +62,10 @@ def test_unigrams_are_spread_evenly(tokenizer, lines):
 
 
 def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
-    """Words are hit evenly, except the first and last two, which a span of up to three reaches less often."""
+    """Words are masked evenly, except the first and last two.
+
+    A span of up to three words reaches those less often.
+    """
     masked = mask(Masker(tokenizer, 3, always_mask=True), lines).labels > 0
     hits, totals = np.zeros(40), np.zeros(40)
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
@@ -77,7 +80,10 @@ def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
 
 
 def test_span_lengths_and_whole_words(tokenizer, lines):
-    """Runs of masked words have lengths 1, 2, 3 in proportion 6:3:2; a word is masked whole or not at all."""
+    """Runs of masked words have lengths 1, 2, 3 in proportion 6:3:2.
+
+    All tokens of a word are masked, or none.
+    """
     masked = mask(Masker(tokenizer, 3, always_mask=True), lines).labels > 0
     counts = np.zeros(4, dtype=int)
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
@@ -101,7 +107,7 @@ def test_span_lengths_and_whole_words(tokenizer, lines):
 
 
 def test_punctuation_stands_alone(tokenizer):
-    """In "Fell|ow|-|C|itizens|," the hyphen and the comma are words of their own, before and behind."""
+    """In "Fell|ow|-|C|itizens|," the hyphen and the comma are words of their own."""
     line = ["▁great", "er", "-", "C", "itizens", ",", "▁", "able"]
     kinds = tokenizer.piece_kinds[[tokenizer.piece_to_id[piece] for piece in line]]
     assert words_of(kinds) == [[0, 1], [2], [3, 4], [5], [6, 7]]
@@ -109,11 +115,12 @@ def test_punctuation_stands_alone(tokenizer):
     masker = Masker(tokenizer, 3, always_mask=True)
     masked = masker(ids, np.random.default_rng(2).random((2000, masker.count_draws(120)))).labels > 0
     assert (masked[:, 3] == masked[:, 4]).all()
-    assert (masked[:, 2] != masked[:, 3]).any() and (masked[:, 2] != masked[:, 1]).any()
+    assert (masked[:, 2] != masked[:, 3]).any()
+    assert (masked[:, 2] != masked[:, 1]).any()
 
 
-def test_what_the_model_sees(tokenizer, lines):
-    """MLM: 80 % [MASK], 10 % unchanged, 10 % any ordinary token; RTD: always [MASK]; elsewhere nothing changes."""
+def test_input_ids_of_masked_tokens(tokenizer, lines):
+    """MLM: 80 % [MASK], 10 % unchanged, 10 % random; RTD: [MASK]; others unchanged."""
     out = mask(Masker(tokenizer, 1, always_mask=False), lines)
     masked = out.labels > 0
     assert (out.input_ids[~masked] == lines[~masked]).all()
@@ -134,13 +141,13 @@ def test_what_the_model_sees(tokenizer, lines):
 
 
 @pytest.mark.parametrize("max_ngram", [1, 3])
-def test_same_numbers_same_masks_for_any_slice(tokenizer, lines, max_ngram):
+def test_same_uniforms_same_masks_for_any_slice(tokenizer, lines, max_ngram):
     masker = Masker(tokenizer, max_ngram, always_mask=False)
     uniforms = np.random.default_rng(5).random((64, masker.count_draws(LENGTH)))
-    whole, again = masker(lines[:64], uniforms), masker(lines[:64], uniforms)
+    batch, again = masker(lines[:64], uniforms), masker(lines[:64], uniforms)
     other = mask(masker, lines[:64], seed=6)
-    part = masker(lines[16:40], uniforms[16:40])
-    for a, b, c, d in zip(whole, again, part, other, strict=True):
+    slice_ = masker(lines[16:40], uniforms[16:40])
+    for a, b, c, d in zip(batch, again, slice_, other, strict=True):
         assert (a == b).all()
         assert (a[16:40] == c).all()
         assert (a != d).any()
@@ -149,7 +156,7 @@ def test_same_numbers_same_masks_for_any_slice(tokenizer, lines, max_ngram):
 @pytest.mark.parametrize("words", [0, 1, 2, 5])
 @pytest.mark.parametrize("max_ngram", [1, 3])
 def test_short_lines(tokenizer, max_ngram, words):
-    """Lines of a few words, or of special tokens only, are masked without error, at 15 % on average."""
+    """Lines of a few words, or of special tokens only, are masked at 15 % on average."""
     line = [tokenizer.cls_id] + [tokenizer.piece_to_id["▁the"]] * words + [tokenizer.sep_id, tokenizer.pad_id]
     lines = np.array([line] * 20_000)
     masker = Masker(tokenizer, max_ngram, always_mask=True)
@@ -162,8 +169,8 @@ def test_short_lines(tokenizer, max_ngram, words):
 
 
 @pytest.mark.parametrize("max_ngram", [1, 3])
-def test_vectorised(tokenizer, sample_ids, max_ngram):
-    """A batch of 256 x 512 is quick: the best of some runs, so that a busy machine does not matter."""
+def test_masking_is_vectorized(tokenizer, sample_ids, max_ngram):
+    """A batch of 256 x 512 takes 50 ms at most in the best of 15 runs."""
     ids = sample_ids[: 256 * 512].reshape(256, 512)
     masker = Masker(tokenizer, max_ngram, always_mask=False)
     uniforms = np.random.default_rng(0).random((256, masker.count_draws(512)))

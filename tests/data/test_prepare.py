@@ -1,4 +1,4 @@
-"""Preparing text: the published bytes, odd input, interruption, memory, and the command line."""
+"""Preparing text: the published bytes, unusual input, interruption, memory."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def straightforward(content: str, width: int) -> str:
-    """The output by definition: each line encoded on its own, all pieces in one list, then lines of `width`."""
+    """Return the output by definition: pieces of each line in one list, then split."""
     ids = [index for line in content.split("\n") for index in TOKENIZER.encode_lines([line])[0]]
     pieces = [TOKENIZER.pieces[index] for index in ids]
     return "".join(" ".join(pieces[start : start + width]) + "\n" for start in range(0, len(pieces), width))
@@ -65,7 +65,7 @@ def test_the_published_output(tmp_path, workers, block_bytes):
     assert find_store(output).meta.text_sha256 == hashlib.sha256(expected).hexdigest()
 
 
-def test_the_ids_beside_it_are_those_of_the_text(tmp_path):
+def test_the_store_holds_the_ids_of_the_text(tmp_path):
     output = tmp_path / "train.txt"
     prepare(GOLDEN / "input.txt", output, VOCABULARY, 64, workers=1, block_bytes=1000)
     made = get_store_path(output).stat().st_mtime_ns
@@ -100,7 +100,7 @@ def test_every_width(tmp_path, width):
         ("漢字 ß [MASK] [UNK] ▁the".encode(), "漢字 ß [MASK] [UNK] ▁the"),
     ],
 )
-def test_odd_text(tmp_path, content, meaning):
+def test_unusual_text(tmp_path, content, meaning):
     (tmp_path / "i").write_bytes(content)
     prepare(tmp_path / "i", tmp_path / "o", VOCABULARY, 8, workers=1)
     assert (tmp_path / "o").read_text() == straightforward(meaning, 6)
@@ -148,7 +148,7 @@ def test_text_that_is_refused(tmp_path, content, complaint):
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 
 
-def test_a_refused_run_leaves_the_older_output(tmp_path):
+def test_a_failed_run_keeps_the_older_output(tmp_path):
     prepare(GOLDEN / "input.txt", tmp_path / "o", VOCABULARY, 64, workers=1)
     (tmp_path / "i").write_bytes(b"fine\n" * 1000 + b"\xff")
     with pytest.raises(DataError):
@@ -173,7 +173,7 @@ def test_blocks_hold_all_text_and_end_well(tmp_path):
             block.decode()
 
 
-def test_long_lines_are_cut_where_pieces_end(tmp_path):
+def test_long_lines_are_split_where_pieces_end(tmp_path):
     line = b" ".join([*(GOLDEN / "input.txt").read_bytes().split()] * 40)
     assert max(map(len, split_lines(line))) <= 64 << 10
     (tmp_path / "i").write_bytes(line)
@@ -193,8 +193,8 @@ sys.exit(status)
 
 
 @pytest.mark.parametrize("separator", [b"\n", b" ", b""], ids=["lines", "one-line", "one-word"])
-def test_memory_does_not_follow_the_text(tmp_path, separator):
-    """Of this process and two workers, each taken as large as the larger one; the limit is that of any input size."""
+def test_memory_does_not_grow_with_the_text(tmp_path, separator):
+    """Measured over this process and two workers, each counted as the larger one."""
     text = sample_megabytes(20).replace(b"\n", separator)
     if not separator:
         text = text.replace(b" ", b"")
@@ -257,7 +257,7 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
 
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
 def test_killed_at_some_moment_and_run_again(tmp_path, moment):
-    """SIGKILL when a part of the output is written; twenty random moments are in tests/slow."""
+    """SIGKILL while the output is written; tests/slow has twenty random moments."""
     text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
     text.write_bytes(sample_megabytes(20))
     prepare(text, tmp_path / "undisturbed.txt", VOCABULARY, workers=2)
@@ -286,13 +286,13 @@ def test_an_interrupted_run(tmp_path):
     assert list(output.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("handing_over", [False, True])
-def test_a_worker_that_dies(tmp_path, handing_over):
-    """Also in the middle of handing over a result, for which Python's pool would wait for ever."""
+@pytest.mark.parametrize("while_sending", [False, True])
+def test_a_worker_that_dies(tmp_path, while_sending):
+    """Also in the middle of sending a result."""
     text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
     text.write_bytes(sample_megabytes(20))
     process = start_and_wait_for_output(text, output)
-    if handing_over:  # the main process takes no more, so that results fill the pipe
+    if while_sending:  # the main process receives nothing, so that results fill the pipe
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(2)
     for child in children(process.pid):

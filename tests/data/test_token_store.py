@@ -1,4 +1,4 @@
-"""The memory-mapped ids beside a prepared text: right, rebuilt when they must be, and never half."""
+"""Token stores: the ids of the text, rebuilt when it changed, never incomplete."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ def test_lines_are_those_of_the_text(text):
     assert store.offsets.dtype == np.int64
 
 
-def test_a_valid_cache_is_not_built_again(text):
+def test_a_valid_store_is_not_rebuilt(text):
     open_store(text, TOKENIZER, 62)
     before = get_store_path(text).stat().st_mtime_ns
     open_store(text, TOKENIZER, 62)
@@ -140,9 +140,9 @@ def test_missing_text(tmp_path):
         open_store(tmp_path / "valid.txt", TOKENIZER, 62)
 
 
-def test_where_nothing_can_be_written_beside_the_text(text, tmp_path, monkeypatch):
+def test_the_cache_directory_is_used_if_nothing_can_be_written_next_to_the_text(text, tmp_path, monkeypatch):
     monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path / "cache"))
-    # A folder beside this name would exceed the 255 bytes of a file name, so making one fails for every user.
+    # A store of this name would exceed the 255 bytes of a file name, so that no user can write it.
     long_name = text.rename(text.with_name("x" * 251 + ".txt"))
     for _ in range(2):
         assert pieces(open_store(long_name, TOKENIZER, 62)) == long_name.read_text().splitlines()

@@ -27,7 +27,7 @@ DEBERTA_NAMES = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]
 
 
 def other_vocabulary(path: Path, **options) -> Path:
-    """A vocabulary trained without going through the project."""
+    """Train a vocabulary with SentencePiece alone."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT), model_writer=model, vocab_size=300, minloglevel=2, **options
@@ -115,7 +115,8 @@ def test_piece_kinds():
             (33 <= ord(c) < 127 and not c.isalnum()) or unicodedata.category(c).startswith("P") for c in body
         ]
         if kind == PUNCTUATION:
-            assert marks and all(marks)
+            assert marks
+            assert all(marks)
         elif kind != SPECIAL:
             assert not marks or not all(marks)
             assert (kind == STARTS_WORD) == piece.startswith("▁")
@@ -140,7 +141,7 @@ def test_training_on_one_long_line(tmp_path):
     ("sentences", "size", "complaint"),
     [
         (["hello you"], 500, "too little text"),
-        (["hello you"], 6, "ask for more"),
+        (["hello you"], 6, "pass a larger number"),
         (["hello you"], 3, "too small"),
         ([], 500, "no text"),
     ],
@@ -165,10 +166,10 @@ def test_split_at_spaces():
     assert split_at_spaces(b"one two three", 7) == [b"one two", b"three"]
     assert split_at_spaces(b"", 4) == [b""]
     words = b"word " * 1000 + b"x" * 500
-    parts = split_at_spaces(words, 64)
-    assert max(map(len, parts)) <= 64
-    assert b"".join(parts).replace(b" ", b"") == words.replace(b" ", b"")
+    strings = split_at_spaces(words, 64)
+    assert max(map(len, strings)) <= 64
+    assert b"".join(strings).replace(b" ", b"") == words.replace(b" ", b"")
     without_spaces = ("漢字" * 100).encode()
-    parts = split_at_spaces(without_spaces, 64)
-    assert max(map(len, parts)) <= 64
-    assert "".join(part.decode() for part in parts) == "漢字" * 100
+    strings = split_at_spaces(without_spaces, 64)
+    assert max(map(len, strings)) <= 64
+    assert "".join(string.decode() for string in strings) == "漢字" * 100

@@ -1,4 +1,4 @@
-"""Weights in the published layout: every way a discriminator's tables may come, and files that do not fit."""
+"""Published weights: every form of a discriminator's tables, files that do not fit."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ POSITION = "deberta.embeddings.position_embeddings"
 
 @pytest.fixture
 def published(tmp_path):
-    """A trained pair: generator file, whole discriminator (its own tables), and the residuals of both tables."""
+    """Return a directory with a generator, a discriminator, and its residuals."""
     torch.manual_seed(1)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     discriminator = ReplacedTokenDetectionModel(model.config.discriminator).eval()
@@ -37,18 +37,18 @@ def published(tmp_path):
 
 
 def variants(state, residuals):
-    """State dicts as published checkpoints hold them."""
+    """Yield the state dicts that published checkpoints may hold."""
     body = {k: v for k, v in state.items() if not k.startswith((WORD, POSITION))}
     head = {
         "lm_predictions.lm_head.bias": torch.zeros(3),
         "deberta.embeddings.position_ids": torch.arange(4)[None],
     }
-    whole = {f"{WORD}.weight": state[f"{WORD}.weight"], f"{POSITION}.weight": state[f"{POSITION}.weight"]}
+    tables = {f"{WORD}.weight": state[f"{WORD}.weight"], f"{POSITION}.weight": state[f"{POSITION}.weight"]}
     residual = {f"{name}._weight": tensor for name, tensor in residuals.items()}
-    yield "whole", body | whole
-    yield "whole, other head, no positions", body | head | {f"{WORD}.weight": state[f"{WORD}.weight"]}
+    yield "tables", body | tables
+    yield "table, other head, no positions", body | head | {f"{WORD}.weight": state[f"{WORD}.weight"]}
     yield "residual", body | residual
-    yield "both", body | whole | residual
+    yield "both", body | tables | residual
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
@@ -87,7 +87,7 @@ def test_pickled_code_is_not_executed(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 damaged"])
 @pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
 def test_unreadable_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -95,14 +95,14 @@ def test_unreadable_files(tmp_path, name, content):
         read_weights(tmp_path / name)
 
 
-def test_missing_and_foreign_weights_are_named(published):
+def test_weights_that_do_not_fit_are_named(published):
     folder, discriminator, _ = published
     generator, path = str(folder / "pytorch_model.generator.bin"), folder / "pytorch_model.bin"
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     for change, named in (
         ({"mask_predictions.dense.weight": None}, "mask_predictions.dense.weight is missing"),
         ({"deberta.encoder.layer.9.x": torch.zeros(1)}, "deberta.encoder.layer.9.x is not part"),
-        ({f"{WORD}.weight": None}, "no word embeddings"),
+        ({f"{WORD}.weight": None}, r"word_embeddings\._weight is missing"),
         ({f"{WORD}.weight": torch.zeros(7, 32)}, r"\[7, 32\]"),
     ):
         state = {k: v for k, v in (discriminator.state_dict() | change).items() if v is not None}

@@ -127,10 +127,10 @@ def test_signals_to_a_job_and_the_same_job_again(cluster, cache, undisturbed, tm
 
     job = submit(cluster, cache, tmp_path, script)
     job.wait_for(lambda: f"step {stopped + 2}/" in job.text())
-    assert f"going on from step {stopped}" in job.text()
+    assert f"resuming from step {stopped}" in job.text()
     job.signal()
     assert job.end() == "CANCELLED 0:15", job.text()
-    assert "stopped by SIGTERM; the same command goes on from the last checkpoint" in job.text()
+    assert "stopped by SIGTERM; the same command resumes from the last checkpoint" in job.text()
     cancelled = list_steps(run_dir)[-1]
     assert stopped + 2 <= cancelled < STEPS
     for step in list_steps(run_dir):
@@ -138,7 +138,7 @@ def test_signals_to_a_job_and_the_same_job_again(cluster, cache, undisturbed, tm
 
     job = submit(cluster, cache, tmp_path, script)
     assert job.finish() == 0, job.text()
-    assert f"going on from step {cancelled}" in job.text()
+    assert f"resuming from step {cancelled}" in job.text()
     assert final_files(run_dir) == final_files(undisturbed / "node0")
 
 
@@ -183,7 +183,7 @@ def test_torchrun_in_a_job(cluster, cache, undisturbed, tmp_path, meeting):
 
     job = submit(cluster, cache, tmp_path, script)
     assert job.finish() == 0, job.text()
-    assert "4 processes on 2 nodes" in job.text() and f"going on from step {stopped}" in job.text()
+    assert "4 processes on 2 nodes" in job.text() and f"resuming from step {stopped}" in job.text()
     logs = sorted(path.name for path in (tmp_path / "common" / "logs").iterdir())
     assert logs == [f"rank-000{rank}.log" for rank in range(4)]  # none of a launcher of ours
     assert [line["step"] for line in metrics(tmp_path / "common") if line["kind"] == "train"] == list(

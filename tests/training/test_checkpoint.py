@@ -112,7 +112,7 @@ def test_a_run_goes_on_from_the_one_before(cut, trained, name):
         f"warning: damaged checkpoint: {get_checkpoint_path(cut['output_dir'], 6) / name} has 10 bytes"
         in output
     )
-    assert "going on from step 4" in output
+    assert "resuming from step 4" in output
     assert final_files(cut["output_dir"]) == final_files(trained["output_dir"])
     aside = cut["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
     assert str(aside) in output
@@ -140,7 +140,7 @@ def test_one_run_at_a_time_in_a_folder(prepared, tmp_path, fresh):
     last = list_steps(flags["output_dir"])[-1]
     # The schedule is a setting of the run, so that the second one is stopped, not shortened.
     second = ForkedRun(flags | {"fresh": fresh}, live=True, log=tmp_path / "third.log")
-    second.wait_for("is now in" if fresh else f"going on from step {last}")
+    second.wait_for("is now in" if fresh else f"resuming from step {last}")
     os.kill(second.pid, signal.SIGKILL)
     second.finish()
 
@@ -346,7 +346,7 @@ def test_a_small_disk(tmp_path, prepared):
     full = int(re.search(r"step (\d+) ", late)[1])
     assert 4 < full < 12 and f"resumes from step {full - 1}" in late
     assert kept == ["best.json", *(f"step-{step:08d}" for step in range(1, full))]
-    assert f"going on from step {full - 1}" in done.stderr
+    assert f"resuming from step {full - 1}" in done.stderr
     ours, theirs = final_files(tmp_path / "copy"), final_files(flags["output_dir"])
     assert {name for name in theirs if ours[name] != theirs[name]} == set()
 
@@ -359,6 +359,6 @@ def test_a_folder_that_cannot_be_made(tmp_path, prepared):
     assert (
         output.strip()
         .splitlines()[-1]
-        .startswith(f"error: cannot write the run's folder {tmp_path / 'file'}/run: ")
+        .startswith(f"error: cannot write the run directory {tmp_path / 'file'}/run: ")
     )
     assert "Not a directory; give another --output_dir" in output

@@ -17,7 +17,7 @@ from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.distributed import get_rank
-from DeBERTa.training.guard import FEWEST, SIGMAS, WINDOW, Stability
+from DeBERTa.training.guard import MIN_WINDOW, SIGMAS, WINDOW, UpdateGuard
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.signals import Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
@@ -56,17 +56,21 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
     training.scaler.update(16.0) if precision == "fp16" else None
     training(random_batch())
-    assert (training.guard.left_out, training.guard.skipped) == (False, 0)
+    assert (training.guard.is_skipped, training.guard.skipped_steps) == (False, 0)
     before = held(training, model)
     handle = break_gradient(model, "", value)
     training(random_batch())
     training(random_batch())
     assert changed(before, held(training, model)) == set()
-    assert (training.guard.left_out, training.guard.skipped, training.guard.in_a_row) == (True, 2, 2)
+    assert (training.guard.is_skipped, training.guard.skipped_steps, training.guard.consecutive_skips) == (
+        True,
+        2,
+        2,
+    )
     handle.remove()
     training(random_batch())
     assert "weight lm_predictions.lm_head.bias" in changed(before, held(training, model))
-    assert (training.guard.skipped, training.guard.in_a_row) == (2, 0)
+    assert (training.guard.skipped_steps, training.guard.consecutive_skips) == (2, 0)
 
 
 @pytest.mark.parametrize("broken", ["generator", "discriminator"])
@@ -88,7 +92,7 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
         assert names and not [name for name in names if "discriminator" in name]
     else:
         assert names == set()
-    assert training.guard.skipped == 1
+    assert training.guard.skipped_steps == 1
 
 
 @pytest.mark.parametrize("part", ["generator", "discriminator"])
@@ -106,7 +110,7 @@ def test_a_loss_that_is_not_a_number(part):
     unequal = {name for name in changed(before, after) if not torch.isnan(after[name]).any()}
     assert not [name for name in unequal if part in name or part == "generator"]
     assert math.isnan(training.guard.losses[f"{part}_loss"])
-    assert not training.guard.losses_finite()
+    assert not training.guard.has_finite_losses()
 
 
 @pytest.mark.parametrize("sharing", ["gdes", "nes"])
@@ -124,7 +128,7 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
         training(random_batch(seed=4))
         assert math.isfinite(training.guard.losses["generator_loss"])
         assert math.isnan(training.guard.losses["discriminator_loss"]) == broken
-        assert (training.guard.left_out, training.guard.skipped) == (broken, broken)
+        assert (training.guard.is_skipped, training.guard.skipped_steps) == (broken, broken)
         found.append((before, held(training, model)))
     (_, usual), (before, after) = found
     generators = {name for name in after if "discriminator" not in name}
@@ -147,12 +151,12 @@ def one_of_two(folder: Path) -> None:
     before = held(training, model)
     handle = break_gradient(model, "", NAN) if get_rank() == 1 else None
     training(random_batch(seed=get_rank()))
-    found = [training.guard.left_out, len(changed(before, held(training, model)))]
+    found = [training.guard.is_skipped, len(changed(before, held(training, model)))]
     if handle:
         handle.remove()
-    training.guard.windows["loss"] = deque([1.0] * FEWEST)
+    training.guard.windows["loss"] = deque([1.0] * MIN_WINDOW)
     training(random_batch(seed=get_rank()))
-    found += [training.guard.left_out, len(changed(before, held(training, model))), training.guard.losses]
+    found += [training.guard.is_skipped, len(changed(before, held(training, model))), training.guard.losses]
     signals = Signals()
     signals.is_save_requested = get_rank() == 1
     found += [signals.exchange_requests(3, CPU), signals.exchange_requests(4, CPU)]
@@ -178,37 +182,37 @@ def sums(loss: float) -> Sums:
 @pytest.mark.parametrize("skip_spikes", [False, True])
 def test_spikes(skip_spikes):
     """A loss above mean + 6 sigma of the last 128, once there are 32; the rule by hand on 400 losses."""
-    stability = Stability(train_config(skip_spikes=skip_spikes), CPU)
+    guard = UpdateGuard(train_config(skip_spikes=skip_spikes), CPU)
     generator = np.random.default_rng(0)
     losses = (3 + 0.1 * generator.standard_normal(400)).astype(np.float32).tolist()
     for step, loss in {5: 9.0, 50: 4.5, 51: NAN, 52: 4.4, 300: 3.3, 399: 5.0}.items():
         losses[step] = loss
     found, kept = [], []
     for step, loss in enumerate(losses):
-        stability.begin_step()
-        allowed = stability.allows(sums(loss), ("loss",), torch.tensor(1.0))
-        stability.end_step()
+        guard.begin_step()
+        allowed = guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
+        guard.end_step()
         window = np.array(kept[-WINDOW:])
-        by_hand = len(kept) >= FEWEST and loss > window.mean() + SIGMAS * window.std()
-        assert bool(stability.spikes) == by_hand
+        by_hand = len(kept) >= MIN_WINDOW and loss > window.mean() + SIGMAS * window.std()
+        assert bool(guard.spikes) == by_hand
         assert allowed == (math.isfinite(loss) and not (by_hand and skip_spikes))
         if math.isfinite(loss):
             kept.append(loss)
         found += [step] if by_hand else []
     assert found == [399]  # 9.0 at step 5 widens the window until it is forgotten
-    assert stability.skipped == 1 + (len(found) if skip_spikes else 0)
-    other = Stability(train_config(), CPU)
-    other.load_state_dict(json.loads(json.dumps(stability.state_dict())))
-    assert other.state_dict() == stability.state_dict()
+    assert guard.skipped_steps == 1 + (len(found) if skip_spikes else 0)
+    other = UpdateGuard(train_config(), CPU)
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert other.state_dict() == guard.state_dict()
 
 
 def test_a_lasting_change_of_level_is_no_spike_for_long():
-    stability = Stability(train_config(skip_spikes=True), CPU)
+    guard = UpdateGuard(train_config(skip_spikes=True), CPU)
     left_out = 0
     for step in range(300):
-        stability.begin_step()
+        guard.begin_step()
         loss = (3.0 if step < 200 else 6.0) + step % 2 * 0.01
-        left_out += not stability.allows(sums(loss), ("loss",), torch.tensor(1.0))
+        left_out += not guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
     assert 0 < left_out <= 5
 
 
@@ -236,7 +240,7 @@ def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
         assert part in message, message
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines][-3:] == [1, 2, 3]
-    assert "3 steps left out" in output
+    assert "3 steps skipped" in output
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, odd_line: int | None) -> None:
@@ -265,12 +269,12 @@ def test_a_spike_in_a_run(tmp_path, tokenizer):
     assert status == 0, output
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
     (spike,) = [line for line in lines if line["kind"] == "spike"]
-    assert (spike["step"], spike["left_out"]) == (180, True)
+    assert (spike["step"], spike["skipped"]) == (180, True)
     assert spike["loss"] > spike["mean"] + 6 * spike["sigma"]
     assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0, 0, 1, 1]
-    assert "step 180: update left out: a loss spike" in output
+    assert "step 180: update skipped: a loss spike" in output
     cut = copy_run(flags["output_dir"], tmp_path / "cut")
     shutil.rmtree(get_checkpoint_path(cut, 181))
     status, output = run(flags | {"output_dir": cut})
-    assert status == 0 and "going on from step 175" in output
+    assert status == 0 and "resuming from step 175" in output
     assert final_files(cut) == final_files(flags["output_dir"])

@@ -278,7 +278,7 @@ def test_a_model_cut_up_leaves_whole_checkpoints_and_models(flags, mode):
     shutil.rmtree(cut.run_dir / "checkpoints" / "step-00000006")
     alone = Command(flags | {"nproc_per_node": 1, "output_dir": cut.run_dir})
     assert alone.finish() == 0, alone.printed.read_text()
-    assert "going on from step 4" in alone.printed.read_text()
+    assert "resuming from step 4" in alone.printed.read_text()
 
 
 def test_a_killed_data_worker_is_told_in_a_sentence(endless):
@@ -336,7 +336,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(flags):
     for run in runs:
         assert run.finish() == 0, run.printed.read_text()
         assert "restart 1 of 1" in run.printed.read_text()
-    assert "going on from step" in runs[0].printed.read_text()
+    assert "resuming from step" in runs[0].printed.read_text()
     assert (runs[0].run_dir / "checkpoints" / "step-00000200").exists()
 
 

@@ -38,7 +38,7 @@ def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
         remove_after(part, cut)
         status, output = run(flags | {"output_dir": part})
         assert status == 0, output
-        assert f"going on from step {cut}" in output
+        assert f"resuming from step {cut}" in output
         assert final_files(part) == final_files(whole)
     state = json.loads((get_checkpoint_path(whole, 6) / "state.json").read_text())
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)

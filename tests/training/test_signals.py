@@ -60,7 +60,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, undisturbed, number,
     verify(get_checkpoint_path(flags["output_dir"], step))
     found, output = run(flags)
     assert found == 0, output
-    assert f"going on from step {step}" in output
+    assert f"resuming from step {step}" in output
     assert final_files(flags["output_dir"]) == expected
 
 
@@ -92,7 +92,7 @@ def test_usr1_saves_and_goes_on(tmp_path, undisturbed):
     for later in steps[1:]:  # going on from the extra checkpoint: its sums go into the next line of the log
         shutil.rmtree(get_checkpoint_path(flags["output_dir"], later))
     status, output = run(flags)
-    assert status == 0 and f"going on from step {steps[0]}" in output
+    assert status == 0 and f"resuming from step {steps[0]}" in output
     assert final_files(flags["output_dir"]) == expected
 
 
@@ -178,7 +178,7 @@ def test_a_worker_that_is_killed(tmp_path, undisturbed):
     assert "--workers" in output
     assert all_ended(workers)
     status, output = run(flags | {"dump_interval": 40})
-    assert status == 0 and "going on from step" in output
+    assert status == 0 and "resuming from step" in output
     names = [name for name in expected if name.endswith("safetensors")]
     ours = final_files(flags["output_dir"])
     assert len(names) == 3 and {name: ours[name] for name in names} == {

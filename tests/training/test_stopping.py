@@ -163,7 +163,7 @@ def whole_checkpoints(run_dir: Path) -> list[int]:
 def assert_goes_on(flags: dict, step: int, expected: dict) -> None:
     """The same command goes on from `step`, and ends with the bits of the undisturbed run."""
     status, output = run_pair(flags, free_port())
-    assert status == 0 and f"going on from step {step}" in output, output
+    assert status == 0 and f"resuming from step {step}" in output, output
     assert result(flags["output_dir"]) == expected
     assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
 
@@ -244,5 +244,5 @@ def test_a_run_that_starts_anew_by_itself_keeps_its_bits(tmp_path, undisturbed):
     assert disturbed.end() == 0, disturbed.log.read_text()
     printed = disturbed.log.read_text()
     assert "SIGKILL" in printed and "restart 1 of 1" in printed
-    assert "going on from step" in printed
+    assert "resuming from step" in printed
     assert result(flags["output_dir"]) == expected

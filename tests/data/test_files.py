@@ -1,0 +1,116 @@
+"""Files that are written completely or not at all, by one process at a time."""
+
+import errno
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from DeBERTa.data.files import (
+    commit,
+    find_unused_path,
+    get_cache_dir,
+    get_partial_path,
+    open_atomic,
+    open_partial,
+    raise_storage_errors,
+)
+from DeBERTa.errors import StorageError
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "file"
+    with open_atomic(path) as file:
+        file.write(b"content")
+        assert not path.exists()
+    assert path.read_bytes() == b"content"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_older_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"older")
+    with pytest.raises(ZeroDivisionError), open_atomic(path) as file:
+        file.write(b"newer")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_remains_of_a_killed_process_are_overwritten(tmp_path):
+    path = tmp_path / "file"
+    get_partial_path(path).write_bytes(b"incomplete and longer")
+    with open_atomic(path) as file:
+        file.write(b"content")
+    assert path.read_bytes() == b"content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_partial_file_can_be_resumed(tmp_path, is_committed):
+    path = tmp_path / "file"
+    for part in (b"one ", b"two"):
+        with open_partial(path, resume=True) as file:
+            file.write(part)
+            if is_committed and part == b"two":
+                commit(file, path)
+    written = path if is_committed else get_partial_path(path)
+    assert written.read_bytes() == b"one two"
+    assert list(tmp_path.iterdir()) == [written]
+
+
+def test_an_empty_partial_file_is_removed(tmp_path):
+    with open_partial(tmp_path / "file", resume=True):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_storage_error():
+    with (
+        pytest.raises(StorageError, match=r"cannot write /there: No space left on device; free space"),
+        raise_storage_errors(Path("/there")),
+        Path("/dev/full").open("wb", buffering=0) as file,
+    ):
+        file.write(b"content")
+
+
+def test_a_path_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError) as error, open_atomic(tmp_path / "file" / "below"):
+        pass
+    assert isinstance(error.value.__cause__, OSError)
+    assert error.value.__cause__.errno in (errno.EEXIST, errno.ENOTDIR)
+
+
+def _append_once(path: Path, barrier, number: int) -> None:
+    barrier.wait()
+    with open_partial(path) as file:
+        content = path.read_bytes() if path.exists() else b""
+        file.write(content + b"%d\n" % number)
+        commit(file, path)
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    path = tmp_path / "file"
+    processes = [context.Process(target=_append_once, args=(path, barrier, number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(path.read_text().split()) == ["0", "1", "2", "3"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unused_paths(tmp_path):
+    assert find_unused_path(tmp_path / "file") == tmp_path / "file-1"
+    (tmp_path / "file-1").mkdir()
+    assert find_unused_path(tmp_path / "file") == tmp_path / "file-2"
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path))
+    assert get_cache_dir() == tmp_path
+    monkeypatch.delenv("DEBERTA_CACHE")
+    assert get_cache_dir() == Path.home() / ".cache" / "DeBERTa"
