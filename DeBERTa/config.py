@@ -379,12 +379,15 @@ class TrainConfig:
     )
     attention: str = _flag(
         "auto",
-        "auto: the fastest for the device; eager: plain operations; sdpa: PyTorch's fused attention",
-        choices=("auto", "eager", "sdpa"),
+        "auto: the fastest for the device; eager: plain operations; sdpa: PyTorch's fused attention; "
+        "triton: kernels for CUDA GPUs",
+        choices=("auto", "eager", "sdpa", "triton"),
     )
     gradient_checkpointing: bool = _flag(
         False, "recompute layers in the backward pass: less memory, a third more time", rules=RESUME
     )
+    deterministic: bool = _flag(False, "on a GPU: the same bits in every run, at some cost in speed")
+    tf32: bool = _flag(True, "on a GPU: multiply float32 matrices in TF32")
     compile: bool = _flag(False, "torch.compile the encoder's layers; on CPUs this needs a C++ compiler")
 
     nproc_per_node: int = _flag(
@@ -443,8 +446,8 @@ class TrainConfig:
             f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them",
         )
         _refuse(
-            self.kernels == "off" and self.attention == "sdpa",
-            "--kernels off computes attention by plain operations: leave out --attention sdpa",
+            self.kernels == "off" and self.attention in ("sdpa", "triton"),
+            f"--attention {self.attention}: --kernels off has plain attention only; give one of the two",
         )
         _refuse(
             self.task_name == "MLM" and any(rtd_weights),

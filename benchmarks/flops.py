@@ -1,7 +1,7 @@
 """FLOPs of one RTD training step by formula: matrix products only, 2 per multiply-add, backward twice the forward pass.
 
-What is computed again to save memory does not count. Position terms count the rows of the relative-position table that
-a sequence can use, of which there are `length` or fewer.
+What is computed again to save memory does not count. Position terms count the rows of the relative-position
+table that a sequence can use, of which there are `length` or fewer.
 """
 
 MASKED = 0.15  # share of the tokens
@@ -12,7 +12,11 @@ def _layer(model: dict, length: int) -> dict[str, float]:
     """FLOPs per token of one layer, forward."""
     width, inner = model["hidden_size"], model["intermediate_size"]
     rows = min(length, 2 * model["position_buckets"])
-    return {"linear": 8 * width * width + 4 * width * inner, "content": 4 * length * width, "position": 4 * rows * width}
+    return {
+        "linear": 8 * width * width + 4 * width * inner,
+        "content": 4 * length * width,
+        "position": 4 * rows * width,
+    }
 
 
 def flops_per_token(config: dict, length: int) -> float:
@@ -22,7 +26,8 @@ def flops_per_token(config: dict, length: int) -> float:
     rows = min(length, 2 * generator["position_buckets"])
     forward = discriminator["num_hidden_layers"] * sum(_layer(discriminator, length).values())
     forward += (generator["num_hidden_layers"] - 1) * sum(_layer(generator, length).values())
-    # The generator's last layer: keys, values and p2c everywhere; queries, output and feed-forward where masked.
+    # The generator's last layer: keys, values and p2c everywhere; queries, output and feed-forward where
+    # masked.
     forward += 4 * width * width + 2 * rows * width
     each = 4 * width * width + 4 * width * inner + 4 * length * width + 2 * rows * width
     forward += MASKED * DECODER_PASSES * each

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu OUT [--parts golden runs steps ...] [--toy]
 
-Each part is a process of its own with a time limit; its output goes to OUT/PART.log. `--toy` takes small sizes, and the
+Each part is a process of its own with a time limit; its output goes to OUT/PART.log. `--toy` takes small
+sizes, and the
 CPU where there is no GPU: a dry run of the script itself.
 """
 
@@ -25,17 +26,16 @@ CONFIGS = ROOT / "experiments" / "language_model"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the vendor's data sheets
 # Config, sequences, who, flags of the training command.
 STEPS = [
+    ("rtd_base.json", 32, "ours", {"attention": "triton"}),
+    ("rtd_base.json", 32, "ours", {"attention": "triton", "compile": True}),
     ("rtd_base.json", 32, "ours", {"attention": "sdpa"}),
-    ("rtd_base.json", 32, "ours", {"attention": "eager"}),
-    ("rtd_base.json", 32, "ours", {"attention": "sdpa", "compile": True}),
+    ("rtd_base.json", 32, "ours", {"kernels": "off"}),
     ("rtd_base.json", 32, "theirs", {}),
-    ("rtd_base.json", 64, "ours", {"attention": "sdpa"}),
-    ("rtd_base.json", 128, "ours", {"attention": "sdpa"}),
-    ("rtd_xsmall_continue.json", 64, "ours", {"attention": "sdpa"}),
-    ("rtd_xsmall_continue.json", 64, "ours", {"attention": "eager"}),
-    ("rtd_xsmall_continue.json", 64, "ours", {"attention": "sdpa", "compile": True}),
+    ("rtd_base.json", 128, "ours", {"attention": "triton", "compile": True}),
+    ("rtd_xsmall_continue.json", 64, "ours", {"attention": "triton", "compile": True}),
+    ("rtd_xsmall_continue.json", 256, "ours", {"attention": "triton", "compile": True}),
     ("rtd_xsmall_continue.json", 64, "theirs", {}),
-    ("rtd_large.json", 16, "ours", {"attention": "sdpa"}),
+    ("rtd_large.json", 32, "ours", {"attention": "triton", "compile": True}),
 ]
 TOY_STEPS = [("rtd_tiny.json", 2, "ours", {"attention": name}) for name in ("eager", "sdpa")]
 PARTS = {"golden": 60, "runs": 150, "steps": 260, "synchronization": 40, "profile": 60}  # seconds at most
@@ -63,10 +63,44 @@ def train_tiny(folder: Path, cache: Path, *flags: str) -> subprocess.Popen:
     for part in ("generator", "discriminator"):
         values[part] |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     config.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "DeBERTa.train", "--task_name", "RTD", "--model_config", str(config), "--do_train"]
-    command += ["--data_dir", str(data), "--vocab_path", str(cache / "sample" / "spm.model"), "--vocab_size", "8064"]
-    command += ["--max_seq_length", "128", "--train_batch_size", "48", "--learning_rate", "2e-3", "--warmup", "5"]
-    command += ["--num_training_steps", "20", "--dump_interval", "10", "--log_interval", "5", "--output_dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "DeBERTa.train",
+        "--task_name",
+        "RTD",
+        "--model_config",
+        str(config),
+        "--do_train",
+    ]
+    command += [
+        "--data_dir",
+        str(data),
+        "--vocab_path",
+        str(cache / "sample" / "spm.model"),
+        "--vocab_size",
+        "8064",
+    ]
+    command += [
+        "--max_seq_length",
+        "128",
+        "--train_batch_size",
+        "48",
+        "--learning_rate",
+        "2e-3",
+        "--warmup",
+        "5",
+    ]
+    command += [
+        "--num_training_steps",
+        "20",
+        "--dump_interval",
+        "10",
+        "--log_interval",
+        "5",
+        "--output_dir",
+        str(folder),
+    ]
     return subprocess.Popen([*command, *flags], cwd=ROOT)
 
 
@@ -74,17 +108,30 @@ def run_runs(out: Path, toy: bool) -> dict:
     """Train the tiny preset twice and once resumed from its middle, for each attention: the same bits?"""
     cache = out / "cache"
     os.environ["DEBERTA_CACHE"] = str(cache)
-    prepare = [sys.executable, "prepare_data.py", "--corpus", "sample", "--train_vocab", "8000", "--max_seq_length", "128"]
+    prepare = [
+        sys.executable,
+        "prepare_data.py",
+        "--corpus",
+        "sample",
+        "--train_vocab",
+        "8000",
+        "--max_seq_length",
+        "128",
+    ]
     subprocess.run(prepare, check=True, cwd=ROOT)
     runs = {}
-    kinds = [["--attention", "eager"], ["--attention", "sdpa"], ["--attention", "sdpa", "--precision", "fp16"]]
-    for flags in kinds[:1] if toy else kinds:
+    kinds = [["--attention", "triton"], ["--attention", "triton", "--deterministic", "True"]]
+    kinds += [["--attention", "sdpa"], ["--attention", "triton", "--precision", "fp16"]]
+    kinds = [["--attention", "eager"]] if toy else kinds
+    for flags in kinds:
         name = "-".join(flag for flag in flags if not flag.startswith("--"))
         runs[name] = [(out / "runs" / f"{name}-{number}", flags) for number in (1, 2)]
     for attempt in (1, 2):  # the first run is resumed from its middle in the second round
         started = []
         for pair in runs.values():
-            for folder, flags in pair if attempt == 1 else [(pair[0][0].with_name(pair[0][0].name + "-resumed"), pair[0][1])]:
+            for folder, flags in (
+                pair if attempt == 1 else [(pair[0][0].with_name(pair[0][0].name + "-resumed"), pair[0][1])]
+            ):
                 if attempt == 2:
                     subprocess.run(["cp", "-r", str(pair[0][0]), str(folder)], check=True)
                     subprocess.run(["rm", "-r", str(folder / "checkpoints" / "step-00000020")], check=True)
@@ -94,7 +141,12 @@ def run_runs(out: Path, toy: bool) -> dict:
     result = {}
     for name, pair in runs.items():
         weights = [folder / "checkpoints" / "step-00000020" / "model.safetensors" for folder, _ in pair]
-        resumed = pair[0][0].with_name(pair[0][0].name + "-resumed") / "checkpoints" / "step-00000020" / "model.safetensors"
+        resumed = (
+            pair[0][0].with_name(pair[0][0].name + "-resumed")
+            / "checkpoints"
+            / "step-00000020"
+            / "model.safetensors"
+        )
         contents = [path.read_bytes() if path.exists() else None for path in (*weights, resumed)]
         result[name] = {
             "twice_the_same_bits": contents[0] is not None and contents[0] == contents[1],
@@ -107,9 +159,11 @@ def run_runs(out: Path, toy: bool) -> dict:
 def measure_step(config_name: str, sequences: int, who: str, flags: dict, length: int = 512) -> dict:
     """Median seconds of ten steps after three, by synchronized clock; peak memory; MFU."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = True  # for both
     device, started = device_name(), time.perf_counter()
-    step = ours(config_name, "bf16", device, **flags) if who == "ours" else theirs(config_name, "bf16", device)
+    step = (
+        ours(config_name, "bf16", device, **flags) if who == "ours" else theirs(config_name, "bf16", device)
+    )
     values = read_json(CONFIGS / config_name)
     vocab = values["generator"]["vocab_size"]
     batches = [make_batch(sequences, length, number, vocab) for number in range(4)]
@@ -164,7 +218,7 @@ def run_synchronization(_out: Path, toy: bool) -> dict:
     """Name the places at which one step waits for the device."""
     import warnings
 
-    step = ours("rtd_tiny.json" if toy else "rtd_base.json", "bf16", device_name(), attention="sdpa")
+    step = ours("rtd_tiny.json" if toy else "rtd_base.json", "bf16", device_name(), attention="auto")
     vocab = 8064 if toy else 128100
     batches = [make_batch(2 if toy else 8, 64 if toy else 512, number, vocab) for number in range(2)]
     step(batches[0])
@@ -182,7 +236,7 @@ def run_profile(out: Path, toy: bool) -> dict:
     """Time on the device by kernel, for one step."""
     from torch.profiler import ProfilerActivity, profile
 
-    step = ours("rtd_tiny.json" if toy else "rtd_base.json", "bf16", device_name(), attention="sdpa")
+    step = ours("rtd_tiny.json" if toy else "rtd_base.json", "bf16", device_name(), attention="auto")
     vocab = 8064 if toy else 128100
     batches = [make_batch(2 if toy else 32, 64 if toy else 512, number, vocab) for number in range(4)]
     for batch in batches[:3]:
@@ -199,7 +253,9 @@ def run_profile(out: Path, toy: bool) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder for the raw output")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--toy", action="store_true", help="small sizes: a dry run")
@@ -239,16 +295,20 @@ def print_table(results: dict) -> None:
     print(f"\n{results['device']}, torch {results['torch']}")
     for part in ("golden", "runs", "synchronization"):
         if part in results:
-            print(part, json.dumps({k: v for k, v in results[part].items() if k not in ("status", "seconds")}))
+            print(
+                part, json.dumps({k: v for k, v in results[part].items() if k not in ("status", "seconds")})
+            )
     for case in results.get("steps", {}).get("cases", []):
-        flags = " ".join(f"{k}={v}" for k, v in case.items() if k in ("attention", "compile"))
+        flags = " ".join(f"{k}={v}" for k, v in case.items() if k in ("attention", "compile", "kernels"))
         name = f"{case['config']:<26}{case['sequences']:>4}x512 {case['who']:<7}{flags:<30}"
         if "error" in case:
             print(name, case["error"][:80])
         else:
             memory = f"{case['peak_gb']:.1f} GB" if "peak_gb" in case else ""
             mfu = f"MFU {case['mfu']:.1%}" if "mfu" in case else ""
-            print(f"{name}{case['seconds'] * 1e3:>9.1f} ms {case['tokens_per_second']:>10,.0f} tokens/s {mfu} {memory}")
+            print(
+                f"{name}{case['seconds'] * 1e3:>9.1f} ms {case['tokens_per_second']:>10,.0f} tokens/s {mfu} {memory}"
+            )
 
 
 if __name__ == "__main__":

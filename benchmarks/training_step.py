@@ -2,17 +2,19 @@
 
     python benchmarks/training_step.py --json results.json [--cases rtd-xsmall mlm-bert-base ...] [--rounds 3]
 
-Every measurement is a process of its own (peak memory is its high-water mark), ours and theirs in turns; the median
-step of each process after two warm-up steps, and the median of these over the rounds. Dropout is on. The peers:
+Every measurement is a process of its own (peak memory is its high-water mark), ours and theirs in turns; the
+median step of each process after two warm-up steps, and the median of these over the rounds. Dropout is on.
+The peers:
 
 - RTD: generator and discriminator are `DebertaV2Model`; the enhanced mask decoder is two more passes of the last layer
-  over all positions, the head reads masked positions only, samples come from softmax and `multinomial`, the GDES table
-  is summed each step; AdamW (fused with bfloat16), autocast for bfloat16.
+  over all positions, the head reads masked positions only, samples come from softmax and `multinomial`, the
+  GDES table is summed each step; AdamW (fused with bfloat16), autocast for bfloat16.
 - MLM: `BertForMaskedLM` and `DebertaV2ForMaskedLM` with logits at all positions, as the library's example script.
 
-Ours runs with the environment that `mlm.sh` and `rtd.sh` set. FLOPs are those of all matrix products that our step
-needs, without what it computes again to keep less, or for more distances than a position term has; the floor is these
-FLOPs at the rate of large products in the same precision, the median of all processes of the case.
+Ours runs with the environment that `mlm.sh` and `rtd.sh` set. FLOPs are those of all matrix products that our
+step needs, without what it computes again to keep less, or for more distances than a position term has; the
+floor is these FLOPs at the rate of large products in the same precision, the median of all processes of the
+case.
 """
 
 import argparse
@@ -36,7 +38,6 @@ from benchmarks.about import about, scripts_environment  # noqa: E402
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 from DeBERTa.data.batch import Batch  # noqa: E402
-
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep  # noqa: E402
@@ -60,7 +61,9 @@ def make_batch(size: int, length: int, seed: int, vocabulary: int = MASK_ID + 10
         masked = torch.randperm(length - 2, generator=generator)[: int(0.15 * length)] + 1
         labels[row, masked] = ids[row, masked]
         ids[row, masked] = mask_id
-    return Batch.from_tensors(ids, torch.ones_like(ids), labels, torch.rand(ids.shape, generator=generator).double())
+    return Batch.from_tensors(
+        ids, torch.ones_like(ids), labels, torch.rand(ids.shape, generator=generator).double()
+    )
 
 
 def ours(config_name: str, precision: str, device: str = "cpu", **flags: object):
@@ -71,7 +74,9 @@ def ours(config_name: str, precision: str, device: str = "cpu", **flags: object)
     rtd = "generator" in values
     config = TrainConfig(task_name="RTD" if rtd else "MLM", **flags)
     place = torch.device(device)
-    model = RTDModel(RTDConfig.from_dict(values)) if rtd else MaskedLanguageModel(ModelConfig.from_dict(values))
+    model = (
+        RTDModel(RTDConfig.from_dict(values)) if rtd else MaskedLanguageModel(ModelConfig.from_dict(values))
+    )
     model = model.to(place)
     set_execution(model, config, place)
     step = (ReplacedTokenStep if rtd else MaskedLMStep)(model, config, precision, place, 1000)
@@ -214,7 +219,8 @@ def product_rate(precision: str) -> float:
 
 def needed_flops(step: ReplacedTokenStep | MaskedLMStep, batch: Batch, values: dict) -> int:
     """FLOPs of products in a step, which is taken with PyTorch's operations alone, as these can be counted, and with
-    position terms in blocks of so few rows that they compute hardly more distances than needed (6 % at length 512)."""
+    position terms in blocks of so few rows that they compute hardly more distances than needed (6 % at length
+    512)."""
     with (
         mock.patch.object(kernels, "find", lambda *_: None),
         mock.patch.multiple(blocked_attention, ROWS=32, FLOAT32_ROWS=32),

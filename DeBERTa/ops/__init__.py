@@ -3,17 +3,18 @@
 `select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here.
 Parameters and their names stay. Nothing else imports this package, and deleting it leaves plain PyTorch.
 
-| device | attention                | everything else                                    |
-| ------ | ------------------------ | -------------------------------------------------- |
-| CPU    | blocked (cpu/attention)  | C++ kernels (cpu/)                                 |
-| CUDA   | sdpa (attention.py)      | plain PyTorch                                      |
+| device | attention                                   | everything else      |
+| ------ | ------------------------------------------- | -------------------- |
+| CPU    | blocked (cpu/attention.py)                  | C++ kernels (cpu/)   |
+| CUDA   | triton (triton/), else sdpa (attention.py)  | plain PyTorch        |
 """
 
 import torch
 from torch import nn
 
+from DeBERTa.errors import ConfigError
 from DeBERTa.model.attention import DisentangledSelfAttention
-from DeBERTa.ops import cpu
+from DeBERTa.ops import cpu, triton
 from DeBERTa.ops.attention import SdpaSelfAttention
 from DeBERTa.ops.cpu import library
 
@@ -21,18 +22,21 @@ from DeBERTa.ops.cpu import library
 def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
     """Use the faster implementations for `device`; return the attention in use.
 
-    attention: "auto", "eager" or "sdpa". is_compiled: `torch.compile` will see the layers, which stay plain
-    PyTorch then but for sdpa.
+    attention: "auto", "eager", "sdpa" or "triton". is_compiled: `torch.compile` will see the layers, which
+    then stay plain PyTorch but for attention. Raises ConfigError where the attention cannot run.
     """
+    attention = _choose_attention(model, device, attention, is_compiled)
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
     if device.type == "cpu":
         subclasses |= cpu.HEAD_SUBCLASSES if is_compiled else cpu.SUBCLASSES
-    if attention == "auto":
-        attention = "sdpa" if device.type == "cuda" else "eager" if is_compiled else "blocked"
-    if attention == "sdpa":
-        subclasses[DisentangledSelfAttention] = SdpaSelfAttention
-    elif attention == "eager":
+    if attention == "eager":
         subclasses.pop(DisentangledSelfAttention, None)
+    elif attention == "sdpa":
+        subclasses[DisentangledSelfAttention] = SdpaSelfAttention
+    elif attention == "triton":
+        from DeBERTa.ops.triton.modules import TritonSelfAttention
+
+        subclasses[DisentangledSelfAttention] = TritonSelfAttention
     if device.type == "cuda":
         # cuDNN's attention returns NaN gradients for some lengths, and rounds p to 1/16 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -42,10 +46,25 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
     return attention
 
 
+def _choose_attention(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
+    """Return what `attention` means for `model` on `device`."""
+    if attention not in ("auto", "triton"):
+        return attention
+    head_sizes = {m.head_size for m in model.modules() if isinstance(m, DisentangledSelfAttention)}
+    obstacles = [o for size in sorted(head_sizes) if (o := triton.find_obstacle(device, size)) is not None]
+    if attention == "triton" and obstacles:
+        raise ConfigError(f"--attention triton: {obstacles[0]}; use --attention auto")
+    if device.type == "cpu":
+        return "eager" if is_compiled else "blocked"
+    if device.type == "cuda":
+        return "sdpa" if obstacles else "triton"
+    return "eager"
+
+
 def describe(device: torch.device) -> str:
     """Return what "auto" means on `device`, for people."""
     if device.type != "cpu":
-        return "sdpa attention"
+        return "GPU kernels"
     obstacle = library.find_obstacle()
     if obstacle:
         return f"CPU kernels on PyTorch's operations, slower: {obstacle}"

@@ -24,6 +24,8 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
     """
     if config.compile:
         check_compiler(device)
+    if device.type == "cuda":
+        set_matmul_precision(config)
     resolved = select_kernels(model, config, device)
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
         encoder.gradient_checkpointing = config.gradient_checkpointing
@@ -31,6 +33,15 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
             for layer in encoder.layer:
                 layer.compile()  # one graph serves all layers of a shape
     return resolved
+
+
+def set_matmul_precision(config: TrainConfig) -> None:
+    """Apply `--tf32` and `--deterministic` to this process; before the first matmul on the GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
 
 
 def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:

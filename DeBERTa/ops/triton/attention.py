@@ -1,6 +1,7 @@
 """Disentangled attention by the Triton kernels, as an autograd function.
 
-Shapes: B batch, L length, H heads, D head size, S rows of the relative-position table, W length in whole tiles.
+Shapes: B batch, L length, H heads, D head size, S rows of the relative-position table, W length in whole
+tiles.
 """
 
 import torch
@@ -11,6 +12,7 @@ from DeBERTa.ops.triton import kernels
 from DeBERTa.ops.triton.launch import LAUNCH_TABLES, SEQUENCES, TILE, LaunchTable, find_launch_table
 
 
+@torch.compiler.disable  # a compiled layer is compiled around it
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -21,7 +23,8 @@ def attend(
 ) -> torch.Tensor:
     """Return the context [B, L, H, D] of scaled queries, keys and values [B, L, H, D]; the last dimension is dense.
 
-    tables: key and query table by distance, [H, 2W, D], as `expand_table` returns them; None for a term not in use.
+    tables: key and query table by distance, [H, 2W, D], as `expand_table` returns them; None for a term not
+    in use.
     input_mask: bool [B, L]. dropout: the probability, and a seed int64 [1] on the device.
     """
     p, seed = dropout
@@ -31,8 +34,8 @@ def attend(
 def expand_table(table_HSD: torch.Tensor, distance_slots: torch.Tensor, sign: int) -> torch.Tensor:
     """Return one row per distance -W .. W - 1 times `sign`, contiguous [H, 2W, D].
 
-    distance_slots: int64 [2L - 1], from distance L - 1 down, as in `RelativePositions`. Distances of padding repeat the
-    last row.
+    distance_slots: int64 [2L - 1], from distance L - 1 down, as in `RelativePositions`. Distances of padding
+    repeat the last row.
     """
     length = (len(distance_slots) + 1) // 2
     width = triton.cdiv(length, TILE) * TILE
@@ -74,7 +77,9 @@ class _Attention(torch.autograd.Function):
             keep_mask = torch.empty(rows, words, dtype=torch.int32, device=q.device)
             group = 4 if L % 4 == 0 else 1
             grid = (triton.cdiv(rows, 64), triton.cdiv(words, 2))
-            kernels.draw_mask_kernel[grid](seed, keep_mask, rows, compute_threshold(p), L, words, group, 64, 2)
+            kernels.draw_mask_kernel[grid](
+                seed, keep_mask, rows, compute_threshold(p), L, words, group, 64, 2
+            )
         has_terms = (key_table is not None, query_table is not None)
         sizes = (H, q.stride(1), q.stride(2), 1 / (1 - p), L, D, words, p > 0, *has_terms, TILE)
         inputs = (q, k, v, key_table, query_table, input_mask, keep_mask)
@@ -101,7 +106,9 @@ class _Attention(torch.autograd.Function):
         strides = (H, q.stride(1), q.stride(2), L, D)
         options = launches.query_gradient._asdict()
         has_c2p = key_table is not None
-        kernels.query_gradient_kernel[grid](k, key_table, grad_scores, grad_q, *strides, has_c2p, TILE, **options)
+        kernels.query_gradient_kernel[grid](
+            k, key_table, grad_scores, grad_q, *strides, has_c2p, TILE, **options
+        )
         grad_tables = []
         for table, x in ((key_table, q), (query_table, k)):
             grad_table = None

@@ -2,20 +2,23 @@
 
     score(i, j) = q_i . k_j + q_i . K[i - j] + k_j . Q[j - i]
 
-K and Q are the projected position tables expanded to one row per distance, [H, 2W, D], for distances -W .. W - 1, where
-W is the sequence length L rounded up to whole tiles. At L 512 they are at most 2 MB each and stay in the L2 cache.
+K and Q are the projected position tables expanded to one row per distance, [H, 2W, D], for distances -W .. W
+- 1, where W is the sequence length L rounded up to whole tiles. At L 512 they are at most 2 MB each and stay
+in the L2 cache.
 
-Both position terms have one form: a row of one kind (queries, or keys) meets the table at distance row - column. In the
-tile of row block a and column block m, that distance is N * (a - m) + r - c. With t = a - m and u = (r - c) mod N it is
-row u of table block t where c <= r, and of block t - 1 where c > r. So a tile of the term is
+Both position terms have one form: a row of one kind (queries, or keys) meets the table at distance row -
+column. In the tile of row block a and column block m, that distance is N * (a - m) + r - c. With t = a - m
+and u = (r - c) mod N it is row u of table block t where c <= r, and of block t - 1 where c > r. So a tile of
+the term is
 
     y[r, c] = z[r, (r - c) mod N],  z[r, u] = x_r . T_t[u] where u <= r, else x_r . T_{t-1}[u]
 
-two matmuls [N, N], a selection, and a rotation of each row (`rotate_rows`), which is its own inverse: gradients of scores
-are rotated in the same way. The p2c term is computed with keys as rows and transposed.
+two matmuls [N, N], a selection, and a rotation of each row (`rotate_rows`), which is its own inverse:
+gradients of scores are rotated in the same way. The p2c term is computed with keys as rows and transposed.
 
-Shapes: B batch, L length, H heads, D head size, N tile size, W length in whole tiles. Nothing is added atomically, so
-the same inputs give the same bits. Gradients of scores are written once, [B, H, W, W], for three small kernels.
+Shapes: B batch, L length, H heads, D head size, N tile size, W length in whole tiles. Nothing is added
+atomically, so the same inputs give the same bits. Gradients of scores are written once, [B, H, W, W], for
+three small kernels.
 """
 
 import triton
@@ -70,7 +73,9 @@ def draw_mask_kernel(
 def load_keep_mask(mask_ptr, row, i, j0, L, WORDS: tl.constexpr, N: tl.constexpr):
     """Load the mask of queries `i` and keys `j0` .. `j0` + N - 1, bool [N, N]; `row`: the head's first row."""
     word = j0 // 32 + tl.arange(0, N // 32)
-    bits = tl.load(mask_ptr + row * WORDS + (i[:, None] * WORDS + word[None, :]), mask=(i < L)[:, None], other=0)
+    bits = tl.load(
+        mask_ptr + row * WORDS + (i[:, None] * WORDS + word[None, :]), mask=(i < L)[:, None], other=0
+    )
     return tl.reshape(bits[:, :, None] & (1 << tl.arange(0, 32))[None, None, :], [N, N]) != 0
 
 
@@ -129,7 +134,9 @@ def rotate_rows(near, far, dtype: tl.constexpr, N: tl.constexpr):
     r = tl.arange(0, N)[:, None]
     if dtype.primitive_bitwidth == 16:
         u = tl.arange(0, N // 2)[None, :]
-        use_near = tl.where(u <= r, 0xFFFF, 0).to(tl.uint32) | tl.where(u + N // 2 <= r, 0xFFFF0000, 0).to(tl.uint32)
+        use_near = tl.where(u <= r, 0xFFFF, 0).to(tl.uint32) | tl.where(u + N // 2 <= r, 0xFFFF0000, 0).to(
+            tl.uint32
+        )
         y = tl.gather((near ^ far) & use_near ^ far, (r - u) & (N // 2 - 1), 1)
         y = tl.where(((r - u) & (N // 2)) != 0, y >> 16 | y << 16, y)
         pairs = tl.join((y & 0xFFFF).to(tl.uint16), (y >> 16).to(tl.uint16))
@@ -183,13 +190,16 @@ def forward_kernel(
     total = tl.zeros([N], tl.float32)
     out = tl.zeros([N, D], tl.float32)
     if HAS_C2P:
-        near = pack_columns(multiply_transposed(q, load_table_block(key_table_ptr, h, a, BLOCKS, N, D)), q.dtype, N)
+        near = pack_columns(
+            multiply_transposed(q, load_table_block(key_table_ptr, h, a, BLOCKS, N, D)), q.dtype, N
+        )
     for j0 in range(0, L, N):
         t = a - j0 // N
         j = j0 + tl.arange(0, N)
         k = load_rows(k_ptr, row, h, j, L, stride_row, stride_head, D)
         v = load_rows(v_ptr, row, h, j, L, stride_row, stride_head, D)
-        # Position terms first, as the accumulator of q k^T: after it, softmax would run in a transposed layout.
+        # Position terms first, as the accumulator of q k^T: after it, softmax would run in a transposed
+        # layout.
         scores = tl.zeros([N, N], tl.float32)
         if HAS_C2P:
             block = load_table_block(key_table_ptr, h, t - 1, BLOCKS, N, D)
@@ -197,7 +207,9 @@ def forward_kernel(
             scores += rotate_rows(near, far, q.dtype, N).to(tl.float32)
             near = far  # of the next tile
         if HAS_P2C:
-            scores += tl.trans(compute_position_scores(k, query_table_ptr, h, -t, BLOCKS, N, D)).to(tl.float32)
+            scores += tl.trans(compute_position_scores(k, query_table_ptr, h, -t, BLOCKS, N, D)).to(
+                tl.float32
+            )
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
         is_real = tl.load(input_mask_ptr + b * L + j, mask=j < L, other=0) != 0
         scores = tl.where(is_real[None, :], scores, float("-inf"))
@@ -211,7 +223,11 @@ def forward_kernel(
         largest = new_largest
     total = tl.where(total == 0, 1.0, total)
     offsets = ((row + i) * H + h)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(out_ptr + offsets, (out * (scale / total)[:, None]).to(out_ptr.dtype.element_ty), mask=(i < L)[:, None])
+    tl.store(
+        out_ptr + offsets,
+        (out * (scale / total)[:, None]).to(out_ptr.dtype.element_ty),
+        mask=(i < L)[:, None],
+    )
     tl.store(lse_ptr + head_row + i, largest + tl.log2(total), mask=i < L)
 
 
@@ -306,7 +322,9 @@ def key_gradient_kernel(
 
 
 @triton.jit
-def load_tile(grad_scores_ptr, head, a, m, IS_TRANSPOSED: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr):
+def load_tile(
+    grad_scores_ptr, head, a, m, IS_TRANSPOSED: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr
+):
     """Load the tile of row block `a` and column block `m`, zero outside; of the transpose on request."""
     W: tl.constexpr = BLOCKS * N
     is_inside = (a >= 0) & (a < BLOCKS) & (m >= 0) & (m < BLOCKS)

@@ -1,7 +1,7 @@
 """How the kernels are launched per compute capability: warps and stages, measured on an H100, bounded elsewhere.
 
-A stage more needs more shared memory: 105 KB for the forward kernel with two, where compute capabilities 8.6 and 8.9
-have 99 KB per program.
+A stage more needs more shared memory: 105 KB for the forward kernel with two, where compute capabilities 8.6
+and 8.9 have 99 KB per program.
 """
 
 from typing import NamedTuple

@@ -16,7 +16,10 @@ class TritonSelfAttention(SdpaSelfAttention):
         """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding."""
         split = (-1, (self.num_heads, self.head_size))
         q = self.query_proj(hidden_states).unflatten(*split) * self.scale
-        k, v = self.key_proj(hidden_states).unflatten(*split), self.value_proj(hidden_states).unflatten(*split)
+        k, v = (
+            self.key_proj(hidden_states).unflatten(*split),
+            self.value_proj(hidden_states).unflatten(*split),
+        )
         key_table = query_table = None
         if positions is not None:
             key_table, query_table = self.project_positions(positions.table)

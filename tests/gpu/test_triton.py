@@ -1,0 +1,51 @@
+"""The Triton attention on a GPU against float64, and whole models against plain PyTorch."""
+
+import copy
+
+import pytest
+import torch
+
+from DeBERTa import RTDConfig, RTDModel
+from tests.conftest import tiny_rtd
+from tests.ops.triton_cases import compare
+from tests.training.batches import random_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+# Rounding of products and probabilities to the precision of the inputs: 24, 11 and 8 bits.
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
+SHAPES = [[2, 2, 8, 32], [2, 2, 72, 32], [2, 2, 136, 64], [2, 2, 200, 128], [2, 3, 512, 64], [1, 2, 1024, 64]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("terms", ["c2p|p2c", "c2p", "p2c", ""])
+def test_agrees_with_float64(dtype, terms):
+    for shape in SHAPES if terms == "c2p|p2c" else SHAPES[2:3]:
+        errors = compare({"dtype": dtype, "p": 0.1, "terms": terms, "shape": shape}, "cuda")
+        assert errors.pop("differs between calls") == 0
+        assert max(errors.values()) < TOLERANCE[dtype], (shape, errors)
+
+
+def test_whole_model(monkeypatch):
+    """Losses and gradients of an RTD model in float32 agree with plain PyTorch's."""
+    from DeBERTa.ops import select_implementations
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    values = tiny_rtd()
+    for part in ("generator", "discriminator"):
+        values[part] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_size": 64}
+    torch.manual_seed(0)
+    plain = RTDModel(RTDConfig.from_dict(values)).cuda()
+    fast = copy.deepcopy(plain)
+    assert select_implementations(fast, torch.device("cuda"), "auto", False) == "triton"
+    batch = random_batch(length=40).to(torch.device("cuda"))
+    results = []
+    for model in (plain, fast):
+        masked = model.generator.masked_loss(batch, sample=False)
+        found = model.detection_loss(batch.input_ids, batch.input_mask, batch.labels)
+        (masked.loss.sum() + found.loss).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([masked.loss.detach(), found.loss.detach(), *gradients])
+    for actual, expected in zip(*reversed(results), strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(actual, expected, atol=2e-5 * max(scale, 1e-2), rtol=1e-4)

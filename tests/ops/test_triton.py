@@ -1,0 +1,118 @@
+"""The Triton kernels without a GPU: against float64 in the interpreter, and compiled for every capability."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the kernels are not tested: the package triton is not installed", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from DeBERTa.ops.triton import kernels
+from DeBERTa.ops.triton.launch import LAUNCH_TABLES, SEQUENCES, TILE
+
+LONGEST_STACK = 128  # bytes per thread: spilled registers
+SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}  # KB per program, CUDA programming guide
+
+# Rounding of float32 over sums of 136 to 640 products; float16 keeps 11 bits of every product and probability.
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3}
+CASES = [
+    {"dtype": "float32", "p": 0.1, "terms": "c2p|p2c", "shape": [2, 2, 136, 32]},
+    {"dtype": "float16", "p": 0.1, "terms": "c2p|p2c", "shape": [1, 2, 136, 64]},
+    {"dtype": "float32", "p": 0.1, "terms": "c2p", "shape": [1, 1, 72, 128]},
+    {"dtype": "float32", "p": 0.1, "terms": "p2c", "shape": [9, 1, 8, 32]},
+    {"dtype": "float32", "p": 0.0, "terms": "", "shape": [1, 1, 13, 32]},
+    {"dtype": "float32", "p": 0.1, "terms": "c2p|p2c", "shape": [1, 1, 13, 64]},
+]
+
+
+@functools.cache
+def run_interpreter() -> list[dict]:
+    """Errors of all cases, from one process."""
+    command = [sys.executable, "-m", "tests.ops.triton_cases", *map(json.dumps, CASES)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_agrees_with_float64(number):
+    """Context and all gradients, with padded keys, and the mask of the CPU's `draw_keep_mask`."""
+    errors = run_interpreter()[number]
+    assert errors.pop("differs between calls") == 0
+    assert max(errors.values()) < TOLERANCE[CASES[number]["dtype"]], errors
+
+
+POINTERS = {"seed": "*i64", "mask": "*i32", "keep_mask": "*i32", "input_mask": "*i8", "lse": "*fp32", "delta": "*fp32"}
+POINTERS |= {"grad_table": "*fp32"}
+SCALARS = {"scale": "fp32"}
+
+
+def compile_kernel(name: str, capability: tuple[int, int], launch: tuple[int, int], dtype: str, **constants: object):
+    """Compile one kernel for a compute capability that need not be here."""
+    function = getattr(kernels, name)
+    constants = {"L": 512, "D": 64, "WORDS": 16, "N": TILE, "SEQUENCES": SEQUENCES} | constants
+    signature, attributes = {}, {}
+    for number, argument in enumerate(function.arg_names):
+        stem = argument.removesuffix("_ptr")
+        if argument in constants:
+            signature[argument] = "constexpr"
+        else:
+            is_pointer = stem != argument
+            signature[argument] = POINTERS.get(stem, f"*{dtype}") if is_pointer else SCALARS.get(argument, "i32")
+            if is_pointer or argument.startswith("stride"):
+                attributes[(number,)] = [["tt.divisibility", 16]]
+    used = {key: value for key, value in constants.items() if key in function.arg_names}
+    source = ASTSource(function, signature=signature, constexprs=used, attrs=attributes)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    return triton.compile(source, target=target, options={"num_warps": launch[0], "num_stages": launch[1]})
+
+
+def read_stack(cubin: bytes) -> int:
+    """Bytes of stack per thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+TERMS = {"HAS_DROPOUT": True, "HAS_C2P": True, "HAS_P2C": True}
+KERNELS = [
+    ("forward_kernel", "forward", TERMS),
+    ("key_gradient_kernel", "key_gradient", TERMS),
+    ("query_gradient_kernel", "query_gradient", {"HAS_C2P": True}),
+    ("table_gradient_kernel", "table_gradient", {"IS_QUERY_TABLE": False}),
+    ("table_gradient_kernel", "table_gradient", {"IS_QUERY_TABLE": True}),
+]
+
+
+@pytest.mark.parametrize("capability", LAUNCH_TABLES)
+@pytest.mark.parametrize(("name", "field", "constants"), KERNELS)
+def test_compiles_for_every_capability(capability, name, field, constants):
+    """In bfloat16 with all terms and dropout: fits in shared memory, and spills next to nothing."""
+    compiled = compile_kernel(name, capability, getattr(LAUNCH_TABLES[capability], field), "bf16", **constants)
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+    assert read_stack(compiled.asm["cubin"]) <= LONGEST_STACK
+
+
+@pytest.mark.parametrize(("name", "field", "constants"), KERNELS)
+def test_compiles_in_float32(name, field, constants):
+    """For short runs and golden figures; speed does not matter, so spills do not either."""
+    compiled = compile_kernel(name, (9, 0), getattr(LAUNCH_TABLES[9, 0], field), "fp32", **constants)
+    assert compiled.metadata.shared <= SHARED_MEMORY[9, 0] * 1024
