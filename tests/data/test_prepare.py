@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import lzma
 import os
 import signal
@@ -228,6 +229,25 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
     prepare(text, tmp_path / "undisturbed.txt", VOCABULARY, workers=1)
     assert output.read_bytes() == (tmp_path / "undisturbed.txt").read_bytes()
     assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
+
+
+def test_killed_at_every_call_that_changes_a_file(tmp_path):
+    """The output is absent or complete after each kill; the last run leaves nothing else."""
+    output, expected = tmp_path / "train.txt", (GOLDEN / "expected_64.txt").read_bytes()
+    arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
+    arguments += ["--max_seq_length", "64", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "kill_at_call")}
+    for number in itertools.count(1):
+        run = subprocess.run(
+            arguments, env=environment | {"KILL_AT_CALL": str(number)}, capture_output=True, check=False
+        )
+        assert not output.exists() or output.read_bytes() == expected
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    assert number > 8
+    assert find_store(output).meta.lines == 75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
