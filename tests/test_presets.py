@@ -108,7 +108,7 @@ def test_continue_asks_for_weights():
     assert result.returncode == 2
     assert "--init_generator" in result.stderr
     assert "--init_discriminator" in result.stderr
-    assert "microsoft/deberta-v3-base " in result.stderr
+    assert "microsoft/deberta-v3-base, " in result.stderr
 
 
 def test_wrong_flags_are_reported_before_anything_is_prepared(tmp_path):
