@@ -24,6 +24,7 @@ T = TypeVar("T")
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
 SHARING = ("gdes", "es", "nes")
+ATTENTION = ("auto", "eager", "sdpa")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -381,7 +382,7 @@ class TrainConfig:
         "auto",
         "auto: the fastest for the device; eager: plain operations; sdpa: PyTorch's fused attention; "
         "triton: kernels for CUDA GPUs",
-        choices=("auto", "eager", "sdpa", "triton"),
+        choices=ATTENTION,
     )
     gradient_checkpointing: bool = _flag(
         False, "recompute layers in the backward pass: less memory, a third more time", rules=RESUME

@@ -38,7 +38,7 @@ class Preset:
 
     Attributes:
         flags: values of `TrainConfig` fields that differ from the defaults.
-        weights: the published model that training continues from, if any.
+        is_continued: whether training starts from the published weights of the same name.
     """
 
     task_name: str
@@ -46,7 +46,7 @@ class Preset:
     flags: Mapping[str, Any]
     corpus: str = "wikitext-103"
     max_seq_length: int = 512
-    weights: str = ""
+    is_continued: bool = False
 
 
 # The published scripts share these; other values than the flags' defaults are named below.
@@ -54,6 +54,7 @@ FULL = {"num_training_steps": 1_000_000, "dump_interval": 10_000, "warmup": 10_0
 FULL_MLM = FULL | {"train_batch_size": 256, "max_ngram": 3}
 FULL_RTD = FULL | {"train_batch_size": 256}
 LARGE_MLM = FULL_MLM | {"train_batch_size": 32, "warmup": 1000.0}
+XSMALL_RTD = FULL | {"train_batch_size": 64, "learning_rate": 3e-4}
 CONTINUE = FULL_RTD | {"num_training_steps": 100_000, "learning_rate": 5e-5}
 TINY = {
     "num_training_steps": 400, "dump_interval": 200, "log_interval": 20, "warmup": 40.0,
@@ -73,23 +74,15 @@ PRESETS = {
     "xlarge-v2": Preset("MLM", "deberta_xlarge.json", LARGE_MLM),
     "xxlarge-v2": Preset("MLM", "xxlarge.json", LARGE_MLM),
     "deberta-v3-tiny": Preset("RTD", "rtd_tiny.json", TINY, "sample", 128),
-    "deberta-v3-xsmall": Preset(
-        "RTD", "rtd_xsmall.json", FULL_RTD | {"train_batch_size": 64, "learning_rate": 3e-4}
-    ),
+    "deberta-v3-xsmall": Preset("RTD", "rtd_xsmall.json", XSMALL_RTD),
     "deberta-v3-small": Preset("RTD", "rtd_small.json", FULL_RTD),
     "deberta-v3-base": Preset("RTD", "rtd_base.json", FULL_RTD),
     "deberta-v3-large": Preset("RTD", "rtd_large.json", FULL_RTD),
     # The public xsmall checkpoint is wider (384) than the model trained from scratch (256).
-    "deberta-v3-xsmall-continue": Preset(
-        "RTD", "rtd_xsmall_continue.json", CONTINUE, weights="microsoft/deberta-v3-xsmall"
-    ),
-    "deberta-v3-small-continue": Preset(
-        "RTD", "rtd_small.json", CONTINUE, weights="microsoft/deberta-v3-small"
-    ),
-    "deberta-v3-base-continue": Preset("RTD", "rtd_base.json", CONTINUE, weights="microsoft/deberta-v3-base"),
-    "deberta-v3-large-continue": Preset(
-        "RTD", "rtd_large.json", CONTINUE, weights="microsoft/deberta-v3-large"
-    ),
+    "deberta-v3-xsmall-continue": Preset("RTD", "rtd_xsmall_continue.json", CONTINUE, is_continued=True),
+    "deberta-v3-small-continue": Preset("RTD", "rtd_small.json", CONTINUE, is_continued=True),
+    "deberta-v3-base-continue": Preset("RTD", "rtd_base.json", CONTINUE, is_continued=True),
+    "deberta-v3-large-continue": Preset("RTD", "rtd_large.json", CONTINUE, is_continued=True),
 }
 
 
@@ -117,10 +110,11 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
     """
     preset = find_preset(name, given.get("task_name"))
     has_weights = given.get("init_generator") and given.get("init_discriminator")
-    if preset.weights and given.get("do_train", True) and not has_weights:
+    if preset.is_continued and given.get("do_train", True) and not has_weights:
         raise UsageError(
             f"{name} needs published weights: fetch pytorch_model.generator.bin and pytorch_model.bin of "
-            f"{preset.weights} and pass them as --init_generator FILE --init_discriminator FILE"
+            f"microsoft/{name.removesuffix('-continue')}, and pass them as --init_generator FILE "
+            "--init_discriminator FILE"
         )
     values = {
         "task_name": preset.task_name,

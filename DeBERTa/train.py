@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
 
 from DeBERTa.config import (
     FREE_PER_NODE,
@@ -51,7 +50,7 @@ from DeBERTa.training.distributed import (
     join_process_group,
     log_rank,
 )
-from DeBERTa.training.evaluation import evaluate_splits, outputs_of
+from DeBERTa.training.evaluation import Outputs, evaluate_splits, outputs_of
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
@@ -62,9 +61,10 @@ from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.precision import resolve_precision
 from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
-from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
+from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from DeBERTa.training.trainer import Run, Trainer, resume
 
+Model = MaskedLanguageModel | RTDModel
 SPARE_ROWS = 127  # of a word table, more than the vocabulary has tokens (128100 rows for 128001 tokens)
 WORKER_DIED = (
     "a data worker died or was killed, perhaps because memory ran out (fewer --workers need less); "
@@ -119,15 +119,14 @@ def translate_worker_errors() -> Iterator[None]:
     """Raise `DataWorkerError` when a data worker died.
 
     A death shows in up to two ways. DataLoader raises a RuntimeError wherever the main thread is when SIGCHLD
-    comes. The transfer of a batch from the worker breaks off (`ConnectionError`, `EOFError`): only it
+    comes. The transfer of a batch from the worker breaks off (`ConnectionError`, `EOFError`): it alone
     has such connections. The first would interrupt the handling of the second.
     """
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(
-            error
-        ):  # DataLoader's message
+        is_from_loader = "DataLoader worker (pid" in str(error)
+        if isinstance(error, RuntimeError) and not is_from_loader:
             raise
         for _ in range(2):  # a pending handler runs in the first call, before it is replaced
             with suppress(RuntimeError):
@@ -143,9 +142,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
         keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
     model_config = load_model_config(config, tokenizer)
-    masker = Masker(
-        tokenizer, 1 if config.task_name == "RTD" else config.max_ngram, config.task_name == "RTD"
-    )
+    is_rtd = config.task_name == "RTD"
+    masker = Masker(tokenizer, 1 if is_rtd else config.max_ngram, is_rtd)
     train_store = open_split(config, "train", tokenizer) if config.do_train else None
     evaluation = open_evaluation(config, tokenizer, masker)
     texts = {f"{split}_sha256": batches.store.meta.text_sha256 for split, batches in evaluation.items()}
@@ -153,6 +151,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
     execution = set_execution(model, config, device)
+    outputs: Outputs
     if train_store is not None:
         check_batch_size(config)
         plan = BatchPlan(
@@ -160,8 +159,11 @@ def run(config: TrainConfig, signals: Signals) -> None:
         )
         batches = TrainingBatches(train_store, tokenizer, masker, plan)
         total_steps = count_steps(config, batches)
-        step_class = MaskedLMStep if config.task_name == "MLM" else ReplacedTokenStep
-        training = step_class(model, config, precision, device, total_steps)
+        training: TrainingStep
+        if isinstance(model, RTDModel):
+            training = ReplacedTokenStep(model, config, precision, device, total_steps)
+        else:
+            training = MaskedLMStep(model, config, precision, device, total_steps)
         data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
         resolved = {
             "num_training_steps": total_steps,
@@ -295,7 +297,7 @@ def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     return math.ceil(config.num_train_epochs * len(batches.store) / config.train_batch_size)
 
 
-def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> nn.Module:
+def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> Model:
     """Build the model with fresh weights, or those of the `--init_*` files."""
     if isinstance(model_config, ModelConfig):
         model = MaskedLanguageModel(model_config)
@@ -308,7 +310,7 @@ def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> n
     return rtd_model
 
 
-def load_trained(config: TrainConfig, model: nn.Module) -> None:
+def load_trained(config: TrainConfig, model: Model) -> None:
     """Load the weights of the run's newest checkpoint, to evaluate them, unless `--init_*` named others."""
     if config.init_model or config.init_generator:
         return
@@ -328,13 +330,13 @@ def load_trained(config: TrainConfig, model: nn.Module) -> None:
     load_full_weights(model, weights)
 
 
-def get_full_model(config: TrainConfig, model: nn.Module) -> nn.Module:
+def get_full_model(config: TrainConfig, model: Model) -> Model:
     """Return on rank 0 the trained model with full weights. Called on every rank."""
     if config.sharding == "none":
         return model
     weights = gather_to_rank_zero(model.state_dict())
     if is_rank_zero():
-        model = type(model)(model.config)
+        model = RTDModel(model.config) if isinstance(model, RTDModel) else MaskedLanguageModel(model.config)
         model.load_state_dict(weights, assign=True)
     return model
 
@@ -342,7 +344,11 @@ def get_full_model(config: TrainConfig, model: nn.Module) -> nn.Module:
 def describe_data(batches: TrainingBatches) -> dict:
     """Return what the run learns from, by content."""
     store = batches.store
-    return {"train_sha256": store.meta.text_sha256, "train_lines": len(store), "train_tokens": store.meta.num_tokens}
+    return {
+        "train_sha256": store.meta.text_sha256,
+        "train_lines": len(store),
+        "train_tokens": store.meta.num_tokens,
+    }
 
 
 def start_or_resume(this_run: Run) -> int:

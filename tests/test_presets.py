@@ -87,15 +87,14 @@ def run_script(script: str, *arguments: str, **environment: str) -> subprocess.C
 )
 @pytest.mark.parametrize("arguments", [[], ["no-such-model"], ["deberta-v-base"], ["--tag", "x"]])
 def test_no_name_or_a_wrong_one(script, known, unknown, arguments):
-    for extra in ([], ["--seed", "1"]):
-        result = run_script(script, *arguments, *extra)
-        assert result.returncode == 2
-        assert not result.stdout
-        (message,) = result.stderr.splitlines()
-        assert f"usage: ./{script} NAME" in message
-        assert known in message
-        assert f" {unknown}" not in message
-        assert ("closest" in message) == (arguments == ["deberta-v-base"])
+    result = run_script(script, *arguments)
+    assert result.returncode == 2
+    assert not result.stdout
+    (message,) = result.stderr.splitlines()
+    assert f"usage: ./{script} NAME" in message
+    assert known in message
+    assert f" {unknown}" not in message
+    assert ("closest" in message) == (arguments == ["deberta-v-base"])
 
 
 def test_a_preset_of_the_other_task():
@@ -109,7 +108,7 @@ def test_continue_asks_for_weights():
     assert result.returncode == 2
     assert "--init_generator" in result.stderr
     assert "--init_discriminator" in result.stderr
-    assert "microsoft/deberta-v3-base " in result.stderr
+    assert "microsoft/deberta-v3-base, " in result.stderr
 
 
 def test_wrong_flags_are_reported_before_anything_is_prepared(tmp_path):

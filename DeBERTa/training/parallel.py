@@ -10,6 +10,7 @@ the same with `full_state_dict=True`, but its all-gather makes gloo corrupt memo
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ def all_gather_full(tensor: torch.Tensor) -> torch.Tensor:
     return full[: len(tensor)]
 
 
-def gather_to_rank_zero(state: object) -> object:
+def gather_to_rank_zero(state: Any) -> Any:
     """Copy a nested state to host memory on rank 0, with full tensors for shards. Called on every rank.
 
     Other ranks get None in place of every tensor.

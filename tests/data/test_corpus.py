@@ -3,7 +3,10 @@
 import hashlib
 import http.server
 import lzma
+import os
 import re
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +18,8 @@ from DeBERTa.data import corpus
 from DeBERTa.data.corpus import Download, DownloadError, extract_sample, fetch, fetch_wikitext
 from DeBERTa.errors import DataError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "prepare"
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
 UNREACHABLE = "http://127.0.0.1:9/nothing"  # the port of the discard service, where nothing listens
 
@@ -46,8 +50,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = content[start:]
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        cut_off = (self.path == "/cut" and start < 4_000_000) or self.path == "/cut-at-once"
-        self.wfile.write(body[: (2_000_000 if self.path == "/cut" else 0)] if cut_off else body)
+        is_incomplete = (self.path == "/incomplete" and start < 4_000_000) or self.path == "/nothing"
+        self.wfile.write(body[: (2_000_000 if self.path == "/incomplete" else 0)] if is_incomplete else body)
 
     def log_message(self, *arguments):
         pass
@@ -92,9 +96,13 @@ def test_the_next_address_is_tried(server, tmp_path):
 
 
 def test_an_interrupted_connection_resumes(server, tmp_path):
-    fetch(download(server.address + "/cut"), tmp_path / "file")
+    fetch(download(server.address + "/incomplete"), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
-    assert server.ranges == [("/cut", None), ("/cut", "bytes=2000000-"), ("/cut", "bytes=4000000-")]
+    assert server.ranges == [
+        ("/incomplete", None),
+        ("/incomplete", "bytes=2000000-"),
+        ("/incomplete", "bytes=4000000-"),
+    ]
 
 
 def test_an_earlier_download_is_resumed(server, tmp_path):
@@ -122,7 +130,7 @@ def test_a_wrong_file_is_removed(server, tmp_path):
 
 def test_an_incomplete_file_without_known_hash_is_never_used(server, tmp_path):
     with pytest.raises(DownloadError, match="ended after 2000000 of 5120000 bytes"):
-        fetch(download(server.address + "/cut", content=None), tmp_path / "file")
+        fetch(download(server.address + "/incomplete", content=None), tmp_path / "file")
     assert not (tmp_path / "file").exists()
     fetch(download(server.address + "/plain", content=None), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
@@ -140,7 +148,7 @@ def test_the_error_names_every_address_and_the_destination(server, tmp_path):
     urls = (
         UNREACHABLE,
         server.address + "/forbidden",
-        server.address + "/cut-at-once",
+        server.address + "/nothing",
         server.address + "/plain",
     )
     with pytest.raises(DownloadError) as error:
@@ -174,9 +182,9 @@ def test_wikitext_from_a_local_archive(tmp_path):
     texts = fetch_wikitext(archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
     assert [texts[split].read_text() for split in ("train", "valid", "test")] == ["1\n", "2\n", "3\n"]
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    folder = "cache/wikitext-103/text/"
-    members = {folder + f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
-    assert files == {"a.zip", folder + "source.json", *members}
+    directory = "cache/wikitext-103/text/"
+    members = {directory + f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
+    assert files == {"a.zip", directory + "source.json", *members}
 
     times = {path: path.stat().st_mtime_ns for path in texts.values()}
     assert fetch_wikitext(tmp_path / "a.zip") == fetch_wikitext() == texts
@@ -223,3 +231,24 @@ def test_splits_of_the_sample():
     assert "".join(contents.values()).encode() == lzma.decompress(corpus.SAMPLE.read_bytes())
     times = {path: path.stat().st_mtime_ns for path in texts.values()}
     assert {path: path.stat().st_mtime_ns for path in extract_sample().values()} == times
+
+
+def test_addresses_come_from_the_environment():
+    mirrors = {
+        "DEBERTA_WIKITEXT_URL": "http://127.0.0.1:9/mirror.zip",
+        "HF_ENDPOINT": "http://127.0.0.1:9/hub/",
+    }
+    code = (
+        "from DeBERTa.data import corpus;"
+        "print(corpus.WIKITEXT_103.urls[0], *corpus.DEBERTA_V3_VOCABULARY.urls)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | mirrors,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    hub = "http://127.0.0.1:9/hub/microsoft/deberta-v3-base/resolve/main/spm.model"
+    assert run.stdout.split() == ["http://127.0.0.1:9/mirror.zip", hub]

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import lzma
 import os
 import signal
@@ -13,16 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prepare_data
 from DeBERTa.data import corpus
-from DeBERTa.data.files import open_partial
 from DeBERTa.data.prepare import prepare
-from DeBERTa.data.text import TextFile, read_training_sentences, split_lines
+from DeBERTa.data.text import split_lines
 from DeBERTa.data.token_store import find_store, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
 from DeBERTa.log import set_up_logging
-from tests.conftest import strip_times
 from tests.processes import children, is_running
 
 ROOT = Path(__file__).parents[2]
@@ -157,22 +155,6 @@ def test_a_failed_run_keeps_the_older_output(tmp_path):
     assert prepare(GOLDEN / "input.txt", tmp_path / "o", VOCABULARY, 64, workers=1).seconds is None
 
 
-def test_blocks_hold_all_text_and_end_well(tmp_path):
-    content = (
-        "Zeile mit Straße\r\n" * 50 + "漢字" * 400 + "\r" + "wort " * 500 + "x" * 900 + "\n\nend"
-    ).encode()
-    (tmp_path / "i").write_bytes(content)
-    for block_bytes in (7, 64, 1000, len(content), len(content) + 1):
-        blocks = list(TextFile(tmp_path / "i").read_blocks(block_bytes))
-        assert b"".join(block for _, block in blocks) == content
-        assert all(0 < len(block) <= block_bytes for _, block in blocks)
-        assert [offset for offset, _ in blocks] == [
-            sum(len(block) for _, block in blocks[:index]) for index in range(len(blocks))
-        ]
-        for _, block in blocks:
-            block.decode()
-
-
 def test_long_lines_are_split_where_pieces_end(tmp_path):
     line = b" ".join([*(GOLDEN / "input.txt").read_bytes().split()] * 40)
     assert max(map(len, split_lines(line))) <= 64 << 10
@@ -212,12 +194,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path, separator):
     assert open_store(tmp_path / "o", TOKENIZER, 510).meta.num_tokens > 3_000_000
 
 
-def test_preparing_does_not_load_torch():
-    """It would cost two seconds and 200 MB in every process."""
-    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
 def start_and_wait_for_output(text: Path, output: Path) -> subprocess.Popen:
     arguments = command("-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", "2")
     pipe = subprocess.PIPE
@@ -253,6 +229,25 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
     prepare(text, tmp_path / "undisturbed.txt", VOCABULARY, workers=1)
     assert output.read_bytes() == (tmp_path / "undisturbed.txt").read_bytes()
     assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
+
+
+def test_killed_at_every_call_that_changes_a_file(tmp_path):
+    """The output is absent or complete after each kill; the last run leaves nothing else."""
+    output, expected = tmp_path / "train.txt", (GOLDEN / "expected_64.txt").read_bytes()
+    arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
+    arguments += ["--max_seq_length", "64", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "kill_at_call")}
+    for number in itertools.count(1):
+        run = subprocess.run(
+            arguments, env=environment | {"KILL_AT_CALL": str(number)}, capture_output=True, check=False
+        )
+        assert not output.exists() or output.read_bytes() == expected
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    assert number > 8
+    assert find_store(output).meta.lines == 75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
@@ -330,158 +325,6 @@ def test_up_to_date(tmp_path):
     output.unlink()
     assert run()
     assert not run()
-
-
-def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
-    output, elsewhere = tmp_path / "train.txt", tmp_path / "elsewhere.txt"
-    arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
-    with open_partial(output):  # as the first run does
-        second = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert "waiting for another process that writes" in second.stderr.readline()
-        prepare(GOLDEN / "input.txt", elsewhere, VOCABULARY, workers=1)
-        elsewhere.rename(output)
-        get_store_path(elsewhere).rename(get_store_path(output))
-    out, errors = second.communicate()
-    assert second.returncode == 0
-    assert out == "" and "up to date" in errors and "error" not in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "train.txt.ids"]
-
-
-def test_command_line_with_an_own_text(tmp_path):
-    arguments = ("-i", GOLDEN / "input.txt", "-o", tmp_path / "new" / "o.txt", "--max_seq_length", 64)
-    run = subprocess.run(
-        command(*arguments, "--vocab_path", VOCABULARY), capture_output=True, text=True, check=True
-    )
-    assert (tmp_path / "new" / "o.txt").read_bytes() == (GOLDEN / "expected_64.txt").read_bytes()
-    for part in (
-        str(tmp_path / "new" / "o.txt"),
-        "75 lines",
-        "4,612 tokens",
-        "MB/s",
-        f"vocabulary: {VOCABULARY}",
-    ):
-        assert part in run.stderr
-    assert "preparing o.txt: 100%" in run.stderr
-
-
-def test_the_sample_with_its_own_vocabulary(cache, capsys):
-    arguments = ["--corpus", "sample", "--max_seq_length", "128", "--train_vocab", "1000"]
-    assert prepare_data.main(arguments) == 0
-    tokenizer = Tokenizer(cache / "sample" / "spm.model")
-    assert len(tokenizer) == 1001
-    stores = {
-        split: open_store(cache / "sample" / "128" / f"{split}.txt", tokenizer, 126)
-        for split in corpus.SPLITS
-    }
-    assert len(stores["train"]) > 10 * len(stores["test"]) > 0 < len(stores["valid"])
-    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    assert prepare_data.main(arguments) == 0
-    assert capsys.readouterr().err.count("up to date") == 3
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
-
-    assert prepare_data.main([*arguments[:-1], "1200"]) == 1
-    assert "cannot write a vocabulary to" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
-
-
-def test_an_own_vocabulary_beside_the_output(tmp_path, capsys):
-    arguments = ["-i", str(GOLDEN / "input.txt"), "-o", str(tmp_path / "o.txt"), "--train_vocab", "300"]
-    assert prepare_data.main(arguments) == 0
-    assert len(Tokenizer(tmp_path / "spm.model")) == 301
-    trained = (tmp_path / "spm.model").read_bytes()
-    (
-        tmp_path / "spm.model.json"
-    ).unlink()  # killed before the record was written: the same text gives the same bytes
-    assert prepare_data.main(arguments) == 0
-    assert (tmp_path / "spm.model").read_bytes() == trained
-    assert (tmp_path / "spm.model.json").exists()
-    (tmp_path / "spm.model").write_bytes(VOCABULARY.read_bytes())
-    assert prepare_data.main(arguments) == 1
-    assert "cannot write a vocabulary to" in capsys.readouterr().err
-    assert (tmp_path / "spm.model").read_bytes() == VOCABULARY.read_bytes()
-
-
-def test_vocabularies_of_large_texts_see_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("DeBERTa.data.text.TRAINING_BYTES", 2 << 20)
-    text = b"".join(b"%07d.\n" % number for number in range(1_000_000))
-    for name, content in (("i", text), ("i.gz", gzip.compress(text, 1))):
-        (tmp_path / name).write_bytes(content)
-        numbers = [int(line[:7]) for line in read_training_sentences(tmp_path / name, "strict")]
-        assert 1.8e6 < 9 * len(numbers) < 3.5e6
-        assert min(numbers) < 200_000 and max(numbers) > 600_000
-        assert numbers == sorted(set(numbers))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["-i", "missing.txt", "-o", "o", "--vocab_path", str(VOCABULARY)], "no text file missing.txt"),
-        (["-i", "i", "-o", "o", "--vocab_path", "missing.model"], "vocabulary missing.model"),
-        (["-i", "i", "-o", "o", "--vocab_path", "i"], "i is not a SentencePiece model"),
-        (["-i", "i", "-o", "./i", "--vocab_path", str(VOCABULARY)], "it is also the input"),
-        (["-i", "i", "-o", "v", "--vocab_path", "v"], "it is also the vocabulary"),
-        (["-i", "i", "-o", "i/o", "--vocab_path", str(VOCABULARY)], "i: "),
-        (["-i", "i", "-o", ".", "--vocab_path", str(VOCABULARY)], "it is a directory"),
-        (["-i", "i", "-o", "o", "--train_vocab", "5000"], "too little text"),
-        (["--wikitext", "missing.zip"], "no archive missing.zip"),
-    ],
-)
-def test_one_sentence_for_what_cannot_be_done(tmp_path, monkeypatch, capsys, arguments, complaint):
-    monkeypatch.chdir(tmp_path)
-    Path("i").write_text("some text\n")
-    Path("v").write_bytes(VOCABULARY.read_bytes())
-    assert prepare_data.main(arguments) == 1
-    errors = capsys.readouterr().err
-    assert complaint in errors
-    assert strip_times(errors).splitlines()[-1].startswith("error: ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "v"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["-i", "i"],
-        ["-o", "o"],
-        ["-i", "i", "-o", "o", "--corpus", "sample"],
-        ["--corpus", "sample", "--wikitext", "z.zip"],
-        ["--corpus", "other"],
-        ["--workers", "0"],
-        ["--max_seq_length", "2"],
-    ],
-)
-def test_wrong_flags(arguments, capsys):
-    assert prepare_data.main(arguments) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert "error: " in error
-
-
-def test_no_network(cache, monkeypatch, capsys):
-    monkeypatch.setattr(corpus.WIKITEXT_103, "urls", ("http://127.0.0.1:9/a.zip", "http://127.0.0.1:9/b.zip"))
-    monkeypatch.setattr(corpus.DEBERTA_V3_VOCABULARY, "urls", ("http://127.0.0.1:9/spm.model",))
-    assert prepare_data.main([]) == 1
-    errors = capsys.readouterr().err
-    for address in ("9/a.zip: ", "9/b.zip: ", "9/spm.model: "):
-        assert address in errors
-    for destination in ("wikitext-103/wikitext-103-v1.zip", "deberta-v3-base/spm.model"):
-        assert f"put the file at {cache / destination} by hand" in errors
-
-
-def test_own_addresses_come_from_the_environment(cache):
-    mirrors = {
-        "DEBERTA_WIKITEXT_URL": "http://127.0.0.1:9/mirror.zip",
-        "HF_ENDPOINT": "http://127.0.0.1:9/hub/",
-    }
-    code = "from DeBERTa.data import corpus; print(corpus.WIKITEXT_103.urls[0], *corpus.DEBERTA_V3_VOCABULARY.urls)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | mirrors,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    hub = "http://127.0.0.1:9/hub/microsoft/deberta-v3-base/resolve/main/spm.model"
-    assert run.stdout.split() == ["http://127.0.0.1:9/mirror.zip", hub]
 
 
 def test_a_vocabulary_for_prepared_text_is_checked_early(tmp_path):

@@ -71,11 +71,11 @@ def test_text_prepared_with_another_vocabulary_is_refused(tmp_path):
         open_store(tmp_path / "train.txt", Tokenizer(tmp_path / "other.model"), 62)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9999, 1.0001])
-def test_a_damaged_store_is_rebuilt(text, kept):
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9999, 1.0001])
+def test_a_damaged_store_is_rebuilt(text, share):
     open_store(text, TOKENIZER, 62)
     path = get_store_path(text)
-    os.truncate(path, int(kept * path.stat().st_size))
+    os.truncate(path, int(share * path.stat().st_size))
     assert find_store(text) is None
     assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
 

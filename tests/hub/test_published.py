@@ -54,14 +54,14 @@ def variants(state, residuals):
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 @pytest.mark.parametrize("sharing", ["gdes", "nes"])
 def test_discriminator_starts_exactly_as_published(published, sharing, suffix):
-    folder, discriminator, residuals = published
+    directory, discriminator, residuals = published
     batch = random_batch()
     expected = discriminator(batch.input_ids, batch.input_mask, batch.labels).logits
     for name, state in variants(discriminator.state_dict(), residuals):
-        path = folder / f"pytorch_model.{suffix}"
+        path = directory / f"pytorch_model.{suffix}"
         (torch.save if suffix == "bin" else save_file)(copy.deepcopy(state), path)
         model = RTDModel(RTDConfig.from_dict(tiny_rtd(sharing))).eval()
-        load_rtd(model, str(folder / "pytorch_model.generator.bin"), str(path))
+        load_rtd(model, str(directory / "pytorch_model.generator.bin"), str(path))
         actual = model.discriminate(batch.input_ids, batch.input_mask, batch.labels).logits
         torch.testing.assert_close(
             actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
@@ -96,8 +96,8 @@ def test_unreadable_files(tmp_path, name, content):
 
 
 def test_weights_that_do_not_fit_are_named(published):
-    folder, discriminator, _ = published
-    generator, path = str(folder / "pytorch_model.generator.bin"), folder / "pytorch_model.bin"
+    directory, discriminator, _ = published
+    generator, path = str(directory / "pytorch_model.generator.bin"), directory / "pytorch_model.bin"
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     for change, named in (
         ({"mask_predictions.dense.weight": None}, "mask_predictions.dense.weight is missing"),

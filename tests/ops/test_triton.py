@@ -22,12 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from DeBERTa.ops.triton import kernels
-from DeBERTa.ops.triton.launch import LAUNCH_TABLES, SEQUENCES, TILE
+from DeBERTa.ops.triton.launch import LAUNCH_TABLES, SEQUENCES
 
 LONGEST_STACK = 128  # bytes per thread: spilled registers
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}  # KB per program, CUDA programming guide
 
-# Rounding of float32 over sums of 136 to 640 products; float16 keeps 11 bits of every product and probability.
+# Rounding of float32 over sums of 136 to 640 products; float16 keeps 11 bits of every product and
+# probability.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3}
 CASES = [
     {"dtype": "float32", "p": 0.1, "terms": "c2p|p2c", "shape": [2, 2, 136, 32]},
@@ -56,15 +57,25 @@ def test_agrees_with_float64(number):
     assert max(errors.values()) < TOLERANCE[CASES[number]["dtype"]], errors
 
 
-POINTERS = {"seed": "*i64", "mask": "*i32", "keep_mask": "*i32", "input_mask": "*i8", "lse": "*fp32", "delta": "*fp32"}
+POINTERS = {
+    "seed": "*i64",
+    "mask": "*i32",
+    "keep_mask": "*i32",
+    "input_mask": "*i8",
+    "lse": "*fp32",
+    "delta": "*fp32",
+}
 POINTERS |= {"grad_table": "*fp32"}
 SCALARS = {"scale": "fp32"}
 
 
-def compile_kernel(name: str, capability: tuple[int, int], launch: tuple[int, int], dtype: str, **constants: object):
+def compile_kernel(
+    name: str, capability: tuple[int, int], launch: tuple[int, int], dtype: str, **constants: object
+):
     """Compile one kernel for a compute capability that need not be here."""
     function = getattr(kernels, name)
-    constants = {"L": 512, "D": 64, "WORDS": 16, "N": TILE, "SEQUENCES": SEQUENCES} | constants
+    constants = {"L": 512, "D": 64, "WORDS": 16, "SEQUENCES": SEQUENCES} | constants
+    constants["N"] = LAUNCH_TABLES[capability].tile
     signature, attributes = {}, {}
     for number, argument in enumerate(function.arg_names):
         stem = argument.removesuffix("_ptr")
@@ -72,7 +83,9 @@ def compile_kernel(name: str, capability: tuple[int, int], launch: tuple[int, in
             signature[argument] = "constexpr"
         else:
             is_pointer = stem != argument
-            signature[argument] = POINTERS.get(stem, f"*{dtype}") if is_pointer else SCALARS.get(argument, "i32")
+            signature[argument] = (
+                POINTERS.get(stem, f"*{dtype}") if is_pointer else SCALARS.get(argument, "i32")
+            )
             if is_pointer or argument.startswith("stride"):
                 attributes[(number,)] = [["tt.divisibility", 16]]
     used = {key: value for key, value in constants.items() if key in function.arg_names}
@@ -106,7 +119,9 @@ KERNELS = [
 @pytest.mark.parametrize(("name", "field", "constants"), KERNELS)
 def test_compiles_for_every_capability(capability, name, field, constants):
     """In bfloat16 with all terms and dropout: fits in shared memory, and spills next to nothing."""
-    compiled = compile_kernel(name, capability, getattr(LAUNCH_TABLES[capability], field), "bf16", **constants)
+    compiled = compile_kernel(
+        name, capability, getattr(LAUNCH_TABLES[capability], field), "bf16", **constants
+    )
     assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert read_stack(compiled.asm["cubin"]) <= LONGEST_STACK
 

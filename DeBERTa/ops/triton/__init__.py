@@ -4,13 +4,13 @@ import importlib.util
 
 import torch
 
+from DeBERTa.ops.triton.launch import HEAD_SIZES, LAUNCH_TABLES
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def find_obstacle(device: torch.device, head_size: int) -> str | None:
     """Return why the kernels cannot run here, or None if they can."""
-    from DeBERTa.ops.triton.launch import HEAD_SIZES, find_launch_table
-
     if device.type != "cuda":
         return f"its kernels need a CUDA GPU, not a {device.type.upper()}"
     if not HAS_TRITON:
@@ -18,6 +18,6 @@ def find_obstacle(device: torch.device, head_size: int) -> str | None:
     if head_size not in HEAD_SIZES:
         return f"its kernels take heads of {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     capability = torch.cuda.get_device_capability(device)
-    if find_launch_table(capability) is None:
+    if capability not in LAUNCH_TABLES:
         return f"its kernels have not been compiled for compute capability {capability[0]}.{capability[1]}"
     return None

@@ -9,7 +9,7 @@ import triton
 
 from DeBERTa.ops.dropout import compute_threshold
 from DeBERTa.ops.triton import kernels
-from DeBERTa.ops.triton.launch import LAUNCH_TABLES, SEQUENCES, TILE, LaunchTable, find_launch_table
+from DeBERTa.ops.triton.launch import HOPPER, LAUNCH_TABLES, SEQUENCES, LaunchTable
 
 
 @torch.compiler.disable  # a compiled layer is compiled around it
@@ -38,7 +38,8 @@ def expand_table(table_HSD: torch.Tensor, distance_slots: torch.Tensor, sign: in
     repeat the last row.
     """
     length = (len(distance_slots) + 1) // 2
-    width = triton.cdiv(length, TILE) * TILE
+    tile = get_launch_table(distance_slots.device).tile
+    width = triton.cdiv(length, tile) * tile
     distances = torch.arange(-width, width, device=distance_slots.device).clamp(1 - length, length - 1)
     return _Expand.apply(table_HSD, distance_slots[length - 1 - sign * distances])
 
@@ -68,8 +69,9 @@ class _Attention(torch.autograd.Function):
         is_strided_alike = q.stride() == k.stride() == v.stride() and q.stride(0) == L * q.stride(1)
         if not is_strided_alike or q.stride(3) != 1:
             q, k, v = (x.contiguous() for x in (q, k, v))
-        blocks = triton.cdiv(L, TILE)
-        words = blocks * TILE // 32
+        launches = get_launch_table(q.device)
+        blocks = triton.cdiv(L, launches.tile)
+        words = blocks * launches.tile // 32
         out, lse = q.new_empty(B, L, H, D), q.new_empty(B, H, L, dtype=torch.float32)
         keep_mask = input_mask  # not read without dropout
         if p:
@@ -81,9 +83,9 @@ class _Attention(torch.autograd.Function):
                 seed, keep_mask, rows, compute_threshold(p), L, words, group, 64, 2
             )
         has_terms = (key_table is not None, query_table is not None)
-        sizes = (H, q.stride(1), q.stride(2), 1 / (1 - p), L, D, words, p > 0, *has_terms, TILE)
+        sizes = (H, q.stride(1), q.stride(2), 1 / (1 - p), L, D, words, p > 0, *has_terms, launches.tile)
         inputs = (q, k, v, key_table, query_table, input_mask, keep_mask)
-        options = _launch_table(q).forward._asdict()
+        options = launches.forward._asdict()
         kernels.forward_kernel[(blocks, B * H)](*inputs, out, lse, *sizes, **options)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.sizes = sizes
@@ -94,12 +96,13 @@ class _Attention(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         q, k, _, key_table, query_table, *_ = inputs
         B, L, H, D = q.shape
-        blocks = triton.cdiv(L, TILE)
-        grid, launches = (blocks, B * H), _launch_table(q)
+        launches = get_launch_table(q.device)
+        tile, blocks = launches.tile, triton.cdiv(L, launches.tile)
+        grid = (blocks, B * H)
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
-        kernels.delta_kernel[grid](out, grad_out, delta, H, L, D, TILE)
+        kernels.delta_kernel[grid](out, grad_out, delta, H, L, D, tile)
         grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-        grad_scores = q.new_empty(B, H, blocks * TILE, blocks * TILE)
+        grad_scores = q.new_empty(B, H, blocks * tile, blocks * tile)
         outputs = (grad_k, grad_v, grad_scores)
         options = launches.key_gradient._asdict()
         kernels.key_gradient_kernel[grid](*inputs, grad_out, lse, delta, *outputs, *ctx.sizes, **options)
@@ -107,7 +110,7 @@ class _Attention(torch.autograd.Function):
         options = launches.query_gradient._asdict()
         has_c2p = key_table is not None
         kernels.query_gradient_kernel[grid](
-            k, key_table, grad_scores, grad_q, *strides, has_c2p, TILE, **options
+            k, key_table, grad_scores, grad_q, *strides, has_c2p, tile, **options
         )
         grad_tables = []
         for table, x in ((key_table, q), (query_table, k)):
@@ -115,7 +118,7 @@ class _Attention(torch.autograd.Function):
             if table is not None:
                 parts = triton.cdiv(B, SEQUENCES)
                 sums = torch.empty(parts, *table.shape, dtype=torch.float32, device=q.device)
-                tail = (B, *strides, table is query_table, SEQUENCES, TILE)
+                tail = (B, *strides, table is query_table, SEQUENCES, tile)
                 options = launches.table_gradient._asdict()
                 kernels.table_gradient_kernel[(2 * blocks, H, parts)](x, grad_scores, sums, *tail, **options)
                 grad_table = sums.sum(0).to(table.dtype)
@@ -123,7 +126,6 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, *grad_tables, None, None, None
 
 
-def _launch_table(x: torch.Tensor) -> LaunchTable:
-    """Return the launch options for the device of `x`; in the interpreter those of any."""
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    return find_launch_table(capability) or LAUNCH_TABLES[9, 0]
+def get_launch_table(device: torch.device) -> LaunchTable:
+    """Return the launch options for `device`; on a CPU, for the interpreter, those of an H100."""
+    return LAUNCH_TABLES[torch.cuda.get_device_capability(device)] if device.type == "cuda" else HOPPER

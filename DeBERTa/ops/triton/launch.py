@@ -1,13 +1,13 @@
-"""How the kernels are launched per compute capability: warps and stages, measured on an H100, bounded elsewhere.
+"""How the kernels are launched, by compute capability: tile, warps and stages.
 
-A stage more needs more shared memory: 105 KB for the forward kernel with two, where compute capabilities 8.6
-and 8.9 have 99 KB per program.
+Measured on an H100 (9.0). On 8.x, whose matmuls keep their operands in registers, tiles of 64 rows spill with
+4 warps: tiles of 32 are compiled there, and have not been run.
 """
 
 from typing import NamedTuple
 
-TILE = 64  # rows of a tile: 128 spills registers, 32 wastes the tensor cores
 SEQUENCES = 4  # whose table gradients one program sums
+HEAD_SIZES = (32, 64, 128)
 
 
 class Launch(NamedTuple):
@@ -18,20 +18,15 @@ class Launch(NamedTuple):
 
 
 class LaunchTable(NamedTuple):
-    """Launch options of all kernels of a compute capability."""
+    """The tile, and the launch options of each kernel."""
 
+    tile: int
     forward: Launch
-    key_gradient: Launch
-    query_gradient: Launch
-    table_gradient: Launch
+    key_gradient: Launch = Launch(4, 1)
+    query_gradient: Launch = Launch(4, 1)
+    table_gradient: Launch = Launch(4, 1)
 
 
-_SMALL = LaunchTable(Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1))
-_LARGE = _SMALL._replace(forward=Launch(4, 2))
-LAUNCH_TABLES = {(8, 0): _LARGE, (8, 6): _SMALL, (8, 9): _SMALL, (9, 0): _LARGE}
-HEAD_SIZES = (32, 64, 128)
-
-
-def find_launch_table(capability: tuple[int, int]) -> LaunchTable | None:
-    """Return the launch table of a compute capability, None where the kernels have not been compiled for it."""
-    return LAUNCH_TABLES.get(capability)
+AMPERE = LaunchTable(32, Launch(4, 1))
+HOPPER = LaunchTable(64, Launch(4, 2))
+LAUNCH_TABLES = {(8, 0): AMPERE, (8, 6): AMPERE, (8, 9): AMPERE, (9, 0): HOPPER}

@@ -1,0 +1,155 @@
+"""The command prepare_data.py: what it prints, its flags, and its errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prepare_data
+from DeBERTa.data import corpus
+from DeBERTa.data.files import open_partial
+from DeBERTa.data.prepare import prepare
+from DeBERTa.data.token_store import get_store_path, open_store
+from DeBERTa.data.tokenizer import Tokenizer
+from tests.conftest import strip_times
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "prepare"
+VOCABULARY = GOLDEN / "spm.model"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "cache"
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+
+
+def test_preparing_does_not_load_torch():
+    """It would cost two seconds and 200 MB in every process."""
+    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
+    output, elsewhere = tmp_path / "train.txt", tmp_path / "elsewhere.txt"
+    arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
+    with open_partial(output):  # as the first run does
+        second = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process that writes" in second.stderr.readline()
+        prepare(GOLDEN / "input.txt", elsewhere, VOCABULARY, workers=1)
+        elsewhere.rename(output)
+        get_store_path(elsewhere).rename(get_store_path(output))
+    out, errors = second.communicate()
+    assert second.returncode == 0
+    assert out == ""
+    assert "up to date" in errors
+    assert "error" not in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "train.txt.ids"]
+
+
+def test_any_text_file(tmp_path):
+    arguments = ("-i", GOLDEN / "input.txt", "-o", tmp_path / "new" / "o.txt", "--max_seq_length", 64)
+    run = subprocess.run(
+        command(*arguments, "--vocab_path", VOCABULARY), capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "new" / "o.txt").read_bytes() == (GOLDEN / "expected_64.txt").read_bytes()
+    counts = f"{tmp_path / 'new' / 'o.txt'}: 75 lines, 4,612 tokens"
+    for expected in (counts, "MB/s", f"vocabulary: {VOCABULARY}"):
+        assert expected in run.stderr
+    assert "preparing o.txt: 100%" in run.stderr
+
+
+def test_the_sample_with_a_trained_vocabulary(cache, capsys):
+    arguments = ["--corpus", "sample", "--max_seq_length", "128", "--train_vocab", "1000"]
+    assert prepare_data.main(arguments) == 0
+    tokenizer = Tokenizer(cache / "sample" / "spm.model")
+    assert len(tokenizer) == 1001
+    stores = {
+        split: open_store(cache / "sample" / "128" / f"{split}.txt", tokenizer, 126)
+        for split in corpus.SPLITS
+    }
+    assert len(stores["train"]) > 10 * len(stores["test"]) > 0 < len(stores["valid"])
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert prepare_data.main(arguments) == 0
+    assert capsys.readouterr().err.count("up to date") == 3
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
+
+    assert prepare_data.main([*arguments[:-1], "1200"]) == 1
+    assert "cannot write a vocabulary to" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
+
+
+def test_a_vocabulary_trained_next_to_the_output(tmp_path, capsys):
+    arguments = ["-i", str(GOLDEN / "input.txt"), "-o", str(tmp_path / "o.txt"), "--train_vocab", "300"]
+    assert prepare_data.main(arguments) == 0
+    assert len(Tokenizer(tmp_path / "spm.model")) == 301
+    trained = (tmp_path / "spm.model").read_bytes()
+    # As if killed before the record was written: the same text gives the same bytes.
+    (tmp_path / "spm.model.json").unlink()
+    assert prepare_data.main(arguments) == 0
+    assert (tmp_path / "spm.model").read_bytes() == trained
+    assert (tmp_path / "spm.model.json").exists()
+    (tmp_path / "spm.model").write_bytes(VOCABULARY.read_bytes())
+    assert prepare_data.main(arguments) == 1
+    assert "cannot write a vocabulary to" in capsys.readouterr().err
+    assert (tmp_path / "spm.model").read_bytes() == VOCABULARY.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["-i", "missing.txt", "-o", "o", "--vocab_path", str(VOCABULARY)], "no text file missing.txt"),
+        (["-i", "i", "-o", "o", "--vocab_path", "missing.model"], "vocabulary missing.model"),
+        (["-i", "i", "-o", "o", "--vocab_path", "i"], "i is not a SentencePiece model"),
+        (["-i", "i", "-o", "./i", "--vocab_path", str(VOCABULARY)], "it is also the input"),
+        (["-i", "i", "-o", "v", "--vocab_path", "v"], "it is also the vocabulary"),
+        (["-i", "i", "-o", "i/o", "--vocab_path", str(VOCABULARY)], "i: "),
+        (["-i", "i", "-o", ".", "--vocab_path", str(VOCABULARY)], "it is a directory"),
+        (["-i", "i", "-o", "o", "--train_vocab", "5000"], "too little text"),
+        (["--wikitext", "missing.zip"], "no archive missing.zip"),
+    ],
+)
+def test_errors_are_one_message(tmp_path, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    Path("i").write_text("some text\n")
+    Path("v").write_bytes(VOCABULARY.read_bytes())
+    assert prepare_data.main(arguments) == 1
+    errors = capsys.readouterr().err
+    assert complaint in errors
+    assert strip_times(errors).splitlines()[-1].startswith("error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "v"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-i", "i"],
+        ["-o", "o"],
+        ["-i", "i", "-o", "o", "--corpus", "sample"],
+        ["--corpus", "sample", "--wikitext", "z.zip"],
+        ["--corpus", "other"],
+        ["--workers", "0"],
+        ["--max_seq_length", "2"],
+    ],
+)
+def test_wrong_flags(arguments, capsys):
+    assert prepare_data.main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "error: " in error
+
+
+def test_no_network(cache, monkeypatch, capsys):
+    monkeypatch.setattr(corpus.WIKITEXT_103, "urls", ("http://127.0.0.1:9/a.zip", "http://127.0.0.1:9/b.zip"))
+    monkeypatch.setattr(corpus.DEBERTA_V3_VOCABULARY, "urls", ("http://127.0.0.1:9/spm.model",))
+    assert prepare_data.main([]) == 1
+    errors = capsys.readouterr().err
+    for address in ("9/a.zip: ", "9/b.zip: ", "9/spm.model: "):
+        assert address in errors
+    for destination in ("wikitext-103/wikitext-103-v1.zip", "deberta-v3-base/spm.model"):
+        assert f"put the file at {cache / destination} by hand" in errors
