@@ -24,7 +24,7 @@ T = TypeVar("T")
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
 SHARING = ("gdes", "es", "nes")
-ATTENTION = ("auto", "eager", "sdpa")
+ATTENTION = ("auto", "eager", "sdpa", "triton")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -217,29 +216,14 @@ def product_rate(precision: str) -> float:
     return 2 * size**3 * products / (time.perf_counter() - started)
 
 
-def needed_flops(step: ReplacedTokenStep | MaskedLMStep, batch: Batch, values: dict) -> int:
-    """FLOPs of products in a step, which is taken with PyTorch's operations alone, as these can be counted, and with
-    position terms in blocks of so few rows that they compute hardly more distances than needed (6 % at length
-    512)."""
-    with (
-        mock.patch.object(kernels, "find", lambda *_: None),
-        mock.patch.multiple(blocked_attention, ROWS=32, FLOAT32_ROWS=32),
-        FlopCounterMode(display=False) as counter,
-    ):
+def count_flops(config_name: str, precision: str, batch: Batch) -> int:
+    """Count the FLOPs of matmuls in one step of plain PyTorch, without the logits that the head recomputes."""
+    step = ours(config_name, precision, kernels="off")
+    with FlopCounterMode(display=False) as counter:
         step(batch)
-    return counter.get_total_flops() - computed_again(values, batch)
-
-
-def computed_again(values: dict, batch: Batch) -> int:
-    """FLOPs of products that our step computes twice to keep less: the head's, and the inner one of feed-forwards."""
+    values = read_json(ROOT / "experiments" / "language_model" / config_name)
     head = values.get("generator", values)
-    tokens, masked = batch.input_ids.numel(), batch.masked.positions.numel()
-    passes = 1 if head["position_biased_input"] else 2
-    rows = (head["num_hidden_layers"] - 1) * tokens + passes * masked
-    if "discriminator" in values:
-        rows += values["discriminator"]["num_hidden_layers"] * tokens
-    feed_forward = rows * head["hidden_size"] * head["intermediate_size"]
-    return 2 * (batch.masked_tokens * head["vocab_size"] * head["hidden_size"] + feed_forward)
+    return counter.get_total_flops() - 2 * batch.masked_tokens * head["vocab_size"] * head["hidden_size"]
 
 
 def measure(case: str, who: str, precision: str, steps: int) -> dict:
@@ -256,8 +240,7 @@ def measure(case: str, who: str, precision: str, steps: int) -> dict:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     result = {"seconds": statistics.median(seconds[2:]), "all_seconds": seconds, "peak_gb": peak}
     if who == "ours":
-        values = read_json(ROOT / "experiments" / "language_model" / config_name)
-        result["flops"] = needed_flops(step, batch, values)
+        result["flops"] = count_flops(config_name, precision, batch)
     result["product_rate"] = product_rate(precision)
     return result
 
