@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,7 +37,7 @@ from DeBERTa.flags import parse_flags
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.log import set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
-from DeBERTa.training.banner import banner, environment
+from DeBERTa.training.banner import collect_environment, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     broadcast_object,
@@ -50,7 +51,7 @@ from DeBERTa.training.distributed import (
     join_process_group,
     log_rank,
 )
-from DeBERTa.training.evaluation import Outputs, evaluate_splits, outputs_of
+from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
@@ -175,7 +176,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         check_same_on_all_ranks(settings | {"evaluation": texts})
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
         first_step = start_or_resume(this_run)
-        logger.info(banner(this_run, first_step))
+        logger.info(format_banner(this_run, first_step))
         Trainer(this_run, first_step, signals).train()
         outputs = training.outputs
         full_model = get_full_model(config, model)
@@ -186,7 +187,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         data = {"vocabulary_sha256": tokenizer.fingerprint, **texts}
         check_same_on_all_ranks({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
         load_trained(config, model)
-        outputs = outputs_of(model)
+        outputs = partial(compute_outputs, model)
     if config.do_eval:
         results = evaluate_splits(model, outputs, evaluation, config, precision, device)
         for split, metrics in results.items():
@@ -362,7 +363,7 @@ def start_or_resume(this_run: Run) -> int:
         try:
             # A restart by torchrun resumes from what this run has saved, as one by our launcher does.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-            step = open_run_dir(config.run_dir, this_run.settings, environment(device), fresh)
+            step = open_run_dir(config.run_dir, this_run.settings, collect_environment(device), fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
         except DebertaError as error:
