@@ -67,7 +67,7 @@ def evaluate(
     device: torch.device,
     num_counted: int,
 ) -> dict:
-    """Return metrics over the first `num_counted` batches of each rank, without dropout.
+    """Return metrics over the first `num_counted` batches of each rank.
 
     MLM: loss (nats per masked token), perplexity, accuracy. RTD: the same for the generator; for the
     discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, and ROC
@@ -122,8 +122,9 @@ def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> dict[
 def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float:
     """Return the probability that a replaced token scores above an original one.
 
-    Ties count half. The Mann-Whitney statistic from average ranks; `scores` float [N], `replaced` bool [N]. 0.5 when all
-    tokens are of one kind.
+    Ties count half; 0.5 when all tokens are of one kind. The Mann-Whitney statistic from average ranks.
+
+    `scores` float [N], `replaced` bool [N].
     """
     positives = int(replaced.sum())
     negatives = len(replaced) - positives

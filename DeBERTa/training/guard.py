@@ -1,4 +1,4 @@
-"""Skipped updates: non-finite losses or gradients, and with `--skip_spikes` spikes.
+"""Skipped updates: non-finite losses or gradients, and spikes (`--skip_spikes`).
 
 The decision comes before the optimizer's step and is the same on every rank, so that a skipped update
 leaves weights and moments unchanged everywhere. It reads the device once per update.
@@ -49,8 +49,8 @@ class UpdateGuard:
     def allows_update(self, sums: Sums, names: tuple[str, ...], norm: torch.Tensor) -> bool:
         """Return whether to take an update with this gradient norm.
 
-        The result is the same on all ranks. `names` are the losses in `sums` that the update follows. Once an update is refused, all later ones
-        of the same step are refused too.
+        The result is the same on all ranks. `names` are the losses in `sums` that the update follows. Once
+        an update is refused, all later ones of the same step are refused too.
         """
         values = [(~torch.isfinite(norm)).double()]
         for name in names:
