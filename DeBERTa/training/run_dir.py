@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -189,7 +190,8 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
             write_json(directory / "config.json", config.to_dict())
             shutil.copyfile(vocabulary, directory / "spm.model")
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise StorageError(
                 f"cannot write the final model to {directory}: {error}; "
                 "make room there, then the same command writes it without training again"
