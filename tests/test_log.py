@@ -1,9 +1,12 @@
 """Messages: level, times, and lines above the progress bar."""
 
+import fcntl
 import io
 import logging
 import os
 import re
+import struct
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
@@ -29,6 +32,7 @@ def restored_level():
 def terminal(shown: list[str]) -> Iterator[None]:
     """Make stderr a terminal; what it shows is appended to `shown` at the end."""
     screen, keyboard = os.openpty()
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(keyboard, "w") as stderr, redirect_stderr(stderr):
         yield
         stderr.flush()
@@ -48,7 +52,7 @@ def test_lines_have_times_when_stderr_is_not_a_terminal(capsys):
 def test_a_terminal_shows_no_times_and_messages_above_the_bar():
     set_up_logging("info")
     shown: list[str] = []
-    with terminal(shown), tqdm(total=3, desc="training", ncols=60) as bar:
+    with terminal(shown), tqdm(total=3, desc="training") as bar:
         bar.update()
         logger.error("no room")
     (text,) = shown
