@@ -1,7 +1,8 @@
 """Messages of a run: one logger for the package, its level set by `--log_level`.
 
-Modules log to `logging.getLogger(__name__)`, and everything goes to stderr. In a run of several ranks each rank's stderr
-is its file in logs/, and rank 0's is the console too (`log_rank` in training/distributed.py).
+Modules log to `logging.getLogger(__name__)`, and everything goes to stderr. In a run of several ranks
+each rank's stderr is its file in logs/, and rank 0's is the console too (`log_rank` in
+training/distributed.py).
 """
 
 import contextlib
@@ -24,7 +25,10 @@ class StderrHandler(logging.Handler):
 
 
 class LineFormatter(logging.Formatter):
-    """Prefix warnings and errors with their level, and each line with the time when stderr is not a terminal."""
+    """Prefix warnings and errors with their level.
+
+    When stderr is not a terminal, each line starts with the time.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text to write."""
@@ -34,7 +38,10 @@ class LineFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str = "info") -> None:
-    """Send the package's messages of `level` and above to stderr. Calling it again changes the level."""
+    """Send the package's messages of `level` and above to stderr.
+
+    Calling it again changes the level.
+    """
     logger = logging.getLogger("DeBERTa")
     logger.setLevel(level.upper())
     logger.propagate = False

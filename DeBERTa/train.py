@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,7 +37,7 @@ from DeBERTa.flags import parse_flags
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.log import set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
-from DeBERTa.training.banner import banner, environment
+from DeBERTa.training.banner import collect_environment, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     broadcast_object,
@@ -50,7 +51,7 @@ from DeBERTa.training.distributed import (
     join_process_group,
     log_rank,
 )
-from DeBERTa.training.evaluation import Outputs, evaluate_splits, outputs_of
+from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
@@ -135,7 +136,7 @@ def translate_worker_errors() -> Iterator[None]:
 
 
 def run(config: TrainConfig, signals: Signals) -> None:
-    """Train or evaluate, from settings to final models or figures."""
+    """Train or evaluate, from settings to final models or metrics."""
     device = torch.device("cuda", get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config, device)
     if device.type == "cpu":
@@ -144,49 +145,34 @@ def run(config: TrainConfig, signals: Signals) -> None:
     model_config = load_model_config(config, tokenizer)
     is_rtd = config.task_name == "RTD"
     masker = Masker(tokenizer, 1 if is_rtd else config.max_ngram, is_rtd)
-    train_store = open_split(config, "train", tokenizer) if config.do_train else None
+    batches = open_training(config, tokenizer, masker) if config.do_train else None
     evaluation = open_evaluation(config, tokenizer, masker)
-    texts = {f"{split}_sha256": batches.store.meta.text_sha256 for split, batches in evaluation.items()}
+    data = {"vocabulary_sha256": tokenizer.fingerprint}
+    texts = {f"{split}_sha256": part.store.meta.text_sha256 for split, part in evaluation.items()}
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
     execution = set_execution(model, config, device)
     outputs: Outputs
-    if train_store is not None:
-        check_batch_size(config)
-        plan = BatchPlan(
-            config.seed, config.train_batch_size, config.max_seq_length, get_rank(), get_world_size()
-        )
-        batches = TrainingBatches(train_store, tokenizer, masker, plan)
+    if batches is not None:
         total_steps = count_steps(config, batches)
-        training: TrainingStep
-        if isinstance(model, RTDModel):
-            training = ReplacedTokenStep(model, config, precision, device, total_steps)
-        else:
-            training = MaskedLMStep(model, config, precision, device, total_steps)
-        data = {**describe_data(batches), "vocabulary_sha256": tokenizer.fingerprint}
-        resolved = {
-            "num_training_steps": total_steps,
-            "warmup": count_warmup_steps(config, total_steps),
-            "precision": precision,
-            **execution,
+        training = build_step(config, model, precision, device, total_steps)
+        warmup = count_warmup_steps(config, total_steps)
+        resolved = {"num_training_steps": total_steps, "warmup": warmup, "precision": precision, **execution}
+        settings = {
+            "train": config.to_dict() | resolved,
+            "model": model_config.to_dict(),
+            "data": describe_data(batches) | data,
         }
-        settings = {"train": config.to_dict() | resolved, "model": model_config.to_dict(), "data": data}
         check_same_on_all_ranks(settings | {"evaluation": texts})
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
-        first_step = start_or_resume(this_run)
-        logger.info(banner(this_run, first_step))
-        Trainer(this_run, first_step, signals).train()
+        train_and_save(this_run, signals, tokenizer.path)
         outputs = training.outputs
-        full_model = get_full_model(config, model)
-        if is_rank_zero():
-            folders = save_models(config.run_dir, full_model, tokenizer.path)
-            logger.info("final models: %s", ", ".join(map(str, folders)))
     else:
-        data = {"vocabulary_sha256": tokenizer.fingerprint, **texts}
-        check_same_on_all_ranks({"train": config.to_dict(), "model": model_config.to_dict(), "data": data})
+        settings = {"train": config.to_dict(), "model": model_config.to_dict(), "data": data | texts}
+        check_same_on_all_ranks(settings)
         load_trained(config, model)
-        outputs = outputs_of(model)
+        outputs = partial(compute_outputs, model)
     if config.do_eval:
         results = evaluate_splits(model, outputs, evaluation, config, precision, device)
         for split, metrics in results.items():
@@ -194,6 +180,26 @@ def run(config: TrainConfig, signals: Signals) -> None:
         if is_rank_zero():
             config.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(config.run_dir / "evaluation.json", results)
+
+
+def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
+    """Resume or start the run, train to its end, and write the final models."""
+    first_step = start_or_resume(this_run)
+    logger.info(format_banner(this_run, first_step))
+    Trainer(this_run, first_step, signals).train()
+    full_model = get_full_model(this_run.config, this_run.model)
+    if is_rank_zero():
+        directories = save_models(this_run.run_dir, full_model, vocabulary)
+        logger.info("final models: %s", ", ".join(map(str, directories)))
+
+
+def build_step(
+    config: TrainConfig, model: Model, precision: str, device: torch.device, total_steps: int
+) -> TrainingStep:
+    """Build the training step of the task."""
+    if isinstance(model, MaskedLanguageModel):
+        return MaskedLMStep(model, config, precision, device, total_steps)
+    return ReplacedTokenStep(model, config, precision, device, total_steps)
 
 
 def check_batch_size(config: TrainConfig) -> None:
@@ -271,6 +277,16 @@ def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenSt
         raise DataError(f"--data_dir {config.data_dir}: no such directory; prepare_data.py makes one")
     text = Path(config.data_dir) / f"{split}.txt"
     return open_store(text, tokenizer, config.max_seq_length - 2, progress=get_local_rank() == 0)
+
+
+def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> TrainingBatches:
+    """Return this rank's batches of the training split."""
+    check_batch_size(config)
+    store = open_split(config, "train", tokenizer)
+    plan = BatchPlan(
+        config.seed, config.train_batch_size, config.max_seq_length, get_rank(), get_world_size()
+    )
+    return TrainingBatches(store, tokenizer, masker, plan)
 
 
 def open_evaluation(
@@ -362,7 +378,7 @@ def start_or_resume(this_run: Run) -> int:
         try:
             # A restart by torchrun resumes from what this run has saved, as one by our launcher does.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-            step = open_run_dir(config.run_dir, this_run.settings, environment(device), fresh)
+            step = open_run_dir(config.run_dir, this_run.settings, collect_environment(device), fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
         except DebertaError as error:

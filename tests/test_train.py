@@ -77,7 +77,7 @@ def test_rtd_run_leaves_models_metrics_and_settings(flags):
         "replaced token detection, GDES",
         "precision fp32",
         "8 sequences of 64",
-        "512 tokens a step",
+        "512 tokens per step",
         "to go",
     ):
         assert word in result.stderr

@@ -1,5 +1,6 @@
-"""Evaluation of generator and discriminator on a whole split: every line once, the same masks every time."""
+"""Evaluation on complete splits: each line once, with the same masks every time."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,31 +13,24 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches, load_batches
 from DeBERTa.model.losses import MaskedLoss
-from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel
-from DeBERTa.training.distributed import (
-    all_reduce_sums,
-    gather_objects,
-    get_rank,
-    get_world_size,
-    is_rank_zero,
-)
+from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
+from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
 from DeBERTa.training.metrics import Sums, add, mean_losses
 from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import count, masked_lm_sums
 
 Outputs = Callable[[Batch], tuple[MaskedLoss, ReplacedTokenOutput | None]]
+MAX_LOG_PERPLEXITY = 700.0  # exp of more is not finite
 
 
-def outputs_of(model: nn.Module) -> Outputs:
-    """Losses and logits of a model that every process holds whole."""
-
-    def outputs(batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
-        if not isinstance(model, RTDModel):
-            return model.masked_loss(batch, sample=False), None
-        generated, found = model(batch, per_token=True)
-        return generated.masked, found
-
-    return outputs
+def compute_outputs(
+    model: MaskedLanguageModel | RTDModel, batch: Batch
+) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
+    """Return losses and logits of a model that every rank holds in full."""
+    if isinstance(model, MaskedLanguageModel):
+        return model.masked_loss(batch, sample=False), None
+    generated, detected = model(batch, per_token=True)
+    return generated.masked, detected
 
 
 def evaluate_splits(
@@ -47,15 +41,20 @@ def evaluate_splits(
     precision: str,
     device: torch.device,
 ) -> dict[str, dict]:
-    """Metrics by split, with masks and samples that depend on `--seed` only. Every process gets those of the whole."""
+    """Return metrics by split, over all ranks.
+
+    Masks and samples depend on `--seed` alone. Called on every rank.
+    """
+    rank, world_size = get_rank(), get_world_size()
     results = {}
     for split, batches in splits.items():
-        # All take as many batches, for outputs that need all processes; those past the end are not counted.
-        mine = range(get_rank(), len(batches), get_world_size())
-        rounds = -(-len(batches) // get_world_size())
-        indices = [min(get_rank() + number * get_world_size(), len(batches) - 1) for number in range(rounds)]
+        # Every rank computes the same number of batches, because the outputs may be collective. Those past
+        # the end repeat the last batch and are not counted.
+        num_counted = len(range(rank, len(batches), world_size))
+        num_rounds = math.ceil(len(batches) / world_size)
+        indices = [min(rank + number * world_size, len(batches) - 1) for number in range(num_rounds)]
         loader = load_batches(batches, indices, config.workers)
-        results[split] = evaluate(model, outputs, loader, precision, device, len(mine))
+        results[split] = evaluate(model, outputs, loader, precision, device, num_counted)
     return results
 
 
@@ -66,62 +65,66 @@ def evaluate(
     batches: DataLoader,
     precision: str,
     device: torch.device,
-    counted: int,
+    num_counted: int,
 ) -> dict:
-    """Metrics over the first `counted` of `batches` and those of the other processes, without dropout.
+    """Return metrics over the first `num_counted` batches of each rank.
 
-    MLM: loss (nats a masked token), perplexity, accuracy. RTD: the same for the generator; for the discriminator loss
-    (nats a token), accuracy, precision and recall of "replaced" at logit 0, and ROC AUC, on tokens sampled from the
-    generator. The mode of `model` is restored.
+    MLM: loss (nats per masked token), perplexity, accuracy. RTD: the same for the generator; for the
+    discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, and ROC
+    AUC, on tokens sampled from the generator. Restores the mode of `model`.
     """
-    was_training = model.training
-    model.eval()
     sums: Sums = {}
     scores, replaced = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
-    for number, batch in enumerate(
-        tqdm(batches, desc="evaluating", leave=False, disable=None if is_rank_zero() else True)
-    ):
+    was_training = model.training
+    model.eval()
+    for number, batch in enumerate(tqdm(batches, desc="evaluating", leave=False, disable=None)):
         batch = batch.to(device)
         with autocast(precision, device):
-            out, found = outputs(batch)
-        part = masked_lm_sums(out, "" if found is None else "generator_")
-        if found is not None:
-            part["discriminator_loss"] = found.loss.sum()
-            part["discriminator_targets"] = count(found.labels.numel(), device)
-        counts = number < counted
-        add(sums, {name: value * counts for name, value in part.items()})
-        if found is not None and counts:
-            scores.append(found.logits[batch.input_mask > 0].float().cpu().numpy())
-            replaced.append(found.labels.bool().cpu().numpy())
+            masked, detected = outputs(batch)
+        more = masked_lm_sums(masked, "generator_" if detected else "")
+        if detected:
+            more["discriminator_loss"] = detected.loss.sum()
+            more["discriminator_targets"] = count(detected.labels.numel(), device)
+        is_counted = number < num_counted
+        add(sums, {name: value * is_counted for name, value in more.items()})  # the same names on all ranks
+        if detected and is_counted:
+            scores.append(detected.logits[batch.input_mask > 0].float().cpu().numpy())
+            replaced.append(detected.labels.bool().cpu().numpy())
     model.train(was_training)
 
     metrics = mean_losses(all_reduce_sums(sums))
     for name in ("loss", "generator_loss"):
         if name in metrics:
-            metrics[name.replace("loss", "perplexity")] = float(np.exp(min(metrics[name], 700)))
+            metrics[name.replace("loss", "perplexity")] = math.exp(min(metrics[name], MAX_LOG_PERPLEXITY))
     if "discriminator_loss" in metrics:
-        everywhere = gather_objects((np.concatenate(scores), np.concatenate(replaced)))
-        metrics |= detection_metrics(*(np.concatenate(arrays) for arrays in zip(*everywhere, strict=True)))
+        gathered = gather_objects((np.concatenate(scores), np.concatenate(replaced)))
+        all_scores, all_replaced = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+        metrics |= compute_detection_metrics(all_scores, all_replaced)
     return metrics
 
 
-def detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> dict[str, float]:
-    """Accuracy, precision and recall of "replaced" at score 0, and ROC AUC, from logits and bools [N]."""
+def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> dict[str, float]:
+    """Return accuracy, precision and recall of "replaced" at score 0, and ROC AUC.
+
+    `scores` float [N], `replaced` bool [N].
+    """
     positive = scores > 0
     hits = int((positive & replaced).sum())
     return {
         "discriminator_accuracy": float((positive == replaced).mean()),
         "discriminator_precision": hits / max(int(positive.sum()), 1),
         "discriminator_recall": hits / max(int(replaced.sum()), 1),
-        "discriminator_auc": roc_auc(scores, replaced),
+        "discriminator_auc": compute_roc_auc(scores, replaced),
         "discriminator_replaced": float(replaced.mean()),
     }
 
 
-def roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float:
-    """Probability that a replaced token scores above an original one, ties counting half; 0.5 when one kind is absent.
+def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float:
+    """Return the probability that a replaced token scores above an original one.
 
-    The Mann-Whitney statistic from average ranks; `scores` float [N], `replaced` bool [N].
+    Ties count half; 0.5 when all tokens are of one kind. The Mann-Whitney statistic from average ranks.
+
+    `scores` float [N], `replaced` bool [N].
     """
     positives = int(replaced.sum())
     negatives = len(replaced) - positives

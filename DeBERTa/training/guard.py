@@ -1,7 +1,7 @@
-"""Which updates are skipped: losses or gradients that are not finite, and with `--skip_spikes` loss spikes.
+"""Skipped updates: non-finite losses or gradients, and spikes (`--skip_spikes`).
 
-The decision comes before the optimizer's step and is the same on every rank, so that a skipped update leaves weights
-and moments unchanged everywhere. It reads the device once per update.
+The decision comes before the optimizer's step and is the same on every rank, so that a skipped update
+leaves weights and moments unchanged everywhere. It reads the device once per update.
 """
 
 import math
@@ -31,7 +31,7 @@ class Spike:
 
 
 class UpdateGuard:
-    """Decides whether an update is taken, and counts the skipped ones; part of every checkpoint."""
+    """Decides whether an update is taken; part of every checkpoint."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.skip_spikes, self.device = config.skip_spikes, device
@@ -47,10 +47,10 @@ class UpdateGuard:
         self.is_skipped = False
 
     def allows_update(self, sums: Sums, names: tuple[str, ...], norm: torch.Tensor) -> bool:
-        """Return whether to take the update with this gradient norm; the same on all ranks.
+        """Return whether to take an update with this gradient norm.
 
-        `names` are the losses in `sums` that the update follows. Once an update is refused, all later ones of the
-        same step are refused too.
+        The result is the same on all ranks. `names` are the losses in `sums` that the update follows. Once
+        an update is refused, all later ones of the same step are refused too.
         """
         values = [(~torch.isfinite(norm)).double()]
         for name in names:
@@ -66,7 +66,10 @@ class UpdateGuard:
         return not self.is_skipped
 
     def _detect_spike(self, name: str, loss: float) -> Spike | None:
-        """Compare a loss with its window, then add it: a lasting rise is a spike for a few steps only."""
+        """Compare a loss with its window, then add it.
+
+        A lasting rise is thus a spike for a few steps only.
+        """
         if not math.isfinite(loss):
             return None
         window = self.windows.setdefault(name, deque(maxlen=WINDOW))

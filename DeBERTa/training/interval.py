@@ -1,4 +1,4 @@
-"""Sums over the steps between two "train" lines of `metrics.jsonl`, and the tokens seen so far."""
+"""Sums between two "train" lines of `metrics.jsonl`, and the tokens seen so far."""
 
 import time
 
@@ -9,7 +9,10 @@ from DeBERTa.training.metrics import Sums, add, mean_losses
 
 
 class Interval:
-    """Sums since the last line, in float64, so that a run resumed in between logs the same values."""
+    """Sums since the last line.
+
+    They are in float64, so that a run resumed in between logs the same values.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -28,7 +31,10 @@ class Interval:
         self._started = time.monotonic()
 
     def add(self, sums: Sums, tokens: int, is_finite: bool) -> None:
-        """Add a step's sums and real tokens; losses only if all are finite, and the last of the gradient norms."""
+        """Add a step's sums and real tokens; losses only if all are finite.
+
+        Of the gradient norms the last ones are kept.
+        """
         norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
         if is_finite:
             losses = {name: value.detach().double() for name, value in sums.items() if name not in norms}
@@ -37,7 +43,10 @@ class Interval:
         self.tokens += tokens
 
     def finish(self) -> dict[str, float]:
-        """Return means over the interval and all ranks, and start the next one. Called on every rank."""
+        """Return means over the interval and all ranks, and start the next one.
+
+        Called on every rank.
+        """
         tokens = self._count_tokens()
         self.tokens_seen += tokens
         sums = all_reduce_sums(self.sums) | self.norms
@@ -63,7 +72,10 @@ class Interval:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take this rank's row; with another number of ranks than before, rank 0 takes the sum of all rows."""
+        """Restore this rank's row of what `state_dict` returned.
+
+        With another number of ranks than before, rank 0 takes the sum of all rows.
+        """
         table = state["sums"].to(self.device)
         if len(table) != get_world_size():
             others = table.new_zeros(get_world_size() - 1, table.size(1))

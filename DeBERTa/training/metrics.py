@@ -1,4 +1,4 @@
-"""What a user sees of a run: `metrics.jsonl` in the run directory, and the progress on the console."""
+"""Metrics of a run: `metrics.jsonl`, and the progress on the console."""
 
 import logging
 import math
@@ -30,9 +30,9 @@ def add(sums: Sums, more: Sums) -> None:
 
 
 def mean_losses(sums: Sums) -> dict[str, float]:
-    """Return losses and accuracies per target from sums named `*loss`, `*correct` and `*targets`.
+    """Return losses and accuracies per target.
 
-    Reads the device once.
+    The sums are named `*loss`, `*correct` and `*targets`. Reads the device once.
     """
     values = dict(zip(sums, torch.stack([v.detach().double() for v in sums.values()]).tolist(), strict=True))
     means = {}
@@ -46,7 +46,10 @@ def mean_losses(sums: Sums) -> dict[str, float]:
 
 
 def measure_peak_memory(device: torch.device) -> float:
-    """Return the peak memory of this rank in GB (10^9 bytes): allocated on the GPU, or of the process on a CPU."""
+    """Return this rank's peak memory in GB (10^9 bytes).
+
+    That is the memory allocated on the GPU, or the resident memory of the process on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -54,15 +57,19 @@ def measure_peak_memory(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: a JSON object per line, of kind "train", "spike" or the evaluated split."""
+    """`metrics.jsonl`: a JSON object per line.
+
+    Its kind is "train", "spike" or the evaluated split.
+    """
 
     def __init__(
         self, path: Path, first_step: int, elapsed_seconds: float = 0.0, is_writer: bool = True
     ) -> None:
-        """Open the file without the lines after `first_step`, which a killed run may have left.
+        """Open the file, without lines after `first_step` that a killed run left.
 
-        Without a checkpoint to resume from, all previous lines move to another file. `elapsed_seconds` is the training
-        time of the run so far. Only rank 0 is a writer: other ranks have no file and remember no lines.
+        Without a checkpoint to resume from, all previous lines move to another file. `elapsed_seconds` is
+        the training time of the run so far. Only rank 0 is a writer: other ranks have no file and remember
+        no lines.
         """
         self._path, self._file = path, None
         self._started = time.monotonic() - elapsed_seconds
@@ -103,7 +110,10 @@ class MetricsLog:
         return (step, kind) in self._lines
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Add a line with the time; values that are not finite become null. Raises `StorageError`."""
+        """Add a line with the time; values that are not finite become null.
+
+        Raises `StorageError`.
+        """
         if not self._file:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -137,7 +147,7 @@ def _parse_step(line: str) -> float:
 
 
 class Progress:
-    """Progress on the console: a bar on a terminal, else a log line per logging interval."""
+    """Progress: a bar on a terminal, else a log line per logging interval."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self.first_step, self.total_steps = first_step, total_steps

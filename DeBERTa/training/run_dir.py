@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -19,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.config import FREE_TO_CHANGE, read_json
+from DeBERTa.config import FREE_TO_CHANGE, ModelConfig, read_json
 from DeBERTa.data.files import find_unused_path, sync
 from DeBERTa.errors import ConfigError, StorageError
-from DeBERTa.model.pretraining import RTDModel
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.checkpoint import (
     find_newest_valid,
     format_megabytes,
@@ -40,10 +41,11 @@ locks: list[TextIO] = []  # open files; their locks are held until this process 
 
 
 def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
-    """Create or reopen the run directory; return the step of the checkpoint to resume from, or 0.
+    """Create or reopen the run directory; return the step to resume from, or 0.
 
-    Writes settings and environment there. Raises `StorageError` when the directory cannot be written, and `ConfigError`
-    when another process trains in it, its run has other settings, or none of its checkpoints is valid.
+    Writes settings and environment there. Raises `StorageError` when the directory cannot be written, and
+    `ConfigError` when another process trains in it, its run has other settings, or none of its checkpoints
+    is valid.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,8 +73,9 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
 def lock_run_dir(run_dir: Path) -> None:
     """Keep other processes from training in `run_dir` until this one ends.
 
-    Raises `ConfigError` when another process trains there. A record lock: it ends with the process, data workers do not
-    inherit it, and it holds between the machines of a network file system. Without file locks nothing is held.
+    Raises `ConfigError` when another process trains there. A record lock: it ends with the process, data
+    workers do not inherit it, and it holds between the machines of a network file system. Without file
+    locks nothing is held.
     """
     file = (run_dir / LOCK).open("a+")
     try:
@@ -81,8 +84,9 @@ def lock_run_dir(run_dir: Path) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
         file.seek(0)
+        holder = file.read().strip()
         raise ConfigError(
-            f"another process ({file.read().strip()}) is training in {run_dir}: stop it, or give another --tag"
+            f"another process ({holder}) is training in {run_dir}: stop it, or give another --tag"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -109,13 +113,15 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
-    """Raise `ConfigError` naming the settings in which the saved run differs from this one."""
-    differing = []
+    """Raise `ConfigError` naming the settings that differ from the saved run's."""
+    differing: list[str] = []
     for section in ("train", "model", "data"):
         old, new = flatten(saved.get(section, {})), flatten(current[section])
-        for key in sorted((old.keys() | new.keys()) - FREE_TO_CHANGE):
-            if old.get(key) != new.get(key):
-                differing.append(f"{key} ({old.get(key)} there, {new.get(key)} here)")
+        differing += [
+            f"{key} ({old.get(key)} there, {new.get(key)} here)"
+            for key in sorted((old.keys() | new.keys()) - FREE_TO_CHANGE)
+            if old.get(key) != new.get(key)
+        ]
     if differing:
         raise ConfigError(
             f"{run_dir} holds a run with other settings: {', '.join(differing)}; "
@@ -125,14 +131,14 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
 
 def flatten(values: dict, prefix: str = "") -> dict:
     """Return nested dicts as one dict with dotted keys."""
-    result = {}
+    result: dict = {}
     for key, value in values.items():
         result |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
 
 
 def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> None:
-    """Raise `StorageError` unless the disk has room for one more checkpoint and the final models.
+    """Raise `StorageError` if a checkpoint and the final models do not fit the disk.
 
     Logs a warning when it lacks room for those of the `remaining` checkpoints that will be kept.
     """
@@ -144,8 +150,9 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
     checkpoint, free = weights + moments, shutil.disk_usage(run_dir).free
     if free < checkpoint + final:
         raise StorageError(
-            f"the disk of {run_dir} has {format_megabytes(free)} free, but one checkpoint ({format_megabytes(checkpoint)}) "
-            f"and the final models ({format_megabytes(final)}) need {format_megabytes(checkpoint + final)}; "
+            f"the disk of {run_dir} has {format_megabytes(free)} free, but one checkpoint "
+            f"({format_megabytes(checkpoint)}) and the final models ({format_megabytes(final)}) need "
+            f"{format_megabytes(checkpoint + final)}; "
             "make room there or give another --output_dir"
         )
     # The newest ones, the best one, and the one that is being written.
@@ -159,11 +166,12 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
         )  # fmt: skip
 
 
-def save_models(run_dir: Path, model: nn.Module, vocabulary: Path) -> list[Path]:
-    """Write the trained models for use elsewhere, each with config and vocabulary; return their directories.
+def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary: Path) -> list[Path]:
+    """Write the trained models with config and vocabulary; return their directories.
 
     Raises `StorageError` when the disk is full; the same command then writes them again.
     """
+    models: dict[str, tuple[dict, ModelConfig]]
     if isinstance(model, RTDModel):
         models = {
             "generator": (model.generator.state_dict(), model.config.generator),
@@ -182,7 +190,8 @@ def save_models(run_dir: Path, model: nn.Module, vocabulary: Path) -> list[Path]
             write_json(directory / "config.json", config.to_dict())
             shutil.copyfile(vocabulary, directory / "spm.model")
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise StorageError(
                 f"cannot write the final model to {directory}: {error}; "
                 "make room there, then the same command writes it without training again"

@@ -14,6 +14,7 @@ from DeBERTa import __version__
 from DeBERTa.config import TrainConfig, read_json
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
 from DeBERTa.errors import NonFiniteError
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.best import find_best, record_best
 from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_model, read_training
 from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
@@ -35,7 +36,7 @@ class Run:
     """The parts of a training run."""
 
     config: TrainConfig
-    model: nn.Module
+    model: MaskedLanguageModel | RTDModel
     training: TrainingStep
     train_batches: TrainingBatches
     evaluation: dict[str, EvaluationBatches]  # by split
@@ -52,7 +53,10 @@ class Trainer:
     """The loop over the steps of a run, with what it writes on the way."""
 
     def __init__(self, run: Run, first_step: int, signals: Signals) -> None:
-        """Train `run` from the state after `first_step` updates; `signals` may end it or request a save."""
+        """Train `run` from the state after `first_step` updates.
+
+        `signals` may end the run or request a checkpoint.
+        """
         self.run, self.first_step, self.signals = run, first_step, signals
         self.total_steps = run.training.total_steps
         self.progress = Progress(first_step, self.total_steps)
@@ -66,10 +70,10 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step.
 
-        `metrics.jsonl` gets a line after the first step, every `log_interval` steps and at checkpoints. A checkpoint
-        followed by an evaluation is due every `dump_interval` steps and after the last one. Raises `NonFiniteError`
-        when training diverged, `StorageError` when the disk is full, and `RunInterrupted` after a signal; the checkpoints
-        on disk stay valid.
+        `metrics.jsonl` gets a line after the first step, every `log_interval` steps and at checkpoints. A
+        checkpoint followed by an evaluation is due every `dump_interval` steps and after the last one.
+        Raises `NonFiniteError` when training diverged, `StorageError` when the disk is full, and
+        `RunInterrupted` after a signal; the checkpoints on disk stay valid.
         """
         run, config, training, interval = self.run, self.run.config, self.run.training, self.run.interval
         with self.signals.defer_stop(), closing(self.log), closing(self.progress), closing(self.saver):
@@ -114,7 +118,10 @@ class Trainer:
         self.progress.show(step, metrics)
 
     def report_skipped_update(self, step: int) -> None:
-        """Log spikes and a skipped update. Raises `NonFiniteError` after too many consecutive ones."""
+        """Log spikes and a skipped update.
+
+        Raises `NonFiniteError` after `max_skipped_steps` consecutive ones.
+        """
         guard, run = self.run.training.guard, self.run
         for spike in guard.spikes:
             values = {"mean": spike.mean, "sigma": spike.sigma, "skipped": guard.is_skipped}
@@ -137,8 +144,9 @@ class Trainer:
         raise NonFiniteError(
             f"step {step}: the updates of {guard.consecutive_skips} steps in a row were skipped "
             f"(--max_skipped_steps): {guard.describe_skip()} on lines "
-            f"{', '.join(map(str, lines[:MAX_LINES_SHOWN]))}{more} of train.txt; look at these lines, or start over "
-            "with a lower --learning_rate or a longer --warmup under another --tag "
+            f"{', '.join(map(str, lines[:MAX_LINES_SHOWN]))}{more} of train.txt; "
+            "look at these lines, or start over with a lower --learning_rate or a longer --warmup "
+            "under another --tag "
             f"(the checkpoints in {run.run_dir} hold earlier weights)"
         )
 
@@ -165,7 +173,7 @@ class Trainer:
         raise RunInterrupted(signal_number)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate on the validation split, if there is one. A signal ends the evaluation at once."""
+        """Evaluate on the validation split, if any; a signal ends this at once."""
         run, training = self.run, self.run.training
         splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
         with self.signals.allow_stop():
@@ -178,7 +186,7 @@ class Trainer:
         run.interval.start_clock()
 
     def evaluate_if_missed(self) -> None:
-        """Evaluate the checkpoint resumed from, if the run stopped between its save and its evaluation."""
+        """Evaluate the checkpoint resumed from, if the run stopped before that."""
         step, run = self.first_step, self.run
         is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
         is_missing = is_rank_zero() and not self.log.has_line(step, "valid")
@@ -189,7 +197,7 @@ class Trainer:
 
 
 def get_learning_rates(training: TrainingStep) -> dict[str, float]:
-    """Return the current learning rates: the model's or generator's, and the discriminator's."""
+    """Return the current learning rates: of model or generator, and discriminator."""
     groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
     rates = {"learning_rate": groups[0]["lr"]}
     if training.config.task_name == "RTD":
@@ -198,19 +206,23 @@ def get_learning_rates(training: TrainingStep) -> dict[str, float]:
 
 
 def check_finite_weights(model: nn.Module, step: int, run_dir: Path) -> None:
-    """Raise `NonFiniteError` naming the first parameter that is not finite. Called on every rank."""
+    """Raise `NonFiniteError` naming the first parameter that is not finite.
+
+    Called on every rank.
+    """
     parameters = dict(model.named_parameters())
     norms = [all_gather_full(torch.linalg.vector_norm(p.detach())) for p in parameters.values()]
     for name, norm in zip(parameters, torch.stack(norms).tolist(), strict=True):
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"step {step}: the norm of {name} is {norm}: training has diverged; start over with a lower "
-                f"--learning_rate or a longer --warmup under another --tag (the checkpoints in {run_dir} are older)"
+                f"--learning_rate or a longer --warmup under another --tag (the checkpoints in {run_dir} "
+                "are older)"
             )
 
 
 def resume(run: Run, step: int) -> None:
-    """Load the checkpoint of `step`: weights, optimizer state, and the sums of the logging interval.
+    """Load the checkpoint of `step`: weights, optimizer state, interval sums.
 
     Rank 0 reads it: nodes may have separate disks.
     """
@@ -224,7 +236,10 @@ def resume(run: Run, step: int) -> None:
 
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
-    """Copy the state after `step` updates to rank 0's host memory. Called on every rank; others get None."""
+    """Copy the state after `step` updates to rank 0's host memory.
+
+    Called on every rank; others get None.
+    """
     weights = gather_to_rank_zero(run.model.state_dict())
     training = run.training.state_dict()
     interval = gather_to_rank_zero(run.interval.state_dict())

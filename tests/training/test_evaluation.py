@@ -1,4 +1,6 @@
-"""Evaluation figures against naive counts."""
+"""Evaluation metrics against naive counts."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,12 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
-from DeBERTa.training.evaluation import detection_metrics, evaluate, outputs_of, roc_auc
+from DeBERTa.training.evaluation import (
+    compute_detection_metrics,
+    compute_outputs,
+    compute_roc_auc,
+    evaluate,
+)
 from tests.conftest import tiny_model, tiny_rtd
 
 
@@ -23,21 +30,21 @@ def test_auc_counts_pairs(seed):
     generator = np.random.default_rng(seed)
     scores = np.round(generator.normal(size=120), 1).astype(np.float32)  # rounding makes ties
     replaced = generator.random(120) < 0.2
-    assert roc_auc(scores, replaced) == pytest.approx(naive_auc(scores, replaced), abs=1e-12)
+    assert compute_roc_auc(scores, replaced) == pytest.approx(naive_auc(scores, replaced), abs=1e-12)
 
 
 def test_auc_extremes():
     scores, replaced = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])
-    assert roc_auc(scores, replaced) == 1.0
-    assert roc_auc(-scores, replaced) == 0.0
-    assert roc_auc(np.zeros(4), replaced) == 0.5
-    assert roc_auc(scores, np.zeros(4, bool)) == 0.5
+    assert compute_roc_auc(scores, replaced) == 1.0
+    assert compute_roc_auc(-scores, replaced) == 0.0
+    assert compute_roc_auc(np.zeros(4), replaced) == 0.5
+    assert compute_roc_auc(scores, np.zeros(4, bool)) == 0.5
 
 
 def test_precision_and_recall():
     scores = np.array([2.0, 1.0, -1.0, 3.0, -2.0, -3.0])
     replaced = np.array([True, False, True, True, False, False])
-    metrics = detection_metrics(scores, replaced)
+    metrics = compute_detection_metrics(scores, replaced)
     assert metrics["discriminator_accuracy"] == pytest.approx(4 / 6)
     assert metrics["discriminator_precision"] == pytest.approx(2 / 3)
     assert metrics["discriminator_recall"] == pytest.approx(2 / 3)
@@ -59,7 +66,7 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     results = [
         evaluate(
             model,
-            outputs_of(model),
+            partial(compute_outputs, model),
             list(batches(store, tokenizer, False, size)),
             "fp32",
             torch.device("cpu"),
@@ -70,8 +77,8 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     model.eval()
     with torch.no_grad():
-        whole = batches(store, tokenizer, False, 40)[0]
-        out = model(whole.input_ids, whole.input_mask, whole.labels)
+        full = batches(store, tokenizer, False, 40)[0]
+        out = model(full.input_ids, full.input_mask, full.labels)
     assert results[0]["loss"] == pytest.approx(F.cross_entropy(out.logits, out.labels).item(), rel=1e-5)
     assert results[0]["accuracy"] == pytest.approx(
         (out.logits.argmax(-1) == out.labels).float().mean().item()
@@ -79,12 +86,13 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     assert results[0]["perplexity"] == pytest.approx(np.exp(results[0]["loss"]))
 
 
-def test_detector_is_repeatable_and_keeps_the_mode(store, tokenizer):
+def test_rtd_evaluation_is_repeatable_and_restores_the_mode(store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
     data = list(batches(store, tokenizer, True, 16))
     first, second = (
-        evaluate(model, outputs_of(model), data, "fp32", torch.device("cpu"), len(data)) for _ in range(2)
+        evaluate(model, partial(compute_outputs, model), data, "fp32", torch.device("cpu"), len(data))
+        for _ in range(2)
     )
     assert first == second
     assert model.training

@@ -1,4 +1,4 @@
-"""Updates that are left out: weights and moments stay as they are, bit for bit, and the run stops if it goes on."""
+"""Skipped updates: weights and moments keep their bits; a run of skipped updates stops."""
 
 import copy
 import json
@@ -29,8 +29,8 @@ from tests.training.test_steps import CPU, mlm_model, rtd_model
 NAN, INF = float("nan"), float("inf")
 
 
-def held(training, model) -> dict[str, torch.Tensor]:
-    """Copies of all weights and moments, by name."""
+def copy_state(training, model) -> dict[str, torch.Tensor]:
+    """Return copies of all weights and moments, by name."""
     tensors = {f"weight {name}": tensor for name, tensor in model.state_dict().items()}
     for kind, optimizer in training.optimizers.items():
         for number, moments in optimizer.state_dict()["state"].items():
@@ -57,11 +57,11 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     training.scaler.update(16.0) if precision == "fp16" else None
     training(random_batch())
     assert (training.guard.is_skipped, training.guard.skipped_steps) == (False, 0)
-    before = held(training, model)
+    before = copy_state(training, model)
     handle = break_gradient(model, "", value)
     training(random_batch())
     training(random_batch())
-    assert changed(before, held(training, model)) == set()
+    assert changed(before, copy_state(training, model)) == set()
     assert (training.guard.is_skipped, training.guard.skipped_steps, training.guard.consecutive_skips) == (
         True,
         2,
@@ -69,7 +69,7 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     )
     handle.remove()
     training(random_batch())
-    assert "weight lm_predictions.lm_head.bias" in changed(before, held(training, model))
+    assert "weight lm_predictions.lm_head.bias" in changed(before, copy_state(training, model))
     assert (training.guard.skipped_steps, training.guard.consecutive_skips) == (2, 0)
 
 
@@ -78,18 +78,19 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     ("sharing", "decoupled"), [("es", True), ("gdes", False), ("gdes", True), ("nes", True)]
 )
 def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
-    """Nothing changes, but for the decoupled update of a generator before the discriminator's gradient is known."""
+    """Nothing changes, except by a decoupled generator's update before the discriminator's loss is known."""
     model = rtd_model(sharing)
     config = train_config(task_name="RTD", decoupled_training=decoupled)
     training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
     training(random_batch())
-    before = held(training, model)
+    before = copy_state(training, model)
     break_gradient(model, f"{broken}.", NAN)
     training(random_batch())
-    names = changed(before, held(training, model))
+    names = changed(before, copy_state(training, model))
     if training.is_decoupled and broken == "discriminator":
-        assert names and not [name for name in names if "discriminator" in name]
+        assert names
+        assert not [name for name in names if "discriminator" in name]
     else:
         assert names == set()
     assert training.guard.skipped_steps == 1
@@ -104,9 +105,9 @@ def test_a_loss_that_is_not_a_number(part):
     weight = dict(model.named_parameters())[f"{part}.deberta.encoder.layer.0.output.dense.weight"]
     with torch.no_grad():
         weight[0, 0] = NAN
-    before = held(training, model)
+    before = copy_state(training, model)
     training(random_batch())
-    after = held(training, model)
+    after = copy_state(training, model)
     unequal = {name for name in changed(before, after) if not torch.isnan(after[name]).any()}
     assert not [name for name in unequal if part in name or part == "generator"]
     assert math.isnan(training.guard.losses[f"{part}_loss"])
@@ -115,7 +116,7 @@ def test_a_loss_that_is_not_a_number(part):
 
 @pytest.mark.parametrize("sharing", ["gdes", "nes"])
 def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sharing):
-    """Decoupled: its weights and moments are those of a step in which nothing failed, and the step is counted."""
+    """Decoupled: its weights and moments are those of a normal step, and the step counts as skipped."""
     found = []
     for broken in (False, True):
         model = rtd_model(sharing)
@@ -124,39 +125,40 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
         training(random_batch())
         with torch.no_grad():
             model.discriminator.mask_predictions.classifier.bias += NAN if broken else 0
-        before = held(training, model)
+        before = copy_state(training, model)
         training(random_batch(seed=4))
         assert math.isfinite(training.guard.losses["generator_loss"])
         assert math.isnan(training.guard.losses["discriminator_loss"]) == broken
         assert (training.guard.is_skipped, training.guard.skipped_steps) == (broken, broken)
-        found.append((before, held(training, model)))
+        found.append((before, copy_state(training, model)))
     (_, usual), (before, after) = found
     generators = {name for name in after if "discriminator" not in name}
-    assert len(generators) > 50 and not changed(
-        *({name: x[name] for name in generators} for x in (usual, after))
-    )
+    assert len(generators) > 50
+    assert not changed(*({name: x[name] for name in generators} for x in (usual, after)))
     (bias,) = changed(before, after) - generators
-    assert (
-        bias == "weight discriminator.mask_predictions.classifier.bias"
-    )  # not a number is not equal to itself
+    assert bias == "weight discriminator.mask_predictions.classifier.bias"
     assert generators & changed(before, after)
 
 
-def one_of_two(folder: Path) -> None:
-    """A process of a group of two; in step 2 the second one's gradient is broken, in step 3 its loss a spike."""
+def run_rank(folder: Path) -> None:
+    """Run one of two ranks: in step 2 rank 1's gradient is not finite, in step 3 its loss is a spike."""
     model = mlm_model()
     training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
     training(random_batch())
-    before = held(training, model)
+    before = copy_state(training, model)
     handle = break_gradient(model, "", NAN) if get_rank() == 1 else None
     training(random_batch(seed=get_rank()))
-    found = [training.guard.is_skipped, len(changed(before, held(training, model)))]
+    found = [training.guard.is_skipped, len(changed(before, copy_state(training, model)))]
     if handle:
         handle.remove()
     training.guard.windows["loss"] = deque([1.0] * MIN_WINDOW)
     training(random_batch(seed=get_rank()))
-    found += [training.guard.is_skipped, len(changed(before, held(training, model))), training.guard.losses]
+    found += [
+        training.guard.is_skipped,
+        len(changed(before, copy_state(training, model))),
+        training.guard.losses,
+    ]
     signals = Signals()
     signals.is_save_requested = get_rank() == 1
     found += [signals.exchange_requests(3, CPU), signals.exchange_requests(4, CPU)]
@@ -164,15 +166,15 @@ def one_of_two(folder: Path) -> None:
     torch.save([*found, signals.exchange_requests(5, CPU)], folder / f"{get_rank()}.pt")
 
 
-def test_all_processes_decide_the_same(tmp_path):
-    """What happens in one process, is left out, saved or ended by both."""
-    run_ranks(2, tmp_path, one_of_two, tmp_path)
+def test_all_ranks_decide_the_same(tmp_path):
+    """What happens on one rank is skipped, saved or ended on both."""
+    run_ranks(2, tmp_path, run_rank, tmp_path)
     found, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2))
     assert found == other
-    left_out, unequal, spike_left_out, still_unequal, losses, *asked = found
-    assert (left_out, unequal, spike_left_out, still_unequal) == (True, 0, True, 0)
+    is_skipped, num_changed, is_spike_skipped, num_changed_by_spike, losses, *requests = found
+    assert (is_skipped, num_changed, is_spike_skipped, num_changed_by_spike) == (True, 0, True, 0)
     assert losses["loss"] > 5
-    assert asked == [(0, True), (0, False), (15, False)]
+    assert requests == [(0, True), (0, False), (15, False)]
 
 
 def sums(loss: float) -> Sums:
@@ -187,17 +189,17 @@ def test_spikes(skip_spikes):
     losses = (3 + 0.1 * generator.standard_normal(400)).astype(np.float32).tolist()
     for step, loss in {5: 9.0, 50: 4.5, 51: NAN, 52: 4.4, 300: 3.3, 399: 5.0}.items():
         losses[step] = loss
-    found, kept = [], []
+    found, window_losses = [], []
     for step, loss in enumerate(losses):
         guard.begin_step()
         allowed = guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
         guard.end_step()
-        window = np.array(kept[-WINDOW:])
-        by_hand = len(kept) >= MIN_WINDOW and loss > window.mean() + SIGMAS * window.std()
+        window = np.array(window_losses[-WINDOW:])
+        by_hand = len(window_losses) >= MIN_WINDOW and loss > window.mean() + SIGMAS * window.std()
         assert bool(guard.spikes) == by_hand
         assert allowed == (math.isfinite(loss) and not (by_hand and skip_spikes))
         if math.isfinite(loss):
-            kept.append(loss)
+            window_losses.append(loss)
         found += [step] if by_hand else []
     assert found == [399]  # 9.0 at step 5 widens the window until it is forgotten
     assert guard.skipped_steps == 1 + (len(found) if skip_spikes else 0)
@@ -208,17 +210,17 @@ def test_spikes(skip_spikes):
 
 def test_a_lasting_change_of_level_is_no_spike_for_long():
     guard = UpdateGuard(train_config(skip_spikes=True), CPU)
-    left_out = 0
+    skipped = 0
     for step in range(300):
         guard.begin_step()
         loss = (3.0 if step < 200 else 6.0) + step % 2 * 0.01
-        left_out += not guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
-    assert 0 < left_out <= 5
+        skipped += not guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
+    assert 0 < skipped <= 5
 
 
 @pytest.mark.parametrize(("task", "precision"), [("RTD", "fp32"), ("MLM", "fp16"), ("RTD", "fp16")])
-def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
-    """It names step, losses, and the lines of the batch; float16 does not lower its scale for ever."""
+def test_a_diverged_run_stops(tmp_path, prepared, task, precision):
+    """It names step, losses, and the lines of the batch; float16 does not lower its scale forever."""
     flags = tiny_flags(tmp_path, prepared, task) | {
         "precision": precision,
         "learning_rate": 1e20,
@@ -228,7 +230,8 @@ def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
     status, output = run(flags)
     assert status == 1, output
     message = output.strip().splitlines()[-1]
-    assert message.startswith("error: step ") and "Traceback" not in output
+    assert message.startswith("error: step ")
+    assert "Traceback" not in output
     for part in (
         "4 steps in a row",
         "--max_skipped_steps",
@@ -244,7 +247,7 @@ def test_a_run_that_cannot_go_on_stops(tmp_path, prepared, task, precision):
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, odd_line: int | None) -> None:
-    """800 lines that are all the same, but for one."""
+    """Write 800 equal lines, except for one."""
     folder.mkdir(exist_ok=True)
     usual = " ".join(tokenizer.pieces[10:26])
     odd = " ".join(tokenizer.pieces[1500:1516])
@@ -253,7 +256,7 @@ def write_data(folder: Path, tokenizer: Tokenizer, odd_line: int | None) -> None
 
 
 def test_a_spike_in_a_run(tmp_path, tokenizer):
-    """The step with the odd line is logged and left out, also when the run went on from shortly before it."""
+    """The step with the odd line is logged and skipped, also after a resume shortly before it."""
     write_data(tmp_path / "usual", tokenizer, None)
     store = open_store(tmp_path / "usual" / "train.txt", tokenizer, 62, progress=False)
     batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, False), BatchPlan(42, 4, 64))
@@ -276,5 +279,6 @@ def test_a_spike_in_a_run(tmp_path, tokenizer):
     cut = copy_run(flags["output_dir"], tmp_path / "cut")
     shutil.rmtree(get_checkpoint_path(cut, 181))
     status, output = run(flags | {"output_dir": cut})
-    assert status == 0 and "resuming from step 175" in output
+    assert status == 0
+    assert "resuming from step 175" in output
     assert final_files(cut) == final_files(flags["output_dir"])

@@ -248,7 +248,7 @@ def test_a_run_of_two_processes(flags):
         "2 processes",
         "2 processes on 1 node",
         "8 sequences",
-        "4 a process",
+        "4 per rank",
         "step 6/6",
         "final models",
     ):

@@ -1,0 +1,108 @@
+"""`metrics.jsonl`, and what is computed for it."""
+
+import json
+import math
+import resource
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+
+from DeBERTa.errors import StorageError
+from DeBERTa.training.metrics import MetricsLog, describe, mean_losses, measure_peak_memory
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_carry_the_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0, elapsed_seconds=100.0)
+    log.write(1, "train", {"loss": math.nan, "norm": math.inf, "tokens_seen": 12})
+    log.close()
+    (line,) = read(path)
+    assert (line["step"], line["kind"], line["tokens_seen"]) == (1, "train", 12)
+    assert line["loss"] is None
+    assert line["norm"] is None
+    assert 100 <= line["elapsed_seconds"] < 160
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(line["time"])
+    assert -1 <= age.total_seconds() < 60
+
+
+def test_lines_after_the_checkpoint_are_removed(tmp_path):
+    """And a line that a crash truncated; evaluations before it are remembered."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in (1, 2, 3):
+        log.write(step, "train", {"loss": 1.0})
+        log.write(step, "valid", {"loss": step / 2})
+    log.close()
+    path.write_text(path.read_text() + '{"step": 2, "kind": "tr')
+    log = MetricsLog(path, 2)
+    assert [(line["step"], line["kind"]) for line in read(path)] == [
+        (1, "train"), (1, "valid"), (2, "train"), (2, "valid")
+    ]  # fmt: skip
+    assert {step: values["loss"] for step, values in log.evaluations.items()} == {1: 0.5, 2: 1.0}
+    assert log.has_line(2, "valid")
+    assert not log.has_line(3, "train")
+    log.write(3, "train", {"loss": 2.0})
+    log.close()
+    assert read(path)[-1]["loss"] == 2.0
+
+
+def test_without_a_checkpoint_previous_lines_move(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 7, "kind": "train"}\n')
+    MetricsLog(path, 0).close()
+    assert path.read_text() == ""
+    assert read(tmp_path / "metrics.jsonl-1") == [{"step": 7, "kind": "train"}]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, is_writer=False)
+    log.write(1, "valid", {"loss": 1.0})
+    log.sync()
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert log.evaluations == {}
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*metrics.jsonl: File too large; "):
+            log.write(1, "train", {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_means_are_per_target():
+    sums = {
+        "generator_loss": torch.tensor(6.0),
+        "generator_correct": torch.tensor(1),
+        "generator_targets": torch.tensor(4),
+        "grad_norm": torch.tensor(2.5),
+        "loss": torch.tensor(0.0),
+        "targets": torch.tensor(0),
+    }
+    assert mean_losses(sums) == {
+        "generator_loss": 1.5,
+        "generator_accuracy": 0.25,
+        "grad_norm": 2.5,
+        "loss": 0.0,
+    }
+
+
+def test_peak_memory_is_what_the_kernel_reports():
+    status = Path("/proc/self/status").read_text().split("\n")
+    (peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM")]
+    assert measure_peak_memory(torch.device("cpu")) == pytest.approx(peak * 1024 / 1e9, rel=0.02)
+
+
+def test_skipped_steps_are_shown_if_there_are_any():
+    assert describe({"loss": 2.0, "skipped_steps": 0, "step": 4}) == "loss 2.000"
+    assert describe({"loss": 2.0, "skipped_steps": 3}) == "loss 2.000  3 steps skipped"

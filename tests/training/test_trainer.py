@@ -1,0 +1,93 @@
+"""The loop: what it logs, also after a resume, and weights that are not finite."""
+
+import json
+import math
+from datetime import datetime
+
+import pytest
+import torch
+
+from DeBERTa import MaskedLanguageModel, ModelConfig
+from DeBERTa.errors import NonFiniteError
+from DeBERTa.training.checkpoint import get_checkpoint_path, write_manifest
+from DeBERTa.training.trainer import check_finite_weights
+from tests.commands import free_port, metrics
+from tests.conftest import tiny_model
+from tests.runs import copy_run, remove_after, run, run_pair, tiny_flags
+
+TOKENS_PER_STEP = 8 * 64  # sequences without padding
+
+
+def test_metrics_continue_across_a_resume(tmp_path, prepared):
+    flags = tiny_flags(tmp_path, prepared) | {"discriminator_learning_rate": 5e-4, "log_interval": 1}
+    status, output = run(flags)
+    assert status == 0, output
+    cut = copy_run(flags["output_dir"], tmp_path / "cut")
+    remove_after(cut, 2)
+    before = json.loads((get_checkpoint_path(cut, 2) / "state.json").read_text())["elapsed_seconds"]
+    status, output = run(flags | {"output_dir": cut})
+    assert status == 0, output
+    assert "resuming from step 2" in output
+    for run_dir in (flags["output_dir"], cut):
+        lines = [line for line in metrics(run_dir) if line["kind"] == "train"]
+        assert [line["tokens_seen"] for line in lines] == [
+            TOKENS_PER_STEP * step for step in (1, 2, 3, 4, 5, 6)
+        ]
+        elapsed, times = (
+            [line["elapsed_seconds"] for line in lines],
+            [datetime.fromisoformat(line["time"]) for line in lines],
+        )
+        assert elapsed == sorted(elapsed)
+        assert elapsed[0] > 0
+        assert times == sorted(times)
+        for line in lines:
+            assert line["discriminator_learning_rate"] == pytest.approx(line["learning_rate"] / 2)
+            assert 0.05 < line["peak_memory_gb"] < 100
+    assert lines[2]["elapsed_seconds"] > before
+
+
+def test_a_checkpoint_without_the_new_values_resumes(tmp_path, prepared):
+    """As version 0.1.0 of November 2026 wrote them: the counts start at zero."""
+    flags = tiny_flags(tmp_path, prepared, "MLM")
+    assert run(flags)[0] == 0
+    remove_after(flags["output_dir"], 4)
+    folder = get_checkpoint_path(flags["output_dir"], 4)
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    del state["interval"]["tokens_seen"]
+    torch.save(state, folder / "optimizer.pt")
+    values = json.loads((folder / "state.json").read_text())
+    del values["elapsed_seconds"]
+    (folder / "state.json").write_text(json.dumps(values))
+    write_manifest(folder, 4)
+    status, output = run(flags)
+    assert status == 0, output
+    assert "resuming from step 4" in output
+    assert metrics(flags["output_dir"])[-2]["tokens_seen"] == 2 * TOKENS_PER_STEP
+
+
+def test_only_rank_0_writes_to_the_console(tmp_path, prepared):
+    flags = tiny_flags(tmp_path, prepared)
+    status, output = run_pair(flags, free_port())
+    assert status == 0, output
+    assert "step 6/6" in output
+    assert "saved" in output
+    assert (tmp_path / "pair.1").read_text() == ""
+    log = (flags["output_dir"] / "logs" / "rank-0001.log").read_text()
+    assert "step 6/6" in log
+    assert "saved" not in log
+
+
+def test_at_level_warning_a_run_is_silent(tmp_path, prepared):
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 1, "log_level": "warning"}
+    assert run(flags) == (0, "")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    check_finite_weights(model, 3, tmp_path)
+    name = "deberta.encoder.layer.1.output.dense.weight"
+    with torch.no_grad():
+        dict(model.named_parameters())[name][3, 4] = value
+    with pytest.raises(NonFiniteError, match=f"step 3: the norm of {name} is {value}: training has diverged"):
+        check_finite_weights(model, 3, tmp_path)
