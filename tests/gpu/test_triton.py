@@ -17,13 +17,16 @@ TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
 SHAPES = [[2, 2, 8, 32], [2, 2, 72, 32], [2, 2, 136, 64], [2, 2, 200, 128], [2, 3, 512, 64], [1, 2, 1024, 64]]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("terms", ["c2p|p2c", "c2p", "p2c", ""])
-def test_agrees_with_float64(dtype, terms):
-    for shape in SHAPES if terms == "c2p|p2c" else SHAPES[2:3]:
-        errors = compare({"dtype": dtype, "p": 0.1, "terms": terms, "shape": shape}, "cuda")
-        assert errors.pop("differs between calls") == 0
-        assert max(errors.values()) < TOLERANCE[dtype], (shape, errors)
+CASES = [("bfloat16", "c2p|p2c", shape) for shape in SHAPES]
+CASES += [(dtype, "c2p|p2c", shape) for dtype in ("float32", "float16") for shape in (SHAPES[1], SHAPES[4])]
+CASES += [(dtype, terms, SHAPES[1]) for dtype in ("bfloat16", "float32") for terms in ("c2p", "p2c", "")]
+
+
+@pytest.mark.parametrize(("dtype", "terms", "shape"), CASES)
+def test_agrees_with_float64(dtype, terms, shape):
+    errors = compare({"dtype": dtype, "p": 0.1, "terms": terms, "shape": shape}, "cuda")
+    assert errors.pop("differs between calls") == 0
+    assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
 def test_whole_model(monkeypatch):
