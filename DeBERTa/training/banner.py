@@ -70,9 +70,9 @@ def _describe_task(run: Run) -> str:
 def _describe_sizes(model: MaskedLanguageModel | RTDModel) -> str:
     models = dict(model.named_children()) if isinstance(model, RTDModel) else {"model": model}
     return ", ".join(
-        f"{name} {count_backbone_parameters(part) / 2**20:.1f}M + "
-        f"{count_embedding_parameters(part) / 2**20:.1f}M embedding"
-        for name, part in models.items()
+        f"{name} {count_backbone_parameters(named_model) / 2**20:.1f}M + "
+        f"{count_embedding_parameters(named_model) / 2**20:.1f}M embedding"
+        for name, named_model in models.items()
     )
 
 

@@ -29,7 +29,7 @@ class Interval:
     def add(self, sums: Sums, tokens: int, is_finite: bool) -> None:
         """Add a step's sums and real tokens; losses only if all are finite.
 
-        Of the gradient norms the last ones are kept.
+        Of the gradient norms, the last ones count.
         """
         norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
         self.norms |= norms

@@ -140,7 +140,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> None:
     """Raise `StorageError` if a checkpoint and the final models do not fit the disk.
 
-    Logs a warning when it lacks room for those of the `remaining` checkpoints that will be kept.
+    Logs a warning when it lacks room for those of the `remaining` checkpoints that will stay.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
