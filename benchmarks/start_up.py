@@ -115,7 +115,7 @@ def measure_later_start(folder: Path, started: float) -> dict[str, float]:
         next(loader)
     memory = measure_memory()
     step_started = time.monotonic()
-    training.learning_rate(1)
+    training.set_learning_rate(1)
     training(batch)
     step = time.monotonic() - step_started
     seconds = {part: end - start for part, start, end in zip(PARTS, times[:-1], times[1:], strict=True)}

@@ -1,4 +1,4 @@
-"""Two machines on one: network namespaces with host names of their own, joined by a cable (a veth pair).
+"""Two machines on one: network namespaces with host names of their own, joined by a veth pair.
 
 Needs root, and the programs of Debian's packages iproute2, util-linux and, for lossy links, iptables.
 """
@@ -20,14 +20,14 @@ PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "iptabl
 
 
 class TwoNodes:
-    """`node0` and `node1`, which know each other by these names; `start` runs a command on one of them."""
+    """`node0` and `node1`, by the names that they resolve; `start` runs a command on one of them."""
 
     def __init__(self, name: str) -> None:
         self.names = [f"{name}-{node}" for node in (0, 1)]
         self.started: list[subprocess.Popen] = []
 
     def start(self, node: int, command: list, log: Path, **environment: str) -> subprocess.Popen:
-        """Run on a node, stderr and stdout to `log`; the process is the command's own, so that it can be signalled."""
+        """Run on a node, stderr and stdout to `log`; a signal to the process reaches the command."""
         script = f'hostname node{node}; exec "$@"'
         enter = ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "sh", "-c", script, "sh"]
         with log.open("w") as file:
@@ -42,27 +42,28 @@ class TwoNodes:
         return process
 
     def output(self, node: int, *command: str) -> str:
-        """What a short command on a node prints; it must succeed."""
+        """Return what a short command on a node prints; it must succeed."""
         return system("ip", "netns", "exec", self.names[node], *command)
 
     def processes(self, node: int) -> list[int]:
-        """Ids of all processes on a node."""
+        """Return the ids of all processes on a node."""
         return [int(pid) for pid in system("ip", "netns", "pids", self.names[node]).split()]
 
     def cut(self) -> None:
-        """Pull the cable: packets are lost without an error."""
+        """Drop all packets between the nodes, without an error."""
         for node in (0, 1):
             for chain in ("INPUT", "OUTPUT"):
                 self.output(
                     node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP"
                 )
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
+        """Undo `cut`."""
         for node in (0, 1):
             self.output(node, "iptables", "-F")
 
     def drop(self, share: float) -> None:
-        """Lose that share of the packets that arrive, at random."""
+        """Drop that share of the arriving packets, at random."""
         for node in (0, 1):
             rule = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
             self.output(node, "iptables", "-A", "INPUT", "!", "-i", "lo", *rule)
@@ -76,7 +77,7 @@ class TwoNodes:
 
 @contextmanager
 def two_nodes(*programs: str) -> Iterator[TwoNodes]:
-    """Make the nodes and take them away again, with all that still runs on them. Fails where that is not permitted."""
+    """Create the nodes and remove them, with their processes. Fails where that is not permitted."""
     for program in ("ip", "unshare", *programs):
         if shutil.which(program) is None:
             pytest.fail(f"the program {program} is missing: apt-get install {PROGRAMS[program]}")
@@ -95,7 +96,7 @@ def two_nodes(*programs: str) -> Iterator[TwoNodes]:
 
 
 def _kill_all(name: str) -> None:
-    """End what runs in a namespace, until nothing is left that may have been started meanwhile."""
+    """Kill all processes in a namespace, until none is left that was started meanwhile."""
     list_all = ["ip", "netns", "pids", name]
     while pids := subprocess.run(list_all, capture_output=True, text=True, check=False).stdout.split():
         for pid in pids:
@@ -111,8 +112,8 @@ def _connect(nodes: TwoNodes) -> None:
         folder.mkdir(parents=True)
         (folder / "hosts").write_text(hosts)
         (folder / "resolv.conf").write_text("")
-    here, there = nodes.names
-    system("ip", "-n", here, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", there)
+    first, second = nodes.names
+    system("ip", "-n", first, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second)
     for name, address in zip(nodes.names, ADDRESSES, strict=True):
         system("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
         system("ip", "-n", name, "link", "set", "eth0", "up")
@@ -120,7 +121,7 @@ def _connect(nodes: TwoNodes) -> None:
 
 
 def system(*command: str) -> str:
-    """Output of a command of the system; the test fails when it is not permitted."""
+    """Return the output of a system command; the test fails if it is not permitted."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         pytest.fail(f"{' '.join(command)}: {result.stderr.strip()} (network namespaces need root)")

@@ -1,11 +1,11 @@
-"""What the system knows of processes."""
+"""Processes as the kernel lists them."""
 
 import contextlib
 from pathlib import Path
 
 
 def children(process: int) -> list[int]:
-    """Ids of the processes that its threads have started. A thread may end meanwhile."""
+    """Return the ids of the processes that its threads have started. A thread may end meanwhile."""
     found = []
     for thread in Path(f"/proc/{process}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -14,7 +14,7 @@ def children(process: int) -> list[int]:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process is there and more than a record of its end."""
+    """Return whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -22,7 +22,7 @@ def is_running(process: int) -> bool:
 
 
 def started_with(argument: str) -> list[int]:
-    """Ids of the processes that run and have `argument` on their command line."""
+    """Return the ids of the processes with `argument` on their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -1,6 +1,6 @@
-"""Runs of the training command in processes forked from one that has torch loaded: a start takes no seconds.
+"""The training command in processes forked from one that has imported torch: a start takes no seconds.
 
-Each is a real process of its own, in a session of its own, with one thread; it may be signalled and killed.
+Each is a real process, in a session of its own, with one thread; it can receive signals and be killed.
 """
 
 import json
@@ -16,13 +16,13 @@ from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, ti
 from tests.kill_at_call.sitecustomize import kill_at_call
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
-PATIENCE = 600  # seconds until a run that takes a few is given up
+PATIENCE = 600  # seconds until a test fails whose run takes a few
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["DeBERTa.train", "torch._dynamo", "tests.conftest"])
 
 
 def tiny_flags(folder: Path, prepared: Path, task: str = "RTD", sharing: str = "gdes") -> dict:
-    """Flags of a quick run in `folder`: 6 steps, checkpoints at 2, 4 and 6, dropout and sampling on."""
+    """Return flags of a quick run: 6 steps, checkpoints at 2, 4 and 6, dropout and sampling on."""
     config = folder / f"{task}-{sharing}.json".lower()
     config.write_text(json.dumps(tiny_rtd(sharing) if task == "RTD" else tiny_model()))
     return {
@@ -87,17 +87,17 @@ class ForkedRun:
         self._pipe = self.log.open() if live else None
 
     def lines(self) -> Iterator[str]:
-        """Lines as they come, until the run ends."""
+        """Yield lines as they are written, until the run ends."""
         for line in self._pipe:
             self.read.append(line)
             yield line
 
     def wait_for(self, text: str) -> None:
-        """Read until a line holds `text`."""
+        """Read until a line contains `text`."""
         assert any(text in line for line in self.lines()), f"no {text!r} in: {''.join(self.read)}"
 
     def finish(self) -> tuple[int, str]:
-        """Exit status (negative: the signal that killed it), and what it wrote."""
+        """Return the exit status (negative: the signal that killed it) and the output."""
         if self._pipe:
             for _ in self.lines():
                 pass
@@ -110,12 +110,12 @@ class ForkedRun:
 
 
 def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int, str]:
-    """A run to its end: exit status and output."""
+    """Run to the end; returns exit status and output."""
     return ForkedRun(values, log=log, **environment).finish()
 
 
 def run_pair(values: dict, port: int) -> tuple[int, str]:
-    """A run of two processes without a launcher, which costs seconds: status and output of the first one."""
+    """Run two ranks without a launcher, which costs seconds; returns status and output of rank 0."""
     group = {
         "TORCHELASTIC_RUN_ID": "pair",
         "WORLD_SIZE": "2",
@@ -133,7 +133,7 @@ def run_pair(values: dict, port: int) -> tuple[int, str]:
 
 
 def final_files(run_dir: Path) -> dict[str, bytes]:
-    """What must be the same for two runs that are the same: newest weights and moments, final models, metrics."""
+    """Return what equal runs have in common: newest weights and moments, final models, metrics."""
     newest = get_checkpoint_path(run_dir, list_steps(run_dir)[-1])
     files = {
         path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".safetensors", ".pt")

@@ -16,7 +16,7 @@ from tests.nodes import TwoNodes, two_nodes
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 PATIENCE = 900  # seconds
-# Users are believed (auth/none, cred/none), which munge's key is for elsewhere; ended jobs are remembered.
+# Without authentication (auth/none, cred/none), which elsewhere takes a munge key.
 CONFIGURATION = """
 ClusterName=deberta
 SlurmctldHost=node0
@@ -37,13 +37,13 @@ PartitionName=all Nodes=ALL Default=YES
 
 
 class Slurm:
-    """Commands are run on node 0, in `directory`."""
+    """Run commands on node 0, in `directory`."""
 
     def __init__(self, nodes: TwoNodes, folder: Path, directory: Path) -> None:
         self.nodes, self.folder, self.directory = nodes, folder, directory
 
     def run(self, *command: object) -> str:
-        """What a command prints, on both streams; it must succeed."""
+        """Return what a command prints, on both streams; it must succeed."""
         log = self.folder / "command.printed"
         process = self.nodes.start(0, [*command], log, **self.environment)
         assert process.wait(PATIENCE) == 0, log.read_text()
@@ -55,7 +55,7 @@ class Slurm:
 
 
 class Job:
-    """A script given to `sbatch`; what it prints goes to a file."""
+    """A script submitted by `sbatch`; what it prints goes to a file."""
 
     def __init__(self, slurm: Slurm, script: Path, *flags: str, **environment: str) -> None:
         self.slurm = slurm
@@ -80,16 +80,16 @@ class Job:
         self.slurm.run("scancel", *flags, self.number)
 
     def finish(self) -> int:
-        """Its exit status, as `sbatch --wait` passes it on."""
+        """Return its exit status, that of `sbatch --wait`."""
         return self.process.wait(PATIENCE)
 
     def record(self) -> dict[str, str]:
-        """What Slurm knows of it."""
+        """Return the fields of `scontrol show job`."""
         shown = self.slurm.run("scontrol", "show", "job", self.number)
         return dict(word.partition("=")[::2] for word in shown.split())
 
     def end(self) -> str:
-        """Such as "COMPLETED 0:0": what Slurm calls it once no process is left, status and signal of the script."""
+        """Return state, status and signal of the script once no process is left: "COMPLETED 0:0"."""
         self.finish()
         deadline = time.monotonic() + PATIENCE
         while (record := self.record())["JobState"] == "COMPLETING":
@@ -99,9 +99,9 @@ class Job:
 
     def limit(self, minutes: int) -> None:
         """Let it run between `minutes` - 1 and `minutes` from now."""
-        hours, gone, _ = map(int, self.record()["RunTime"].split(":"))
+        hours, past, _ = map(int, self.record()["RunTime"].split(":"))
         self.slurm.run(
-            "scontrol", "update", f"JobId={self.number}", f"TimeLimit={60 * hours + gone + minutes}"
+            "scontrol", "update", f"JobId={self.number}", f"TimeLimit={60 * hours + past + minutes}"
         )
 
     def text(self) -> str:
@@ -110,7 +110,8 @@ class Job:
     def wait_for(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
 
 
@@ -121,7 +122,7 @@ def slurm(folder: Path, directory: Path, *programs: str) -> Iterator[Slurm]:
         if shutil.which(program) is None:
             pytest.fail(f"the program {program} is missing: apt-get install slurm-wlm")
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, cores=os.cpu_count()))
-    # Not used, but initialised by slurmd; version 2 looks for what is mounted, which in a namespace nothing is.
+    # Not used, but initialized by slurmd; version 2 needs mounts, and a namespace has none.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for name in ("state", "spool-node0", "spool-node1"):
         (folder / name).mkdir()

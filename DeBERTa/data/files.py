@@ -1,7 +1,7 @@
 """The cache directory, and files that are written completely or not at all.
 
 A file `x` is written as `x.part` under a lock, and then renamed. What a killed process leaves under that name
-is overwritten by the next one.
+is overwritten by the next one. On file systems without locks, every process writes a partial file of its own.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -54,9 +55,13 @@ def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with partial.open("a+b") as file:
-                _lock(file, path)
+                is_locked = _lock(file, path)
                 if not _is_at(partial, file):
                     continue  # the process that held the lock has renamed or removed it
+                if not is_locked and not resume and partial == get_partial_path(path):
+                    partial.unlink(missing_ok=True)
+                    partial = get_partial_path(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
+                    continue
                 if not resume:
                     file.truncate(0)
                 try:
@@ -73,7 +78,7 @@ def commit(file: BinaryIO, path: Path) -> None:
     """Rename a partial file to `path` once its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
-    get_partial_path(path).replace(path)
+    Path(file.name).replace(path)
     sync(path.parent)
 
 
@@ -88,19 +93,19 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         commit(file, path)
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Wait until no other process has locked this open file.
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Lock an open file until it is closed; wait for other processes that have locked it.
 
-    Closing the file releases the lock. On file systems without locks it returns at once.
+    Returns False at once on file systems without locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         logger.info("waiting for another process that writes %s", path)
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
-        pass
+        return False
+    return True
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:

@@ -126,6 +126,8 @@ def _map_store(path: Path) -> TokenStore:
         meta = StoreMeta(**json.loads(file.read(length)))
         tokens = np.memmap(file, np.int32, "r", 0, (meta.num_tokens,))
         offsets = np.memmap(file, np.int64, "r", -(-tokens.nbytes // 8) * 8, (meta.lines + 1,))
+        if offsets.offset + offsets.nbytes + length + 8 != file.seek(0, os.SEEK_END):
+            raise ValueError("the arrays do not fill the file")
     return TokenStore(path, tokens, offsets, meta)
 
 
@@ -191,24 +193,14 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
         _refuse_other_vocabulary(text, tokenizer)
         meta = writer.meta
         meta.text, meta.vocabulary_sha256 = get_state(os.fstat(file.fileno())), tokenizer.fingerprint
-        lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
-        size = meta.text["bytes"]
-        with tqdm(
-            desc=f"reading {text.name}", total=size, unit="B", unit_scale=True, disable=not progress
-        ) as bar:
-            for number, line in enumerate(lines, 1):
-                if len(line) == MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{text} is not prepared text: line {number} is longer than 16 MB; prepare it"
-                    )
-                digest.update(line)
-                bar.update(len(line))
-                pieces = filter(None, line.rstrip(b"\r\n").split(b" "))
-                ids = np.fromiter(map(lookup.__getitem__, pieces), np.int32)
-                if len(ids):
-                    writer.append(ids, np.array([meta.num_tokens + len(ids)]))
-                if len(ids) > meta.longest:
-                    meta.longest, meta.longest_line = len(ids), number
+        for number, line in enumerate(_read_lines(text, file, progress), 1):
+            digest.update(line)
+            pieces = filter(None, line.rstrip(b"\r\n").split(b" "))
+            ids = np.fromiter(map(lookup.__getitem__, pieces), np.int32)
+            if len(ids):
+                writer.append(ids, np.array([meta.num_tokens + len(ids)]))
+            if len(ids) > meta.longest:
+                meta.longest, meta.longest_line = len(ids), number
         meta.text_sha256, meta.unknown = digest.hexdigest(), lookup.unknown
         if meta.lines == 0:
             raise DataError(f"{text} has no lines of tokens: it is empty; prepare it again")
@@ -219,6 +211,19 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
                 f"{', '.join(lookup.examples)}; pass the --vocab_path of the text, or prepare it again"
             )
         writer.commit()
+
+
+def _read_lines(text: Path, file: BinaryIO, progress: bool) -> Iterator[bytes]:
+    """Yield the lines of a text, with a progress bar."""
+    size = os.fstat(file.fileno()).st_size
+    with tqdm(
+        desc=f"reading {text.name}", total=size, unit="B", unit_scale=True, disable=not progress
+    ) as bar:
+        while line := file.readline(MAX_LINE_BYTES):
+            if len(line) == MAX_LINE_BYTES:
+                raise DataError(f"{text} is not prepared text: it has a line of over 16 MB; prepare it")
+            bar.update(len(line))
+            yield line
 
 
 def _refuse_other_vocabulary(text: Path, tokenizer: Tokenizer) -> None:

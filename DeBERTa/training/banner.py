@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import torch
-from torch import nn
 
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
@@ -69,17 +68,11 @@ def _describe_task(run: Run) -> str:
 
 
 def _describe_sizes(model: MaskedLanguageModel | RTDModel) -> str:
-    if isinstance(model, RTDModel):
-        models: dict[str, nn.Module] = {
-            "generator": model.generator,
-            "discriminator": model.discriminator,
-        }
-    else:
-        models = {"model": model}
+    models = dict(model.named_children()) if isinstance(model, RTDModel) else {"model": model}
     return ", ".join(
-        f"{name} {count_backbone_parameters(part) / 2**20:.1f}M + "
-        f"{count_embedding_parameters(part) / 2**20:.1f}M embedding"
-        for name, part in models.items()
+        f"{name} {count_backbone_parameters(named_model) / 2**20:.1f}M + "
+        f"{count_embedding_parameters(named_model) / 2**20:.1f}M embedding"
+        for name, named_model in models.items()
     )
 
 

@@ -85,9 +85,9 @@ def evaluate(
         if detected:
             more["discriminator_loss"] = detected.loss.sum()
             more["discriminator_targets"] = count(detected.labels.numel(), device)
-        is_counted = number < num_counted
-        add(sums, {name: value * is_counted for name, value in more.items()})  # the same names on all ranks
-        if detected and is_counted:
+        # A batch that is not counted adds zeros: the names must be the same on all ranks.
+        add(sums, {name: value * (number < num_counted) for name, value in more.items()})
+        if detected and number < num_counted:
             scores.append(detected.logits[batch.input_mask > 0].float().cpu().numpy())
             replaced.append(detected.labels.bool().cpu().numpy())
     model.train(was_training)

@@ -24,22 +24,17 @@ class Interval:
         self.sums: Sums = {}  # of this rank
         self.norms: Sums = {}  # of the last step; the same on all ranks
         self.tokens = 0  # of this rank
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        """Measure the speed from now on."""
-        self._started = time.monotonic()
+        self.started = time.monotonic()  # from when the speed is measured
 
     def add(self, sums: Sums, tokens: int, is_finite: bool) -> None:
         """Add a step's sums and real tokens; losses only if all are finite.
 
-        Of the gradient norms the last ones are kept.
+        Of the gradient norms, the last ones count.
         """
         norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
-        if is_finite:
-            losses = {name: value.detach().double() for name, value in sums.items() if name not in norms}
-            add(self.sums, losses)
         self.norms |= norms
+        if is_finite:
+            add(self.sums, {name: sums[name].detach().double() for name in sums if name not in norms})
         self.tokens += tokens
 
     def finish(self) -> dict[str, float]:
@@ -50,7 +45,7 @@ class Interval:
         tokens = self._count_tokens()
         self.tokens_seen += tokens
         sums = all_reduce_sums(self.sums) | self.norms
-        rate = tokens / (time.monotonic() - self._started)
+        rate = tokens / (time.monotonic() - self.started)
         metrics = mean_losses(sums) if sums else {}
         self.clear()
         return metrics | {"tokens_per_second": rate, "tokens_seen": self.tokens_seen}

@@ -114,7 +114,7 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
         launch_error = LaunchError(failure.message)
         launch_error.exit_status = failure.exit_status
         raise launch_error
-    if failure.node != job.node:
+    if job.node or failure.node:  # otherwise rank 0 has logged it
         logger.info(failure.message)
     return failure.exit_status
 

@@ -13,8 +13,7 @@ import torch
 import ujson
 from tqdm import tqdm
 
-from DeBERTa.data.files import find_unused_path, sync
-from DeBERTa.errors import StorageError
+from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -68,74 +67,53 @@ class MetricsLog:
         """Open the file, without lines after `first_step` that a killed run left.
 
         Without a checkpoint to resume from, all previous lines move to another file. `elapsed_seconds` is
-        the training time of the run so far. Only rank 0 is a writer: other ranks have no file and remember
-        no lines.
+        the training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
         """
-        self._path, self._file = path, None
-        self._started = time.monotonic() - elapsed_seconds
-        self._lines: set[tuple[int, str]] = set()
+        self._path, self._started = path, time.monotonic() - elapsed_seconds
         self.evaluations: dict[int, dict] = {}  # on the validation split, by step
         if not is_writer:
-            return
-        if path.exists() and path.stat().st_size and first_step == 0:
+            self._path = Path(os.devnull)
+        elif path.exists() and path.stat().st_size and first_step == 0:
             previous = find_unused_path(path)
             path.rename(previous)
             logger.info("no checkpoint to resume from: the previous metrics are now in %s", previous)
         elif path.exists():
             self._remove_later_lines(first_step)
-        self._file = path.open("a", buffering=1)
+        self._file = self._path.open("a", buffering=1)
 
     def _remove_later_lines(self, first_step: int) -> None:
         lines = self._path.read_text(errors="replace").splitlines()
         valid = [line for line in lines if _parse_step(line) <= first_step]
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in valid))
-        sync(temporary)
-        temporary.replace(self._path)
-        for line in map(ujson.loads, valid):
-            self._remember(line["step"], line["kind"], line)
-
-    def _remember(self, step: int, kind: str, values: dict) -> None:
-        self._lines.add((step, kind))
-        if kind == "valid":
-            self.evaluations[step] = values
+        with open_atomic(self._path) as file:
+            file.writelines(f"{line}\n".encode() for line in valid)
+        evaluations = (line for line in map(ujson.loads, valid) if line["kind"] == "valid")
+        self.evaluations = {line["step"]: line for line in evaluations}
 
     @property
     def elapsed_seconds(self) -> float:
         """Training time of the run so far, earlier processes included."""
         return round(time.monotonic() - self._started, 3)
 
-    def has_line(self, step: int, kind: str) -> bool:
-        """Return whether this line was written, by this process or an earlier one."""
-        return (step, kind) in self._lines
-
     def write(self, step: int, kind: str, values: dict) -> None:
         """Add a line with the time; values that are not finite become null.
 
         Raises `StorageError`.
         """
-        if not self._file:
-            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._remember(step, kind, finite)
+        if kind == "valid":
+            self.evaluations[step] = finite
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = {"step": step, "kind": kind, "time": now, "elapsed_seconds": self.elapsed_seconds, **finite}
-        try:
+        with raise_storage_errors(self._path):
             self._file.write(ujson.dumps(line) + "\n")
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {self._path}: {error.strerror}; make room there, then the same command resumes"
-            ) from error
 
     def sync(self) -> None:
         """Flush all lines to the disk."""
-        if self._file:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        if self._file:
-            self._file.close()
+        self._file.close()
 
 
 def _parse_step(line: str) -> float:
@@ -152,14 +130,8 @@ class Progress:
     def __init__(self, first_step: int, total_steps: int) -> None:
         self.first_step, self.total_steps = first_step, total_steps
         is_hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: hidden unless on a terminal
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            disable=is_hidden,
-            dynamic_ncols=True,
-        )
+        steps = {"total": total_steps, "initial": first_step, "unit": "step"}
+        self.bar = tqdm(**steps, desc="training", disable=is_hidden, dynamic_ncols=True)
         self._started = time.monotonic()
 
     def advance(self) -> None:

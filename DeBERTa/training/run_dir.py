@@ -140,13 +140,13 @@ def flatten(values: dict, prefix: str = "") -> dict:
 def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> None:
     """Raise `StorageError` if a checkpoint and the final models do not fit the disk.
 
-    Logs a warning when it lacks room for those of the `remaining` checkpoints that will be kept.
+    Logs a warning when it lacks room for those of the `remaining` checkpoints that will stay.
     """
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     final = weights  # full tables of a discriminator are as large as its residuals; under ES it has none
     if isinstance(model, RTDModel) and model.config.embedding_sharing == "es":
-        final += sum(table.numel() * table.element_size() for table in model.generator.tables())
+        final += sum(table.nbytes for table in model.generator.tables())
     checkpoint, free = weights + moments, shutil.disk_usage(run_dir).free
     if free < checkpoint + final:
         raise StorageError(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from DeBERTa.training.steps import TrainingStep
 logger = logging.getLogger(__name__)
 
 MAX_LINES_SHOWN = 16  # of a batch whose update was skipped
+START_OVER = "start over with a lower --learning_rate or a longer --warmup under another --tag"
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Trainer:
             batches = load_batches(
                 run.train_batches, range(self.first_step, self.total_steps), config.workers
             )
-            interval.start_clock()
+            interval.started = time.monotonic()
             run.model.train()
             for step, batch in enumerate(batches, start=self.first_step + 1):
                 torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
@@ -126,28 +128,20 @@ class Trainer:
         for spike in guard.spikes:
             values = {"mean": spike.mean, "sigma": spike.sigma, "skipped": guard.is_skipped}
             self.log.write(step, "spike", {spike.name: spike.loss, **values})
-            logger.info(
-                "step %d: spike: %s %.4g after %.4g ± %.2g",
-                step,
-                spike.name,
-                spike.loss,
-                spike.mean,
-                spike.sigma,
-            )
+            before = f"{spike.mean:.4g} ± {spike.sigma:.2g}"
+            logger.info("step %d: spike: %s %.4g after %s", step, spike.name, spike.loss, before)
         if not guard.is_skipped:
             return
         logger.info("step %d: update skipped: %s", step, guard.describe_skip())
         if guard.consecutive_skips < run.config.max_skipped_steps:
             return
-        lines = (run.train_batches.select_global_lines(step - 1) + 1).tolist()
-        more = f" and {len(lines) - MAX_LINES_SHOWN} more" if len(lines) > MAX_LINES_SHOWN else ""
+        lines = [str(line + 1) for line in run.train_batches.select_global_lines(step - 1)]
+        if len(lines) > MAX_LINES_SHOWN:
+            lines = [*lines[:MAX_LINES_SHOWN], "..."]
         raise NonFiniteError(
             f"step {step}: the updates of {guard.consecutive_skips} steps in a row were skipped "
-            f"(--max_skipped_steps): {guard.describe_skip()} on lines "
-            f"{', '.join(map(str, lines[:MAX_LINES_SHOWN]))}{more} of train.txt; "
-            "look at these lines, or start over with a lower --learning_rate or a longer --warmup "
-            "under another --tag "
-            f"(the checkpoints in {run.run_dir} hold earlier weights)"
+            f"(--max_skipped_steps): {guard.describe_skip()} on lines {', '.join(lines)} of train.txt; "
+            f"look at these lines, or {START_OVER} (the checkpoints in {run.run_dir} are older)"
         )
 
     def save(self, step: int) -> None:
@@ -183,13 +177,13 @@ class Trainer:
         for split, metrics in results.items():
             self.log.write(step, split, metrics)
             logger.info("step %d: %s  %s", step, split, describe(metrics))
-        run.interval.start_clock()
+        run.interval.started = time.monotonic()
 
     def evaluate_if_missed(self) -> None:
         """Evaluate the checkpoint resumed from, if the run stopped before that."""
         step, run = self.first_step, self.run
         is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
-        is_missing = is_rank_zero() and not self.log.has_line(step, "valid")
+        is_missing = is_rank_zero() and step not in self.log.evaluations
         if is_due and is_any_rank(is_missing, run.training.device):
             self.evaluate(step)
         if is_rank_zero():
@@ -215,9 +209,8 @@ def check_finite_weights(model: nn.Module, step: int, run_dir: Path) -> None:
     for name, norm in zip(parameters, torch.stack(norms).tolist(), strict=True):
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"step {step}: the norm of {name} is {norm}: training has diverged; start over with a lower "
-                f"--learning_rate or a longer --warmup under another --tag (the checkpoints in {run_dir} "
-                "are older)"
+                f"step {step}: the norm of {name} is {norm}: training has diverged; {START_OVER} "
+                f"(the checkpoints in {run_dir} are older)"
             )
 
 
@@ -257,10 +250,4 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
         "torch": torch.__version__,
         "deberta": __version__,
     }
-    return Snapshot(
-        step,
-        weights,
-        {"training": training, "interval": interval},
-        state,
-        run.settings,
-    )
+    return Snapshot(step, weights, {"training": training, "interval": interval}, state, run.settings)

@@ -1,7 +1,8 @@
 """The commands of docs/distributed.md under a real Slurm of two nodes: network namespaces with a slurmd each.
 
-Needs root and Debian's packages slurm-wlm, iproute2 and util-linux; where one of them is missing, or namespaces are not
-permitted, the tests fail and say so. The scripts are taken from the document, but for what is small about them.
+Needs root and Debian's packages slurm-wlm, iproute2 and util-linux; where one of them is missing, or
+namespaces are not permitted, the tests fail and say so. The scripts are taken from the document, but for what
+is small about them.
 """
 
 import os
@@ -21,13 +22,14 @@ from tests.slurm import Job, Slurm, slurm
 
 STEPS = 40
 # Few sequences a step; no checkpoint but the last unless asked for.
-FLAGS = f"--num_training_steps {STEPS} --dump_interval {STEPS} --log_interval 1 --train_batch_size 8 --keep_last 9"
-FLAGS += " --precision fp32 --workers 1"
-PRESET = "--task_name RTD --do_train --model_config rtd_tiny.json --max_seq_length 128 --learning_rate 2e-3 --warmup 40"
+FLAGS = f"--num_training_steps {STEPS} --dump_interval {STEPS} --log_interval 1 --train_batch_size 8"
+FLAGS += " --keep_last 9 --precision fp32 --workers 1"
+PRESET = "--task_name RTD --do_train --model_config rtd_tiny.json --max_seq_length 128"
+PRESET += " --learning_rate 2e-3 --warmup 40"
 
 
 def documented(section: str) -> str:
-    """The first block of commands in a section of the document."""
+    """Return the first block of commands in a section of the document."""
     text = (ROOT / "docs" / "distributed.md").read_text()
     return re.search(rf"^### {section}$.*?```bash\n(.*?)```", text, re.MULTILINE | re.DOTALL)[1]
 
@@ -40,13 +42,13 @@ def replaced(text: str, changes: dict[str, str]) -> str:
 
 
 def heading() -> str:
-    """Of the documented script, before the command: for two nodes without GPUs."""
+    """Return the documented script up to the command: for two nodes without GPUs."""
     lines = documented("Slurm").partition("srun")[0]
     return replaced(lines, {"--nodes=4": "--nodes=2", " --gpus-per-node=8": ""})
 
 
 def job_script(folder: Path, flags: str = "") -> str:
-    """The documented script with two processes a node, on the tiny model."""
+    """Return the documented script with two processes per node, on the tiny model."""
     model = f"deberta-v3-tiny --nproc_per_node 2 {FLAGS} --output_dir {folder}/node$SLURM_NODEID {flags}"
     command = replaced("srun" + documented("Slurm").partition("srun")[2], {"deberta-v3-base": model})
     return f'{heading()}{command}status=$?\necho "srun ended with $status"\nexit $status\n'
@@ -64,7 +66,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def submit(cluster: Slurm, cache: Path, folder: Path, script: str, *flags: str) -> Job:
-    """With this Python first on the path, and one cache for all jobs."""
+    """Submit with this Python first on the path, and one cache for all jobs."""
     path = folder / "job.sh"
     path.write_text(script)
     where = {
@@ -76,7 +78,7 @@ def submit(cluster: Slurm, cache: Path, folder: Path, script: str, *flags: str) 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, cache, tmp_path_factory) -> Path:
-    """The folder of a job that ran to its end: SIGUSR1, while the data was being prepared, did nothing."""
+    """Return the directory of a job that ran to its end; SIGUSR1 during data preparation did nothing."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = submit(cluster, cache, folder, job_script(folder))
     job.wait_for(lambda: "training a vocabulary" in job.text())
@@ -86,9 +88,10 @@ def undisturbed(cluster, cache, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_job_of_two_nodes(cluster, undisturbed):
+def test_a_job_of_two_nodes(undisturbed):
     printed = (undisturbed / "job.printed").read_text()
-    assert "4 processes on 2 nodes" in printed and "srun ended with 0" in printed
+    assert "4 processes on 2 nodes" in printed
+    assert "srun ended with 0" in printed
     assert printed.count(f"step {STEPS}/{STEPS}") == 1
     for node in (0, 1):
         assert f"node {node} of 2 (node0, node1): starting 2 processes" in printed
@@ -97,7 +100,7 @@ def test_a_job_of_two_nodes(cluster, undisturbed):
 
 
 def test_the_script_has_all_cores_of_the_nodes(cluster, cache, tmp_path):
-    """Without --exclusive, only one: what the processes would have to share."""
+    """Without --exclusive, one, which the processes would share."""
     cores = "srun python -c 'import os; print(len(os.sched_getaffinity(0)))'\n"
     for script, expected in ((heading(), os.cpu_count()), (replaced(heading(), {" --exclusive": ""}), 1)):
         job = submit(cluster, cache, tmp_path, script + cores)
@@ -106,9 +109,9 @@ def test_the_script_has_all_cores_of_the_nodes(cluster, cache, tmp_path):
 
 
 def test_signals_to_a_job_and_the_same_job_again(cluster, cache, undisturbed, tmp_path):
-    """SIGUSR1 and SIGTERM to the step, then `scancel`: each saves; the run ends with the bits of an undisturbed one.
+    """SIGUSR1 and SIGTERM to the step, then `scancel`: each saves; the final bits are undisturbed.
 
-    Slurm sends them to all processes, and the launchers pass them on, too.
+    Slurm sends them to all processes, and the launchers forward them, too.
     """
     script, run_dir = job_script(tmp_path), tmp_path / "node0"
     job = submit(cluster, cache, tmp_path, script)
@@ -129,21 +132,22 @@ def test_signals_to_a_job_and_the_same_job_again(cluster, cache, undisturbed, tm
     job.wait_for(lambda: f"step {stopped + 2}/" in job.text())
     assert f"resuming from step {stopped}" in job.text()
     job.signal()
-    assert job.end() == "CANCELLED 0:15", job.text()
+    assert job.end() == "CANCELLED 0:15", job.text()  # codespell:ignore
     assert "stopped by SIGTERM; the same command resumes from the last checkpoint" in job.text()
-    cancelled = list_steps(run_dir)[-1]
-    assert stopped + 2 <= cancelled < STEPS
+    stopped_again = list_steps(run_dir)[-1]
+    assert stopped + 2 <= stopped_again < STEPS
     for step in list_steps(run_dir):
         verify(get_checkpoint_path(run_dir, step))
 
     job = submit(cluster, cache, tmp_path, script)
     assert job.finish() == 0, job.text()
-    assert f"resuming from step {cancelled}" in job.text()
+    assert f"resuming from step {stopped_again}" in job.text()
     assert final_files(run_dir) == final_files(undisturbed / "node0")
 
 
-def test_the_warning_before_the_time_limit(cluster, cache, undisturbed, tmp_path):
-    """Slurm itself sends SIGUSR1 a minute before the limit, and SIGTERM at it: a checkpoint each. Some minutes."""
+@pytest.mark.usefixtures("undisturbed")
+def test_the_warning_before_the_time_limit(cluster, cache, tmp_path):
+    """Slurm sends SIGUSR1 a minute before the limit, and SIGTERM at it: a checkpoint each. Some minutes."""
     script = job_script(tmp_path, "--num_training_steps 100000 --dump_interval 100000 --train_batch_size 4")
     script = replaced(script, {"USR1@600": "USR1@60"})
     job = submit(cluster, cache, tmp_path, script, "--time=60")
@@ -153,9 +157,11 @@ def test_the_warning_before_the_time_limit(cluster, cache, undisturbed, tmp_path
     asked = list_steps(tmp_path / "node0")[0]
     job.wait_for(lambda: f"step {asked + 3}/" in job.text())
     assert job.end().startswith("TIMEOUT"), job.text()
-    assert "DUE TO TIME LIMIT" in job.text() and "stopped by SIGTERM" in job.text()
+    assert "DUE TO TIME LIMIT" in job.text()
+    assert "stopped by SIGTERM" in job.text()
     first, second = list_steps(tmp_path / "node0")
-    assert first == asked and second >= asked + 3
+    assert first == asked
+    assert second >= asked + 3
 
 
 RENDEZVOUS = "--rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $MASTER_ADDR:$MASTER_PORT"
@@ -164,7 +170,7 @@ NUMBERED = "--node_rank $SLURM_NODEID --master_addr $MASTER_ADDR --master_port $
 
 @pytest.mark.parametrize("meeting", [RENDEZVOUS, NUMBERED], ids=["c10d", "numbered"])
 def test_torchrun_in_a_job(cluster, cache, undisturbed, tmp_path, meeting):
-    """It launches nothing itself; SIGUSR1 saves, SIGTERM saves and ends, the same job goes on; the same bits."""
+    """It launches nothing itself; SIGUSR1 saves, SIGTERM saves and ends, the same job resumes bit for bit."""
     assert NUMBERED in (ROOT / "docs" / "distributed.md").read_text()
     data = f"--data_dir {cache}/sample/128 --vocab_path {cache}/sample/spm.model --vocab_size 8064"
     flags = f"{PRESET} {FLAGS} {data} --output_dir {tmp_path}/common"
@@ -183,7 +189,8 @@ def test_torchrun_in_a_job(cluster, cache, undisturbed, tmp_path, meeting):
 
     job = submit(cluster, cache, tmp_path, script)
     assert job.finish() == 0, job.text()
-    assert "4 processes on 2 nodes" in job.text() and f"resuming from step {stopped}" in job.text()
+    assert "4 processes on 2 nodes" in job.text()
+    assert f"resuming from step {stopped}" in job.text()
     logs = sorted(path.name for path in (tmp_path / "common" / "logs").iterdir())
     assert logs == [f"rank-000{rank}.log" for rank in range(4)]  # none of a launcher of ours
     assert [line["step"] for line in metrics(tmp_path / "common") if line["kind"] == "train"] == list(
@@ -193,7 +200,7 @@ def test_torchrun_in_a_job(cluster, cache, undisturbed, tmp_path, meeting):
 
 
 def test_nothing_is_left(cache, tmp_path):
-    """Of a Slurm that ends in the middle of a job."""
+    """A Slurm that ends in the middle of a job leaves no process."""
     (tmp_path / "slurm").mkdir()
     seconds = f"{os.getpid()}000"
     with slurm(tmp_path / "slurm", ROOT) as cluster:
@@ -202,5 +209,6 @@ def test_nothing_is_left(cache, tmp_path):
         names = cluster.nodes.names
         processes = [*cluster.nodes.processes(0), *cluster.nodes.processes(1)]
         assert set(started_with(seconds)) < set(processes)
-    assert not any(map(is_running, processes)) and started_with(seconds) == []
+    assert not any(map(is_running, processes))
+    assert started_with(seconds) == []
     assert not set(names) & set(system("ip", "netns", "list").split())

@@ -1,14 +1,15 @@
 """The README's example of several nodes on two machines with network stacks of their own.
 
-It is changed in nothing but its length, what it logs, and that it computes in float32 on CPUs with bfloat16, too.
+It is changed in nothing but its length, what it logs, and that it computes in float32 on CPUs with bfloat16,
+too.
 
-Four processes and one differ by rounding, in losses by 1e-7, until the generator draws another token somewhere: a
-uniform number between two sums of probabilities that differ in their last bits. Of eleven seeds tried, that happened to
-two within 20 steps, and then showed in the losses by 2e-5 and 1e-4; on other hardware it may be others
-(docs/distributed.md).
+Four processes and one differ by rounding, in losses by 1e-7, until the generator draws another token
+somewhere: a uniform number between two sums of probabilities that differ in their last bits. Of eleven seeds
+tried, that happened to two within 20 steps, and then showed in the losses by 2e-5 and 1e-4; on other hardware
+it may be others (docs/distributed.md).
 
-Needs root and Debian's iproute2, util-linux and iptables; where these are missing or namespaces are not permitted, the
-tests fail and say so. The data is prepared once, by the first run.
+Needs root and Debian's iproute2, util-linux and iptables; where these are missing or namespaces are not
+permitted, the tests fail and say so. The data is prepared once, by the first run.
 """
 
 import json
@@ -31,13 +32,13 @@ PATIENCE = 900  # seconds
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """This Python first on the path, one cache for all runs."""
+    """Return variables: this Python first on the path, one cache for all runs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {"PATH": path, "DEBERTA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
 
 class Cluster:
-    """The same command on both nodes, each with a disk of its own for runs."""
+    """The same command on both nodes, each with a disk of its own for run directories."""
 
     def __init__(self, nodes: TwoNodes, folder: Path, shared: dict[str, str]) -> None:
         self.nodes, self.folder, self.shared = nodes, folder, shared
@@ -93,7 +94,7 @@ def shared(tmp_path_factory) -> Path:
 
 
 def run_alone(folder: Path, name: str, *flags: object) -> list[dict]:
-    """Losses of one process with the same global batch."""
+    """Return the losses of one process with the same global batch."""
     command = [*EXAMPLE, "--output_dir", folder / name, *FLAGS, *flags]
     subprocess.run(
         list(map(str, command)),
@@ -111,7 +112,7 @@ def alone(shared) -> list[dict]:
 
 
 @pytest.fixture
-def cluster(alone, shared, tmp_path, monkeypatch):
+def cluster(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with two_nodes("iptables", "tc") as nodes:
         yield Cluster(nodes, tmp_path, environment(shared))
@@ -136,6 +137,7 @@ def test_readme_example_learns_as_one_process_does(cluster, alone):
     assert cluster.nodes.processes(0) == cluster.nodes.processes(1) == []
 
 
+@pytest.mark.usefixtures("alone")
 def test_another_seed(cluster, shared):
     cluster.start("--seed", 1)
     assert cluster.finish() == [0, 0], cluster.printed(0).read_text() + cluster.printed(1).read_text()
@@ -152,7 +154,7 @@ def test_a_slow_link_that_loses_packets_changes_nothing(cluster, alone):
     assert int(dropped[0]) > 100  # packets
 
 
-def test_a_cut_link_ends_both_sides_and_the_same_command_goes_on(cluster, alone):
+def test_a_cut_link_ends_both_sides_and_the_same_command_resumes(cluster, alone):
     cluster.start("--dump_interval", 5, "--dist_timeout", 40)
     log = cluster.printed(0)
     cluster.wait_for(lambda: "step 6/" in log.read_text())
@@ -162,11 +164,12 @@ def test_a_cut_link_ends_both_sides_and_the_same_command_goes_on(cluster, alone)
     assert time.monotonic() - cut < 40
     for node in (0, 1):
         lines = strip_times(cluster.printed(node).read_text()).splitlines()
-        assert sum(line.startswith("error: ") for line in lines) == 1 and lines[-1].startswith("error: ")
+        assert sum(line.startswith("error: ") for line in lines) == 1
+        assert lines[-1].startswith("error: ")
         assert "Traceback" not in "".join(lines)
         assert cluster.nodes.processes(node) == []
     assert "--dist_timeout 40 s" in cluster.printed(0).read_text()
-    cluster.nodes.mend()
+    cluster.nodes.reconnect()
     cluster.start("--dump_interval", 5, "--dist_timeout", 60)
     assert cluster.finish() == [0, 0], cluster.printed(0).read_text() + cluster.printed(1).read_text()
     assert "resuming from step 5" in cluster.printed(0).read_text()

@@ -43,8 +43,8 @@ def changed(before: dict, after: dict) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def break_gradient(model, part: str, value: float) -> torch.utils.hooks.RemovableHandle:
-    weight = dict(model.named_parameters())[f"{part}deberta.encoder.layer.0.output.dense.weight"]
+def break_gradient(model, prefix: str, value: float) -> torch.utils.hooks.RemovableHandle:
+    weight = dict(model.named_parameters())[f"{prefix}deberta.encoder.layer.0.output.dense.weight"]
     return weight.register_hook(lambda gradient: gradient + value)
 
 
@@ -96,21 +96,21 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
     assert training.guard.skipped_steps == 1
 
 
-@pytest.mark.parametrize("part", ["generator", "discriminator"])
-def test_a_loss_that_is_not_a_number(part):
+@pytest.mark.parametrize("role", ["generator", "discriminator"])
+def test_a_loss_that_is_not_a_number(role):
     model = rtd_model()
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
     training(random_batch())
-    weight = dict(model.named_parameters())[f"{part}.deberta.encoder.layer.0.output.dense.weight"]
+    weight = dict(model.named_parameters())[f"{role}.deberta.encoder.layer.0.output.dense.weight"]
     with torch.no_grad():
         weight[0, 0] = NAN
     before = copy_state(training, model)
     training(random_batch())
     after = copy_state(training, model)
     unequal = {name for name in changed(before, after) if not torch.isnan(after[name]).any()}
-    assert not [name for name in unequal if part in name or part == "generator"]
-    assert math.isnan(training.guard.losses[f"{part}_loss"])
+    assert not [name for name in unequal if role in name or role == "generator"]
+    assert math.isnan(training.guard.losses[f"{role}_loss"])
     assert not training.guard.has_finite_losses()
 
 
@@ -140,7 +140,7 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
     assert generators & changed(before, after)
 
 
-def run_rank(folder: Path) -> None:
+def run_rank(directory: Path) -> None:
     """Run one of two ranks: in step 2 rank 1's gradient is not finite, in step 3 its loss is a spike."""
     model = mlm_model()
     training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
@@ -163,7 +163,7 @@ def run_rank(folder: Path) -> None:
     signals.is_save_requested = get_rank() == 1
     found += [signals.exchange_requests(3, CPU), signals.exchange_requests(4, CPU)]
     signals.stop_signal = 15 * (get_rank() == 0)
-    torch.save([*found, signals.exchange_requests(5, CPU)], folder / f"{get_rank()}.pt")
+    torch.save([*found, signals.exchange_requests(5, CPU)], directory / f"{get_rank()}.pt")
 
 
 def test_all_ranks_decide_the_same(tmp_path):
@@ -232,7 +232,7 @@ def test_a_diverged_run_stops(tmp_path, prepared, task, precision):
     message = output.strip().splitlines()[-1]
     assert message.startswith("error: step ")
     assert "Traceback" not in output
-    for part in (
+    for text in (
         "4 steps in a row",
         "--max_skipped_steps",
         "is nan",
@@ -240,19 +240,19 @@ def test_a_diverged_run_stops(tmp_path, prepared, task, precision):
         "--learning_rate",
         "--tag",
     ):
-        assert part in message, message
+        assert text in message, message
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines][-3:] == [1, 2, 3]
     assert "3 steps skipped" in output
 
 
-def write_data(folder: Path, tokenizer: Tokenizer, odd_line: int | None) -> None:
+def write_data(directory: Path, tokenizer: Tokenizer, odd_line: int | None) -> None:
     """Write 800 equal lines, except for one."""
-    folder.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True)
     usual = " ".join(tokenizer.pieces[10:26])
     odd = " ".join(tokenizer.pieces[1500:1516])
     lines = [odd if number == odd_line else usual for number in range(800)]
-    (folder / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (directory / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def test_a_spike_in_a_run(tmp_path, tokenizer):

@@ -1,4 +1,4 @@
-"""The launcher: what is told about wrong set-ups, and what is left of a run after an error or a signal."""
+"""The launcher: errors of wrong set-ups, and what a run leaves after a failure or a signal."""
 
 import http.server
 import json
@@ -85,7 +85,7 @@ def test_one_process_is_not_launched_and_workers_launch_nothing(monkeypatch):
     assert find_job(train_config()) is None
 
 
-def test_find_interface_this_machine_itself():
+def test_find_interface():
     assert find_interface("127.0.0.1") == "lo"
 
 
@@ -95,24 +95,28 @@ def test_port_in_use_and_unknown_host(flags):
         other.listen()
         taken = other.getsockname()[1]
         error = Command(flags, **cluster(taken)).error()
-        assert str(taken) in error and "in use" in error and "MASTER_PORT" in error
+        assert str(taken) in error
+        assert "in use" in error
+        assert "MASTER_PORT" in error
     error = Command(flags, **cluster(29500, node=1) | {"MASTER_ADDR": "no-such-host.invalid"}).error()
     assert "MASTER_ADDR no-such-host.invalid" in error
 
 
-def test_nodes_that_do_not_come(flags):
+def test_nodes_that_do_not_register(flags):
     flags |= {"dist_timeout": 2}
     port = free_port()
     alone = Command(flags, **cluster(port))
     error = alone.error()
-    assert "RANK 1" in error and "--dist_timeout 2 s" in error
+    assert "RANK 1" in error
+    assert "--dist_timeout 2 s" in error
     error = Command(flags, **cluster(port, node=1)).error()
-    assert f"MASTER_PORT {port}" in error and "--dist_timeout 2 s" in error
+    assert f"MASTER_PORT {port}" in error
+    assert "--dist_timeout 2 s" in error
     assert port_is_free(port)
 
 
 def test_two_nodes_of_rank_0(flags):
-    """On one host, which has the port once: the second one is told at once, and the first one goes on waiting."""
+    """On one host, which has the port once: the second one fails at once, and the first one keeps waiting."""
     port = free_port()
     first = ForkedRun(flags, **cluster(port))
     while port_is_free(port):
@@ -126,15 +130,15 @@ def test_two_nodes_of_rank_0(flags):
     first.finish()
 
 
-class TalksFirst(socketserver.StreamRequestHandler):
-    """As a mail server, or one of ssh, does."""
+class SendsFirst(socketserver.StreamRequestHandler):
+    """As a mail server or an ssh server does."""
 
     def handle(self) -> None:
         self.wfile.write(b"220 ready\r\n")
         self.rfile.read()
 
 
-class SaysNothing(socketserver.StreamRequestHandler):
+class SendsNothing(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         self.rfile.read()
 
@@ -142,7 +146,7 @@ class SaysNothing(socketserver.StreamRequestHandler):
 def test_a_port_of_another_program(flags):
     """What node 1 finds at MASTER_PORT listens, but is not the launcher of node 0."""
     flags |= {"dist_timeout": 3}
-    kinds = (http.server.BaseHTTPRequestHandler, TalksFirst, SaysNothing)
+    kinds = (http.server.BaseHTTPRequestHandler, SendsFirst, SendsNothing)
     with ExitStack() as stack:
         servers = [
             stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind)) for kind in kinds
@@ -175,7 +179,7 @@ def test_two_nodes_of_one_rank(flags):
     assert port_is_free(port)
 
 
-def test_nodes_that_count_differently(flags):
+def test_nodes_with_different_world_sizes(flags):
     port = free_port()
     runs = [Command(flags, **cluster(port, nodes=2))]
     runs.append(Command(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port, nodes=3, node=1)))
@@ -192,7 +196,8 @@ def test_a_latecomer_does_not_end_the_run(endless):
         late = endless | {"output_dir": f"{endless['output_dir']}-late-{number}"}
         status, output = ForkedRun(late, **cluster(port, nodes, rank)).finish()
         (error,) = output.splitlines()
-        assert status == 1 and error.startswith("error: ")
+        assert status == 1
+        assert error.startswith("error: ")
         assert ("two nodes have RANK 1" if rank == 1 else "WORLD_SIZE is") in error
     before = runs[0].printed.read_text()
     runs[0].wait_for(lambda: len(runs[0].printed.read_text()) > len(before))
@@ -212,35 +217,38 @@ def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared)
         error = run.error()
         for name in ("learning_rate (0.001 and 0.5)", "train_sha256", "train_lines (600 and 599)"):
             assert name in error
-        assert "data_dir" not in error and "workers" not in error
+        assert "data_dir" not in error
+        assert "workers" not in error
     assert port_is_free(port)
 
 
 def test_validation_texts_that_differ_are_named(flags, tmp_path, prepared):
-    """Also where nothing is trained: evaluating is a matter of all processes."""
+    """Also where nothing is trained: all ranks evaluate."""
     other = tmp_path / "other"
     shutil.copytree(prepared, other)
     with (other / "valid.txt").open("a") as text:
-        text.write("one line more\n")
+        text.write("one more line\n")
     for change in ({}, {"do_train": False, "do_eval": True}):
         for run in start_nodes(flags | {"nproc_per_node": 1} | change, free_port(), {}, {"data_dir": other}):
             assert "valid_sha256" in run.error()
 
 
-def test_an_error_on_one_node_is_told_on_both(flags):
+def test_an_error_on_one_node_is_reported_on_both(flags):
     port = free_port()
     for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, {"vocab_path": "no.model"}):
-        assert "node 1 (" in run.error() and "no.model" in run.error()
+        assert "node 1 (" in run.error()
+        assert "no.model" in run.error()
         assert not run.workers()
 
 
 def test_batch_smaller_than_the_processes(flags):
     error = Command(flags | {"train_batch_size": 6, "accumulative_update": 6}).error()
-    assert "--train_batch_size 6" in error and "at least 12" in error
+    assert "--train_batch_size 6" in error
+    assert "at least 12" in error
 
 
 def test_a_run_of_two_processes(flags):
-    """One of them talks; both have logs; the run's folder is as that of one process."""
+    """Rank 0 writes to the console; both have logs; the run directory is that of one process."""
     run = Command(flags)
     assert run.finish() == 0, run.printed.read_text()
     printed = run.printed.read_text()
@@ -264,24 +272,24 @@ def test_a_run_of_two_processes(flags):
 
 
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
-def test_a_model_cut_up_leaves_whole_checkpoints_and_models(flags, mode):
-    whole = Command(flags)
-    assert whole.finish() == 0, whole.printed.read_text()
-    cut = Command(flags | {"sharding": mode, "output_dir": f"{flags['output_dir']}-{mode}"})
-    assert cut.finish() == 0, cut.printed.read_text()
+def test_sharded_training_saves_full_checkpoints_and_models(flags, mode):
+    full = Command(flags)
+    assert full.finish() == 0, full.printed.read_text()
+    sharded = Command(flags | {"sharding": mode, "output_dir": f"{flags['output_dir']}-{mode}"})
+    assert sharded.finish() == 0, sharded.printed.read_text()
     for name in ("checkpoints/step-00000006", "generator", "discriminator"):
-        ours, theirs = (load_file(run.run_dir / name / "model.safetensors") for run in (cut, whole))
-        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    for ours, theirs in zip(metrics(cut.run_dir), metrics(whole.run_dir), strict=True):
-        assert ours["generator_loss"] == pytest.approx(theirs["generator_loss"], rel=1e-4)
-        assert ours["discriminator_loss"] == pytest.approx(theirs["discriminator_loss"], rel=1e-4)
-    shutil.rmtree(cut.run_dir / "checkpoints" / "step-00000006")
-    alone = Command(flags | {"nproc_per_node": 1, "output_dir": cut.run_dir})
+        found, expected = (load_file(run.run_dir / name / "model.safetensors") for run in (sharded, full))
+        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+    for found, expected in zip(metrics(sharded.run_dir), metrics(full.run_dir), strict=True):
+        assert found["generator_loss"] == pytest.approx(expected["generator_loss"], rel=1e-4)
+        assert found["discriminator_loss"] == pytest.approx(expected["discriminator_loss"], rel=1e-4)
+    shutil.rmtree(sharded.run_dir / "checkpoints" / "step-00000006")
+    alone = Command(flags | {"nproc_per_node": 1, "output_dir": sharded.run_dir})
     assert alone.finish() == 0, alone.printed.read_text()
     assert "resuming from step 4" in alone.printed.read_text()
 
 
-def test_a_killed_data_worker_is_told_in_a_sentence(endless):
+def test_a_killed_data_worker_is_one_error(endless):
     run = Command(endless | {"workers": 1})
     run.wait_for(saved_something(run))
     os.kill(children(run.workers()[1])[0], signal.SIGKILL)
@@ -296,20 +304,23 @@ def test_a_killed_process_ends_the_run_on_both_nodes(endless):
     os.kill(runs[1].workers()[1], signal.SIGKILL)
     for run in runs:
         error = run.error()
-        assert "rank 1" in error and "SIGKILL" in error and "rank-0001.log" in error
+        assert "rank 1" in error
+        assert "SIGKILL" in error
+        assert "rank-0001.log" in error
         assert not run.workers()
     assert port_is_free(port)
 
 
-def test_a_stopped_process_is_given_up(endless):
-    """It answers no signal but SIGKILL; all is over after `--dist_timeout` seconds."""
+def test_a_stopped_process_ends_the_run(endless):
+    """It receives no signal but SIGKILL; all processes end within `--dist_timeout` seconds."""
     run = Command(endless | {"dist_timeout": 30})
     run.wait_for(saved_something(run))
     os.kill(run.workers()[1], signal.SIGSTOP)
     stopped = time.monotonic()
     error = run.error()
     assert time.monotonic() - stopped < 30
-    assert "rank 0" in error and "--dist_timeout 30 s" in error
+    assert "rank 0" in error
+    assert "--dist_timeout 30 s" in error
     assert not run.workers()
 
 
@@ -327,14 +338,41 @@ def test_processes_end_with_a_killed_launcher(endless):
         os.close(pidfd)
 
 
-def test_a_restart_goes_on_from_the_last_checkpoint(flags):
+def test_processes_end_with_a_launcher_killed_at_once(endless):
+    """Before they have a handler for its end: they compare their parent with the one that started them."""
+    run = Command(endless)
+    run.wait_for(lambda: run.workers().keys() == {0, 1})
+    workers = run.workers().values()
+    run.process.kill()
+    deadline = time.monotonic() + PATIENCE
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+
+
+def test_a_signal_while_nodes_register(flags):
+    """SIGUSR1 does nothing yet; SIGTERM ends the command, which still waits for the other node."""
+    port = free_port()
+    run = Command(flags, **cluster(port))
+    run.wait_for(lambda: not port_is_free(port))
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        run.process.send_signal(number)
+    assert run.finish() == 143
+    assert run.printed.read_text() == ""
+    assert port_is_free(port)
+
+
+def test_a_restart_resumes_from_the_last_checkpoint(flags):
+    """On nodes with one and two processes, and with `--fresh`, which is for the first attempt."""
     flags |= {"max_restarts": 1, "num_training_steps": 200, "dump_interval": 20, "log_interval": 20}
     port = free_port()
-    runs = start_nodes(flags | {"nproc_per_node": 1}, port)
+    runs = start_nodes(flags | {"fresh": True}, port, {"nproc_per_node": 1}, {"nproc_per_node": 2})
     runs[0].wait_for(saved_something(runs[0]))
-    os.kill(runs[1].workers()[1], signal.SIGKILL)
+    workers = runs[1].workers()
+    assert workers.keys() == {1, 2}
+    os.kill(workers[2], signal.SIGKILL)
     for run in runs:
         assert run.finish() == 0, run.printed.read_text()
+        assert "rank 2: killed by SIGKILL" in run.printed.read_text()
         assert "restart 1 of 1" in run.printed.read_text()
     assert "resuming from step" in runs[0].printed.read_text()
     assert (runs[0].run_dir / "checkpoints" / "step-00000200").exists()
@@ -347,3 +385,13 @@ def test_under_torchrun_nothing_is_launched(flags):
     assert "2 processes" in run.printed.read_text()
     assert (run.run_dir / "logs" / "rank-0001.log").exists()
     assert not (run.run_dir / "logs" / "node-0000.log").exists()
+
+
+def test_an_error_under_torchrun_is_in_its_report(flags):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "DeBERTa.train"]
+    run = Command(
+        {k: v for k, v in flags.items() if k != "nproc_per_node"} | {"vocab_path": "no.model"}, *torchrun
+    )
+    assert run.finish() == 1
+    assert "VocabularyError" in run.printed.read_text()
+    assert "no.model" in run.printed.read_text()

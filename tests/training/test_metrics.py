@@ -45,8 +45,6 @@ def test_lines_after_the_checkpoint_are_removed(tmp_path):
         (1, "train"), (1, "valid"), (2, "train"), (2, "valid")
     ]  # fmt: skip
     assert {step: values["loss"] for step, values in log.evaluations.items()} == {1: 0.5, 2: 1.0}
-    assert log.has_line(2, "valid")
-    assert not log.has_line(3, "train")
     log.write(3, "train", {"loss": 2.0})
     log.close()
     assert read(path)[-1]["loss"] == 2.0
@@ -63,10 +61,8 @@ def test_without_a_checkpoint_previous_lines_move(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, is_writer=False)
     log.write(1, "valid", {"loss": 1.0})
-    log.sync()
     log.close()
     assert list(tmp_path.iterdir()) == []
-    assert log.evaluations == {}
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path):

@@ -53,10 +53,10 @@ def on_meta(task: str, sharing: str, change: dict) -> nn.Module:
     if task == "MLM":
         return MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | change)).to(META)
     values = tiny_rtd(sharing)
-    parts = {
+    models = {
         name: values[name] | {"num_hidden_layers": 2} | change for name in ("generator", "discriminator")
     }
-    return RTDModel(RTDConfig.from_dict(values | parts)).to(META)
+    return RTDModel(RTDConfig.from_dict(values | models)).to(META)
 
 
 @pytest.mark.parametrize(

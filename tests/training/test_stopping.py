@@ -1,6 +1,6 @@
-"""Signals to runs of several processes, at moments that matter: to the command, to some of its processes, to all.
+"""Signals to runs of several processes: to the command, to some of its processes, to all.
 
-And what the run does afterwards: the same command, or the run by itself, goes on and ends with the same bits.
+Afterwards the same command, or the run by itself, resumes and ends with the same bits.
 """
 
 import json
@@ -31,14 +31,14 @@ from tests.commands import (
 from tests.processes import children, is_running, started_with
 from tests.runs import ForkedRun, final_files, run_pair
 
-# Found by each process at its start: what is brought to the disk for the checkpoint of step 4 takes its time.
+# Imported by each process at its start: fsync for the checkpoint of step 4 is slow.
 SLOW_DISK = """
 import os, time
-at_once = os.fsync
+real_fsync = os.fsync
 def fsync(file):
     if "step-00000004.tmp" in os.readlink(f"/proc/self/fd/{file}"):
         time.sleep(float(os.environ["SLOW_DISK"]))
-    at_once(file)
+    real_fsync(file)
 os.fsync = fsync
 """
 
@@ -65,7 +65,7 @@ def test_a_signal_to_the_launcher_ends_the_run_after_a_save(endless, number):
     assert "Traceback" not in command.printed.read_text()
 
 
-def test_usr1_to_the_launcher_saves_and_goes_on(flags):
+def test_usr1_to_the_launcher_saves_and_training_continues(flags):
     command = Command(flags | {"num_training_steps": 300, "dump_interval": 1_000_000, "log_interval": 10})
     command.wait_for(lambda: "step 10/" in command.printed.read_text())
     command.process.send_signal(signal.SIGUSR1)
@@ -75,7 +75,7 @@ def test_usr1_to_the_launcher_saves_and_goes_on(flags):
 
 
 def test_a_signal_to_launcher_and_processes_at_once(endless):
-    """As a service manager ends a job: each process gets it twice, and saves all the same."""
+    """As a service manager ends a job: each process receives it twice, and saves all the same."""
     command = Command(endless | {"dump_interval": 1_000_000})
     command.wait_for(lambda: "step 10/" in command.printed.read_text())
     for process in (*command.workers().values(), command.process.pid):
@@ -100,7 +100,7 @@ def test_a_signal_to_one_process_ends_all(endless):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict]:
-    """Flags of a run of two processes that saves at steps 2, 4 and 6 and evaluates nothing; what it ends with."""
+    """Return flags of a run of two ranks that saves at steps 2, 4 and 6, and its final files."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(prepared, folder / "data", ignore=shutil.ignore_patterns("valid*", "test*"))
     flags = two_process_flags(folder, folder / "data") | {
@@ -114,23 +114,23 @@ def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict]:
 
 
 def result(run_dir: Path) -> dict:
-    """Newest weights and moments, final models, lines of the log about training."""
+    """Return newest weights and moments, final models, and the training lines of the log."""
     files = final_files(run_dir)
     return files | {"metrics": [line for line in json.loads(files["metrics"]) if line["kind"] == "train"]}
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, prepared) -> Path:
-    """Data whose evaluation takes seconds."""
+    """Return data whose evaluation takes seconds."""
     data = shutil.copytree(prepared, tmp_path_factory.mktemp("evaluated") / "data")
     for path in data.glob("valid.txt.*"):
-        shutil.rmtree(path)
+        path.unlink()
     shutil.copy(prepared / "train.txt", data / "valid.txt")
     return data
 
 
 class SlowRun(ForkedRun):
-    """A run for which writing the checkpoint of step 4 takes six times `seconds`."""
+    """A run in which writing the checkpoint of step 4 takes six times `seconds`."""
 
     def __init__(self, flags: dict, folder: Path, seconds: float, **environment: str) -> None:
         (folder / "sitecustomize.py").write_text(SLOW_DISK)
@@ -142,34 +142,36 @@ class SlowRun(ForkedRun):
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert is_running(self.pid) and time.monotonic() < deadline, self.log.read_text()
+            assert is_running(self.pid), self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)
 
     def end(self) -> int:
-        """Its exit status; nothing of it is left."""
+        """Return its exit status; no process of it is left."""
         self.process.join(PATIENCE)
         assert not is_running(self.pid), self.log.read_text()
         assert not started_with(str(self.run_dir))
         return self.finish()[0]
 
 
-def whole_checkpoints(run_dir: Path) -> list[int]:
-    """Steps of all checkpoints, each of them whole."""
+def list_valid_checkpoints(run_dir: Path) -> list[int]:
+    """Return the steps of all checkpoints, each of them valid."""
     for step in list_steps(run_dir):
         verify(get_checkpoint_path(run_dir, step))
     return list_steps(run_dir)
 
 
-def assert_goes_on(flags: dict, step: int, expected: dict) -> None:
-    """The same command goes on from `step`, and ends with the bits of the undisturbed run."""
+def assert_resumes(flags: dict, step: int, expected: dict) -> None:
+    """Assert that the same command resumes from `step` and ends with the bits of the undisturbed run."""
     status, output = run_pair(flags, free_port())
-    assert status == 0 and f"resuming from step {step}" in output, output
+    assert status == 0, output
+    assert f"resuming from step {step}" in output, output
     assert result(flags["output_dir"]) == expected
     assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
 
 
 def test_a_signal_while_two_processes_evaluate(tmp_path, undisturbed, evaluated):
-    """To the command and its processes at once, which is understood once: the checkpoint being written is finished."""
+    """To the command and its processes at once, which counts once: the checkpoint is completed."""
     flags, expected = undisturbed
     flags = flags | {
         "output_dir": tmp_path / "run",
@@ -182,15 +184,15 @@ def test_a_signal_while_two_processes_evaluate(tmp_path, undisturbed, evaluated)
     for process in (*children(stopped.pid), stopped.pid):
         os.kill(process, signal.SIGTERM)
     assert stopped.end() == 143, stopped.log.read_text()
-    assert whole_checkpoints(tmp_path / "run") == [4]
+    assert list_valid_checkpoints(tmp_path / "run") == [4]
     assert {line["kind"] for line in metrics(tmp_path / "run")} == {"train"}
-    assert_goes_on(flags | {"eval_batch_size": 300}, 4, expected)
+    assert_resumes(flags | {"eval_batch_size": 300}, 4, expected)
     assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "valid"] == [4, 6]
 
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_signal_to_one_node_while_two_evaluate(tmp_path, undisturbed, evaluated, node):
-    """Both end with its status; the first one finishes a checkpoint that takes longer than processes get to end."""
+    """Both end with its status; node 0 completes a checkpoint that takes longer than `GRACE_SECONDS`."""
     seconds = 1.2 * GRACE_SECONDS / 6 if node == 1 else 0
     change = {"nproc_per_node": 1, "data_dir": evaluated, "dump_interval": 4, "eval_batch_size": 1}
     port = free_port()
@@ -202,7 +204,7 @@ def test_a_signal_to_one_node_while_two_evaluate(tmp_path, undisturbed, evaluate
     os.kill(runs[node].pid, signal.SIGTERM)
     assert [run.end() for run in runs] == [143, 143], runs[0].log.read_text() + runs[1].log.read_text()
     assert f"stopped by SIGTERM on node {node}" in runs[1 - node].log.read_text()
-    assert whole_checkpoints(tmp_path / "run-0") == [4]
+    assert list_valid_checkpoints(tmp_path / "run-0") == [4]
     assert {line["kind"] for line in metrics(tmp_path / "run-0")} == {"train"}
 
 
@@ -213,13 +215,14 @@ def test_a_signal_while_a_checkpoint_of_two_processes_is_written(tmp_path, undis
     stopped.wait_for(stopped.slow.exists)
     os.kill(stopped.pid, signal.SIGTERM)
     assert stopped.end() == 143, stopped.log.read_text()
-    *before, last = whole_checkpoints(tmp_path / "run")
-    assert before == [2, 4] and last in (5, 6)
-    assert_goes_on(flags, last, expected)
+    *before, last = list_valid_checkpoints(tmp_path / "run")
+    assert before == [2, 4]
+    assert last in (5, 6)
+    assert_resumes(flags, last, expected)
 
 
 def test_a_second_signal_ends_two_processes_at_once(tmp_path, undisturbed):
-    """While a checkpoint is written that would take minutes: the one before stays, and is gone on from."""
+    """While a checkpoint is written that would take minutes: the run resumes from the one before."""
     flags, expected = undisturbed
     flags = flags | {"output_dir": tmp_path / "run"}
     stopped = SlowRun(flags, tmp_path, PATIENCE)
@@ -227,15 +230,15 @@ def test_a_second_signal_ends_two_processes_at_once(tmp_path, undisturbed):
     os.kill(stopped.pid, signal.SIGTERM)
     log = tmp_path / "run" / "logs" / "rank-0000.log"
     stopped.wait_for(lambda: "SIGTERM: finishing the step" in log.read_text())
-    time.sleep(DUPLICATE_SECONDS)  # what comes earlier counts as the same signal
+    time.sleep(DUPLICATE_SECONDS)  # an earlier one counts as the same signal
     os.kill(stopped.pid, signal.SIGTERM)
     assert stopped.end() == 143, stopped.log.read_text()
-    assert whole_checkpoints(tmp_path / "run") == [2]
-    assert_goes_on(flags, 2, expected)
+    assert list_valid_checkpoints(tmp_path / "run") == [2]
+    assert_resumes(flags, 2, expected)
 
 
-def test_a_run_that_starts_anew_by_itself_keeps_its_bits(tmp_path, undisturbed):
-    """With `--max_restarts`: one of two processes is killed while a checkpoint is written."""
+def test_a_restarted_run_keeps_its_bits(tmp_path, undisturbed):
+    """With `--max_restarts`: one of two ranks is killed while a checkpoint is written."""
     flags, expected = undisturbed
     flags = flags | {"output_dir": tmp_path / "run", "max_restarts": 1}
     disturbed = SlowRun(flags, tmp_path, 0.2)
@@ -243,6 +246,7 @@ def test_a_run_that_starts_anew_by_itself_keeps_its_bits(tmp_path, undisturbed):
     os.kill(max(children(disturbed.pid)), signal.SIGKILL)
     assert disturbed.end() == 0, disturbed.log.read_text()
     printed = disturbed.log.read_text()
-    assert "SIGKILL" in printed and "restart 1 of 1" in printed
+    assert "SIGKILL" in printed
+    assert "restart 1 of 1" in printed
     assert "resuming from step" in printed
     assert result(flags["output_dir"]) == expected

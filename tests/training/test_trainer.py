@@ -51,14 +51,14 @@ def test_a_checkpoint_without_the_new_values_resumes(tmp_path, prepared):
     flags = tiny_flags(tmp_path, prepared, "MLM")
     assert run(flags)[0] == 0
     remove_after(flags["output_dir"], 4)
-    folder = get_checkpoint_path(flags["output_dir"], 4)
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    directory = get_checkpoint_path(flags["output_dir"], 4)
+    state = torch.load(directory / "optimizer.pt", weights_only=True)
     del state["interval"]["tokens_seen"]
-    torch.save(state, folder / "optimizer.pt")
-    values = json.loads((folder / "state.json").read_text())
+    torch.save(state, directory / "optimizer.pt")
+    values = json.loads((directory / "state.json").read_text())
     del values["elapsed_seconds"]
-    (folder / "state.json").write_text(json.dumps(values))
-    write_manifest(folder, 4)
+    (directory / "state.json").write_text(json.dumps(values))
+    write_manifest(directory, 4)
     status, output = run(flags)
     assert status == 0, output
     assert "resuming from step 4" in output
