@@ -43,6 +43,5 @@ setup(
         "sentencepiece>=0.2.3,<0.3",
         "safetensors>=0.5,<1",
         "tqdm>=4.66,<5",
-        "ujson>=5.10,<7",
     ],
 )

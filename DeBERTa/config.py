@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-import ujson
 
 from DeBERTa.errors import ConfigError
 
@@ -67,7 +66,7 @@ def find_experiments() -> Path:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read the JSON object in `path`. Raises `ConfigError` when the file is missing or not a JSON object."""
     try:
-        values = ujson.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, ValueError) as error:

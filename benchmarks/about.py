@@ -1,4 +1,4 @@
-"""What every benchmark says about itself: command, commit, date, machine, versions."""
+"""What every benchmark reports: command, commit, date, machine, versions."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def about() -> dict:
-    """The fields of a results file that are the same for every benchmark."""
+    """Return the fields that every results file has."""
     capabilities = torch.cpu.get_capabilities()
     return {
         "command": " ".join(["python", *sys.argv]),
@@ -30,12 +30,12 @@ def about() -> dict:
 
 
 def scripts_environment() -> dict[str, str]:
-    """This environment with what `mlm.sh` and `rtd.sh` add to it for training."""
+    """Return this environment with what `mlm.sh` and `rtd.sh` add to it for training."""
     tunables = re.search(r"glibc\.malloc\.\S+", (ROOT / "experiments" / "common.sh").read_text())
     return os.environ | {"GLIBC_TUNABLES": tunables.group()}
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """Return the commit that is checked out, and whether files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty= with changes", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoint.py --json results.json [--rounds 5]
 
-The public xsmall size (`rtd_xsmall_continue.json`), AdamW moments and all. "stands still" is the time until training
-may go on (copying the state); "written" is until the manifest is on the disk and the folder has its name, with nothing
-else going on and with training steps going on; "check" is what a start needs to verify the SHA-256 of every file. The
-steps are of one line of 512 tokens in bfloat16 where the hardware has it, timed with and without a save going on.
+The public xsmall size (`rtd_xsmall_continue.json`), AdamW moments and all. "stands still" is the time until
+training may go on (copying the state); "written" is until the manifest is on the disk and the folder has its
+name, with nothing else going on and with training steps going on; "check" is what a start needs to verify the
+SHA-256 of every file. The steps are of one line of 512 tokens in bfloat16 where the hardware has it, timed
+with and without a save going on.
 """
 
 import argparse

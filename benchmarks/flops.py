@@ -1,7 +1,8 @@
-"""FLOPs of one RTD training step by formula: matrix products only, 2 per multiply-add, backward twice the forward pass.
+"""FLOPs of one RTD training step by formula.
 
-What is computed again to save memory does not count. Position terms count the rows of the relative-position
-table that a sequence can use, of which there are `length` or fewer.
+Matmuls only, 2 per multiply-add; the backward pass takes twice the forward pass. What is computed again to
+save memory does not count. Position terms count the rows of the relative-position table that a sequence can
+use, of which there are `length` or fewer.
 """
 
 MASKED = 0.15  # share of the tokens

@@ -107,7 +107,7 @@ def train_tiny(folder: Path, cache: Path, *flags: str) -> subprocess.Popen:
 
 
 def run_runs(out: Path, toy: bool) -> dict:
-    """Train the tiny preset twice and once resumed from its middle, for each attention: the same bits?"""
+    """Compare the bits of two runs of the tiny preset, and of one resumed from its middle."""
     cache = out / "cache"
     os.environ["DEBERTA_CACHE"] = str(cache)
     prepare = [

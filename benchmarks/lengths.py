@@ -2,11 +2,13 @@
 
     python benchmarks/lengths.py --json result.json [--rounds 3] [--steps 3]
 
-RTD at the public xsmall size (`rtd_xsmall_continue.json`, `max_position_embeddings` raised where the length needs it),
-bfloat16, dropout on: 2048 tokens a step as 16 x 128 up to 1 x 2048, and 512 tokens a sequence in batches of 1 to 16.
-Measured as `training_step.py` measures: every measurement a process of its own, the median step after two warm-up
-steps, the median of these over the rounds. The floor is the step's matrix products at the rate of a large one: the
-median over all processes, so that shapes can be compared where a shared machine's rate changes from minute to minute.
+RTD at the public xsmall size (`rtd_xsmall_continue.json`, `max_position_embeddings` raised where the length
+needs it),
+bfloat16, dropout on: 2048 tokens a step as 16 x 128 up to 1 x 2048, and 512 tokens a sequence in batches of 1
+to 16. Measured as `training_step.py` measures: every measurement a process of its own, the median step after
+two warm-up steps, the median of these over the rounds. The floor is the step's matrix products at the rate of
+a large one: the median over all processes, so that shapes can be compared where a shared machine's rate
+changes from minute to minute.
 """
 
 import argparse

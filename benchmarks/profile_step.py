@@ -2,9 +2,10 @@
 
     python benchmarks/profile_step.py [--case rtd-xsmall] [--precision bf16] [--output benchmarks/profile.txt]
 
-Profiles steps of a case of `training_step.py` after two warm-up steps, with `torch.profiler`, and prints and keeps a
-table of the operators. Self time is that of an operator without the operators it calls, on the thread that calls it:
-what other threads do for it meanwhile is not added. Functions with a backward pass of our own appear under their names.
+Profiles steps of a case of `training_step.py` after two warm-up steps, with `torch.profiler`, and prints and
+keeps a table of the operators. Self time is that of an operator without the operators it calls, on the thread
+that calls it: what other threads do for it meanwhile is not added. Functions with a backward pass of our own
+appear under their names.
 """
 
 import argparse
@@ -53,11 +54,12 @@ def main() -> None:
         f"{arguments.case} ({config_name}), {size} x {length} tokens, {arguments.precision}, dropout on",
         f"command  {here['command']}",
         f"commit   {here['commit']}",
-        f"machine  {here['machine']['processor']}, {here['machine']['threads']} threads; torch {torch.__version__}",
+        f"machine  {here['machine']['processor']}, {here['machine']['threads']} threads",
+        f"torch    {torch.__version__}",
         f"date     {here['date']}",
-        f"a step   {seconds / STEPS:.2f} s under the profiler, of which in operators {total / STEPS / 1e6:.2f} s",
+        f"step     {seconds / STEPS:.2f} s under the profiler, {total / STEPS / 1e6:.2f} s in operators",
         "",
-        f"{'self, ms a step':>16}{'share':>8}{'calls a step':>14}  operator",
+        f"{'self, ms/step':>16}{'share':>8}{'calls/step':>14}  operator",
     ]
     rows = [(event.self_cpu_time_total, event.count, event.key) for event in events[: arguments.rows]]
     rest = events[arguments.rows :]

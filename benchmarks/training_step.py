@@ -1,4 +1,4 @@
-"""Time, memory and share of the matrix-product floor of one training step, against peers built from `transformers`.
+"""Time, memory and share of the GEMM roofline of one training step, against `transformers`.
 
     python benchmarks/training_step.py --json results.json [--cases rtd-xsmall mlm-bert-base ...] [--rounds 3]
 
@@ -6,15 +6,15 @@ Every measurement is a process of its own (peak memory is its high-water mark), 
 median step of each process after two warm-up steps, and the median of these over the rounds. Dropout is on.
 The peers:
 
-- RTD: generator and discriminator are `DebertaV2Model`; the enhanced mask decoder is two more passes of the last layer
-  over all positions, the head reads masked positions only, samples come from softmax and `multinomial`, the
-  GDES table is summed each step; AdamW (fused with bfloat16), autocast for bfloat16.
-- MLM: `BertForMaskedLM` and `DebertaV2ForMaskedLM` with logits at all positions, as the library's example script.
+- RTD: generator and discriminator are `DebertaV2Model`; the enhanced mask decoder is two more passes of the
+  last layer over all positions, the head reads masked positions only, samples come from softmax and
+  `multinomial`, the GDES table is summed each step; AdamW (fused with bfloat16), autocast for bfloat16.
+- MLM: `BertForMaskedLM` and `DebertaV2ForMaskedLM` with logits at all positions, as the library's example
+  script.
 
-Ours runs with the environment that `mlm.sh` and `rtd.sh` set. FLOPs are those of all matrix products that our
-step needs, without what it computes again to keep less, or for more distances than a position term has; the
-floor is these FLOPs at the rate of large products in the same precision, the median of all processes of the
-case.
+Ours runs with the environment that `mlm.sh` and `rtd.sh` set. FLOPs are those of all matmuls of the plain
+model, without what is recomputed. The roofline is these FLOPs at the rate of large matmuls in the same
+precision, the median of all processes of the case.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from benchmarks.about import about, scripts_environment  # noqa: E402
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 from DeBERTa.data.batch import Batch  # noqa: E402
-from DeBERTa.training.execution import set_execution
+from DeBERTa.training.execution import set_execution  # noqa: E402
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep  # noqa: E402
 
@@ -217,7 +217,7 @@ def product_rate(precision: str) -> float:
 
 
 def count_flops(config_name: str, precision: str, batch: Batch) -> int:
-    """Count the FLOPs of matmuls in one step of plain PyTorch, without the logits that the head recomputes."""
+    """Count the FLOPs of matmuls in one step of plain PyTorch, without recomputed logits."""
     step = ours(config_name, precision, kernels="off")
     with FlopCounterMode(display=False) as counter:
         step(batch)
@@ -262,7 +262,7 @@ def main() -> None:
 
     table = {}
     print(
-        f"{'case':<18}{'precision':<10}{'':<8}{'s a step':>9}{'tokens/s':>10}{'peak GB':>9}{'GFLOP':>8}{'of floor':>9}"
+        f"{'case':<18}{'precision':<10}{'':<8}{'s/step':>9}{'tokens/s':>10}{'peak GB':>9}{'GFLOP':>8}{'roofline':>9}"
     )
     for case in arguments.cases:
         runs: dict[tuple[str, str], list[dict]] = {}
@@ -307,14 +307,17 @@ def main() -> None:
                 flush=True,
             )
         for ratio, (a, b) in {
-            "fp32 over bf16": ("fp32", "bf16"), "fp32 over fp32": ("fp32", "fp32"), "bf16 over bf16": ("bf16", "bf16")
+            "fp32 over bf16": ("fp32", "bf16"),
+            "fp32 over fp32": ("fp32", "fp32"),
+            "bf16 over bf16": ("bf16", "bf16"),
         }.items():  # fmt: skip
             if {a, b} <= set(table[case]):
                 them, us = table[case][a]["theirs"], table[case][b]["ours"]
                 figures = {"time": them["seconds"] / us["seconds"], "memory": us["peak_gb"] / them["peak_gb"]}
                 table[case].setdefault("ratios", {})[ratio] = figures
                 print(
-                    f"{'':<18}theirs {ratio} ours: {figures['time']:.2f} times, memory {figures['memory']:.0%}"
+                    f"{'':<18}theirs {ratio} ours: "
+                    f"{figures['time']:.2f} times, memory {figures['memory']:.0%}"
                 )
     if arguments.json:
         arguments.json.write_text(json.dumps(about() | {"cases": table}, indent=1) + "\n")

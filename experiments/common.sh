@@ -7,7 +7,8 @@ die() { say "error: $*"; exit 1; }
 imports_all() {
   local python=$1 modules
   shift
-  modules=$(sed -E 's/[[:space:]]*#.*//; s/[=<>!~;[].*//; /^[[:space:]]*$/d; s/-/_/g' "$@" | sed 's/^/import /')
+  modules=$(sed -E 's/[[:space:]]*#.*//; s/[=<>!~;[].*//; /^[[:space:]]*$/d; s/-/_/g' "$@" \
+    | sed 's/^codespell$/codespell_lib/; s/^/import /')
   "$python" -c "$modules" >/dev/null 2>&1
 }
 

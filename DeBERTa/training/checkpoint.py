@@ -13,6 +13,7 @@ generator's state is saved.
 """
 
 import contextlib
+import json
 import pickle
 import re
 import shutil
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import ujson
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -139,7 +139,7 @@ def verify(folder: Path) -> None:
     """Raise `DamagedCheckpointError` naming the file that is missing or differs from the manifest."""
     path = folder / MANIFEST
     try:
-        manifest = ujson.loads(path.read_text())
+        manifest = json.loads(path.read_text())
         entries = {entry["name"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
         for name in FILES:
             path = folder / name
@@ -216,4 +216,4 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def _to_json(values: dict) -> str:
-    return ujson.dumps(values, indent=2, escape_forward_slashes=False) + "\n"
+    return json.dumps(values, indent=2) + "\n"

@@ -3,22 +3,28 @@
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 # Parameters of glibc's mallopt, from its malloc.h; advice of Linux's madvise, from its mman.h.
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4
 MADV_HUGEPAGE = 14
+CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)  # versions 2 and 1
 
 
 def keep_freed_memory() -> None:
-    """Spare page faults, which by default take up to half of a step's time.
+    """Configure glibc to keep freed memory: page faults would take up to half of a step.
 
-    Every step allocates the same temporary tensors, and glibc maps and unmaps each of them. Here they come from the
-    heap, which keeps what is freed. What the heap will grow into is asked to be in huge pages, which fault and miss 512
-    times less often; no memory is taken before it is used.
+    Every step allocates the same temporary tensors, and glibc maps and unmaps each of them. Here they come
+    from the heap, which keeps what is freed. Its future memory is requested in huge pages, which fault and
+    miss 512 times less often; no memory is taken before it is used.
 
-    PyTorch asks for aligned memory; glibc cuts that out of a larger block and frees the edges. Kept apart for quick
-    reuse (M_MXFAST, and `glibc.malloc.tcache_count`, which only the environment can set: experiments/common.sh does),
-    these never join the tensor's memory again when it is freed, which then is too small for an equal tensor.
+    PyTorch requests aligned memory; glibc cuts it from a larger block and frees the edges. Saved for quick
+    reuse (M_MXFAST, and `glibc.malloc.tcache_count`, which only the environment can set:
+    experiments/common.sh does), these never merge with the tensor's memory when it is freed, which is then
+    too small for an equal tensor.
 
     Does nothing where the C library is not glibc.
     """
@@ -33,8 +39,14 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TOP_PAD, 64 << 20)
     libc.mallopt(M_MMAP_MAX, 0)
     page = os.sysconf("SC_PAGE_SIZE")
-    size = page * os.sysconf("SC_PHYS_PAGES") // 2
+    size = min(page * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()) // 2
     block = libc.malloc(size)  # the heap's end moves up, and stays there when the block is freed
     if block:
         libc.madvise(-(-block // page) * page, size - page, MADV_HUGEPAGE)
         libc.free(block)
+
+
+def read_memory_limits() -> list[int]:
+    """Return the memory limits of this container in bytes; none outside of one."""
+    texts = [path.read_text().strip() for path in map(Path, CGROUP_LIMITS) if path.is_file()]
+    return [int(text) for text in texts if text.isdigit()]

@@ -1,5 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, and the progress on the console."""
 
+import json
 import logging
 import math
 import os
@@ -10,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import ujson
 from tqdm import tqdm
 
 from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
@@ -86,7 +86,7 @@ class MetricsLog:
         valid = [line for line in lines if _parse_step(line) <= first_step]
         with open_atomic(self._path) as file:
             file.writelines(f"{line}\n".encode() for line in valid)
-        evaluations = (line for line in map(ujson.loads, valid) if line["kind"] == "valid")
+        evaluations = (line for line in map(json.loads, valid) if line["kind"] == "valid")
         self.evaluations = {line["step"]: line for line in evaluations}
 
     @property
@@ -105,7 +105,7 @@ class MetricsLog:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = {"step": step, "kind": kind, "time": now, "elapsed_seconds": self.elapsed_seconds, **finite}
         with raise_storage_errors(self._path):
-            self._file.write(ujson.dumps(line) + "\n")
+            self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Flush all lines to the disk."""
@@ -119,7 +119,7 @@ class MetricsLog:
 def _parse_step(line: str) -> float:
     """Return the step of a metrics line; infinity for a line that a crash truncated."""
     try:
-        return ujson.loads(line)["step"]
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
 

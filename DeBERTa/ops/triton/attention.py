@@ -21,9 +21,11 @@ def attend(
     input_mask: torch.Tensor,
     dropout: tuple[float, torch.Tensor],
 ) -> torch.Tensor:
-    """Return the context [B, L, H, D] of scaled queries, keys and values [B, L, H, D]; the last dimension is dense.
+    """Return the context [B, L, H, D] of scaled queries, keys and values.
 
-    tables: key and query table by distance, [H, 2W, D], as `expand_table` returns them; None for a term not
+    q, k, v: [B, L, H, D], dense in the last dimension.
+        tables: key and query table by distance, [H, 2W, D], as `expand_table` returns them; None for a term
+        not
     in use.
     input_mask: bool [B, L]. dropout: the probability, and a seed int64 [1] on the device.
     """
@@ -45,7 +47,7 @@ def expand_table(table_HSD: torch.Tensor, distance_slots: torch.Tensor, sign: in
 
 
 class _Expand(torch.autograd.Function):
-    """`table.index_select(1, slots)`; its gradient is a matmul with zeros and ones, summed in a fixed order."""
+    """`table.index_select(1, slots)` whose gradient, a matmul with zeros and ones, has a fixed order."""
 
     @staticmethod
     def forward(ctx, table_HSD, slots):

@@ -71,7 +71,7 @@ def draw_mask_kernel(
 
 @triton.jit
 def load_keep_mask(mask_ptr, row, i, j0, L, WORDS: tl.constexpr, N: tl.constexpr):
-    """Load the mask of queries `i` and keys `j0` .. `j0` + N - 1, bool [N, N]; `row`: the head's first row."""
+    """Load the mask of queries `i` and N keys from `j0` on, bool [N, N]; `row`: the head's first."""
     word = j0 // 32 + tl.arange(0, N // 32)
     bits = tl.load(
         mask_ptr + row * WORDS + (i[:, None] * WORDS + word[None, :]), mask=(i < L)[:, None], other=0
@@ -362,7 +362,7 @@ def query_gradient_kernel(
     a, h, b = tl.program_id(0), tl.program_id(1) % H, tl.program_id(1) // H
     row = b.to(tl.int64) * L
     grad_q = tl.zeros([N, D], tl.float32)
-    for m in range(0, BLOCKS):
+    for m in range(BLOCKS):
         tile = load_tile(grad_scores_ptr, tl.program_id(1), a, m, False, BLOCKS, N)
         k = load_rows(k_ptr, row, h, m * N + tl.arange(0, N), L, stride_row, stride_head, D)
         grad_q = tl.dot(tile, k, grad_q, input_precision="ieee")

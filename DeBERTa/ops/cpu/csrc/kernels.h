@@ -73,7 +73,7 @@ inline void normal(float x, float& below, float& density) {
     density = 0.39894228f * e;
 }
 
-// The largest of `count` numbers that is not NaN; compilers vectorise it in this form.
+// The largest of `count` numbers that is not NaN; compilers vectorize it in this form.
 template <class T>
 float maximum(const T* x, int64_t count) {
     constexpr int64_t LANES = 32;
