@@ -308,9 +308,8 @@ def print_table(results: dict) -> None:
         else:
             memory = f"{case['peak_gb']:.1f} GB" if "peak_gb" in case else ""
             mfu = f"MFU {case['mfu']:.1%}" if "mfu" in case else ""
-            print(
-                f"{name}{case['seconds'] * 1e3:>9.1f} ms {case['tokens_per_second']:>10,.0f} tokens/s {mfu} {memory}"
-            )
+            rate = f"{case['tokens_per_second']:>10,.0f} tokens/s"
+            print(f"{name}{case['seconds'] * 1e3:>9.1f} ms {rate} {mfu} {memory}")
 
 
 if __name__ == "__main__":

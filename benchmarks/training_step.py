@@ -261,9 +261,8 @@ def main() -> None:
         return
 
     table = {}
-    print(
-        f"{'case':<18}{'precision':<10}{'':<8}{'s/step':>9}{'tokens/s':>10}{'peak GB':>9}{'GFLOP':>8}{'roofline':>9}"
-    )
+    columns = f"{'s/step':>9}{'tokens/s':>10}{'peak GB':>9}{'GFLOP':>8}{'roofline':>9}"
+    print(f"{'case':<18}{'precision':<10}{'':<8}{columns}")
     for case in arguments.cases:
         runs: dict[tuple[str, str], list[dict]] = {}
         for _ in range(arguments.rounds):
