@@ -1,5 +1,6 @@
 """Shared fixtures: a small vocabulary, real token ids, a prepared data folder, tiny model configs."""
 
+import contextlib
 import json
 import lzma
 import re
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.ops.cpu import library
+from DeBERTa.training.execution import select_kernels
+from tests.training.batches import train_config
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -45,10 +49,12 @@ def read_equal_metrics(run_dir: Path) -> list[dict]:
 
 
 def tiny_model() -> dict:
+    """Return a model config of two layers of 32."""
     return dict(TINY)
 
 
 def tiny_rtd(sharing: str = "gdes") -> dict:
+    """Return an RTD config of a generator of one layer and a discriminator of two."""
     return {
         "embedding_sharing": sharing,
         "generator": TINY | {"num_hidden_layers": 1},
@@ -56,18 +62,83 @@ def tiny_rtd(sharing: str = "gdes") -> dict:
     }
 
 
+# How a model may be computed on a CPU: flags. "torch": the classes of DeBERTa/ops on PyTorch's operations.
+PATHS = {
+    "plain": {"kernels": "off"},
+    "eager": {"attention": "eager"},
+    "sdpa": {"attention": "sdpa"},
+    "kernels": {},
+    "torch": {},
+}
+
+
+def require_kernels() -> None:
+    """Skip a test where the C++ kernels cannot be compiled, or DeBERTa/ops was deleted."""
+    library = pytest.importorskip("DeBERTa.ops.cpu.library", reason="the package DeBERTa/ops is missing")
+    if library.find_obstacle() is not None:
+        pytest.skip(f"the C++ kernels are not tested: {library.find_obstacle()}")
+
+
+@contextlib.contextmanager
+def disable_kernels() -> Iterator[None]:
+    """Compute with PyTorch's operations what DeBERTa/ops has C++ kernels for."""
+    library = pytest.importorskip("DeBERTa.ops.cpu.library", reason="the package DeBERTa/ops is missing")
+    library.enable(False)
+    try:
+        yield
+    finally:
+        library.enable(True)
+
+
+@contextlib.contextmanager
+def set_threads(number: int) -> Iterator[None]:
+    """Let PyTorch and the kernels use `number` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Skip a test where the C++ kernels cannot be compiled."""
+    require_kernels()
+
+
 @pytest.fixture(params=["kernels", "torch"])
 def way(request) -> Iterator[str]:
-    """Each way in which DeBERTa/ops computes on a CPU: the compiled kernels, and PyTorch's operations."""
-    if request.param == "kernels" and library.find_obstacle() is not None:
-        pytest.skip(f"the kernels are not tested: {library.find_obstacle()}")
-    library.enable(request.param == "kernels")
-    yield request.param
-    library.enable(True)
+    """Each way in which DeBERTa/ops computes on a CPU: the C++ kernels, and PyTorch's operations."""
+    if request.param == "kernels":
+        require_kernels()
+    with disable_kernels() if request.param == "torch" else contextlib.nullcontext():
+        yield request.param
+
+
+@pytest.fixture(params=list(PATHS))
+def path(request) -> Iterator[str]:
+    """Each name in PATHS; `select_path` makes a model compute so."""
+    if request.param == "kernels":
+        require_kernels()
+    elif request.param != "plain":
+        pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
+    with disable_kernels() if request.param == "torch" else contextlib.nullcontext():
+        yield request.param
+
+
+def select_path(model: nn.Module, path: str) -> nn.Module:
+    """Make `model` compute as PATHS[path] says, on a CPU; return it."""
+    select_kernels(model, train_config(**PATHS[path]), torch.device("cpu"))
+    return model
 
 
 @pytest.fixture
 def tiles() -> None:
+    """Skip a test where the kernels for AMX cannot be used."""
+    require_kernels()
+    from DeBERTa.ops.cpu import library
+
     if not library.has_tiles():
         assert "amx_bf16" not in Path("/proc/cpuinfo").read_text()
         pytest.skip("this processor has no AMX")
@@ -75,12 +146,13 @@ def tiles() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
+    """Return the tokenizer of the golden text."""
     return Tokenizer(GOLDEN / "prepare" / "spm.model")
 
 
 @pytest.fixture(scope="session")
 def sample_ids(tokenizer) -> np.ndarray:
-    """Ids of the bundled sample's first 6 MB under the golden vocabulary, int32 [tokens]."""
+    """Return ids of the sample's first 6 MB under the golden vocabulary, int32 [tokens]."""
     with lzma.open(ROOT / "experiments" / "sample" / "state_of_the_union.txt.xz") as file:
         lines = file.read(6_000_000).decode("utf-8", errors="ignore").split("\n")
     return np.array([i for line in tokenizer.encode_lines(lines) for i in line], dtype=np.int32)
@@ -88,7 +160,7 @@ def sample_ids(tokenizer) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tokenizer, sample_ids) -> Path:
-    """A data folder with train, valid and test splits of 600, 40 and 20 lines of 62 tokens, and the vocabulary."""
+    """Return a data directory: 600, 40 and 20 lines of 62 tokens in train, valid and test; the vocabulary."""
     folder = tmp_path_factory.mktemp("prepared")
     first = 0
     for split, lines in (("train", 600), ("valid", 40), ("test", 20)):

@@ -80,7 +80,8 @@ class EnhancedMaskDecoder(nn.Module):
         passes = 1
         if not self.position_biased_input:
             absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
-            queries = queries + embeddings.embed_proj(absolute)[0][masked.positions]
+            # Not an index: on a CPU its backward pass adds rows of equal positions in the order of threads.
+            queries = queries + nn.functional.embedding(masked.positions, embeddings.embed_proj(absolute)[0])
             passes = 2
         positions = encoder.relative_positions(input_ids.size(1))
         decode = cast(Layer, encoder.layer[-1]).decode

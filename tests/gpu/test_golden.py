@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from tests.conftest import PATHS
 from tests.model.test_golden import (
     MASKED_LANGUAGE_MODELS,
     check_masked_language_model,
     check_replaced_token_detection,
 )
 
+CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 
@@ -18,10 +20,12 @@ def _full_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.mark.parametrize("path", ["plain", "eager", "sdpa"])
 @pytest.mark.parametrize("name", MASKED_LANGUAGE_MODELS)
-def test_masked_language_model(name):
-    check_masked_language_model(name, "cuda")
+def test_masked_language_model(name, path):
+    check_masked_language_model(name, CUDA, PATHS[path])
 
 
-def test_replaced_token_detection():
-    check_replaced_token_detection("cuda")
+@pytest.mark.parametrize("path", ["plain", "eager", "sdpa"])
+def test_replaced_token_detection(path):
+    check_replaced_token_detection(CUDA, PATHS[path])

@@ -1,4 +1,4 @@
-"""Disentangled attention as the paper's formula, pair by pair: slow, and independent of the fast path."""
+"""Disentangled attention as the paper's formula, pair by pair: slow, and independent of every path."""
 
 import math
 
@@ -8,7 +8,7 @@ from DeBERTa.config import ModelConfig
 
 
 def slot(distance: int, config: ModelConfig) -> int:
-    """Row of the relative-position table for a distance (query minus key), from the published definition."""
+    """Return the row of the relative-position table for a distance (query minus key), as published."""
     span, bucket = config.position_span, distance
     if config.position_buckets > 0:
         largest = config.max_distance - 1
@@ -23,7 +23,7 @@ def slot(distance: int, config: ModelConfig) -> int:
 
 
 def reference_context(attention, query_states, hidden_states, input_mask, table, config, drop=None):
-    """Context [B, L, H * D] of module `attention`, from states [B, L, h] and the normalised table [S, h].
+    """Return the context [B, L, H * D] of states [B, L, h], with the normalized table [S, h].
 
     `drop` [B, H, L, L], if given, multiplies the probabilities.
     """
@@ -32,12 +32,12 @@ def reference_context(attention, query_states, hidden_states, input_mask, table,
     def split(x):
         return x.unflatten(-1, (heads, size)).transpose(-3, -2)
 
-    q, k, v = (split(project(x)) for project, x in (
-        (attention.query_proj, query_states), (attention.key_proj, hidden_states), (attention.value_proj, hidden_states)
-    ))  # fmt: skip
+    q = split(attention.query_proj(query_states))
+    k, v = (split(project(hidden_states)) for project in (attention.key_proj, attention.value_proj))
     length = hidden_states.size(1)
     scores = q @ k.transpose(-1, -2)
-    slots = torch.tensor([[slot(i - j, config) for j in range(length)] for i in range(length)])
+    rows = {distance: slot(distance, config) for distance in range(1 - length, length)}
+    slots = torch.tensor([[rows[i - j] for j in range(length)] for i in range(length)])
     if "c2p" in attention.terms:
         keys = split((attention.key_proj if attention.share_att_key else attention.pos_key_proj)(table))
         scores = scores + torch.einsum("bhid,hijd->bhij", q, keys[:, slots])

@@ -1,7 +1,6 @@
-"""Golden figures: what the published implementation computes, forward and backward (see tests/golden/README.md)."""
+"""Golden figures: values and gradients of the published implementation (see tests/golden/README.md)."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +8,11 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.batch import Batch
+from DeBERTa.training.execution import select_kernels
+from tests.conftest import GOLDEN, PATHS
+from tests.training.batches import train_config
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+CPU = torch.device("cpu")
 FORWARD, GRADIENT = 1e-5, 1e-4  # float32 rounding over a few layers; gradients relative to each tensor's norm
 ROUNDING = 1e-6  # norm of a gradient that is zero in exact arithmetic
 
@@ -18,7 +20,7 @@ ROUNDING = 1e-6  # norm of a gradient that is zero in exact arithmetic
 class Golden:
     """Inputs, weights and figures of one model of the published code, on `device`."""
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self.arrays = np.load(GOLDEN / f"{name}.npz")
         self.config = json.loads(str(self.arrays["config"]))
         self.device = device
@@ -34,17 +36,17 @@ class Golden:
 
 
 def assert_forward(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Absolute error, relative where values exceed 1."""
+    """Compare by absolute error, relative where values exceed 1."""
     error = (actual.detach() - expected).abs() / expected.abs().clamp(min=1)
     assert actual.shape == expected.shape
     assert error.max() <= FORWARD, f"largest error {error.max():.2e}"
 
 
 def assert_gradients(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    """Every gradient the published code has, relative to its norm; those that are zero there are zero here.
+    """Compare every gradient of the published code, relative to its norm; zero there must be zero here.
 
-    A bias added to every key shifts all scores of a query alike: its true gradient is zero, and what both codes hold is
-    rounding, below 1e-6 (other norms are 0.02 and more).
+    A bias added to every key shifts all scores of a query alike. Its true gradient is zero, and what both
+    codes hold is rounding, below 1e-6 (other norms are 0.02 and more).
     """
     for name, parameter in model.named_parameters():
         actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -61,19 +63,19 @@ MASKED_LANGUAGE_MODELS = ("mlm_bert", "mlm_deberta", "mlm_v1", "mlm_conv")
 
 
 @pytest.mark.parametrize("name", MASKED_LANGUAGE_MODELS)
-@pytest.mark.usefixtures("way")
-def test_masked_language_model(name):
-    check_masked_language_model(name, "cpu")
+def test_masked_language_model(name, path):
+    check_masked_language_model(name, CPU, PATHS[path])
 
 
-@pytest.mark.usefixtures("way")
-def test_replaced_token_detection():
-    check_replaced_token_detection("cpu")
+def test_replaced_token_detection(path):
+    check_replaced_token_detection(CPU, PATHS[path])
 
 
-def check_masked_language_model(name: str, device: str) -> None:
+def check_masked_language_model(name: str, device: torch.device, flags: dict) -> None:
+    """Compare hidden states, logits, losses and gradients, of the public forward pass and of training's."""
     golden = Golden(name, device)
     model = MaskedLanguageModel(ModelConfig.from_dict(golden.config)).eval().to(device)
+    select_kernels(model, train_config(**flags), device)
     model.load_state_dict(golden.group("generator/"), strict=True)
     input_ids, input_mask, labels = golden.inputs()
     real = input_mask > 0
@@ -92,18 +94,19 @@ def check_masked_language_model(name: str, device: str) -> None:
 
     # The path that training takes.
     model.zero_grad()
-    trained = model.masked_loss(
-        Batch.from_tensors(*(t.cpu() for t in (input_ids, input_mask, labels, torch.rand(labels.shape)))).to(device), sample=False
-    )
+    inputs = [tensor.cpu() for tensor in (input_ids, input_mask, labels, torch.rand(labels.shape))]
+    trained = model.masked_loss(Batch.from_tensors(*inputs).to(device), sample=False)
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
     trained.loss.mean().backward()
     assert_gradients(model, golden.group("grad_generator/"))
 
 
-def check_replaced_token_detection(device: str) -> None:
+def check_replaced_token_detection(device: torch.device, flags: dict) -> None:
+    """Compare the generator's and discriminator's logits, losses and gradients."""
     golden = Golden("rtd_gdes", device)
     model = RTDModel(RTDConfig.from_dict(golden.config)).eval().to(device)
+    select_kernels(model, train_config(**flags), device)
     model.generator.load_state_dict(golden.group("generator/"), strict=True)
     model.discriminator.load_state_dict(golden.group("discriminator/"), strict=True)
     input_ids, input_mask, labels = golden.inputs()

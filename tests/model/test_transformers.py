@@ -31,7 +31,7 @@ RELATIVE = {
 
 
 def cases():
-    """Position terms x buckets (lengths go beyond them) x shared or own projections, and the plain variants."""
+    """Yield position terms x buckets (shorter than the lengths) x shared or own projections, and others."""
     for terms, buckets, shared in itertools.product(
         ("c2p", "p2c", "c2p|p2c", "none"), (6, -1), (True, False)
     ):

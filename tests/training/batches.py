@@ -7,7 +7,7 @@ from DeBERTa.data.batch import Batch
 
 
 def random_batch(rows: int = 4, length: int = 32, vocabulary: int = 2000, seed: int = 3) -> Batch:
-    """Random tokens, some rows padded, about 15 % masked as [MASK] = the last id."""
+    """Return random tokens, some sequences padded, about 15 % masked as [MASK]: the last id."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (rows, length), generator=generator)
     ids[:, 0] = 1
@@ -24,7 +24,7 @@ def random_batch(rows: int = 4, length: int = 32, vocabulary: int = 2000, seed: 
 
 
 def train_config(**values) -> TrainConfig:
-    """Defaults for tests: a short schedule, no warm-up to speak of."""
+    """Return defaults for tests, with a short schedule and one step of warm-up."""
     return TrainConfig(
         **{"num_training_steps": 10, "warmup": 1.0, "train_batch_size": 4, "do_train": True} | values
     )

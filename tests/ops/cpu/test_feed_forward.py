@@ -1,4 +1,4 @@
-"""The feed-forward that keeps little against the same maps under autograd: value and all gradients."""
+"""The feed-forward network that saves its input only, against autograd: value and all gradients."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from DeBERTa.ops.cpu.feed_forward import FeedForward
     [*((name, 7, 16, 40) for name in ACTIVATION), ("gelu", 30, 64, 288), ("gelu", 32, 32, 64)],
 )
 def test_value_and_gradients(name, rows, size, inner, low):
-    """float32 to 1e-5; under autocast to the rounding of bfloat16, with gradients in the parameters' type."""
+    """Compare to 1e-5; under autocast to the rounding of bfloat16, with gradients in float32."""
     torch.manual_seed(0)
     shapes = ((3, rows, size), (inner, size), (inner,), (size, inner), (size,))
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
@@ -37,21 +37,23 @@ def test_value_and_gradients(name, rows, size, inner, low):
         assert float((ours - exact).norm()) < error * float(exact.norm())
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gelu_against_its_definition():
-    """Value and derivative of x times the normal distribution function, in float64: to 1e-6 absolutely."""
+    """Compare with x times the normal distribution function and its derivative in float64, to 1e-6."""
     x = torch.linspace(-12, 12, 100_001)
     exact = x.double().requires_grad_()
     value = exact * torch.special.ndtr(exact)
     (slope,) = torch.autograd.grad(value.sum(), exact)
     actual, derivative = x.clone(), torch.ones_like(x)
     library.find_kernel("gelu_gradients", x)(actual, derivative, x.numel())
-    assert (actual - value).abs().max() < 1e-6 and (derivative - slope).abs().max() < 1e-6
+    assert (actual - value).abs().max() < 1e-6
+    assert (derivative - slope).abs().max() < 1e-6
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows", [1, 31, 32, 70, 129])
 def test_bfloat16_is_as_exact_as_its_rounding(rows):
-    """Each number, values and gradients, against float64 from the same inputs: to 2 % of the largest."""
+    """Compare each value and gradient with float64 from the same inputs, to 2 % of the largest."""
     torch.manual_seed(1)
     shapes = ((rows, 64), (96, 64), (96,), (64, 96), (64,))
     x, w, b, v, c = (
@@ -68,6 +70,7 @@ def test_bfloat16_is_as_exact_as_its_rounding(rows):
         assert (actual.double() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("way")
 def test_shapes_that_do_not_match_are_refused():
     x, w, b, v, c = (torch.zeros(shape) for shape in ((8, 64), (96, 64), (96,), (64, 96), (64,)))
     wrong = [(x[:, :32], w, b, v, c), (x, w, b[:32], v, c), (x, w, b, torch.zeros(128, 96), torch.zeros(64))]

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.ops.cpu.linear import affine, affine_gradients, linear
+from DeBERTa.ops.cpu.linear import affine, affine_gradients, linear, transpose
 
 SHAPES = [(1, 1), (16, 16), (31, 47), (33, 16), (64, 96), (300, 50)]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transpose(shape, dtype, way):
+def test_transpose(shape, dtype):
     torch.manual_seed(1)
     x = torch.randn(shape).to(dtype)
     x[0, 0] = float("nan")
@@ -24,9 +25,10 @@ def test_transpose(shape, dtype, way):
     )
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 24, 40), (64, 32, 96)])
-def test_linear(shape, way):
-    """Value and gradients are no further from the exact ones than those of PyTorch under autocast."""
+def test_linear(shape):
+    """Value and gradients are as near to the exact ones as those of PyTorch under autocast."""
     torch.manual_seed(2)
     rows, inputs, outputs = shape
     x, weight, bias = torch.randn(2, rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
@@ -49,16 +51,18 @@ def test_linear(shape, way):
     )
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_affine_gradients(shape, dtype, way):
+def test_affine_gradients(shape, dtype):
     """Sums over rows are not rounded to bfloat16 on the way."""
     torch.manual_seed(3)
     rows, columns = shape
     grad, x = torch.randn(2, rows, columns).to(dtype), torch.randn(2, rows, 16).to(dtype)
     weight = torch.randn(columns, 16, dtype=torch.promote_types(dtype, torch.float32))
     dx, dweight, dbias = affine_gradients(grad, x, weight)
-    assert dx.dtype == dtype and dweight.dtype == dbias.dtype == weight.dtype
+    assert dx.dtype == dtype
+    assert dweight.dtype == dbias.dtype == weight.dtype
     close = {
         "rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5,
         "atol": 2**-4 if dtype == torch.bfloat16 else 1e-4,
@@ -68,16 +72,18 @@ def test_affine_gradients(shape, dtype, way):
     torch.testing.assert_close(dweight.double(), exact, rtol=close["rtol"], atol=1e-4)
     torch.testing.assert_close(dbias.double(), grad.double().sum((0, 1)), rtol=1e-5, atol=1e-4)
     out = torch.zeros_like(weight)
-    none, same, nothing = affine_gradients(grad, x, weight, inputs=False, bias=False, out=out)
-    assert none is None and nothing is None and same is out and torch.equal(out, dweight)
+    none, same, nothing = affine_gradients(grad, x, weight, needs_input=False, needs_bias=False, out=out)
+    assert (none, nothing) == (None, None)
+    assert same is out
+    assert torch.equal(out, dweight)
 
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("columns", [32, 96, 288])
 @pytest.mark.parametrize("depth", [32, 64, 1056])
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 64, 65, 200])
-def test_products_of_tiles(rows, depth, columns):
-    """Of numbers rounded to bfloat16, as exact as float32 and rounded once; rows beside x and grad are not summed."""
+def test_matmuls_of_tiles(rows, depth, columns):
+    """Values that bfloat16 can hold give float32 sums, rounded once; rows around x and grad are not read."""
     torch.manual_seed(4)
     x, grad = (torch.full((rows + 70, size), float("nan"), dtype=torch.bfloat16) for size in (depth, columns))
     x, grad = x[1 : rows + 1].normal_(), grad[1 : rows + 1].normal_()
@@ -94,10 +100,12 @@ def test_products_of_tiles(rows, depth, columns):
         last_place = 2.0**-8 if actual.dtype == torch.bfloat16 else 2.0**-22
         torch.testing.assert_close(actual.double(), exact, rtol=last_place, atol=1e-5 * max(terms, 1) ** 0.5)
     wide = torch.full((columns + 2, depth), float("nan"))
-    none, same, nothing = affine_gradients(grad, x, weight, inputs=False, bias=False, out=wide[1:-1])
-    assert (
-        none is None and nothing is None and torch.equal(same, dweight) and torch.equal(wide[1:-1], dweight)
+    none, same, nothing = affine_gradients(
+        grad, x, weight, needs_input=False, needs_bias=False, out=wide[1:-1]
     )
+    assert (none, nothing) == (None, None)
+    assert torch.equal(same, dweight)
+    assert torch.equal(wide[1:-1], dweight)
     assert wide[[0, -1]].isnan().all()
 
 
@@ -123,15 +131,15 @@ def test_shapes_that_do_not_match_are_refused(size, biases):
 
 
 @pytest.mark.usefixtures("tiles")
-def test_infinite_and_missing_numbers_stay_where_they_are():
+def test_values_that_are_not_finite_stay_in_their_row():
     x, weight = torch.ones(64, 32, dtype=torch.bfloat16), torch.ones(64, 32)
     x[3, 5], x[40, 0] = float("nan"), float("inf")
     y = affine(x, weight, torch.zeros(64))
-    assert y[3].isnan().all() and y[40].isposinf().all() and y.isfinite().all(1).sum() == 62
+    assert y[3].isnan().all()
+    assert y[40].isposinf().all()
+    assert y.isfinite().all(1).sum() == 62
     _, dweight, dbias = affine_gradients(torch.ones(64, 64, dtype=torch.bfloat16), x, weight)
-    assert (
-        dweight[:, 5].isnan().all()
-        and dweight[:, 0].isposinf().all()
-        and dweight.isfinite().all(0).sum() == 30
-    )
+    assert dweight[:, 5].isnan().all()
+    assert dweight[:, 0].isposinf().all()
+    assert dweight.isfinite().all(0).sum() == 30
     assert dbias.eq(64).all()

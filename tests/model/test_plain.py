@@ -1,0 +1,120 @@
+"""DeBERTa/model is plain PyTorch: what it imports, that it compares no device, and where it runs."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.model.encoder import Layer
+from tests.conftest import ROOT, tiny_model, tiny_rtd
+from tests.training.batches import random_batch
+
+FILES = sorted((ROOT / "DeBERTa" / "model").glob("*.py"))
+ALLOWED = ("torch", "DeBERTa.config", "DeBERTa.model", "DeBERTa.data.batch")
+DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_meta", "is_compiling"}
+FORBIDDEN = r"is_compiling|ctypes|DeBERTa\.ops|kernels"
+
+
+def list_imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the full names that are imported anywhere in `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from DeBERTa import model` imports DeBERTa.model.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def find_device_comparisons(tree: ast.AST) -> list[int]:
+    """Return the lines that ask for a device, or compare, match or index by one."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in DEVICE_QUESTIONS:
+            lines.append(node.lineno)
+        decides = isinstance(node, ast.Compare | ast.Match | ast.Subscript)
+        for part in ast.walk(node) if decides else ():
+            name = part.attr if isinstance(part, ast.Attribute) else getattr(part, "id", "")
+            if "device" in name:
+                lines.append(part.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_imports(file):
+    for name in list_imports(ast.parse(file.read_text())):
+        is_allowed = any(name == package or name.startswith(f"{package}.") for package in ALLOWED)
+        assert is_allowed or name.split(".")[0] in sys.stdlib_module_names, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_device_is_compared(file):
+    text = file.read_text()
+    assert find_device_comparisons(ast.parse(text)) == []
+    assert re.findall(FORBIDDEN, text) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if x.device.type == 'cpu': pass",
+        "if 'cuda' in str(device): pass",
+        "y = a if x.is_cuda else b",
+        "match x.device.type:\n case 'cpu': pass",
+        "f = table[x.device.type]",
+        "torch.compiler.is_compiling()",
+    ],
+)
+def test_device_comparisons_are_found(code):
+    assert find_device_comparisons(ast.parse(code))
+
+
+def test_device_arguments_are_not_comparisons():
+    code = "device = x.device.type\nif torch.is_autocast_enabled(device): y = torch.zeros(3, device=x.device)"
+    assert find_device_comparisons(ast.parse(code)) == []
+
+
+VARIANTS = [{}, {"conv_kernel_size": 3}, {"position_biased_input": True, "relative_attention": False}]
+
+
+@pytest.mark.parametrize("change", VARIANTS)
+def test_masked_language_model_on_meta(change):
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | change)).to("meta")
+    masked = model.masked_loss(random_batch().to("meta"), sample=False)
+    assert masked.loss.is_meta
+    masked.loss.sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("sharing", ["gdes", "es", "nes"])
+def test_replaced_token_detection_on_meta(sharing):
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd(sharing))).to("meta")
+    generated, detected = model(random_batch().to("meta"))
+    assert generated.corrupted_ids.shape == (4, 32)
+    (generated.masked.loss.sum() + detected.loss).backward()
+    missing = {name for name, p in model.named_parameters() if p.grad is None}
+    # Absolute positions enter the generator's decoder only.
+    assert all("discriminator.deberta.embeddings.position_embeddings" in name for name in missing)
+
+
+def test_layers_are_one_graph():
+    """Layers compile without a graph break, and all layers of one shape share a graph."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd())).eval()
+    plain = model(random_batch())
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    for layer in layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+        layer.decode = torch.compile(layer.decode, backend="aot_eager", fullgraph=True)
+    generated, detected = model(random_batch())
+    (generated.masked.loss.sum() + detected.loss).backward()
+    assert counters["stats"]["unique_graphs"] == 2  # `forward`, and the decoder's `decode`
+    assert not counters["graph_break"]
+    torch.testing.assert_close(generated.masked.loss, plain[0].masked.loss)
+    torch.testing.assert_close(detected.loss, plain[1].loss)
