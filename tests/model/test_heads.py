@@ -10,7 +10,7 @@ from tests.training.batches import random_batch
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_position_gradients_are_the_same_bits_on_several_threads(threads):
-    """Every sequence selects the same few positions: their gradients are added in the same order every time."""
+    """Every sequence selects the same few positions, whose gradients are added in order."""
     torch.manual_seed(0)
     values = tiny_model() | {"hidden_size": 128, "num_hidden_layers": 1}
     model = MaskedLanguageModel(ModelConfig.from_dict(values)).eval()

@@ -79,7 +79,8 @@ def test_device_arguments_are_not_comparisons():
     assert find_device_comparisons(ast.parse(code)) == []
 
 
-VARIANTS = [{}, {"conv_kernel_size": 3}, {"position_biased_input": True, "relative_attention": False}]
+ABSOLUTE = {"position_biased_input": True, "relative_attention": False, "norm_rel_ebd": "none"}
+VARIANTS = [{}, {"conv_kernel_size": 3}, ABSOLUTE]
 
 
 @pytest.mark.parametrize("change", VARIANTS)
@@ -104,7 +105,7 @@ def test_replaced_token_detection_on_meta(sharing):
 
 def test_layers_are_one_graph():
     """Layers compile without a graph break, and all layers of one shape share a graph."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).eval()
     plain = model(random_batch())

@@ -66,6 +66,8 @@ def on_meta(task: str, sharing: str, change: dict) -> nn.Module:
         ("MLM", "", PLAIN, {}),
         ("MLM", "", CONVOLUTION, {"attention": "eager", "accumulative_update": 2}),
         ("RTD", "gdes", {}, {}),
+        ("RTD", "gdes", {}, {"attention": "sdpa"}),
+        ("RTD", "gdes", {}, {"kernels": "off"}),
         ("RTD", "nes", {}, {"gradient_checkpointing": True}),
         ("RTD", "es", {}, {"attention": "eager"}),
         ("RTD", "gdes", {}, {"decoupled_training": False}),
@@ -98,7 +100,7 @@ def test_what_waits_is_found():
     with pytest.raises(NotImplementedError, match="nonzero"):
         model.discriminate(batch.input_ids, batch.input_mask, batch.labels)
     with pytest.raises(RuntimeError, match="item"):
-        batch.input_ids.sum().item()
+        model.generator.generate(batch).corrupted_ids.sum().item()
     with Copies() as copies:
         torch.zeros(3).to(META)
         torch.zeros(3).to(META, non_blocking=True)

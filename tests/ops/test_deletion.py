@@ -1,0 +1,88 @@
+"""DeBERTa/ops is optional: everything else works without it, and `--kernels off` does not import it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs import command, final_files, remove_after
+
+WARNING = "the package DeBERTa/ops is missing: plain PyTorch is used, as with --kernels off"
+KERNELS_OFF = """
+import sys
+from DeBERTa.train import main
+status = main(sys.argv[1:])
+print(sorted(name for name in sys.modules if name.startswith("DeBERTa.ops")))
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """Return a copy of the repository without DeBERTa/ops and its tests."""
+    folder = tmp_path_factory.mktemp("copy") / "repository"
+    ignored = shutil.ignore_patterns("ops", ".*", "__pycache__", "build", "output", "cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    assert not (folder / "DeBERTa" / "ops").exists()
+    return folder
+
+
+def run_python(root: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run Python on the repository in `root`."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def list_flags(run_dir: Path, prepared: Path, kernels: str) -> list[str]:
+    """Return flags of four steps of a tiny preset, with a checkpoint after each two."""
+    values = {
+        "preset": "deberta-v3-tiny",
+        "data_dir": prepared,
+        "vocab_path": prepared / "spm.model",
+        "vocab_size": 2008,
+        "max_seq_length": 64,
+        "output_dir": run_dir,
+        "num_training_steps": 4,
+        "dump_interval": 2,
+        "train_batch_size": 4,
+        "workers": 0,
+        "precision": "fp32",
+        "kernels": kernels,
+    }
+    return command(values)
+
+
+def test_training_and_resuming_without_the_package(copy, prepared, tmp_path):
+    """The copy warns once, and computes what `--kernels off` does in the full repository."""
+    expected, actual = tmp_path / "full", tmp_path / "copy"
+    full = run_python(ROOT, "-c", KERNELS_OFF, *list_flags(expected, prepared, "off"))
+    assert full.returncode == 0, full.stderr
+    assert full.stdout.splitlines()[-1] == "[]", "--kernels off imported DeBERTa/ops"
+    for _ in range(2):  # the second run resumes from step 2
+        result = run_python(copy, "-m", "DeBERTa.train", *list_flags(actual, prepared, "auto"))
+        assert result.returncode == 0, result.stderr
+        assert (result.stdout + result.stderr).count(WARNING) == 1
+        assert final_files(actual) == final_files(expected)
+        remove_after(actual, 2)
+    assert "step 2" in result.stderr + result.stdout
+
+
+def test_other_tests_run_without_the_package(copy):
+    """All test modules are imported; two of the model pass, and report what is missing."""
+    result = run_python(copy, "-m", "pytest", "-q", "--collect-only")
+    assert result.returncode == 0, result.stdout
+    result = run_python(
+        copy, "-m", "pytest", "-q", "-rs", "tests/model/test_golden.py", "tests/model/test_sharing.py"
+    )
+    assert result.returncode == 0, result.stdout
+    assert "the package DeBERTa/ops is missing" in result.stdout

@@ -1,0 +1,68 @@
+"""The seam: which modules `select_implementations` changes, on which device, and what stays."""
+
+import pytest
+import torch
+
+from DeBERTa import ModelConfig, RTDConfig, RTDModel
+from DeBERTa.model.attention import DisentangledSelfAttention
+from DeBERTa.model.encoder import Layer
+from DeBERTa.model.pretraining import MaskedLanguageModel
+from DeBERTa.ops import describe, select_implementations
+from DeBERTa.ops.attention import SdpaSelfAttention
+from DeBERTa.ops.cpu import HEAD_SUBCLASSES, SUBCLASSES, library
+from DeBERTa.ops.cpu.modules import CpuSelfAttention
+from tests.conftest import tiny_model, tiny_rtd
+
+CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "is_compiled", "attention", "expected"),
+    [
+        (CPU, "auto", False, "blocked", CpuSelfAttention),
+        (CPU, "eager", False, "eager", DisentangledSelfAttention),
+        (CPU, "sdpa", False, "sdpa", SdpaSelfAttention),
+        (CPU, "auto", True, "eager", DisentangledSelfAttention),
+        (CPU, "sdpa", True, "sdpa", SdpaSelfAttention),
+        (CUDA, "auto", False, "sdpa", SdpaSelfAttention),
+        (CUDA, "eager", False, "eager", DisentangledSelfAttention),
+        (CUDA, "auto", True, "sdpa", SdpaSelfAttention),
+        (META, "auto", False, "eager", DisentangledSelfAttention),
+        (META, "sdpa", False, "sdpa", SdpaSelfAttention),
+    ],
+)
+def test_attention(device, wanted, is_compiled, attention, expected):
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    assert select_implementations(model, device, wanted, is_compiled) == attention
+    found = {type(m) for m in model.modules() if isinstance(m, DisentangledSelfAttention)}
+    assert found == {expected}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("device", [CPU, CUDA, META])
+def test_other_modules(device, is_compiled):
+    """On a CPU each has its subclass; compiled layers, and other devices, have plain modules."""
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    before = {name: type(module) for name, module in model.named_modules()}
+    for _ in range(2):  # the second selection changes nothing
+        select_implementations(model, device, "eager", is_compiled)
+    subclasses = {} if device != CPU else HEAD_SUBCLASSES if is_compiled else SUBCLASSES
+    for name, module in model.named_modules():
+        plain = before[name]
+        changes = plain in subclasses and plain is not DisentangledSelfAttention
+        assert type(module) is (subclasses[plain] if changes else plain), name
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert any(type(module) is not Layer for module in model.modules() if isinstance(module, Layer)) == (
+        device == CPU and not is_compiled
+    )
+
+
+def test_description():
+    assert "CPU" not in describe(CUDA)
+    obstacle = library.find_obstacle()
+    if obstacle:
+        assert describe(CPU) == f"CPU kernels on PyTorch's operations, slower: {obstacle}"
+    else:
+        assert describe(CPU).startswith("compiled CPU kernels")
