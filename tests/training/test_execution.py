@@ -200,6 +200,12 @@ def test_kernels_off_has_plain_attention_only():
         select_kernels(small_model("MLM", {}), train_config(kernels="off", attention="sdpa"), CPU)
 
 
+def test_triton_needs_a_gpu():
+    pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
+    with pytest.raises(ConfigError, match="--attention triton: its kernels need a CUDA GPU, not a CPU"):
+        select_kernels(small_model("MLM", {}), train_config(attention="triton"), CPU)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
