@@ -9,24 +9,32 @@ import torch
 from torch.nn import functional as F
 
 from DeBERTa.model import losses
-from DeBERTa.model.losses import ChunkOperations, MaskedLoss
+from DeBERTa.model.losses import CHUNK, ChunkOperations, MaskedLoss
 from tests.conftest import disable_kernels, require_kernels
 
 ROWS, WIDTH, TOKENS = 37, 16, 250
+
+
+def compute_loss(
+    operations: type[ChunkOperations], *inputs: torch.Tensor | None, chunk: int = CHUNK
+) -> MaskedLoss:
+    """Return the loss with chunks of `chunk` tokens."""
+    x, table, bias, targets, uniforms = (*inputs, None)[:5]
+    return losses.vocabulary_loss(x, table, bias, targets, uniforms, operations(chunk))
 
 
 @pytest.fixture(params=["plain", "kernels", "torch"])
 def vocabulary_loss(request) -> Iterator[Callable[..., MaskedLoss]]:
     """Return the function with each way to compute a chunk: plain, DeBERTa/ops with and without kernels."""
     if request.param == "plain":
-        yield functools.partial(losses.vocabulary_loss, operations=ChunkOperations())
+        yield functools.partial(compute_loss, ChunkOperations)
         return
     if request.param == "kernels":
         require_kernels()
     with disable_kernels() if request.param == "torch" else contextlib.nullcontext():
         from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
-        yield functools.partial(losses.vocabulary_loss, operations=CpuChunkOperations())
+        yield functools.partial(compute_loss, CpuChunkOperations)
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def multiply_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
 def compute_loss() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(3)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((30, 16), (3000, 16), (3000,))]
-    loss = vocabulary_loss(*inputs, torch.arange(30), operations=CpuChunkOperations(), chunk=1024).loss
+    loss = vocabulary_loss(*inputs, torch.arange(30), operations=CpuChunkOperations(1024)).loss
     return loss, inputs
 
 
@@ -221,7 +221,7 @@ def compute_loss_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
     )
     bias = torch.randn(5000, requires_grad=True)
     inputs = [x, table, bias]
-    loss = vocabulary_loss(*inputs, torch.arange(97), operations=CpuChunkOperations(), chunk=96).loss
+    loss = vocabulary_loss(*inputs, torch.arange(97), operations=CpuChunkOperations(96)).loss
     return loss, inputs
 
 

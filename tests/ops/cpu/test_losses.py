@@ -1,7 +1,5 @@
 """The kernels' passes over a chunk of logits; tests/model/test_losses.py has what holds for every way."""
 
-import functools
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +8,10 @@ from DeBERTa.model import losses
 from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
-vocabulary_loss = functools.partial(losses.vocabulary_loss, operations=CpuChunkOperations())
+
+def vocabulary_loss(*inputs: torch.Tensor, chunk: int = losses.CHUNK) -> losses.MaskedLoss:
+    """Return the loss with chunks of `chunk` tokens."""
+    return losses.vocabulary_loss(*inputs, operations=CpuChunkOperations(chunk))
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 1024])
