@@ -1,4 +1,4 @@
-"""A run that was cut anywhere and started again ends with the bytes of one that was not."""
+"""A run that was interrupted anywhere and resumed ends with the same bytes as one that was not."""
 
 import itertools
 import json
@@ -22,30 +22,31 @@ KINDS = [
     ("MLM", "gdes", {"nproc_per_node": 2}),
     ("RTD", "gdes", {"nproc_per_node": 2}),
     ("RTD", "es", {"nproc_per_node": 2, "precision": "bf16"}),
+    ("RTD", "gdes", {"nproc_per_node": 2, "sharding": "fsdp"}),
 ]
 
 
 @pytest.mark.parametrize(("task", "sharing", "more"), KINDS)
 def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
-    """Cut after step 2 and after step 4 of 6; accumulation on; 6 steps of 240 lines end in the third epoch of 600."""
+    """Resume at steps 2 and 4 of 6; 2 micro-batches; 6 steps of 240 lines end in the third epoch of 600."""
     flags = tiny_flags(tmp_path, prepared, task, sharing) | more
     flags |= {"train_batch_size": 240, "accumulative_update": 2, "max_seq_length": 64}
     status, output = run(flags)
     assert status == 0, output
-    whole = flags["output_dir"]
-    for cut in (2, 4):
-        part = copy_run(whole, tmp_path / f"cut-{cut}")
-        remove_after(part, cut)
-        status, output = run(flags | {"output_dir": part})
+    run_dir = flags["output_dir"]
+    for first in (2, 4):
+        resumed = copy_run(run_dir, tmp_path / f"from-{first}")
+        remove_after(resumed, first)
+        status, output = run(flags | {"output_dir": resumed})
         assert status == 0, output
-        assert f"resuming from step {cut}" in output
-        assert final_files(part) == final_files(whole)
-    state = json.loads((get_checkpoint_path(whole, 6) / "state.json").read_text())
+        assert f"resuming from step {first}" in output
+        assert final_files(resumed) == final_files(run_dir)
+    state = json.loads((get_checkpoint_path(run_dir, 6) / "state.json").read_text())
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)
 
 
 def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[str, bytes]]:
-    """Return the flags of a run that resumes from step `first` and ends one step later, and its final files."""
+    """Return the flags of a run that resumes from `first` and ends one step later, and its final files."""
     flags = tiny_flags(folder, prepared) | {"dump_interval": 1, "num_training_steps": first + 1}
     status, output = run(flags)
     assert status == 0, output
@@ -56,7 +57,7 @@ def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[st
 
 @pytest.mark.parametrize("first", [0, 3])
 def test_killed_at_every_call_that_changes_a_file(tmp_path, prepared, first):
-    """SIGKILL at the n-th call, for all n until a run ends undisturbed; each run resumes and ends with the same bytes.
+    """SIGKILL at the n-th call, for all n until a run ends; each resumes and ends with the same bytes.
 
     From step 0 there is no checkpoint before; from step 3 there are two, one of which is pruned.
     """
