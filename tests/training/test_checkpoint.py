@@ -33,8 +33,8 @@ from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import ROOT, strip_times
 from tests.runs import ForkedRun, command, copy_run, final_files, remove_after, run, tiny_flags
-from tests.training.batches import random_batch, train_config
-from tests.training.test_steps import CPU, rtd_model
+from tests.training.batches import random_batch
+from tests.training.ranks import make_step
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_one_run_at_a_time_in_a_directory(prepared, tmp_path, fresh):
     last = list_steps(flags["output_dir"])[-1]
     # The schedule is a setting of the run, so that the second run is killed, not shortened.
     second = ForkedRun(flags | {"fresh": fresh}, live=True, log=tmp_path / "third.log")
-    second.wait_for("is now in" if fresh else f"resuming from step {last}")
+    second.wait_for("are now in" if fresh else f"resuming from step {last}")
     os.kill(second.pid, signal.SIGKILL)
     second.finish()
 
@@ -170,7 +170,7 @@ def test_no_valid_checkpoint(copied, trained):
         status, output = run(copied | {"fresh": True})
         assert status == 0, output
         old = run_dir.with_name(f"run.old-{number}")
-        assert f"is now in {old}" in output
+        assert f"are now in {old}" in output
         assert final_files(run_dir) == final_files(trained["output_dir"])
     assert contents(run_dir.with_name("run.old-1")) == before
 
@@ -231,7 +231,7 @@ def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
 
 def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
     """Training continues while the thread writes; the files equal those written synchronously."""
-    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    _, training = make_step("gdes")
     training.set_learning_rate(1)
     training(random_batch())
     write_checkpoint(tmp_path / "synchronous", snapshot_of(training, 1), 3, None)
@@ -261,7 +261,7 @@ def check_until_written(saver: Saver) -> None:
 
 
 def test_one_save_at_a_time_and_its_error_from_the_next_call(tmp_path):
-    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    _, training = make_step("gdes")
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
     snapshot = snapshot_of(training, 1)
     for call in (lambda saver: saver.save(snapshot, None), Saver.wait, check_until_written):
@@ -352,7 +352,7 @@ def test_a_small_disk(tmp_path, prepared):
     assert "--output_dir" in early
     assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes need a little, too
     assert final == pytest.approx(models / 1e6, rel=0.1)
-    assert re.search(r"room for \d of 12 checkpoints", done.stderr)
+    assert re.search(r"room for \d of 12 more checkpoints", done.stderr)
     assert "No space left on device" in late
     assert "--output_dir" in late
     saved = done.stdout.split()
