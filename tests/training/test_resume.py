@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, write_manifest
 from tests.commands import Command
 from tests.conftest import ROOT
 from tests.runs import copy_run, final_files, remove_after, run, tiny_flags
@@ -53,6 +53,22 @@ def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[st
     expected = final_files(flags["output_dir"])
     remove_after(flags["output_dir"], first)
     return flags, expected
+
+
+def test_a_run_of_commit_bacbbbb_resumes(tmp_path, prepared):
+    """Its checkpoints have the same files; other flags are in their config.json."""
+    flags, expected = prepare_run(tmp_path, prepared, 1)
+    folder = get_checkpoint_path(flags["output_dir"], 1)
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("kernels", "sharding", "log_level"):
+        del settings["train"][name]
+    settings["train"] |= {"zero": 0, "fsdp": False, "attention": "auto"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    write_manifest(folder, 1)
+    status, output = run(flags)
+    assert status == 0, output
+    assert "resuming from step 1" in output
+    assert final_files(flags["output_dir"]) == expected
 
 
 @pytest.mark.parametrize("first", [0, 3])
