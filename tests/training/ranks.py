@@ -106,12 +106,9 @@ class RecordedStep(TrainingStep):
 
     def update(self, name: str, *arguments: Any) -> bool:
         """Copy the full gradients, then update."""
-        if not hasattr(self, "gradients"):
-            self.gradients = {}
         parameters = [p for group in self.optimizers[name].param_groups for p in group["params"]]
-        self.gradients[name] = [
-            None if p.grad is None else all_gather_full(p.grad).clone() for p in parameters
-        ]
+        gradients = [None if p.grad is None else all_gather_full(p.grad).clone() for p in parameters]
+        self.gradients = {**vars(self).get("gradients", {}), name: gradients}  # the one before stays as it is
         return super().update(name, *arguments)
 
 
