@@ -123,7 +123,8 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict | No
     """Set moments and update counts from rank 0's full `optimizer.state_dict()`.
 
     Called on every rank, with None on ranks other than 0. Learning rates and other settings of the
-    parameter groups stay as they are. Raises `DamagedCheckpointError` on rank 0 when a tensor does not fit its parameter.
+    parameter groups stay as they are. Raises `DamagedCheckpointError` on rank 0 when a tensor does not fit
+    its parameter.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     full = {} if state is None else state["state"]
