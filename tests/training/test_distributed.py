@@ -209,8 +209,9 @@ def test_ranks_have_the_gradients_of_one(trained, case, mode, size):
             if alone is None or not alone.any():
                 assert together is None or not together.any()
                 continue
-            # Sums over other splits of the rows: float32 rounding, relative to the tensor.
-            assert torch.linalg.vector_norm(together - alone) <= 2e-6 * torch.linalg.vector_norm(alone)
+            # Sums over other splits of the rows: float32 rounding, relative to the tensor. The largest is
+            # 2.1e-6, of a key bias: large terms of its gradient cancel.
+            assert torch.linalg.vector_norm(together - alone) <= 4e-6 * torch.linalg.vector_norm(alone)
             compared += 1
     assert compared > 20
 
