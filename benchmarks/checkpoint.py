@@ -1,12 +1,12 @@
-"""What a checkpoint costs: its size, the seconds to write it, and how long training stands still for it.
+"""Measure what a checkpoint costs: its size, the seconds to write it, and the seconds that training waits.
 
     python benchmarks/checkpoint.py --json results.json [--rounds 5]
 
-The public xsmall size (`rtd_xsmall_continue.json`), AdamW moments and all. "stands still" is the time until
-training may go on (copying the state); "written" is until the manifest is on the disk and the folder has its
-name, with nothing else going on and with training steps going on; "check" is what a start needs to verify the
+The public xsmall size (`rtd_xsmall_continue.json`) with AdamW moments. "training waits" is the time until
+training continues (the state is copied). "written" is the time until the manifest is synced and the directory
+renamed, with and without training steps at the same time. "verify" is what a start needs to compare the
 SHA-256 of every file. The steps are of one line of 512 tokens in bfloat16 where the hardware has it, timed
-with and without a save going on.
+with and without a save at the same time.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,21 +26,24 @@ from benchmarks.training_step import make_batch, ours  # noqa: E402
 from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, verify  # noqa: E402
 from DeBERTa.training.parallel import gather_to_rank_zero  # noqa: E402
 from DeBERTa.training.saving import Saver  # noqa: E402
+from DeBERTa.training.steps import TrainingStep  # noqa: E402
 
 
-def take(training, step: int) -> Snapshot:
+def take(training: TrainingStep, step: int) -> Snapshot:
+    """Copy the state of `training`."""
     state = {"training": training.state_dict()}
     return Snapshot(step, gather_to_rank_zero(training.model.state_dict()), state, {"step": step}, {})
 
 
-def seconds(function, *arguments) -> float:
+def measure_seconds(function: Callable, *arguments: object) -> float:
+    """Call a function; return the seconds it took."""
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
 
 
 def measure(folder: Path, rounds: int, precision: str) -> dict[str, list[float]]:
-    """Seconds of every round, by what was timed."""
+    """Return the seconds of every round, by what was timed."""
     training = ours("rtd_xsmall_continue.json", precision)
     batch = make_batch(1, 512, 0)
     for _ in range(2):
@@ -52,28 +56,29 @@ def measure(folder: Path, rounds: int, precision: str) -> dict[str, list[float]]
 
     for number in range(rounds):
         first, second = 2 * number + 1, 2 * number + 2
-        note("step", statistics.median(seconds(training, batch) for _ in range(3)))
+        note("step", statistics.median(measure_seconds(training, batch) for _ in range(3)))
         started = time.perf_counter()
         snapshot = take(training, first)
         saver.save(snapshot, None)
-        note("stands still", time.perf_counter() - started)
+        note("training waits", time.perf_counter() - started)
         saver.wait()
-        note("written, nothing else going on", time.perf_counter() - started)
+        note("written, nothing else running", time.perf_counter() - started)
         del snapshot
-        note("check", seconds(verify, get_checkpoint_path(folder, first)))
+        note("verify", measure_seconds(verify, get_checkpoint_path(folder, first)))
 
         started = time.perf_counter()
         saver.save(take(training, second), None)
         steps = []
         while not (done := saver.check()):
-            steps.append(seconds(training, batch))
+            steps.append(measure_seconds(training, batch))
         assert done == get_checkpoint_path(folder, second)
-        note("written, training going on", time.perf_counter() - started)
+        note("written while training", time.perf_counter() - started)
         note("step while saving", statistics.mean(steps))
     return found
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

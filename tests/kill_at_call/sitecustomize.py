@@ -1,7 +1,7 @@
 """Kill a process at its n-th call that changes a file, as a power cut would.
 
-Python imports this file when it starts with this directory on PYTHONPATH. `KILL_AT_CALL` is the number n. Forked
-runs call `kill_at_call` themselves.
+Python imports this file when it starts with this directory on PYTHONPATH; `KILL_AT_CALL` is the number n.
+Forked runs call `kill_at_call` themselves.
 """
 
 import builtins

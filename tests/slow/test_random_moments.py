@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and the same command again until it is done: the bytes of an undisturbed run.
+"""SIGKILL at random moments, and the same command again until it ends: the bytes of an undisturbed run.
 
 Some minutes: `bash tests/run.sh tests/slow`.
 """
@@ -18,14 +18,14 @@ MOMENTS = 20
 
 
 def test_training_killed_at_random_moments(tmp_path, prepared):
-    """Twenty runs, each killed once somewhere between its start and its end, then finished."""
+    """Twenty runs, each killed once between its start and its end, then resumed."""
     flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 30, "dump_interval": 5, "workers": 1}
     status, output = run(flags)
     assert status == 0, output
     started = time.monotonic()
     assert (
         run(flags | {"output_dir": tmp_path / "timed"})[0] == 0
-    )  # the first run also starts the server of forks
+    )  # the first run also starts the fork server
     duration = time.monotonic() - started
     expected = final_files(flags["output_dir"])
     moments = random.Random(0)
@@ -43,7 +43,7 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
 
 
 def test_one_run_killed_again_and_again(tmp_path, prepared):
-    """The same run killed until it gets to its end."""
+    """The same run, killed until it reaches its end."""
     flags = tiny_flags(tmp_path, prepared, "MLM") | {
         "num_training_steps": 40,
         "dump_interval": 2,
@@ -75,7 +75,7 @@ def test_preparation_killed_at_random_moments(tmp_path):
         return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags)]
 
     started = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "undisturbed"), check=True, capture_output=True)
     duration = time.monotonic() - started
     moments = random.Random(2)
     killed = 0
@@ -89,15 +89,18 @@ def test_preparation_killed_at_random_moments(tmp_path):
         killed += process.wait() == -signal.SIGKILL
         subprocess.run(command(folder), check=True, capture_output=True)
         for name in names:
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (number, name)
+            assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), (
+                number,
+                name,
+            )
         assert sorted(path.name for path in folder.iterdir()) == sorted(
-            path.name for path in (tmp_path / "whole").iterdir()
+            path.name for path in (tmp_path / "undisturbed").iterdir()
         )
     assert killed > MOMENTS // 2
 
 
 def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
-    """Eight megabytes with a vocabulary that is there: killed while workers encode."""
+    """Eight megabytes with a given vocabulary: killed while workers encode."""
     text = tmp_path / "text"
     text.write_bytes(sample_megabytes(8))
 
@@ -106,7 +109,7 @@ def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
         return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags)]
 
     started = time.monotonic()
-    subprocess.run(command(tmp_path / "whole.txt"), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "undisturbed.txt"), check=True, capture_output=True)
     duration = time.monotonic() - started
     moments = random.Random(3)
     killed = 0
@@ -119,7 +122,7 @@ def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
             process.kill()
         killed += process.wait() == -signal.SIGKILL
         subprocess.run(command(output), check=True, capture_output=True)
-        assert output.read_bytes() == (tmp_path / "whole.txt").read_bytes(), number
+        assert output.read_bytes() == (tmp_path / "undisturbed.txt").read_bytes(), number
         assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
         assert get_store_path(output).is_file()
     assert killed > MOMENTS // 2

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: torn ones are found and passed over, old ones pruned, a full disk told in one sentence."""
+"""Checkpoints on disk: damage is found, old ones are pruned, a full disk is reported in one sentence."""
 
 import json
 import os
@@ -33,13 +33,13 @@ from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import ROOT, strip_times
 from tests.runs import ForkedRun, command, copy_run, final_files, remove_after, run, tiny_flags
-from tests.training.batches import random_batch, train_config
-from tests.training.test_steps import CPU, rtd_model
+from tests.training.batches import random_batch
+from tests.training.ranks import make_step
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, prepared) -> dict:
-    """Flags of a run that has been: 6 steps, checkpoints at 2, 4 and 6."""
+    """Return the flags of a completed run: 6 steps, checkpoints at 2, 4 and 6."""
     flags = tiny_flags(tmp_path_factory.mktemp("trained"), prepared)
     status, output = run(flags)
     assert status == 0, output
@@ -47,18 +47,19 @@ def trained(tmp_path_factory, prepared) -> dict:
 
 
 @pytest.fixture
-def cut(trained, tmp_path) -> dict:
-    """A copy to be damaged: the flags that go on with it."""
+def copied(trained, tmp_path) -> dict:
+    """Return the flags of a copy of the run, to be damaged."""
     return trained | {"output_dir": copy_run(trained["output_dir"], tmp_path / "run")}
 
 
 def damages(size: int) -> list[tuple[str, int | None]]:
-    """What may become of a file: cut to a length, or (None) deleted, or (negative) one byte flipped."""
-    lengths = [(f"cut to {percent} %", size * percent // 100) for percent in (0, 25, 50, 99)]
-    return [*lengths, ("first byte flipped", -size), ("last byte flipped", -1), ("deleted", None)]
+    """Return kinds of damage: a length to truncate to, None to delete, the position of a bit to flip."""
+    lengths = [(f"truncated to {percent} %", size * percent // 100) for percent in (0, 25, 50, 99)]
+    return [*lengths, ("first bit flipped", -size), ("last bit flipped", -1), ("deleted", None)]
 
 
 def damage(path: Path, length: int | None) -> None:
+    """Truncate, delete or change a file, as `damages` describes."""
     content = bytearray(path.read_bytes())
     if length is None:
         path.unlink()
@@ -70,29 +71,29 @@ def damage(path: Path, length: int | None) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_any_damage_is_found(cut, name):
-    """Truncated, flipped or gone: the file is named, and the checkpoint before is taken."""
-    folder = get_checkpoint_path(cut["output_dir"], 6)
-    whole = (folder / name).read_bytes()
+def test_any_damage_is_found(copied, name):
+    """The file is named, and the checkpoint before is the newest valid one."""
+    folder = get_checkpoint_path(copied["output_dir"], 6)
+    valid = (folder / name).read_bytes()
     verify(folder)
-    for kind, length in damages(len(whole)):
+    for kind, length in damages(len(valid)):
         damage(folder / name, length)
         with pytest.raises(DamagedCheckpointError, match=name):
             verify(folder)
-        step, found = find_newest_valid(cut["output_dir"])
+        step, found = find_newest_valid(copied["output_dir"])
         assert (step, len(found)) == (4, 1), kind
         assert str(folder / name) in str(found[0])
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(valid)
     verify(folder)
 
 
-def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_harmless(cut):
-    """A manifest that says the same in other words (a space for a line end) may pass; nothing else does."""
-    folder = get_checkpoint_path(cut["output_dir"], 6)
-    whole = (folder / MANIFEST).read_bytes()
-    entries = json.loads(whole)["files"]
-    for position in range(len(whole)):
-        content = bytearray(whole)
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_harmless(copied):
+    """A manifest with the same content (a space for a line end) may pass; nothing else does."""
+    folder = get_checkpoint_path(copied["output_dir"], 6)
+    valid = (folder / MANIFEST).read_bytes()
+    entries = json.loads(valid)["files"]
+    for position in range(len(valid)):
+        content = bytearray(valid)
         content[position] ^= 1
         (folder / MANIFEST).write_bytes(content)
         try:
@@ -103,59 +104,61 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_harmless(cut):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_run_goes_on_from_the_one_before(cut, trained, name):
-    damage(get_checkpoint_path(cut["output_dir"], 6) / name, 10)
-    torn = (get_checkpoint_path(cut["output_dir"], 6) / name).read_bytes()
-    status, output = run(cut)
+def test_a_run_resumes_from_the_checkpoint_before(copied, trained, name):
+    damage(get_checkpoint_path(copied["output_dir"], 6) / name, 10)
+    damaged = (get_checkpoint_path(copied["output_dir"], 6) / name).read_bytes()
+    status, output = run(copied)
     assert status == 0, output
     assert (
-        f"warning: damaged checkpoint: {get_checkpoint_path(cut['output_dir'], 6) / name} has 10 bytes"
+        f"warning: damaged checkpoint: {get_checkpoint_path(copied['output_dir'], 6) / name} has 10 bytes"
         in output
     )
     assert "resuming from step 4" in output
-    assert final_files(cut["output_dir"]) == final_files(trained["output_dir"])
-    aside = cut["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
-    assert str(aside) in output
-    assert (aside / name).read_bytes() == torn
+    assert final_files(copied["output_dir"]) == final_files(trained["output_dir"])
+    renamed = copied["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
+    assert str(renamed) in output
+    assert (renamed / name).read_bytes() == damaged
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """All files but the lock, which stays where the run is."""
+    """Return all files except the lock, which stays in the run directory."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_one_run_at_a_time_in_a_folder(prepared, tmp_path, fresh):
-    """A second one is refused before it touches anything; a killed one leaves no lock behind."""
+def test_one_run_at_a_time_in_a_directory(prepared, tmp_path, fresh):
+    """A second run is refused before it changes anything; a killed one leaves no lock."""
     flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 100_000, "workers": 1}
     first = ForkedRun(flags, live=True)
     first.wait_for("saved ")
     status, output = run(flags | {"fresh": fresh}, log=tmp_path / "second.log")
     assert status == 1
-    assert f"another process (process {first.pid} on " in output and str(flags["output_dir"]) in output
+    assert f"another process (process {first.pid} on " in output
+    assert str(flags["output_dir"]) in output
     assert first.process.is_alive()
     os.kill(first.pid, signal.SIGKILL)
     assert first.finish()[0] == -signal.SIGKILL
     last = list_steps(flags["output_dir"])[-1]
-    # The schedule is a setting of the run, so that the second one is stopped, not shortened.
+    # The schedule is a setting of the run, so that the second run is killed, not shortened.
     second = ForkedRun(flags | {"fresh": fresh}, live=True, log=tmp_path / "third.log")
-    second.wait_for("is now in" if fresh else f"resuming from step {last}")
+    second.wait_for("are now in" if fresh else f"resuming from step {last}")
     os.kill(second.pid, signal.SIGKILL)
     second.finish()
 
 
-def test_no_checkpoint_is_whole(cut, trained):
-    """Never started over in silence: what is wrong is named, nothing is touched; --fresh starts over, keeping all."""
-    run_dir = cut["output_dir"]
+def test_no_valid_checkpoint(copied, trained):
+    """The damage is named and nothing changes; --fresh starts over and moves all files."""
+    run_dir = copied["output_dir"]
     for step, name in ((2, "state.json"), (4, "optimizer.pt"), (6, "model.safetensors")):
         damage(get_checkpoint_path(run_dir, step) / name, 10)
     before = contents(run_dir)
     for more in ({}, {"do_train": False, "do_eval": True}):
-        status, output = run(cut | more)
+        status, output = run(copied | more)
         assert status == 1
         message = output.strip().splitlines()[-1]
-        assert message.startswith("error: none of the checkpoints") and "--fresh" in message
+        assert message.startswith("error: none of the checkpoints")
+        assert "--fresh" in message
         for part in (
             "step-00000002/state.json",
             "step-00000004/optimizer.pt",
@@ -164,31 +167,34 @@ def test_no_checkpoint_is_whole(cut, trained):
             assert part in message
         assert contents(run_dir) == before
     for number in (1, 2):
-        status, output = run(cut | {"fresh": True})
+        status, output = run(copied | {"fresh": True})
         assert status == 0, output
         old = run_dir.with_name(f"run.old-{number}")
-        assert f"is now in {old}" in output
+        assert f"are now in {old}" in output
         assert final_files(run_dir) == final_files(trained["output_dir"])
     assert contents(run_dir.with_name("run.old-1")) == before
 
 
-def test_evaluation_passes_over_a_damaged_checkpoint_and_leaves_it(cut):
-    damage(get_checkpoint_path(cut["output_dir"], 6) / "model.safetensors", 10)
-    status, output = run(cut | {"do_train": False, "do_eval": True})
+def test_evaluation_skips_a_damaged_checkpoint_and_leaves_it(copied):
+    damage(get_checkpoint_path(copied["output_dir"], 6) / "model.safetensors", 10)
+    status, output = run(copied | {"do_train": False, "do_eval": True})
     assert status == 0, output
     assert "model.safetensors has 10 bytes" in output
-    assert f"evaluating {get_checkpoint_path(cut['output_dir'], 4)}" in output
-    assert list_steps(cut["output_dir"]) == [2, 4, 6]
+    assert f"evaluating {get_checkpoint_path(copied['output_dir'], 4)}" in output
+    assert list_steps(copied["output_dir"]) == [2, 4, 6]
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path, prepared):
+def test_pruning_spares_the_newest_and_the_best(tmp_path, prepared):
     """The best by validation loss stays when it is no longer among the newest."""
     flags = tiny_flags(tmp_path, prepared, "MLM") | {
         "dump_interval": 1,
         "keep_last": 2,
         "num_training_steps": 8,
     }
-    flags |= {"learning_rate": 0.1, "warmup": 8}  # too high in the end, so that the best comes early
+    flags |= {
+        "learning_rate": 0.1,
+        "warmup": 8,
+    }  # too high in the end, so that an early checkpoint is the best
     assert run(flags)[0] == 0
     lines = [json.loads(line) for line in (flags["output_dir"] / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
@@ -204,17 +210,17 @@ class Trap:
         return os.system, ("touch executed",)
 
 
-def test_nothing_in_a_checkpoint_is_executed(cut, tmp_path, monkeypatch):
+def test_nothing_in_a_checkpoint_is_executed(copied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = get_checkpoint_path(cut["output_dir"], 6)
+    folder = get_checkpoint_path(copied["output_dir"], 6)
     with (folder / "optimizer.pt").open("wb") as file:
         torch.save({"training": Trap()}, file)
     write_manifest(folder, 6)
     with pytest.raises(DamagedCheckpointError, match=r"optimizer\.pt cannot be read"):
-        read_training(cut["output_dir"], 6)
+        read_training(copied["output_dir"], 6)
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(DamagedCheckpointError, match=r"optimizer\.pt cannot be read"):
-        read_training(cut["output_dir"], 6)
+        read_training(copied["output_dir"], 6)
     assert not Path("executed").exists()
 
 
@@ -224,11 +230,11 @@ def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
 
 
 def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
-    """Training goes on while the thread writes; the files are those written at once, with nothing going on."""
-    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+    """Training continues while the thread writes; the files equal those written synchronously."""
+    _, training = make_step("gdes")
     training.set_learning_rate(1)
     training(random_batch())
-    write_checkpoint(tmp_path / "at-once", snapshot_of(training, 1), 3, None)
+    write_checkpoint(tmp_path / "synchronous", snapshot_of(training, 1), 3, None)
     saver = Saver(tmp_path / "background", 3)
     snapshot = snapshot_of(training, 1)
     weight = training.model.generator.lm_predictions.lm_head.bias
@@ -240,30 +246,33 @@ def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
     assert not torch.equal(before, weight)
     assert saver.wait() == get_checkpoint_path(tmp_path / "background", 1)
     for name in (*FILES, MANIFEST):
-        ours, theirs = (get_checkpoint_path(tmp_path / kind, 1) / name for kind in ("background", "at-once"))
+        ours, theirs = (
+            get_checkpoint_path(tmp_path / kind, 1) / name for kind in ("background", "synchronous")
+        )
         assert ours.read_bytes() == theirs.read_bytes(), name
     saved = load_file(get_checkpoint_path(tmp_path / "background", 1) / "model.safetensors")
     assert torch.equal(saved["generator.lm_predictions.lm_head.bias"], before)
 
 
-def test_one_save_at_a_time_and_its_error_at_the_next_opportunity(tmp_path):
-    training = ReplacedTokenStep(rtd_model(), train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    for opportunity in ("save", "wait", "check"):
+def check_until_written(saver: Saver) -> None:
+    """Call `check` until the checkpoint is written, or its error is raised."""
+    while saver.is_writing:
+        saver.check()
+
+
+def test_one_save_at_a_time_and_its_error_from_the_next_call(tmp_path):
+    _, training = make_step("gdes")
+    (tmp_path / "checkpoints").write_text("a file where the directory should be")
+    snapshot = snapshot_of(training, 1)
+    for call in (lambda saver: saver.save(snapshot, None), Saver.wait, check_until_written):
         saver = Saver(tmp_path, 3)
-        saver.save(snapshot_of(training, 1), None)
+        saver.save(snapshot, None)
         with pytest.raises(StorageError, match=r"step 1 .*checkpoints.*--output_dir"):
-            if opportunity == "save":
-                saver.save(snapshot_of(training, 2), None)
-            elif opportunity == "wait":
-                saver.wait()
-            else:
-                while True:
-                    saver.check()
+            call(saver)
 
 
 def test_a_file_too_large_for_the_quota(tmp_path, prepared):
-    """The system refuses to write more than so many bytes to a file, as a quota or a full disk would."""
+    """The system limits the size of a file, as a quota or a full disk would."""
     flags = tiny_flags(tmp_path, prepared) | {"num_training_steps": 8}
     assert run(flags | {"dump_interval": 4})[0] == 0
     remove_after(flags["output_dir"], 4)
@@ -305,10 +314,11 @@ cp -r {disk}/run {copy}
 
 
 def test_a_small_disk(tmp_path, prepared):
-    """Too small from the start: told before training, with both numbers and the flag. Full later: earlier checkpoints
-    stay whole, no half one stays, and with room the same command finishes with the bytes of an undisturbed run.
+    """A disk too small from the start is reported before training, with both sizes; a full one in between.
 
-    The disk is a real one, mounted in a name space of its own; where the system does not permit that, this test fails.
+    Then earlier checkpoints stay valid and no incomplete one stays. With room the same command ends with the
+    bytes of an undisturbed run. The disk is real, mounted in a namespace of its own: where the system forbids
+    that, this test fails.
     """
     flags = tiny_flags(tmp_path, prepared) | {"dump_interval": 1, "num_training_steps": 12}
     assert run(flags | {"keep_last": 1})[0] == 0
@@ -337,21 +347,25 @@ def test_a_small_disk(tmp_path, prepared):
     free, one, final, needed = (
         float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", early)
     )
-    assert free <= 2.1 and needed == pytest.approx(one + final, abs=0.11) and "--output_dir" in early
-    assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes take a little, too
+    assert free <= 2.1
+    assert needed == pytest.approx(one + final, abs=0.11)
+    assert "--output_dir" in early
+    assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes need a little, too
     assert final == pytest.approx(models / 1e6, rel=0.1)
-    assert re.search(r"room for \d of 12 checkpoints", done.stderr)
-    assert "No space left on device" in late and "--output_dir" in late
-    kept = done.stdout.split()
+    assert re.search(r"room for \d of 12 more checkpoints", done.stderr)
+    assert "No space left on device" in late
+    assert "--output_dir" in late
+    saved = done.stdout.split()
     full = int(re.search(r"step (\d+) ", late)[1])
-    assert 4 < full < 12 and f"resumes from step {full - 1}" in late
-    assert kept == ["best.json", *(f"step-{step:08d}" for step in range(1, full))]
+    assert 4 < full < 12
+    assert f"resumes from step {full - 1}" in late
+    assert saved == ["best.json", *(f"step-{step:08d}" for step in range(1, full))]
     assert f"resuming from step {full - 1}" in done.stderr
     ours, theirs = final_files(tmp_path / "copy"), final_files(flags["output_dir"])
     assert {name for name in theirs if ours[name] != theirs[name]} == set()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, prepared):
+def test_a_run_directory_that_cannot_be_made(tmp_path, prepared):
     (tmp_path / "file").touch()
     flags = tiny_flags(tmp_path, prepared) | {"output_dir": tmp_path / "file" / "run"}
     status, output = ForkedRun(flags, log=tmp_path / "log").finish()

@@ -1,4 +1,4 @@
-"""A run that was cut anywhere and started again ends with the bytes of one that was not."""
+"""A run that was interrupted anywhere and resumed ends with the same bytes as one that was not."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, write_manifest
 from tests.commands import Command
 from tests.conftest import ROOT
 from tests.runs import copy_run, final_files, remove_after, run, tiny_flags
@@ -22,30 +22,31 @@ KINDS = [
     ("MLM", "gdes", {"nproc_per_node": 2}),
     ("RTD", "gdes", {"nproc_per_node": 2}),
     ("RTD", "es", {"nproc_per_node": 2, "precision": "bf16"}),
+    ("RTD", "gdes", {"nproc_per_node": 2, "sharding": "fsdp"}),
 ]
 
 
 @pytest.mark.parametrize(("task", "sharing", "more"), KINDS)
 def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
-    """Cut after step 2 and after step 4 of 6; accumulation on; 6 steps of 240 lines end in the third epoch of 600."""
+    """Resume at steps 2 and 4 of 6; 2 micro-batches; 6 steps of 240 lines end in the third epoch of 600."""
     flags = tiny_flags(tmp_path, prepared, task, sharing) | more
     flags |= {"train_batch_size": 240, "accumulative_update": 2, "max_seq_length": 64}
     status, output = run(flags)
     assert status == 0, output
-    whole = flags["output_dir"]
-    for cut in (2, 4):
-        part = copy_run(whole, tmp_path / f"cut-{cut}")
-        remove_after(part, cut)
-        status, output = run(flags | {"output_dir": part})
+    run_dir = flags["output_dir"]
+    for first in (2, 4):
+        resumed = copy_run(run_dir, tmp_path / f"from-{first}")
+        remove_after(resumed, first)
+        status, output = run(flags | {"output_dir": resumed})
         assert status == 0, output
-        assert f"resuming from step {cut}" in output
-        assert final_files(part) == final_files(whole)
-    state = json.loads((get_checkpoint_path(whole, 6) / "state.json").read_text())
+        assert f"resuming from step {first}" in output
+        assert final_files(resumed) == final_files(run_dir)
+    state = json.loads((get_checkpoint_path(run_dir, 6) / "state.json").read_text())
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)
 
 
 def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[str, bytes]]:
-    """Return the flags of a run that resumes from step `first` and ends one step later, and its final files."""
+    """Return the flags of a run that resumes from `first` and ends one step later, and its final files."""
     flags = tiny_flags(folder, prepared) | {"dump_interval": 1, "num_training_steps": first + 1}
     status, output = run(flags)
     assert status == 0, output
@@ -54,9 +55,25 @@ def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[st
     return flags, expected
 
 
+def test_a_run_of_commit_bacbbbb_resumes(tmp_path, prepared):
+    """Its checkpoints have the same files; other flags are in their config.json."""
+    flags, expected = prepare_run(tmp_path, prepared, 1)
+    folder = get_checkpoint_path(flags["output_dir"], 1)
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("kernels", "sharding", "log_level"):
+        del settings["train"][name]
+    settings["train"] |= {"zero": 0, "fsdp": False, "attention": "auto"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    write_manifest(folder, 1)
+    status, output = run(flags)
+    assert status == 0, output
+    assert "resuming from step 1" in output
+    assert final_files(flags["output_dir"]) == expected
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_killed_at_every_call_that_changes_a_file(tmp_path, prepared, first):
-    """SIGKILL at the n-th call, for all n until a run ends undisturbed; each run resumes and ends with the same bytes.
+    """SIGKILL at the n-th call, for all n until a run ends; each resumes and ends with the same bytes.
 
     From step 0 there is no checkpoint before; from step 3 there are two, one of which is pruned.
     """
