@@ -102,7 +102,7 @@ def move_previous_run(run_dir: Path) -> None:
         target.mkdir()
         for path in previous:
             path.rename(target / path.name)
-        logger.info("--fresh: the previous files of %s are now in %s", run_dir, target)
+        logger.info("--fresh: the previous content of %s is now in %s", run_dir, target)
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -164,7 +164,7 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
     room = int((free - final) / checkpoint)
     if room < needed:
         logger.warning(
-            "the disk of %s has %s free: room for %d of %d more checkpoints (%s each); "
+            "the disk of %s has %s free: room for %d of %d checkpoints (%s each); "
             "make room there, or save fewer with --keep_last",
             run_dir, format_megabytes(free), room, needed, format_megabytes(checkpoint),
         )  # fmt: skip
