@@ -1,4 +1,4 @@
-"""bfloat16 trains as float32 does: 300 steps of the deberta-v3-tiny preset in both. About 7 minutes on two cores."""
+"""bfloat16 trains as float32 does: 300 steps of the deberta-v3-tiny preset in both (7 minutes on two cores)."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import ROOT
 
 STEPS = 300
-# Nats a masked token. The figure is the generator's loss on the validation split (about 11,000 masked tokens) after the
-# last step: the learning rate has fallen to 0 by then, and both runs are asked for the same tokens.
+# Nats a masked token. The figure is the generator's loss on the validation split (about 11,000 masked tokens)
+# after the last step: the learning rate has fallen to 0 by then, and both runs are asked for the same tokens.
 TOLERANCE = 0.05
 
 
