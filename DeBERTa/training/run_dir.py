@@ -164,7 +164,7 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
     room = int((free - final) / checkpoint)
     if room < needed:
         logger.warning(
-            "the disk of %s has %s free: room for %d of %d checkpoints (%s each); "
+            "the disk of %s has %s free: room for %d of %d more checkpoints (%s each); "
             "make room there, or save fewer with --keep_last",
             run_dir, format_megabytes(free), room, needed, format_megabytes(checkpoint),
         )  # fmt: skip
