@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
     labels: the original id where masked, 0 elsewhere.
     uniforms: float64 [B, L] in [0, 1), which draw the samples at masked positions.
-    real_tokens: the number of tokens that are not padding.
+    real_tokens: the number of tokens that are not padding, [CLS] and [SEP] included.
     """
 
     input_ids: torch.Tensor

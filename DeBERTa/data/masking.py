@@ -12,7 +12,7 @@ import numpy as np
 
 from DeBERTa.data.tokenizer import CONTINUES_WORD, PUNCTUATION, SPECIAL, Tokenizer
 
-MASKED_SHARE = 0.15  # of the real tokens (BERT, section 3.1)
+MASKED_SHARE = 0.15  # of the ordinary tokens (BERT, section 3.1)
 MASK_SHARE, SAME_SHARE = 0.8, 0.1  # MLM: replaced by [MASK], unchanged; the rest by a random token
 
 
@@ -24,9 +24,9 @@ class MaskedLines(NamedTuple):
 
 
 class Masker:
-    """Masks 15 % of the real tokens, never special tokens or padding.
+    """Mask 15 % of the ordinary tokens: not [CLS], [SEP], [UNK] or padding.
 
-    `max_ngram` 1: single tokens, all equally likely, drawn without replacement. Above 1: spans of n whole
+    `max_ngram` 1: single tokens, all equally likely, drawn without replacement. Above 1: spans of n
     words with p(n) proportional to 1/n (DeBERTa, section 4.1.1), spread uniformly with at least one word
     between any two. Only the first and last words of a line are masked less often, since a span reaches them
     from one side. `always_mask` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK], 10 %
@@ -54,12 +54,13 @@ class Masker:
         `ids`: int [B, L], padded with [PAD]. `uniforms`: float64 [B, at least count_draws(L)] in [0, 1).
         """
         length = ids.shape[1]
-        count, place, kind, other = np.split(uniforms[:, : 4 * (length + 1)], 4, axis=1)
+        # Column 0 of span_draws rounds the number of spans or tokens; the others draw span lengths.
+        span_draws, keys, kind, other = np.split(uniforms[:, : 4 * (length + 1)], 4, axis=1)
         kinds = self.kinds[ids]
         if self.max_ngram == 1:
-            is_masked = _sample_tokens(kinds != SPECIAL, count[:, 0], place[:, :length])
+            is_masked = _sample_tokens(kinds != SPECIAL, span_draws[:, 0], keys[:, :length])
         else:
-            is_masked = _sample_spans(kinds, self.max_ngram, count, place)
+            is_masked = _sample_spans(kinds, self.max_ngram, span_draws, keys)
         replacements = self._draw_replacements(ids, kind[:, :length], other[:, :length])
         return MaskedLines(
             np.where(is_masked, replacements, ids).astype(np.int64),
@@ -75,14 +76,14 @@ class Masker:
         return np.where(kind < MASK_SHARE, self.mask_id, same_or_random)
 
 
-def _sample_tokens(real: np.ndarray, rounding: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Choose the 15 % of real tokens with the smallest keys per line, bool [B, L].
+def _sample_tokens(is_ordinary: np.ndarray, rounding: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Choose the 15 % of ordinary tokens with the smallest keys per line, bool [B, L].
 
     A count is rounded up with the probability of its fraction, so that the mean is exact for lines of any
     length.
     """
-    counts = (real.sum(1) * MASKED_SHARE + rounding).astype(np.int64)
-    keys = np.where(real, keys, 2.0)
+    counts = (is_ordinary.sum(1) * MASKED_SHARE + rounding).astype(np.int64)
+    keys = np.where(is_ordinary, keys, 2.0)
     smallest = np.sort(keys, axis=1)
     thresholds = np.take_along_axis(smallest, np.maximum(counts - 1, 0)[:, None], axis=1)
     return (keys <= thresholds) & (counts > 0)[:, None]
@@ -94,11 +95,11 @@ def _index_words(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A piece without the leading mark belongs to the word before it; punctuation and special tokens stand
     alone. Special tokens have the index of a word before them.
     """
-    real = kinds != SPECIAL
-    joins = np.zeros_like(real)
+    is_ordinary = kinds != SPECIAL
+    joins = np.zeros_like(is_ordinary)
     previous = kinds[:, :-1]
     joins[:, 1:] = (kinds[:, 1:] == CONTINUES_WORD) & (previous != SPECIAL) & (previous != PUNCTUATION)
-    index = np.cumsum(real & ~joins, axis=1) - 1
+    index = np.cumsum(is_ordinary & ~joins, axis=1) - 1
     return np.maximum(index, 0), index[:, -1] + 1
 
 

@@ -1,4 +1,4 @@
-"""Disentangled self-attention (DeBERTa, section 3.1), in plain PyTorch: the reference of every faster path.
+"""Disentangled self-attention (DeBERTa, section 3.1) in plain PyTorch.
 
 Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size, S rows of the relative-position
 table.
@@ -41,7 +41,7 @@ class RelativePositions(NamedTuple):
 
     table: [S, h], the rows of the relative-position table that can occur.
     distance_slots: int64 [2L - 1], the row of each distance from L - 1 down to -(L - 1).
-    slots: int64 [L, L], the row of query i and key j: `slot(i, j)` of the paper.
+    slots: int64 [L, L], the row of query i and key j: delta(i, j) of the paper.
     """
 
     table: torch.Tensor
@@ -71,7 +71,8 @@ class DisentangledSelfAttention(nn.Module):
     """Attention by content, content to position (c2p), position to content (p2c).
 
     `score(i, j) = (q_i k_j + q_i K_R[slot(i, j)] + k_j Q_R[slot(i, j)]) / sqrt(D * (1 + terms))`, equation 4
-    of the paper. Both position terms use the same `slot(i, j)`, as in the published code.
+    of the paper. Both position terms use `slot(i, j)`, as in the published code; the paper's p2c term reads
+    delta(j, i).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -151,15 +152,18 @@ class DisentangledSelfAttention(nn.Module):
         self, q: torch.Tensor, key_table: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """Return `q_i K_R[slot(i, j)]`, [B, H, M, L]."""
-        scores_BHMS = q @ key_table.transpose(1, 2)
-        return scores_BHMS.gather(3, expand_slots(slots, scores_BHMS))
+        return self.gather_scores(q @ key_table.transpose(1, 2), slots)
 
     def position_to_content(
         self, k: torch.Tensor, query_table: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """Return `k_j Q_R[slot(i, j)]`, [B, H, M, L]."""
         scores_BHLS = k @ query_table.transpose(1, 2)
-        return scores_BHLS.gather(3, expand_slots(slots.transpose(-2, -1), scores_BHLS)).transpose(2, 3)
+        return self.gather_scores(scores_BHLS, slots.transpose(-2, -1)).transpose(2, 3)
+
+    def gather_scores(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Gather columns of `scores` [B, H, rows, S] by slots int64 [(B,) rows, columns]."""
+        return scores.gather(3, expand_slots(slots, scores))
 
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""

@@ -220,9 +220,8 @@ class Encoder(nn.Module):
         """
         if not self.config.position_terms:
             return None
-        slots = map_to_slots(
-            torch.arange(length - 1, -length, -1), self.config
-        )  # on the host: sizes depend on it
+        # On the host: the size of the table depends on it.
+        slots = map_to_slots(torch.arange(length - 1, -length, -1), self.config)
         first, last = int(slots[-1]), int(slots[0])
         table = self.rel_embeddings.weight[first : last + 1]
         if self.normalize_positions:

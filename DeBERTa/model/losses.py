@@ -1,4 +1,4 @@
-"""Cross entropy over the vocabulary in chunks: loss, accuracy, samples and gradients without [M, V] logits.
+"""Chunked cross entropy over the vocabulary, without [M, V] logits.
 
 Shapes: M masked positions, E embedding width, V vocabulary, C tokens of a chunk, N chunks, S groups of a
 chunk, G tokens of a group.

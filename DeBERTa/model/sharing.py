@@ -62,7 +62,7 @@ class ResidualTable(nn.Module):
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self._weight = nn.Parameter(torch.zeros(rows, width))
+        self._weight = nn.Parameter(torch.zeros(rows, width))  # the published name
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return `base[ids] + residual[ids]`, [..., E]; full tables are not added."""

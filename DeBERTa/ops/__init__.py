@@ -1,4 +1,4 @@
-"""Optional faster implementations of what model/ computes, selected by device (`--kernels`, `--attention`).
+"""Optional faster implementations of model/, selected by device.
 
 `select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here.
 Parameters and their names stay. Nothing else imports this package, and deleting it leaves plain PyTorch.
@@ -62,9 +62,9 @@ def _choose_attention(model: nn.Module, device: torch.device, attention: str, is
 
 
 def describe(device: torch.device) -> str:
-    """Return what "auto" means on `device`, for people."""
+    """Return what computes everything but attention on `device`."""
     if device.type != "cpu":
-        return "GPU kernels"
+        return "plain PyTorch"
     obstacle = library.find_obstacle()
     if obstacle:
         return f"CPU kernels on PyTorch's operations, slower: {obstacle}"

@@ -24,20 +24,9 @@ class _Gather(torch.autograd.Function):
 class SdpaSelfAttention(DisentangledSelfAttention):
     """Disentangled attention through `scaled_dot_product_attention`."""
 
-    def content_to_position(
-        self, q: torch.Tensor, key_table: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the c2p scores [B, H, M, L]."""
-        scores_BHMS = q @ key_table.transpose(1, 2)
-        return _Gather.apply(scores_BHMS, expand_slots(slots, scores_BHMS))
-
-    def position_to_content(
-        self, k: torch.Tensor, query_table: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the p2c scores [B, H, M, L]."""
-        scores_BHLS = k @ query_table.transpose(1, 2)
-        index = expand_slots(slots.transpose(-2, -1), scores_BHLS)
-        return _Gather.apply(scores_BHLS, index).transpose(2, 3)
+    def gather_scores(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Gather columns of `scores` [B, H, rows, S] by slots int64 [(B,) rows, columns]."""
+        return _Gather.apply(scores, expand_slots(slots, scores))
 
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""

@@ -8,8 +8,8 @@
         manifest.json       size and SHA-256 of the files above
 
 A checkpoint is written to a temporary directory: the files, then the manifest, each synced to disk. Then
-the directory is renamed. Random numbers and batches are a function of (seed, step, rank), so that no
-generator's state is saved.
+the directory is renamed. Random numbers are functions of (seed, step, rank or row), so that no state
+of a random number generator is saved.
 """
 
 import contextlib

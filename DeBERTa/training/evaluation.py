@@ -17,7 +17,7 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, 
 from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
 from DeBERTa.training.metrics import Sums, add, mean_losses
 from DeBERTa.training.precision import autocast
-from DeBERTa.training.steps import count, masked_lm_sums
+from DeBERTa.training.steps import make_scalar, masked_lm_sums
 
 Outputs = Callable[[Batch], tuple[MaskedLoss, ReplacedTokenOutput | None]]
 MAX_LOG_PERPLEXITY = 700.0  # exp of more is not finite
@@ -84,7 +84,7 @@ def evaluate(
         more = masked_lm_sums(masked, "generator_" if detected else "")
         if detected:
             more["discriminator_loss"] = detected.loss.sum()
-            more["discriminator_targets"] = count(detected.labels.numel(), device)
+            more["discriminator_targets"] = make_scalar(detected.labels.numel(), device)
         # A batch that is not counted adds zeros: the names must be the same on all ranks.
         add(sums, {name: value * (number < num_counted) for name, value in more.items()})
         if detected and number < num_counted:

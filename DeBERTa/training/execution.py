@@ -48,10 +48,6 @@ def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) 
     """Use the implementations of DeBERTa/ops in `model`; return what is in use."""
     plain = {"kernels": "off", "attention": "eager"}
     if config.kernels == "off":
-        if config.attention not in ("auto", "eager"):
-            raise ConfigError(
-                f"--attention {config.attention}: --kernels off has plain attention only; give one of the two"
-            )
         return plain
     if importlib.util.find_spec("DeBERTa.ops") is None:
         logger.warning("the package DeBERTa/ops is missing: plain PyTorch is used, as with --kernels off")
@@ -76,10 +72,10 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def describe_kernels(kernels: str, device: torch.device) -> str:
-    """Return what `kernels`, as `select_kernels` resolved it, runs on `device`."""
+def describe_kernels(kernels: str, attention: str, device: torch.device) -> str:
+    """Return what `--kernels` and `--attention`, as resolved, run on `device`."""
     if kernels == "off":
         return "plain PyTorch"
     from DeBERTa.ops import describe
 
-    return describe(device)
+    return f"{describe(device)}, {attention} attention"

@@ -102,6 +102,7 @@ class UpdateGuard:
     def state_dict(self) -> dict:
         """Return the windows and counts, for a checkpoint."""
         windows = {name: list(window) for name, window in self.windows.items()}
+        # The names of the checkpoint format: other ones would not resume older runs.
         return {"windows": windows, "skipped": self.skipped_steps, "in_a_row": self.consecutive_skips}
 
     def load_state_dict(self, state: dict) -> None:

@@ -17,9 +17,8 @@ from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_erro
 
 logger = logging.getLogger(__name__)
 
-Sums = dict[
-    str, torch.Tensor
-]  # on the device; losses and counts that add up over micro-batches, steps and ranks
+# On the device: losses and counts that add up over micro-batches, steps and ranks.
+Sums = dict[str, torch.Tensor]
 
 
 def add(sums: Sums, more: Sums) -> None:

@@ -16,7 +16,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
         self.run_dir, self.keep_last = run_dir, keep_last
-        self._thread = ThreadPoolExecutor(
+        self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoint", initializer=lower_thread_priority
         )
         self._writing: Future | None = None
@@ -29,7 +29,7 @@ class Saver:
     def save(self, snapshot: Snapshot, best: int | None) -> None:
         """Start writing `snapshot`; `best` is the step of a checkpoint not to prune."""
         self.wait()
-        self._writing = self._thread.submit(write_checkpoint, self.run_dir, snapshot, self.keep_last, best)
+        self._writing = self._executor.submit(write_checkpoint, self.run_dir, snapshot, self.keep_last, best)
 
     def check(self) -> Path | None:
         """Return the checkpoint completed since the last call, if any. Raises `StorageError`."""
@@ -42,7 +42,7 @@ class Saver:
 
     def close(self) -> None:
         """Wait until nothing is being written; errors are not raised."""
-        self._thread.shutdown(wait=True)
+        self._executor.shutdown(wait=True)
 
 
 def lower_thread_priority() -> None:

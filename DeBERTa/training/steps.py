@@ -144,7 +144,7 @@ class MaskedLMStep(TrainingStep):
     ) -> None:
         super().__init__(config, precision, device, total_steps)
         self.objective = MaskedLMObjective(model)
-        self.trained = wrap_parallel(self.objective, config, device)
+        self.wrapped = wrap_parallel(self.objective, config, device)
         self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
 
     def step(self, batch: Batch) -> Sums:
@@ -152,9 +152,9 @@ class MaskedLMStep(TrainingStep):
         targets, _ = self.count_targets(batch)
         sums: Sums = {}
         for micro_batch, is_last in self.split(batch):
-            with sync_gradients(self.trained, is_last):
+            with sync_gradients(self.wrapped, is_last):
                 with autocast(self.precision, self.device):
-                    masked = self.trained(micro_batch)
+                    masked = self.wrapped(micro_batch)
                 self.backward(masked.loss.sum() / targets)
             add(sums, masked_lm_sums(masked, ""))
         self.update("model", sums, "", ("loss",))
@@ -184,19 +184,19 @@ class ReplacedTokenStep(TrainingStep):
         self.model = model
         self.is_decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
         peak = config.discriminator_learning_rate or config.learning_rate
-        trained = {
+        models = {
             "generator": (model.generator, config.learning_rate),
             "discriminator": (model.discriminator, peak),
         }
         if self.is_decoupled:
             self.generator = GeneratorObjective(model.generator)
             self.discriminator = DiscriminatorObjective(model.discriminator)
-            self.trained_generator = wrap_parallel(self.generator, config, device)
-            self.trained_discriminator = wrap_parallel(self.discriminator, config, device)
-            self.optimizers = {name: build_optimizer([part], config) for name, part in trained.items()}
+            self.wrapped_generator = wrap_parallel(self.generator, config, device)
+            self.wrapped_discriminator = wrap_parallel(self.discriminator, config, device)
+            self.optimizers = {name: build_optimizer([part], config) for name, part in models.items()}
         else:
-            self.trained = wrap_parallel(model, config, device)
-            self.optimizers = {"both": build_optimizer(list(trained.values()), config)}
+            self.wrapped = wrap_parallel(model, config, device)
+            self.optimizers = {"both": build_optimizer(list(models.values()), config)}
 
     def step(self, batch: Batch) -> Sums:
         """Return the sums of one step."""
@@ -207,9 +207,9 @@ class ReplacedTokenStep(TrainingStep):
         sums: Sums = {}
         corrupted = []
         for micro_batch, is_last in self.split(batch):
-            with sync_gradients(self.trained_generator, is_last):
+            with sync_gradients(self.wrapped_generator, is_last):
                 with autocast(self.precision, self.device):
-                    generated = self.trained_generator(micro_batch)
+                    generated = self.wrapped_generator(micro_batch)
                 self.backward(generated.masked.loss.sum() / masked_targets)
             add(sums, masked_lm_sums(generated.masked, "generator_"))
             corrupted.append((micro_batch, is_last, generated.corrupted_ids))
@@ -217,9 +217,9 @@ class ReplacedTokenStep(TrainingStep):
             return sums
         shared = self.gather_shared_tables()
         for micro_batch, is_last, corrupted_ids in corrupted:
-            with sync_gradients(self.trained_discriminator, is_last):
+            with sync_gradients(self.wrapped_discriminator, is_last):
                 with autocast(self.precision, self.device):
-                    detected = self.trained_discriminator(micro_batch, corrupted_ids, shared)
+                    detected = self.wrapped_discriminator(micro_batch, corrupted_ids, shared)
                 self.backward(self.config.rtd_lambda * detected.loss / targets)
             add(sums, detection_sums(detected, micro_batch))
         self.update("discriminator", sums, "discriminator_", ("discriminator_loss",))
@@ -229,9 +229,9 @@ class ReplacedTokenStep(TrainingStep):
         masked_targets, targets = self.count_targets(batch)
         sums: Sums = {}
         for micro_batch, is_last in self.split(batch):
-            with sync_gradients(self.trained, is_last):
+            with sync_gradients(self.wrapped, is_last):
                 with autocast(self.precision, self.device):
-                    (masked, _), detected = self.trained(micro_batch)
+                    (masked, _), detected = self.wrapped(micro_batch)
                 self.backward(
                     masked.loss.sum() / masked_targets + self.config.rtd_lambda * detected.loss / targets
                 )
@@ -263,7 +263,7 @@ def masked_lm_sums(masked: MaskedLoss, prefix: str) -> Sums:
     return {
         f"{prefix}loss": masked.loss.detach().sum(),
         f"{prefix}correct": masked.correct.sum(),
-        f"{prefix}targets": count(masked.loss.numel(), masked.loss.device),
+        f"{prefix}targets": make_scalar(masked.loss.numel(), masked.loss.device),
     }
 
 
@@ -272,10 +272,10 @@ def detection_sums(detected: DetectionLoss, batch: Batch) -> Sums:
     return {
         "discriminator_loss": detected.loss.detach(),
         "discriminator_correct": detected.correct,
-        "discriminator_targets": count(batch.real_tokens, detected.loss.device),
+        "discriminator_targets": make_scalar(batch.real_tokens, detected.loss.device),
     }
 
 
-def count(number: int, device: torch.device) -> torch.Tensor:
-    """Return a number known to the host as a tensor, without synchronizing with the device."""
+def make_scalar(number: int, device: torch.device) -> torch.Tensor:
+    """Return a host number as a 0-d tensor, without synchronizing."""
     return torch.full((), number, device=device)

@@ -104,9 +104,8 @@ class Trainer:
                     self.evaluate(step)
                 self.report_saved(self.saver.check())
             self.report_saved(self.saver.wait())
-            stop_signal, _ = self.signals.exchange_requests(
-                0, training.device
-            )  # while the last checkpoint was written
+            # A signal may have come while the last checkpoint was written.
+            stop_signal, _ = self.signals.exchange_requests(0, training.device)
             if stop_signal:
                 raise RunInterrupted(stop_signal)
 

@@ -153,7 +153,7 @@ def list_shards_all(folder: Path) -> None:
     found = {}
     for mode in MODES:
         model, training = make_step("mlm", **MODES[mode])
-        loss = training.trained(select_rows(seed=0)).loss.sum()
+        loss = training.wrapped(select_rows(seed=0)).loss.sum()
         after_forward = are_sharded(model)
         loss.backward()
         gradients = {isinstance(p.grad, DTensor) for p in model.parameters() if p.grad is not None}

@@ -195,11 +195,6 @@ def test_missing_compiler_is_reported(monkeypatch, tmp_path):
     check_compiler(CPU)
 
 
-def test_kernels_off_has_plain_attention_only():
-    with pytest.raises(ConfigError, match="--attention sdpa: --kernels off has plain attention only"):
-        select_kernels(small_model("MLM", {}), train_config(kernels="off", attention="sdpa"), CPU)
-
-
 def test_triton_needs_a_gpu():
     pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
     with pytest.raises(ConfigError, match="--attention triton: its kernels need a CUDA GPU, not a CPU"):

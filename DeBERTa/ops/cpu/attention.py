@@ -27,8 +27,8 @@ ROWS, FLOAT32_ROWS = 256, 128
 def view_distances(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """Return the view [..., T, L] of `product` [..., T, L + T - 1] by distance.
 
-    Element (r, c) is `product[r, T - 1 - r + c]`.
-        `offset` is the storage offset of `product`, which is contiguous.
+    Element (r, c) is `product[r, T - 1 - r + c]`. `offset` is the storage offset of `product`, which is
+    contiguous.
 
     For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and
     columns c as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as

@@ -24,9 +24,7 @@ def attend(
     """Return the context [B, L, H, D] of scaled queries, keys and values.
 
     q, k, v: [B, L, H, D], dense in the last dimension.
-        tables: key and query table by distance, [H, 2W, D], as `expand_table` returns them; None for a term
-        not
-    in use.
+    tables: key and query table by distance, [H, 2W, D], from `expand_table`; None for an unused term.
     input_mask: bool [B, L]. dropout: the probability, and a seed int64 [1] on the device.
     """
     p, seed = dropout

@@ -3,8 +3,8 @@
     score(i, j) = q_i . k_j + q_i . K[i - j] + k_j . Q[j - i]
 
 K and Q are the projected position tables expanded to one row per distance, [H, 2W, D], for distances -W .. W
-- 1, where W is the sequence length L rounded up to whole tiles. At L 512 they are at most 2 MB each and stay
-in the L2 cache.
+- 1, where W is the sequence length L rounded up to full tiles. Q is mirrored: Q[d] is the row of distance -d,
+so that Q[j - i] is the row of slot(i, j). At L 512 the tables are at most 2 MB each and stay in the L2 cache.
 
 Both position terms have one form: a row of one kind (queries, or keys) meets the table at distance row -
 column. In the tile of row block a and column block m, that distance is N * (a - m) + r - c. With t = a - m
@@ -16,7 +16,7 @@ the term is
 two matmuls [N, N], a selection, and a rotation of each row (`rotate_rows`), which is its own inverse:
 gradients of scores are rotated in the same way. The p2c term is computed with keys as rows and transposed.
 
-Shapes: B batch, L length, H heads, D head size, N tile size, W length in whole tiles. Nothing is added
+Shapes: B batch, L length, H heads, D head size, N tile size, W length in full tiles. Nothing is added
 atomically, so the same inputs give the same bits. Gradients of scores are written once, [B, H, W, W], for
 three small kernels.
 """
