@@ -352,7 +352,7 @@ def test_a_small_disk(tmp_path, prepared):
     assert "--output_dir" in early
     assert one == pytest.approx(checkpoint / 1e6, rel=0.1)  # names and shapes need a little, too
     assert final == pytest.approx(models / 1e6, rel=0.1)
-    assert re.search(r"room for \d of 12 checkpoints", done.stderr)
+    assert re.search(r"room for \d of 12 ", done.stderr)
     assert "No space left on device" in late
     assert "--output_dir" in late
     saved = done.stdout.split()
