@@ -102,7 +102,7 @@ def move_previous_run(run_dir: Path) -> None:
         target.mkdir()
         for path in previous:
             path.rename(target / path.name)
-        logger.info("--fresh: the previous content of %s is now in %s", run_dir, target)
+        logger.info("--fresh: the previous files of %s are now in %s", run_dir, target)
 
 
 def remove_unfinished(run_dir: Path) -> None:
