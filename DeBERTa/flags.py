@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import DeBERTa
-from DeBERTa.config import ATTENTION, HIDDEN, TrainConfig, read_json
+from DeBERTa.config import HIDDEN, TrainConfig, read_json
 from DeBERTa.errors import ConfigError, UsageError
 from DeBERTa.presets import CORPORA, PRESETS, read_preset
 
@@ -119,8 +119,6 @@ def read_settings(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not the config.json of a run: it has no section 'train'")
     config = TrainConfig.from_dict(values, f"{path}: train")
-    if config.attention not in ATTENTION:  # what auto resolved to on the machine of that run
-        config = dataclasses.replace(config, attention="auto")
     config.validate()
     omitted = {"fresh", *(f.name for f in dataclasses.fields(config) if HIDDEN in f.metadata["rules"])}
     return {k: v for k, v in config.to_dict().items() if k not in omitted} | {"model_config": path}

@@ -158,14 +158,16 @@ def run(config: TrainConfig, signals: Signals) -> None:
         total_steps = count_steps(config, batches)
         training = build_step(config, model, precision, device, total_steps)
         warmup = count_warmup_steps(config, total_steps)
-        resolved = {"num_training_steps": total_steps, "warmup": warmup, "precision": precision, **execution}
+        resolved = {"num_training_steps": total_steps, "warmup": warmup, "precision": precision}
+        resolved["kernels"] = execution["kernels"]
         settings = {
             "train": config.to_dict() | resolved,
             "model": model_config.to_dict(),
             "data": describe_data(batches) | data,
         }
         check_same_on_all_ranks(settings | {"evaluation": texts})
-        this_run = Run(config, model, training, batches, evaluation, settings, Interval(device))
+        attention = execution["attention"]
+        this_run = Run(config, model, training, batches, evaluation, settings, Interval(device), attention)
         train_and_save(this_run, signals, tokenizer.path)
         outputs = training.outputs
     else:

@@ -147,7 +147,7 @@ def test_what_a_resumed_run_must_have_in_common():
         "num_training_steps", "num_train_epochs", "learning_rate", "discriminator_learning_rate", "warmup",
         "lr_schedule_ends",
         "weight_decay", "adam_beta1", "adam_beta2", "epsilon", "max_grad_norm", "skip_spikes", "rtd_lambda",
-        "decoupled_training", "precision", "kernels", "attention", "compile",
+        "decoupled_training", "precision", "kernels", "attention", "compile", "deterministic", "tf32",
     }  # fmt: skip
     assert {
         "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator",

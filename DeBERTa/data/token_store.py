@@ -187,7 +187,7 @@ def _build(text: Path, tokenizer: Tokenizer, progress: bool) -> TokenStore:
 def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: bool) -> None:
     """Write the ids of all lines of a text, unless another process has done it."""
     lookup, digest = _PieceLookup(tokenizer), hashlib.sha256()
-    with write_store(path) as writer, text.open("rb") as file:
+    with _open_text(text) as file, write_store(path) as writer:
         if find_store(text, tokenizer.fingerprint):  # written while this process waited for the lock
             return
         _refuse_other_vocabulary(text, tokenizer)
@@ -213,17 +213,31 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
         writer.commit()
 
 
+def _open_text(text: Path) -> BinaryIO:
+    try:
+        return text.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read {text}: {error.strerror}; check its permissions") from error
+
+
 def _read_lines(text: Path, file: BinaryIO, progress: bool) -> Iterator[bytes]:
     """Yield the lines of a text, with a progress bar."""
     size = os.fstat(file.fileno()).st_size
     with tqdm(
         desc=f"reading {text.name}", total=size, unit="B", unit_scale=True, disable=not progress
     ) as bar:
-        while line := file.readline(MAX_LINE_BYTES):
+        while line := _read_line(text, file):
             if len(line) == MAX_LINE_BYTES:
                 raise DataError(f"{text} is not prepared text: it has a line of over 16 MB; prepare it")
             bar.update(len(line))
             yield line
+
+
+def _read_line(text: Path, file: BinaryIO) -> bytes:
+    try:
+        return file.readline(MAX_LINE_BYTES)
+    except OSError as error:
+        raise DataError(f"cannot read {text}: {error.strerror or error}; check its disk") from error
 
 
 def _refuse_other_vocabulary(text: Path, tokenizer: Tokenizer) -> None:

@@ -37,8 +37,7 @@ def format_banner(run: Run, first_step: int) -> str:
     tokens = config.train_batch_size * config.max_seq_length
     warmup = count_warmup_steps(config, training.total_steps)
     splits = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
-    train = run.settings["train"]
-    kernels = describe_kernels(train["kernels"], train["attention"], training.device)
+    kernels = describe_kernels(run.settings["train"]["kernels"], run.attention, training.device)
     rows = {
         "run": str(run.run_dir),
         "task": _describe_task(run),

@@ -50,6 +50,10 @@ def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) 
     if config.kernels == "off":
         return plain
     if importlib.util.find_spec("DeBERTa.ops") is None:
+        if config.attention not in ("auto", "eager"):
+            raise ConfigError(
+                f"--attention {config.attention}: the package DeBERTa/ops is missing; use --attention auto"
+            )
         logger.warning("the package DeBERTa/ops is missing: plain PyTorch is used, as with --kernels off")
         return plain
     from DeBERTa.ops import select_implementations  # optional

@@ -37,7 +37,9 @@ class Failure:
         if stop_signal:
             return Failure(f"stopped by {signal.Signals(stop_signal).name}", 128 + stop_signal)
         if code < 0:
-            return Failure(f"killed by {signal.Signals(-code).name}", is_retryable=True)
+            is_named = -code in {number.value for number in signal.Signals}  # real-time signals are not
+            name = signal.Signals(-code).name if is_named else f"signal {-code}"
+            return Failure(f"killed by {name}", is_retryable=True)
         try:
             return Failure.from_json(record.read_text(encoding="utf-8") if record else "")
         except (OSError, ValueError):

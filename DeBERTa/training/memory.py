@@ -8,10 +8,7 @@ from pathlib import Path
 # Parameters of glibc's mallopt, from its malloc.h; advice of Linux's madvise, from its mman.h.
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4
 MADV_HUGEPAGE = 14
-CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)  # versions 2 and 1
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
@@ -47,6 +44,18 @@ def keep_freed_memory() -> None:
 
 
 def read_memory_limits() -> list[int]:
-    """Return the memory limits of this container in bytes; none outside of one."""
-    texts = [path.read_text().strip() for path in map(Path, CGROUP_LIMITS) if path.is_file()]
+    """Return the memory limits of this process's control groups in bytes."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    files = [CGROUPS / "memory.max", CGROUPS / "memory" / "memory.limit_in_bytes"]  # those of a container
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            path = CGROUPS / group[1:]
+            files += [parent / "memory.max" for parent in (path, *path.parents)]
+        elif "memory" in controllers.split(","):
+            files.append(CGROUPS / "memory" / group[1:] / "memory.limit_in_bytes")
+    texts = [file.read_text().strip() for file in files if file.is_file()]
     return [int(text) for text in texts if text.isdigit()]

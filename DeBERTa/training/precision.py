@@ -31,7 +31,10 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def hardware_has_bf16(device: torch.device) -> bool:
-    """Native bfloat16: Ampere or newer GPUs; CPUs with AMX or AVX-512 bfloat16 instructions."""
+    """Return whether bfloat16 arithmetic is native.
+
+    GPUs have it from Ampere on; CPUs with AMX or AVX-512 bfloat16 instructions.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -39,12 +42,12 @@ def hardware_has_bf16(device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Context in which matrix products run in `precision`."""
+    """Return the context in which matmuls run in `precision`."""
     return torch.autocast(
         device.type, dtype=DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES
     )
 
 
 def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales losses for fp16; passes everything through unchanged otherwise."""
+    """Return the scaler of losses for fp16; other precisions are not scaled."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -115,16 +115,18 @@ def remove_unfinished(run_dir: Path) -> None:
 def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
     """Raise `ConfigError` naming the settings that differ from the saved run's.
 
-    Settings that another version of this package added or removed are not compared. Older versions saved
-    `--attention auto` as it is.
+    Settings that another version of this package added or removed are not compared. Versions without
+    `--kernels` computed as `auto` does.
     """
     differing: list[str] = []
     for section in ("train", "model", "data"):
         old, new = flatten(saved.get(section, {})), flatten(current[section])
+        if section == "train":
+            old = {"kernels": "auto"} | old
         differing += [
             f"{key} ({old[key]} there, {new[key]} here)"
             for key in sorted((old.keys() & new.keys()) - FREE_TO_CHANGE)
-            if old[key] not in (new[key], "auto")
+            if old[key] != new[key]
         ]
     if differing:
         raise ConfigError(

@@ -44,6 +44,7 @@ class Run:
     evaluation: dict[str, EvaluationBatches]  # by split
     settings: dict  # as resolved: "train", "model", "data"
     interval: Interval
+    attention: str  # in use
 
     @property
     def run_dir(self) -> Path:

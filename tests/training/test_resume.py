@@ -55,7 +55,7 @@ def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[st
     return flags, expected
 
 
-def test_a_run_of_commit_bacbbbb_resumes(tmp_path, prepared):
+def test_a_run_of_an_earlier_version_resumes(tmp_path, prepared):
     """Its checkpoints have the same files; other flags are in their config.json."""
     flags, expected = prepare_run(tmp_path, prepared, 1)
     folder = get_checkpoint_path(flags["output_dir"], 1)
@@ -65,6 +65,9 @@ def test_a_run_of_commit_bacbbbb_resumes(tmp_path, prepared):
     settings["train"] |= {"zero": 0, "fsdp": False, "attention": "auto"}
     (folder / "config.json").write_text(json.dumps(settings))
     write_manifest(folder, 1)
+    status, output = run(flags | {"kernels": "off", "attention": "auto"})  # draws other dropout masks
+    assert status == 1
+    assert "kernels (auto there, off here)" in output
     status, output = run(flags)
     assert status == 0, output
     assert "resuming from step 1" in output
