@@ -1,11 +1,11 @@
-// Disentangled attention of one head of one sequence at a time, in bfloat16 on processors whose registers hold tiles of
-// matrices (AMX): scores never leave the core's cache. See blocked_attention.py for what it computes.
+// Disentangled attention of one head of one sequence at a time, in bfloat16 on processors whose registers
+// hold tiles of matrices (AMX): scores stay in the core's cache. See ../attention.py for the formulas.
 //
-// A tile holds 16 rows of 64 bytes, with any distance between the rows. That makes the position terms cheap: row i of the
-// scores needs the products with the table's rows from one distance earlier on than row i - 1, so a tile whose rows lie one
-// element further apart than the buffer's is read from, or added to, in the right place.
+// A tile holds 16 rows of 64 bytes, with any distance between the rows. That makes the position terms cheap:
+// row i of the scores needs the products with the table's rows from one distance earlier on than row i - 1,
+// so a tile whose rows lie one element further apart than the buffer's is read or added in place.
 //
-// The second factor of a product has two of its rows in one, in pairs of numbers. Names: L length, D head size.
+// The second factor of a product has two of its rows in one, in pairs of numbers. L length, D head size.
 
 #include "tiles.h"
 
@@ -16,8 +16,9 @@
 
 namespace {
 
-constexpr int64_t MARGIN = 32;    // elements on both sides of a row that shifted tiles reach
-constexpr int64_t TOGETHER = 128; // rows of scores at a time, which need 32 more distances of p2c than they are
+constexpr int64_t MARGIN = 32;  // elements on both sides of a row that shifted tiles reach
+constexpr int64_t TOGETHER =
+    128;  // rows of scores at a time, which need 32 more distances of p2c than they are
 constexpr int64_t PAIRED = 128;   // rows whose pairs are made at a time: they stay in the cache
 constexpr int64_t SEQUENCES = 4;  // whose gradients of tables one thread adds up
 constexpr int PERMISSION_FOR_TILES = 0x1023, TILES = 18;  // arch_prctl
@@ -36,7 +37,7 @@ struct Room {
     }
 };
 
-// The matrices of one thread. Their memory stays for the next call: new memory costs more than most of what is done in it.
+// The matrices of one thread. Their memory stays for the next call: new memory is slow.
 template <class T>
 T make_room(int64_t length, int64_t size) {
     static thread_local std::vector<char> kept;
@@ -62,8 +63,8 @@ struct ForwardRoom {
           dropped(room.matrix<bfloat16>(BLOCK, length + 2 * APART)) {}
 };
 
-// `pairs` is of probabilities first, for the gradient of v, then of parts of the gradients of scores; `turned` is what each
-// product needs; `outer` the context's gradient, scaled as dropout does.
+// `pairs` is of probabilities first, for the gradient of v, then of parts of the gradients of scores;
+// `turned` is what each product needs; `outer` the context's gradient, scaled as dropout does.
 struct BackwardRoom {
     Matrix<bfloat16> gradients, mirrored, outer, turned;
     Matrix<uint32_t> pairs, vt, rows;
@@ -103,8 +104,8 @@ void transposed(const bfloat16* x, int64_t distance, int64_t rows, int64_t size,
 }
 
 // Position tables [H, W, D] of all heads, a row of zeros after each, packed.
-std::unique_ptr<uint32_t[]> pack_tables(const bfloat16* tables, int64_t heads, int64_t length, int64_t size, bool by_columns,
-                                        int threads) {
+std::unique_ptr<uint32_t[]> pack_tables(const bfloat16* tables, int64_t heads, int64_t length, int64_t size,
+                                        bool by_columns, int threads) {
     if (!tables) return nullptr;
     std::unique_ptr<uint32_t[]> packed(new uint32_t[heads * length * size]);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -113,17 +114,16 @@ std::unique_ptr<uint32_t[]> pack_tables(const bfloat16* tables, int64_t heads, i
         std::vector<bfloat16> table((rows + 1) * size);
         std::memcpy(table.data(), tables + head * rows * size, rows * size * sizeof(bfloat16));
         Packed to{&packed[head * length * size], size, by_columns};
-        if (by_columns)
-            pack_columns(table.data(), rows + 1, size, to);
-        else
-            pack_rows(table.data(), size, rows + 1, size, to);
+        if (by_columns) pack_columns(table.data(), rows + 1, size, to);
+        else pack_rows(table.data(), size, rows + 1, size, to);
     }
     return packed;
 }
 
-void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table, const bfloat16* query_table,
-               const bool* mask, bfloat16* kept, bfloat16* context, int64_t batch, int64_t heads, int64_t length, int64_t size,
-               uint64_t seed, int threshold, float scale, int threads) {
+void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
+               const bfloat16* query_table, const bool* mask, bfloat16* kept, bfloat16* context,
+               int64_t batch, int64_t heads, int64_t length, int64_t size, uint64_t seed, int threshold,
+               float scale, int threads) {
     auto key_tables = pack_tables(key_table, heads, length, size, true, threads);
     auto query_tables = pack_tables(query_table, heads, length, size, true, threads);
 #pragma omp parallel num_threads(threads)
@@ -146,8 +146,8 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
                 int64_t end = std::min(start + TOGETHER, length);
                 for (int64_t i = start; i < end; i += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
-                        multiply(scores.from<float>(i - start, j), {queries + i * size, size * 2}, keys_packed.from(j),
-                                 size / 32);
+                        multiply(scores.from<float>(i - start, j), {queries + i * size, size * 2},
+                                 keys_packed.from(j), size / 32);
                 for (int64_t j = 0; j < length && query_table; j += BLOCK) {
                     for (int64_t c = 0; c < end - start + BLOCK; c += BLOCK)
                         multiply(term.from<float>(0, c), {keys + j * size, size * 2},
@@ -156,7 +156,8 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
                         for (int64_t s = 0; s < BLOCK; s += TILE) {
                             Vector tile[TILE];
                             for (int64_t n = 0; n < TILE; n++)
-                                std::memcpy(&tile[n], term.row(s + n) + BLOCK - 1 - s - n + r, sizeof(Vector));
+                                std::memcpy(&tile[n], term.row(s + n) + BLOCK - 1 - s - n + r,
+                                            sizeof(Vector));
                             transpose(tile);
                             for (int64_t n = 0; n < TILE; n++) {
                                 float* to = scores.row(r + n) + j + s;
@@ -185,8 +186,8 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
                         softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
                     }
                     for (int64_t d = 0; d < size; d += BLOCK)
-                        multiply(sums.from<float>(0, d), dropped.from<const bfloat16>(0, 0), values_packed.from(0, d),
-                                 length / 32);
+                        multiply(sums.from<float>(0, d), dropped.from<const bfloat16>(0, 0),
+                                 values_packed.from(0, d), length / 32);
                     for (int64_t n = 0; n < BLOCK; n++) {
                         bfloat16* to = context + ((b * length + i + n) * heads + head) * size;
                         for (int64_t d = 0; d < size; d++) sums.row(n)[d] *= scale;
@@ -198,8 +199,8 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
     }
 }
 
-// Gradient of queries [L, D]: what content and positions give. `gradients` [L, L] of the scores, zeros around each row;
-// `keys` and `table` in pairs of rows. With gradients transposed, that of keys, from queries and the other table.
+// Gradient of queries [L, D]: what content and positions give. `gradients` [L, L] of the scores, zeros around
+// each row; `keys` and `table` in pairs of rows. Transposed, that of keys, from queries and the other table.
 void one_side(Matrix<bfloat16> gradients, Packed keys, Packed table, int64_t length, int64_t size,
               Matrix<float> sums, bfloat16* out) {
     for (int64_t i = 0; i < length; i += BLOCK) {
@@ -216,11 +217,12 @@ void one_side(Matrix<bfloat16> gradients, Packed keys, Packed table, int64_t len
 }
 
 // Adds the gradient of a table, [D, 2L], from `gradients` of the scores as above and `queries` [D, L].
-void table_side(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, int64_t length, int64_t size, Matrix<uint32_t> pairs,
-                Matrix<float> out) {
+void table_side(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, int64_t length, int64_t size,
+                Matrix<uint32_t> pairs, Matrix<float> out) {
     for (int64_t start = 0, end; start < length; start = end) {
         end = std::min(start + PAIRED, length);
-        // The second row of a pair needs the next distance for the same column; pairs of rows lie two distances apart.
+        // The second row of a pair needs the next distance for the same column; pairs of rows lie two
+        // distances apart.
         for (int64_t i = start; i < end; i += 2) {
             const bfloat16 *a = gradients.row(i), *b = gradients.row(i + 1) + 1;
             uint32_t* to = pairs.row((i - start) / 2);
@@ -231,7 +233,8 @@ void table_side(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, int64_t le
             for (int64_t d = 0; d < size; d += BLOCK) {
                 load_sums(out.from<float>(d, w));
                 add_product(queries.from<const bfloat16>(d, i),
-                            pairs_from(pairs, (i - start) / 2, MARGIN + w - length + 1 + i, 2), (last - i) / 32);
+                            pairs_from(pairs, (i - start) / 2, MARGIN + w - length + 1 + i, 2),
+                            (last - i) / 32);
                 store_sums(out.from<float>(d, w));
             }
         }
@@ -239,8 +242,8 @@ void table_side(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, int64_t le
 }
 
 // [W, D] of each head, from [D, 2L] of each head in each group of sequences.
-void sum_tables(const float* parts, bfloat16* tables, int64_t groups, int64_t heads, int64_t length, int64_t size,
-                int threads) {
+void sum_tables(const float* parts, bfloat16* tables, int64_t groups, int64_t heads, int64_t length,
+                int64_t size, int threads) {
     int64_t width = 2 * length;
     if (!tables) return;
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
@@ -250,19 +253,22 @@ void sum_tables(const float* parts, bfloat16* tables, int64_t groups, int64_t he
                 Vector tile[TILE] = {};
                 for (int64_t group = 0; group < groups; group++)
                     for (int64_t n = 0; n < TILE; n++) {
-                        const float* from = &parts[((group * heads + head) * size + d + n) * (width + APART) + w];
+                        const float* from =
+                            &parts[((group * heads + head) * size + d + n) * (width + APART) + w];
                         for (int64_t m = 0; m < TILE; m++) tile[n][m] += from[m];
                     }
                 transpose(tile);
                 for (int64_t n = 0; n < std::min(TILE, width - 1 - w); n++)
-                    for (int64_t m = 0; m < TILE; m++) store(tables[(head * (width - 1) + w + n) * size + d + m], tile[n][m]);
+                    for (int64_t m = 0; m < TILE; m++)
+                        store(tables[(head * (width - 1) + w + n) * size + d + m], tile[n][m]);
             }
 }
 
 void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
-                         const bfloat16* query_table, const bfloat16* kept, const bfloat16* context, const bfloat16* gradient,
-                         bfloat16* dq, bfloat16* dk, bfloat16* dv, bfloat16* dkey_table, bfloat16* dquery_table, int64_t batch,
-                         int64_t heads, int64_t length, int64_t size, float scale, int threads) {
+                         const bfloat16* query_table, const bfloat16* kept, const bfloat16* context,
+                         const bfloat16* gradient, bfloat16* dq, bfloat16* dk, bfloat16* dv,
+                         bfloat16* dkey_table, bfloat16* dquery_table, int64_t batch, int64_t heads,
+                         int64_t length, int64_t size, float scale, int threads) {
     auto key_tables = pack_tables(key_table, heads, length, size, false, threads);
     auto query_tables = pack_tables(query_table, heads, length, size, false, threads);
     int64_t table_width = 2 * length + APART, table_part = size * table_width;
@@ -272,7 +278,8 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        auto [gradients, mirrored, outer, turned, pairs, vt, rows, block, sums] = make_room<BackwardRoom>(length, size);
+        auto [gradients, mirrored, outer, turned, pairs, vt, rows, block, sums] =
+            make_room<BackwardRoom>(length, size);
         int64_t width = gradients.width;
         std::vector<float> inner(length);
         for (int64_t i = 0; i < length; i++)
@@ -304,12 +311,14 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                     round_all(scaled, outer.row(i), size);
                     inner[i] = total;
                 }
-                // Gradients of the scores, also transposed; and the probabilities that multiplied v, in pairs of rows.
+                // Gradients of the scores, also transposed; and the probabilities that multiplied v, in pairs
+                // of rows.
                 Packed values_packed{vt.at, size, true}, rows_packed{rows.at, size, false};
                 pack_columns(v + start, length, size, values_packed);
                 for (int64_t i = 0; i < length; i += BLOCK) {
                     for (int64_t j = 0; j < length; j += BLOCK)
-                        multiply(block.from<float>(0, j), outer.from<const bfloat16>(i, 0), values_packed.from(j), size / 32);
+                        multiply(block.from<float>(0, j), outer.from<const bfloat16>(i, 0),
+                                 values_packed.from(j), size / 32);
                     for (int64_t n = 0; n < BLOCK; n++) {
                         const bfloat16* keep = kept + (matrix * length + i + n) * length;
                         float *s = block.row(n), product = inner[i + n];
@@ -323,15 +332,18 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                     for (int64_t n = 0; n < BLOCK; n += 2) {
                         const bfloat16 *low = kept + (matrix * length + i + n) * length, *high = low + length;
                         uint32_t* to = pairs.row((i + n) / 2);
-                        for (int64_t j = 0; j < length; j++) to[j] = pair(undropped(low[j]), undropped(high[j]));
+                        for (int64_t j = 0; j < length; j++)
+                            to[j] = pair(undropped(low[j]), undropped(high[j]));
                     }
-                    for (int64_t j = 0; j < length; j += BLOCK) put_transposed(block, mirrored.row(j) + MARGIN + i, width, j);
+                    for (int64_t j = 0; j < length; j += BLOCK)
+                        put_transposed(block, mirrored.row(j) + MARGIN + i, width, j);
                 }
                 // Gradients of v; of q and k; of the tables.
                 transposed(outer.at, outer.width, length, size, turned);
                 for (int64_t d = 0; d < size; d += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
-                        multiply(sums.from<float>(d, j), turned.from<const bfloat16>(d, 0), pairs_from(pairs, 0, j), length / 32);
+                        multiply(sums.from<float>(d, j), turned.from<const bfloat16>(d, 0),
+                                 pairs_from(pairs, 0, j), length / 32);
                 for (int64_t d = 0; d < size; d += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
                         put_transposed({sums.row(d), sums.width}, dv + start + j * size + d, size, j);
@@ -362,20 +374,21 @@ extern "C" __attribute__((visibility("default"))) int tiles_allowed() {
 }
 
 EXPORT attention_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
-                          const bfloat16* query_table, const bool* mask, bfloat16* kept, bfloat16* context, int64_t batch,
-                          int64_t heads, int64_t length, int64_t size, uint64_t seed, int64_t threshold, float scale,
-                          int threads) {
-    attention(q, k, v, key_table, query_table, mask, kept, context, batch, heads, length, size, seed, threshold, scale,
-              threads);
+                          const bfloat16* query_table, const bool* mask, bfloat16* kept, bfloat16* context,
+                          int64_t batch, int64_t heads, int64_t length, int64_t size, uint64_t seed,
+                          int64_t threshold, float scale, int threads) {
+    attention(q, k, v, key_table, query_table, mask, kept, context, batch, heads, length, size, seed,
+              threshold, scale, threads);
 }
 
-EXPORT attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
-                                    const bfloat16* query_table, const bfloat16* kept, const bfloat16* context,
-                                    const bfloat16* gradient, bfloat16* dq, bfloat16* dk, bfloat16* dv,
-                                    bfloat16* dkey_table, bfloat16* dquery_table, int64_t batch, int64_t heads,
-                                    int64_t length, int64_t size, float scale, int threads) {
-    attention_gradients(q, k, v, key_table, query_table, kept, context, gradient, dq, dk, dv, dkey_table, dquery_table,
-                        batch, heads, length, size, scale, threads);
+EXPORT attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v,
+                                    const bfloat16* key_table, const bfloat16* query_table,
+                                    const bfloat16* kept, const bfloat16* context, const bfloat16* gradient,
+                                    bfloat16* dq, bfloat16* dk, bfloat16* dv, bfloat16* dkey_table,
+                                    bfloat16* dquery_table, int64_t batch, int64_t heads, int64_t length,
+                                    int64_t size, float scale, int threads) {
+    attention_gradients(q, k, v, key_table, query_table, kept, context, gradient, dq, dk, dv, dkey_table,
+                        dquery_table, batch, heads, length, size, scale, threads);
 }
 
 #endif

@@ -1,6 +1,6 @@
-// One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words, dropout, GELU.
-// Built by kernels.py. Shapes and layouts are those of the Python functions that call these. Numbers are stored as float or
-// bfloat16; all arithmetic is in float. The order of sums does not depend on the number of threads.
+// One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words,
+// dropout, GELU. Built by kernels.py. Shapes and layouts are those of the Python functions that call these.
+// Numbers are stored as float or bfloat16; all arithmetic is in float. Sums do not depend on the threads.
 
 #include "kernels.h"
 
@@ -25,7 +25,8 @@ struct Blocks {
 
 // scores[k][j] += term[j][i + k], for `count` <= TILE rows i.
 template <class T>
-void add_transposed(float* scores, const T* term, const Blocks& blocks, int64_t head, int64_t i, int64_t count) {
+void add_transposed(float* scores, const T* term, const Blocks& blocks, int64_t head, int64_t i,
+                    int64_t count) {
     int64_t length = blocks.length;
     for (int64_t first = 0; first < length; first += blocks.rows) {
         int64_t step = blocks.step(first), j = first, last = first + blocks.in_block(first);
@@ -50,7 +51,8 @@ void add_transposed(float* scores, const T* term, const Blocks& blocks, int64_t 
 
 // term[j][i + k] = scores[k][j], for `count` <= TILE rows i.
 template <class T>
-void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t head, int64_t i, int64_t count) {
+void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t head, int64_t i,
+                    int64_t count) {
     int64_t length = blocks.length;
     for (int64_t first = 0; first < length; first += blocks.rows) {
         int64_t step = blocks.step(first), j = first, last = first + blocks.in_block(first);
@@ -58,7 +60,8 @@ void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t 
         if (count == TILE)
             for (; j + TILE <= last; j += TILE) {
                 Vector tile[TILE];
-                for (int64_t k = 0; k < TILE; k++) std::memcpy(&tile[k], scores + k * length + j, sizeof(Vector));
+                for (int64_t k = 0; k < TILE; k++)
+                    std::memcpy(&tile[k], scores + k * length + j, sizeof(Vector));
                 transpose(tile);
                 for (int64_t c = 0; c < TILE; c++, to += step) {
                     __builtin_prefetch(to + TILE * step, 1);
@@ -71,8 +74,9 @@ void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t 
 }
 
 template <class T>
-void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads, int64_t length,
-                   int64_t block_rows, uint64_t seed, int64_t first, int threshold, int threads) {
+void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads,
+                   int64_t length, int64_t block_rows, uint64_t seed, int64_t first, int threshold,
+                   int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
     bool padded = !std::all_of(mask, mask + length, [](bool real) { return real; });
@@ -97,7 +101,7 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
             for (int64_t k = 0; k < count; k++) {
                 float* __restrict s = &room[k * length];
                 int64_t row = (head * length + i + k) * length;
-                T *__restrict to = scores + row, *__restrict keep = kept + row;
+                T* __restrict to = scores + row, * __restrict keep = kept + row;
                 if (!mask[i + k]) {
                     std::memset(to, 0, length * sizeof(T));
                     std::memset(keep, 0, length * sizeof(T));
@@ -112,8 +116,8 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
 }
 
 template <class T>
-void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner, int64_t heads,
-                     int64_t length, int64_t block_rows, int threads) {
+void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,
+                     int64_t heads, int64_t length, int64_t block_rows, int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
@@ -142,8 +146,8 @@ void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, co
 }
 
 template <class In, class Out>
-void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int threshold, float scale,
-             int threads) {
+void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int threshold,
+             float scale, int threads) {
     constexpr int64_t PART = 4096;
 #pragma omp parallel num_threads(threads)
     {
@@ -163,7 +167,8 @@ void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t
 }
 
 template <class T>
-void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t group, int threads) {
+void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t group,
+                int threads) {
     int64_t groups = (columns + group - 1) / group;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t m = 0; m < rows; m++) {
@@ -180,8 +185,8 @@ void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int6
 }
 
 template <class T>
-void chunk_gradients(T* logits, const float* shift, const float* weight, const int64_t* target, const float* sign,
-                     float* dbias, int64_t rows, int64_t columns, int threads) {
+void chunk_gradients(T* logits, const float* shift, const float* weight, const int64_t* target,
+                     const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {
     constexpr int64_t PART = 512;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < columns; first += PART) {
@@ -218,9 +223,11 @@ void transposed(const In* x, Out* out, float* sums, int64_t rows, int64_t column
                 for (int64_t half = 0; half < 2 * TILE; half += TILE) {
                     Vector tile[TILE];
                     for (int64_t k = 0; k < TILE; k++)
-                        for (int64_t c = 0; c < TILE; c++) tile[k][c] = load(x[(i + half + k) * columns + j + c]);
+                        for (int64_t c = 0; c < TILE; c++)
+                            tile[k][c] = load(x[(i + half + k) * columns + j + c]);
                     transpose(tile);
-                    for (int64_t k = 0; k < TILE; k++) round_all(&tile[k][0], out + (j + k) * rows + i + half, TILE);
+                    for (int64_t k = 0; k < TILE; k++)
+                        round_all(&tile[k][0], out + (j + k) * rows + i + half, TILE);
                     if (sums)
                         for (int64_t k = 0; k < TILE; k++) total[k] += tile[k];
                 }
@@ -259,43 +266,48 @@ void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                              \
-    EXPORT probabilities_##NAME(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads,       \
-                                int64_t length, int64_t block_rows, uint64_t seed, int64_t first, int64_t threshold,   \
-                                int threads) {                                                                         \
-        probabilities(scores, kept, c2p, p2c, mask, heads, length, block_rows, seed, first, threshold, threads);       \
-    }                                                                                                                  \
-    EXPORT score_gradients_##NAME(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,         \
-                                  int64_t heads, int64_t length, int64_t block_rows, int threads) {                    \
-        score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows, threads);                \
-    }                                                                                                                  \
-    EXPORT chunk_sums_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,              \
-                             int64_t group, int threads) {                                                             \
-        chunk_sums(logits, largest, sums, rows, columns, group, threads);                                              \
-    }                                                                                                                  \
-    EXPORT chunk_gradients_##NAME(T* logits, const float* shift, const float* weight, const int64_t* target,           \
-                                  const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {       \
-        chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);                           \
-    }                                                                                                                  \
-    EXPORT gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                                     \
-        gelu_gradients(x, gradients, count, threads);                                                                  \
+#define FOR_TYPE(T, NAME)                                                                                    \
+    EXPORT probabilities_##NAME(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask,            \
+                                int64_t heads, int64_t length, int64_t block_rows, uint64_t seed,            \
+                                int64_t first, int64_t threshold, int threads) {                             \
+        probabilities(scores, kept, c2p, p2c, mask, heads, length, block_rows, seed, first, threshold,       \
+                      threads);                                                                              \
+    }                                                                                                        \
+    EXPORT score_gradients_##NAME(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c,                   \
+                                  const float* inner, int64_t heads, int64_t length, int64_t block_rows,     \
+                                  int threads) {                                                             \
+        score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows, threads);      \
+    }                                                                                                        \
+    EXPORT chunk_sums_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,    \
+                             int64_t group, int threads) {                                                   \
+        chunk_sums(logits, largest, sums, rows, columns, group, threads);                                    \
+    }                                                                                                        \
+    EXPORT chunk_gradients_##NAME(T* logits, const float* shift, const float* weight, const int64_t* target, \
+                                  const float* sign, float* dbias, int64_t rows, int64_t columns,            \
+                                  int threads) {                                                             \
+        chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);                 \
+    }                                                                                                        \
+    EXPORT gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                           \
+        gelu_gradients(x, gradients, count, threads);                                                        \
     }
 
 FOR_TYPE(float, float32)
 FOR_TYPE(bfloat16, bfloat16)
 
-EXPORT transposed_float32(const float* x, bfloat16* out, float* sums, int64_t rows, int64_t columns, int threads) {
+EXPORT transposed_float32(const float* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,
+                          int threads) {
     transposed(x, out, sums, rows, columns, threads);
 }
 
-EXPORT transposed_bfloat16(const bfloat16* x, bfloat16* out, float* sums, int64_t rows, int64_t columns, int threads) {
+EXPORT transposed_bfloat16(const bfloat16* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,
+                           int threads) {
     transposed(x, out, sums, rows, columns, threads);
 }
 
-#define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                                          \
-    EXPORT dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count, uint64_t seed,    \
-                                          int64_t threshold, float scale, int threads) {                               \
-        dropout(x, residual, out, count, seed, threshold, scale, threads);                                             \
+#define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                           \
+    EXPORT dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count,    \
+                                          uint64_t seed, int64_t threshold, float scale, int threads) { \
+        dropout(x, residual, out, count, seed, threshold, scale, threads);                              \
     }
 
 FOR_TYPES(float, float, float32, float32)

@@ -45,7 +45,8 @@ inline void round_all(const float* x, bfloat16* to, int64_t count) {
     int64_t j = 0;
 #ifdef __AVX512BF16__
     for (; j + 16 <= count; j += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j))));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
+                            __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j))));
 #endif
     for (; j < count; j++) store(to[j], x[j]);
 }
@@ -54,7 +55,8 @@ inline void round_all(const float* x, bfloat16* to, int64_t count) {
 inline float exponential(float x) {
     float n = std::nearbyint(x * 1.44269504f);
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f + r * (4.1666463e-2f + r * (8.3334569e-3f + r * 1.3929848e-3f)))));
+    float y = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f +
+                                            r * (4.1666463e-2f + r * (8.3334569e-3f + r * 1.3929848e-3f)))));
     n = n > -126 ? n : -126;  // also for NaN
     n = n < 127 ? n : 127;
     uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
@@ -63,11 +65,12 @@ inline float exponential(float x) {
     return x < -87 ? 0 : y * power;
 }
 
-// The standard normal distribution at x: function, and density. Abramowitz and Stegun, 7.1.26, off by 1.5e-7 at most.
+// The standard normal distribution at x: function and density (Abramowitz and Stegun, 7.1.26: to 1.5e-7).
 inline void normal(float x, float& below, float& density) {
     float e = exponential(-0.5f * x * x);
     float t = 1 / (1 + 0.3275911f * 0.70710678f * std::fabs(x));
-    float y = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float y = t * (0.254829592f +
+                   t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     float tail = 0.5f * y * e;
     below = x < 0 ? tail : 1 - tail;
     density = 0.39894228f * e;
@@ -98,7 +101,7 @@ inline uint64_t random_word(uint64_t seed, uint64_t n) {
 
 typedef uint16_t __attribute__((may_alias)) Bits;
 
-// 16 bits for each of `count` elements from number `first` on, four elements to a word. `words` is room for them.
+// 16 bits for each of `count` elements from number `first` on, four to a word. `words` is their buffer.
 const Bits* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector<uint64_t>& words) {
     int64_t start = first / 4, number = (first + count + 3) / 4 - start;
     if (int64_t(words.size()) < number) words.resize(number);
@@ -108,21 +111,23 @@ const Bits* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector
     return reinterpret_cast<const Bits*>(to) + first % 4;
 }
 
-inline void zero_dropped(const float* __restrict x, float* __restrict to, const Bits* bits, uint16_t last, int64_t count) {
+inline void zero_dropped(const float* __restrict x, float* __restrict to, const Bits* bits, uint16_t last,
+                         int64_t count) {
     for (int64_t j = 0; j < count; j++) to[j] = bits[j] <= last ? 0 : x[j];
 }
 
-inline void zero_dropped(const bfloat16* x, bfloat16* to, const Bits* __restrict bits, uint16_t last, int64_t count) {
+inline void zero_dropped(const bfloat16* x, bfloat16* to, const Bits* __restrict bits, uint16_t last,
+                         int64_t count) {
     const Bits* __restrict from = reinterpret_cast<const Bits*>(x);
     Bits* __restrict out = reinterpret_cast<Bits*>(to);
     for (int64_t j = 0; j < count; j++) out[j] = bits[j] <= last ? 0 : from[j];
 }
 
-// Softmax of a row of `count` scores, which this overwrites: into `to` with zeros where dropped, into `keep` with a minus sign
-// there. `first` is the number of the first element's random bits.
+// Softmax of a row of `count` scores, which this overwrites: into `to` with zeros where dropped, into `keep`
+// with a minus sign there. `first` is the number of the first element's random bits.
 template <class T>
-void softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t count, uint64_t seed, int64_t first,
-             int threshold, std::vector<uint64_t>& words) {
+void softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t count, uint64_t seed,
+             int64_t first, int threshold, std::vector<uint64_t>& words) {
     float sum = 0, largest = maximum(s, count);
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < count; j++) {

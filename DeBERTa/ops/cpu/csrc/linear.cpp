@@ -1,8 +1,10 @@
-// Linear maps and the feed-forward, and their gradients, in bfloat16 on processors with AMX. Weights come in float32 and are
-// rounded while they are laid out for the product; what follows a product is done while the tiles compute the next.
+// Linear maps and the feed-forward, and their gradients, in bfloat16 on processors with AMX. Weights come in
+// float32 and are rounded while they are laid out for the product; the epilogue runs while tiles compute the
+// next.
 //
-// Names: x [M, K], weight [N, K], y [M, N]; in functions `rows`, `depth` and `columns` are M, K and N. K and N are multiples of
-// 32. Functions "of all threads" are called by each thread of a parallel region, and share their work among them.
+// Names: x [M, K], weight [N, K], y [M, N]; `rows`, `depth` and `columns` are M, K and N. K and N are
+// multiples of
+// 32. Functions "of all threads" are called by each thread of a parallel region and share the work.
 
 #include "tiles.h"
 
@@ -27,8 +29,8 @@ struct Blocks {
     Left from(int64_t i) const { return {i + BLOCK <= rows ? x + i * distance : last.data(), distance * 2}; }
 };
 
-// Of all threads: N products of the same size, block by block. `finish(i, j, n, sums)` takes row n of each one's block from
-// (i, j) on, in order, also where that is past the last row, and may write over it.
+// Of all threads: N products of the same size, block by block. `finish(i, j, n, sums)` takes row n of each
+// one's block from (i, j) on, in order, also where that is past the last row, and may write over it.
 template <int64_t N, class F>
 void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F finish) {
     int64_t steps = 0;
@@ -49,7 +51,8 @@ void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F fi
 // 32 numbers of two rows, as `pack_rows` places them.
 inline void pack_pair(const float* low, const float* high, uint32_t* to) {
     for (int64_t half = 0; half < 2; half++)
-        _mm512_storeu_si512(to + half * TILE * TILE, pairs(rounded(low + half * TILE), rounded(high + half * TILE)));
+        _mm512_storeu_si512(to + half * TILE * TILE,
+                            pairs(rounded(low + half * TILE), rounded(high + half * TILE)));
 }
 
 // Of all threads: the transpose of x [rows, columns], zeros after it.
@@ -61,7 +64,8 @@ void turn(const bfloat16* x, int64_t rows, int64_t columns, int64_t depth, const
             Vector tiles[2][TILE];
             for (int64_t n = 0; n < TILE; n++) {
                 const bfloat16* row = x + (i + 2 * n) * columns + j;
-                const bfloat16 *low = i + 2 * n < rows ? row : zeros, *high = i + 2 * n + 1 < rows ? row + columns : zeros;
+                const bfloat16 *low = i + 2 * n < rows ? row : zeros,
+                               *high = i + 2 * n + 1 < rows ? row + columns : zeros;
                 __builtin_prefetch(row + BLOCK * columns);
                 __builtin_prefetch(row + (BLOCK + 1) * columns);
                 for (int64_t half = 0; half < 2; half++)
@@ -75,7 +79,7 @@ void turn(const bfloat16* x, int64_t rows, int64_t columns, int64_t depth, const
         }
 }
 
-// Of all threads, which may go on: sums of the rows of x [rows, columns].
+// Of all threads, without a barrier at the end: sums of the rows of x [rows, columns].
 void sum_rows(const Between& x, int64_t rows, int64_t columns, float* sums) {
     const __m512bh ones = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1), _mm512_set1_ps(1));
 #pragma omp for schedule(static) nowait
@@ -89,7 +93,8 @@ void sum_rows(const Between& x, int64_t rows, int64_t columns, float* sums) {
 
 // Of all threads: y = x weight^T + bias, or GELU of that. The factor takes the weight.
 template <bool GELU>
-void affine(const bfloat16* x, const float* weight, const float* bias, Factor& factor, bfloat16* y, int64_t rows) {
+void affine(const bfloat16* x, const float* weight, const float* bias, Factor& factor, bfloat16* y,
+            int64_t rows) {
     int64_t columns = factor.columns;
     factor.take_columns(weight);
     multiply_all<1>({{x, rows, factor.depth}}, {&factor}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
@@ -106,30 +111,32 @@ void affine(const bfloat16* x, const float* weight, const float* bias, Factor& f
     });
 }
 
-// Of all threads: the gradient of x, from that of y, rows `distance` elements apart. The factor takes the weight.
-void affine_inputs(const bfloat16* gradient, int64_t distance, const float* weight, Factor& factor, bfloat16* dx,
-                   int64_t rows) {
+// Of all threads: the gradient of x, from that of y, rows `distance` elements apart.
+void affine_inputs(const bfloat16* gradient, int64_t distance, const float* weight, Factor& factor,
+                   bfloat16* dx, int64_t rows) {
     int64_t columns = factor.columns;
     factor.take_rows(weight, factor.depth);
-    multiply_all<1>({{gradient, rows, distance}}, {&factor}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
-        if (i + n < rows) put(done->row(n), dx + (i + n) * columns + j);
-    });
+    multiply_all<1>({{gradient, rows, distance}}, {&factor},
+                    [=](int64_t i, int64_t j, int64_t n, Block* done) {
+                        if (i + n < rows) put(done->row(n), dx + (i + n) * columns + j);
+                    });
 }
 
 // Of all threads: the gradients of weight [N, K] and bias, if wanted, from y's, transposed [N, M], and x.
 void affine_weights(const Between& gradient, const Factor& x, float* dweight, float* dbias, int64_t columns) {
     int64_t depth = x.columns;
     if (dbias) sum_rows(gradient, columns, x.depth, dbias);
-    multiply_all<1>({{gradient.row(0), columns, gradient.distance}}, {&x}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
-        put_through(done->row(n), dweight + (i + n) * depth + j);
-    });
+    multiply_all<1>({{gradient.row(0), columns, gradient.distance}}, {&x},
+                    [=](int64_t i, int64_t j, int64_t n, Block* done) {
+                        put_through(done->row(n), dweight + (i + n) * depth + j);
+                    });
     _mm_sfence();
 }
 
 }  // namespace
 
-EXPORT affine_bfloat16_float32(const bfloat16* x, const float* weight, const float* bias, bfloat16* y, int64_t rows,
-                               int64_t depth, int64_t columns, int threads) {
+EXPORT affine_bfloat16_float32(const bfloat16* x, const float* weight, const float* bias, bfloat16* y,
+                               int64_t rows, int64_t depth, int64_t columns, int threads) {
     Factor factor(depth, columns);
 #pragma omp parallel num_threads(threads)
     {
@@ -139,9 +146,9 @@ EXPORT affine_bfloat16_float32(const bfloat16* x, const float* weight, const flo
 }
 
 // `dx` and `dbias` may be null.
-EXPORT affine_gradients_bfloat16_float32(const bfloat16* gradient, const bfloat16* x, const float* weight, bfloat16* dx,
-                                         float* dweight, float* dbias, int64_t rows, int64_t depth, int64_t columns,
-                                         int threads) {
+EXPORT affine_gradients_bfloat16_float32(const bfloat16* gradient, const bfloat16* x, const float* weight,
+                                         bfloat16* dx, float* dweight, float* dbias, int64_t rows,
+                                         int64_t depth, int64_t columns, int threads) {
     Factor weights(columns, depth), inputs(rows, depth);
     Between turned(columns, inputs.depth);
 #pragma omp parallel num_threads(threads)
@@ -155,9 +162,9 @@ EXPORT affine_gradients_bfloat16_float32(const bfloat16* gradient, const bfloat1
 }
 
 // outer(GELU(inner(x))) for two linear maps.
-EXPORT feed_forward_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias, const float* outer,
-                                     const float* outer_bias, bfloat16* y, int64_t rows, int64_t depth, int64_t columns,
-                                     int threads) {
+EXPORT feed_forward_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias,
+                                     const float* outer, const float* outer_bias, bfloat16* y, int64_t rows,
+                                     int64_t depth, int64_t columns, int threads) {
     Factor first(depth, columns), second(columns, depth);
     std::unique_ptr<bfloat16[]> activated(new bfloat16[rows * columns]);
 #pragma omp parallel num_threads(threads)
@@ -169,29 +176,36 @@ EXPORT feed_forward_bfloat16_float32(const bfloat16* x, const float* inner, cons
 }
 
 EXPORT feed_forward_gradients_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias,
-                                               const bfloat16* gradient, const float* outer, bfloat16* dx, float* dinner,
-                                               float* dinner_bias, float* douter, float* douter_bias, int64_t rows,
-                                               int64_t depth, int64_t columns, int threads) {
-    Factor forth(depth, columns), back(depth, columns), down(columns, depth), inputs(rows, depth), activated(rows, columns);
-    Between dhidden(inputs.depth, columns), turned_dhidden(columns, inputs.depth), turned(depth, inputs.depth);
+                                               const bfloat16* gradient, const float* outer, bfloat16* dx,
+                                               float* dinner, float* dinner_bias, float* douter,
+                                               float* douter_bias, int64_t rows, int64_t depth,
+                                               int64_t columns, int threads) {
+    Factor forth(depth, columns), back(depth, columns), down(columns, depth), inputs(rows, depth),
+        activated(rows, columns);
+    Between dhidden(inputs.depth, columns), turned_dhidden(columns, inputs.depth),
+        turned(depth, inputs.depth);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         forth.take_columns(inner);
         back.take_rows(outer, depth);
-        multiply_all<2>(
-            {{x, rows, depth}, {gradient, rows, depth}}, {&forth, &back}, [&](int64_t i, int64_t j, int64_t n, Block* done) {
-                float *hidden = done[0].row(n), *slope = done[1].row(n);
-                for (int64_t c = 0; c < BLOCK; c++) {
-                    float value = hidden[c] + inner_bias[j + c], below, density;
-                    normal(value, below, density);
-                    hidden[c] = value * below;
-                    slope[c] *= below + value * density;
-                }
-                put(slope, dhidden.row(i + n) + j);
-                if (n % 2) pack_pair(done[0].row(n - 1), hidden, activated.panel(j, i).at + n / 2 * TILE);
-                if (n == BLOCK - 1) put_transposed({done[1].at, BLOCK}, turned_dhidden.row(j) + i, turned_dhidden.distance, 0);
-            });
+        multiply_all<2>({{x, rows, depth}, {gradient, rows, depth}}, {&forth, &back},
+                        [&](int64_t i, int64_t j, int64_t n, Block* done) {
+                            float *hidden = done[0].row(n), *slope = done[1].row(n);
+                            for (int64_t c = 0; c < BLOCK; c++) {
+                                float value = hidden[c] + inner_bias[j + c], below, density;
+                                normal(value, below, density);
+                                hidden[c] = value * below;
+                                slope[c] *= below + value * density;
+                            }
+                            put(slope, dhidden.row(i + n) + j);
+                            if (n % 2)
+                                pack_pair(done[0].row(n - 1), hidden,
+                                          activated.panel(j, i).at + n / 2 * TILE);
+                            if (n == BLOCK - 1)
+                                put_transposed({done[1].at, BLOCK}, turned_dhidden.row(j) + i,
+                                               turned_dhidden.distance, 0);
+                        });
         affine_inputs(dhidden.row(0), dhidden.distance, inner, down, dx, rows);
         inputs.take_rows(x, rows);
         affine_weights(turned_dhidden, inputs, dinner, dinner_bias, columns);

@@ -1,7 +1,7 @@
 // Tiles of matrices in the processor's registers (AMX), for products in bfloat16.
 //
-// A tile holds 16 rows of 64 bytes, with any distance between the rows in memory. The second factor of a product has two of
-// its rows in one, in pairs of numbers.
+// A tile holds 16 rows of 64 bytes, with any distance between the rows in memory. The second factor of a
+// product has two of its rows in one, in pairs of numbers.
 
 #pragma once
 
@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;  // rows and columns of a product: two by two tiles
-constexpr int64_t APART = 16;  // floats, or twice as many bfloat16, between rows, lest these compete for lines of the cache
+constexpr int64_t APART = 16;  // floats between rows, so that these do not compete for cache lines
 
 // GCC does not know that loading tiles reads memory: what was written before it has to be there.
 inline void finish_writing() { asm volatile("" ::: "memory"); }
@@ -46,29 +46,29 @@ struct Rows {
 typedef Rows<const bfloat16> Left;
 typedef Rows<float> Sums;
 
-// Tiles of pairs, in bytes: from row to row, from 32 rows of the factor to the next, to the tile 16 columns further on.
+// Tiles of pairs, in bytes: from row to row, from 32 rows to the next, to the tile 16 columns on.
 struct Right {
     const uint32_t* at;
-    int64_t row, step, beside;
+    int64_t row, step, next;
 };
 
-// sums [32, 32] += left [32, 32 * steps] right [32 * steps, 32], where the sums are tiles 0 to 3. After each step `beside`
-// has its turn: what it computes costs little, as the tiles are slower.
+// sums [32, 32] += left [32, 32 * steps] right [32 * steps, 32], where the sums are tiles 0 to 3. After each
+// step `interleaved` is called: it overlaps with the slower tile instructions.
 template <class F>
-inline void add_product(Left left, Right right, int64_t steps, F beside) {
+inline void add_product(Left left, Right right, int64_t steps, F interleaved) {
     finish_writing();
     const char* a = reinterpret_cast<const char*>(left.at);
     const char* b = reinterpret_cast<const char*>(right.at);
     for (int64_t step = 0; step < steps; step++, a += 64, b += right.step) {
         _tile_loadd(4, a, left.row);
         _tile_loadd(6, b, right.row);
-        _tile_loadd(7, b + right.beside, right.row);
+        _tile_loadd(7, b + right.next, right.row);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, a + 16 * left.row, left.row);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        beside();
+        interleaved();
     }
 }
 
@@ -131,7 +131,7 @@ inline __m512i pairs(__m256i low, __m256i high) {
 inline __m256i rounded(const bfloat16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 inline __m256i rounded(const float* x) { return __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
 
-// [rows, D], or its transpose, as the second factor of a product: in pairs of rows, a tile's words one after the other.
+// [rows, D], or its transpose, as the second factor of a product: in pairs of rows, tile by tile.
 struct Packed {
     uint32_t* at;
     int64_t size;
@@ -163,7 +163,8 @@ void pack_columns(const T* x, int64_t rows, int64_t size, Packed to) {
             Vector tile[TILE];  // of pairs, which are only moved
             for (int64_t k = 0; k < TILE; k++) {
                 const T* row = x + (i + k) * size + d;
-                tile[k] = Vector(_mm512_inserti64x4(_mm512_castsi256_si512(rounded(row)), rounded(row + TILE), 1));
+                tile[k] =
+                    Vector(_mm512_inserti64x4(_mm512_castsi256_si512(rounded(row)), rounded(row + TILE), 1));
             }
             transpose(tile);
             std::memcpy(to.at + i / 32 * 16 * size + d * 16 + i % 32 * TILE, tile, sizeof(tile));
@@ -181,7 +182,7 @@ void put_transposed(Matrix<float> from, bfloat16* to, int64_t distance, int64_t 
         }
 }
 
-// The second factor [depth, columns] of a product, cut into panels of 32 columns, each packed from its first row to its last.
+// The second factor [depth, columns] of a product, cut into panels of 32 columns, each packed row by row.
 struct Factor {
     int64_t depth, columns;
     std::unique_ptr<uint32_t[]> words{new uint32_t[columns * depth / 2]};
@@ -190,7 +191,9 @@ struct Factor {
     Factor(int64_t depth, int64_t columns) : depth((depth + 31) / 32 * 32), columns(columns) {}
 
     // Of columns from j, from row `i` on.
-    Packed panel(int64_t j, int64_t i = 0) const { return {&words[(j * depth + i * BLOCK) / 2], BLOCK, false}; }
+    Packed panel(int64_t j, int64_t i = 0) const {
+        return {&words[(j * depth + i * BLOCK) / 2], BLOCK, false};
+    }
 
     // Of all threads: the transpose of x [columns, depth], as y takes the weight.
     template <class T>
@@ -214,7 +217,8 @@ struct Between {
     int64_t distance;
     std::unique_ptr<bfloat16[]> numbers;
 
-    Between(int64_t rows, int64_t columns) : distance(columns + 2 * APART), numbers(new bfloat16[rows * distance]) {}
+    Between(int64_t rows, int64_t columns)
+        : distance(columns + 2 * APART), numbers(new bfloat16[rows * distance]) {}
     bfloat16* row(int64_t i) const { return &numbers[i * distance]; }
 };
 
@@ -232,16 +236,16 @@ struct Product {
     int64_t steps;
 };
 
-// Blocks of N products each, one after the other. `finish(i, j, n, sums)` has turn n of `turns` with the block from (i, j) on,
-// in order, and may write over it. Some turns come after each of a block's `steps` and take the block before, so that what
-// they do is done while the tiles compute.
+// Blocks of N products each, one after the other. `finish(i, j, n, sums)` has turn n of `turns` with the
+// block from (i, j) on, in order, and may write over it. Some turns come after each of a block's `steps` and
+// take the block before, so that what they do is done while the tiles compute.
 template <int64_t N, class F>
 class Pipeline {
     Block blocks[2][N];
     F finish;
     int64_t turns, at_once, count = 0, done_i = 0, done_j = 0;
 
-public:
+  public:
     Pipeline(F finish, int64_t turns, int64_t steps)
         : finish(finish), turns(turns), at_once(turns / std::max(steps, int64_t(1)) + 1) {}
 
@@ -271,13 +275,13 @@ public:
     }
 };
 
-// 32 numbers, which fill a line of the cache. The line beside it, which comes next, is fetched.
+// 32 numbers, which fill a line of the cache. The next line is fetched.
 inline void put(const float* sums, bfloat16* to) {
     _mm512_storeu_si512(to, __m512i(_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + TILE), _mm512_load_ps(sums))));
     __builtin_prefetch(to + BLOCK, 1);
 }
 
-// 32 numbers that nobody reads soon: past the cache, where their memory allows. `_mm_sfence` has to follow the last of them.
+// 32 numbers that nobody reads soon: past the cache, where memory allows. `_mm_sfence` has to follow.
 inline void put_through(const float* sums, float* to) {
     if (reinterpret_cast<uintptr_t>(to) % 64) {
         std::copy(sums, sums + BLOCK, to);
