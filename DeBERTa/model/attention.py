@@ -1,7 +1,7 @@
 """Disentangled self-attention (DeBERTa, section 3.1) in plain PyTorch.
 
-Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size, S rows of the relative-position
-table.
+Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size.
+S is the number of rows of the relative-position table.
 """
 
 import math
@@ -30,7 +30,10 @@ def map_to_buckets(distances: torch.Tensor, buckets: int, max_distance: int) -> 
 
 
 def map_to_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Map signed distances to rows of the table: int64, in [0, 2 * span)."""
+    """Map signed distances to rows of the relative-position table.
+
+    Returns int64 of the same shape, values in [0, 2 * span).
+    """
     span = config.position_span
     buckets = map_to_buckets(distances, config.position_buckets, config.max_distance)
     return (buckets + span).clamp(0, 2 * span - 1)
@@ -50,11 +53,11 @@ class RelativePositions(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What queries attend to.
+    """Keys, values and relative positions that queries attend to.
 
     k, v: [B, H, L, D]. input_mask: bool [B, L].
-    slots: int64 [L, L], or [B, M, L] for queries at selected positions. key_table: [H, S, D], the projected
-    table.
+    slots: int64 [L, L], or [B, M, L] for queries at selected positions.
+    key_table: [H, S, D], the projected relative-position table.
     position_to_content: [B, H, M, L], scores of the p2c term, which do not depend on the queries' content.
     The last three are None where a term is not in use.
     """
@@ -100,7 +103,7 @@ class DisentangledSelfAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
-        """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding.
+        """Return the context [B, L, H * D] of `hidden_states` [B, L, h], zero at padding.
 
         `positions` is needed with relative attention only.
         """
@@ -135,9 +138,9 @@ class DisentangledSelfAttention(nn.Module):
         return Keys(k, v, input_mask, slots, key_table, scores)
 
     def project_positions(self, table: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Project `table` [S, h] to position keys and scaled position queries, [H, S, D].
+        """Project `table` [S, h] to position keys and scaled position queries.
 
-        None where the c2p or p2c term is not in use.
+        Both are [H, S, D], or None where the c2p or p2c term is not in use.
         """
         table = self.position_dropout(table)
         key_table = query_table = None
@@ -178,7 +181,10 @@ class DisentangledSelfAttention(nn.Module):
 
 
 def expand_slots(slots: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Expand int64 [(B,) rows, columns] to the batch and heads of `scores` [B, H, ...]."""
+    """Expand `slots` to the batch and heads of `scores` [B, H, ...].
+
+    slots: int64 [(B,) rows, columns]. Returns int64 [B, H, rows, columns].
+    """
     if slots.dim() == 3:
         slots = slots[:, None]
     return slots.expand(*scores.shape[:2], *slots.shape[-2:])

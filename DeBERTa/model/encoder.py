@@ -1,4 +1,6 @@
-"""Embeddings, transformer layers, encoder (DeBERTa, section 3; the convolution is DeBERTa v2's).
+"""Embeddings, transformer layers and encoder (DeBERTa, section 3).
+
+The convolution is that of DeBERTa v2.
 
 Shapes: B batch, L length, h hidden, E embedding width. `input_mask` is bool [B, L], true at real tokens.
 """
@@ -24,7 +26,7 @@ ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class EncoderOutput(NamedTuple):
-    """The output of every layer, and the embeddings, [B, L, h] each."""
+    """Outputs of all layers, and the embeddings, [B, L, h] each."""
 
     hidden_states: tuple[torch.Tensor, ...]
     embeddings: torch.Tensor
@@ -55,7 +57,7 @@ class Embeddings(nn.Module):
         token_type_ids: torch.Tensor | None,
         shared: SharedTables | None,
     ) -> torch.Tensor:
-        """Return [B, L, h].
+        """Return the embeddings [B, L, h] of `input_ids` int64 [B, L].
 
         Raises ValueError when positions are added and L exceeds `max_position_embeddings`.
         """
@@ -97,7 +99,7 @@ class Embeddings(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """Dense, dropout, add the residual, LayerNorm."""
+    """Linear map, dropout, residual addition and LayerNorm."""
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
@@ -231,7 +233,7 @@ class Encoder(nn.Module):
         return RelativePositions(table, distance_slots, distance_slots[length - 1 - tokens[:, None] + tokens])
 
     def run(self, function: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
-        """Call a layer or one of its methods, through a checkpoint where these are on."""
+        """Call a layer or one of its methods, through gradient checkpointing if it is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -249,7 +251,10 @@ class Encoder(nn.Module):
             yield hidden_states
 
     def forward(self, embeddings: torch.Tensor, input_mask: torch.Tensor, num_layers: int) -> torch.Tensor:
-        """Return the output [B, L, h] of layer `num_layers`; those before are freed."""
+        """Return the output [B, L, h] of layer `num_layers`.
+
+        Outputs of earlier layers are not stored.
+        """
         hidden_states = embeddings
         for hidden_states in self.iterate_layers(embeddings, input_mask, num_layers):  # noqa: B007
             pass
@@ -274,8 +279,9 @@ class Deberta(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         shared: SharedTables | None = None,
     ) -> EncoderOutput:
-        """Encode `input_ids` int64 [B, L]; `input_mask` [B, L] is non-zero at real tokens.
+        """Encode `input_ids` int64 [B, L].
 
+        input_mask: [B, L], non-zero at real tokens.
         shared: the generator's tables, for a discriminator that shares embeddings.
         """
         is_real = input_mask > 0

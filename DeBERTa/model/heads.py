@@ -1,4 +1,4 @@
-"""Heads: enhanced mask decoder with the language-model head, and the replaced-token head.
+"""Language-model head with enhanced mask decoder, and replaced-token head.
 
 Shapes: B batch, L length, h hidden, E embedding width, V vocabulary, M masked positions.
 """
@@ -15,7 +15,7 @@ from DeBERTa.model.losses import ChunkOperations, MaskedLoss, vocabulary_loss
 
 
 class LMHead(nn.Module):
-    """Dense, activation, LayerNorm, product with the word table, bias per token."""
+    """Linear map, activation, LayerNorm, matmul with the word table, bias per token."""
 
     operations = ChunkOperations()
 
@@ -27,7 +27,7 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def transform(self, hidden_Mh: torch.Tensor) -> torch.Tensor:
-        """Return what is multiplied with every row of the word table, [M, E]."""
+        """Return the input [M, E] of the matmul with the word table."""
         return self.LayerNorm(self.activation(self.dense(hidden_Mh)))
 
     def forward(self, hidden_Mh: torch.Tensor, word_table_VE: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,10 @@ class LMHead(nn.Module):
         targets_M: torch.Tensor,
         uniforms_M: torch.Tensor | None,
     ) -> MaskedLoss:
-        """Return loss, correctness and, with `uniforms_M`, samples, without logits [M, V]."""
+        """Return loss and correctness without computing all logits [M, V] at once.
+
+        With `uniforms_M`, a sample per masked position is returned, too.
+        """
         x_ME = self.transform(hidden_Mh)
         return vocabulary_loss(x_ME, word_table_VE, self.bias, targets_M, uniforms_M, self.operations)
 
@@ -90,7 +93,10 @@ class EnhancedMaskDecoder(nn.Module):
 
 
 class ReplacedTokenHead(nn.Module):
-    """LayerNorm(h_0 + h_i), dense, activation, one logit; h_0 is the state of [CLS]."""
+    """LayerNorm(h_0 + h_i), linear map, activation and one logit per token.
+
+    h_0 is the hidden state of [CLS].
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

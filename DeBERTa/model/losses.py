@@ -3,7 +3,7 @@
 Shapes: M masked positions, E embedding width, V vocabulary, C tokens of a chunk, N chunks, S groups of a
 chunk, G tokens of a group.
 
-The first pass over the vocabulary keeps the largest logit of every chunk, and the sum of exponentials of
+The first pass over the vocabulary stores the largest logit of every chunk, and the sum of exponentials of
 every group. Loss and accuracy follow from these. A sample picks its chunk, then its group by these sums, then
 the token, for which only the logits of that group are recomputed. The backward pass recomputes the logits of
 each chunk.
@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK = 8192  # tokens: some hundred rows of a chunk fit in a CPU's cache; its matmuls are large enough
+CHUNK = 8192  # tokens: some hundred rows of a chunk fit in a CPU's cache, and its matmuls are large enough
 GROUP = 32  # tokens
 SAMPLE_ROWS = 512  # sampled at a time: each gathers GROUP rows of the table
 
@@ -63,9 +63,10 @@ class ChunkOperations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return unsigned gradients of the logits [M, C], and those of the bias [C].
 
-        shift_M: logarithm of the sum of exponentials, less that of `size_M`, the magnitude of the loss
-        gradients.
-        column_M: int64, the target's column, where it lies in this chunk. May overwrite `logits_MC`.
+        shift_M: logarithm of the sum of exponentials, minus that of `size_M`.
+        size_M: magnitude of the gradients of the loss.
+        column_M: int64, the target's column, where it lies in this chunk.
+        `logits_MC` may be overwritten.
         """
         grad_MC = logits_MC.float().sub_(shift_M[:, None]).exp_()
         column_M1, is_here_M = _clamp_columns(column_M, logits_MC.size(1))
@@ -75,7 +76,7 @@ class ChunkOperations:
     def differentiate_inputs(
         self, grad_MC: torch.Tensor, x_ME: torch.Tensor, table_CE: torch.Tensor, out_CE: torch.Tensor
     ) -> torch.Tensor:
-        """Return the gradient of `x_ME` [M, E]; write that of the table to `out_CE`."""
+        """Return the gradient of `x_ME`, and write that of the table to `out_CE`."""
         if out_CE.dtype == x_ME.dtype:
             torch.mm(grad_MC.t(), x_ME, out=out_CE)
         else:
@@ -125,8 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_M, _correct, _samples):
         x_ME, table_VE, bias_V, targets_M, log_total_M = ctx.saved_tensors
-        # |gradient| times the probability in one pass over the logits; the signs are applied to the rows of
-        # x.
+        # |gradient| times the probability in one pass over the logits. Signs are applied to the rows of x.
         sign_M, size_M = grad_M.sign(), grad_M.abs()
         shift_M = log_total_M - size_M.log()
         signed_x_ME = x_ME * sign_M[:, None].to(x_ME.dtype)
@@ -173,7 +173,10 @@ def _sum_chunks(
 
 
 def _clamp_columns(column_M: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return columns clamped to a chunk, int64 [M, 1], and whether they lie in it [M]."""
+    """Return columns clamped to a chunk, and whether they lie in it.
+
+    The columns are int64 [M, 1], the flags bool [M].
+    """
     return column_M.clamp(0, tokens - 1)[:, None], (column_M >= 0) & (column_M < tokens)
 
 
@@ -186,7 +189,10 @@ def _sample(
     uniforms_M: torch.Tensor,
     chunk: int,
 ) -> torch.Tensor:
-    """Draw one token per row, int64 [M]: its chunk, its group, then the token."""
+    """Draw one token per row, int64 [M].
+
+    First its chunk is drawn, then its group, then the token.
+    """
     rows_M = torch.arange(len(x_ME), device=x_ME.device)
     chunk_M, rest_M = _pick(weights_NM.t(), uniforms_M.double())
     group_M, rest_M = _pick(sums_NMS[chunk_M, rows_M], rest_M)
@@ -205,7 +211,10 @@ def _sample(
 
 
 def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a column of `weights` [M, K] per row; return it and a new uniform number."""
+    """Draw a column of `weights` [M, K] per row.
+
+    Returns the column and a new uniform number per row.
+    """
     ends = weights.double().cumsum(1)
     points = uniforms * ends[:, -1]
     # Rounding can put a point at the very end, past the last column that has weight.

@@ -1,4 +1,6 @@
-"""The models that are trained: masked language model, replaced-token detector, and both as one (RTD).
+"""Pretraining models: masked language model, replaced-token detector, RTD.
+
+RTD combines the first two as generator and discriminator.
 
 Shapes: B batch, L length, V vocabulary, M masked positions, N real positions.
 """
@@ -41,7 +43,7 @@ class Generated(NamedTuple):
 class DetectionLoss(NamedTuple):
     """Sums over the real positions.
 
-    loss: float32. correct: int64, the number of right decisions at logit 0.
+    loss: float32. correct: int64, the number of correct decisions at logit 0.
     """
 
     loss: torch.Tensor
@@ -60,10 +62,10 @@ class ReplacedTokenOutput(NamedTuple):
 
 
 def initialize(module: nn.Module, std: float) -> None:
-    """Draw the weights of Linear and Embedding from normal(0, `std`); zero biases.
+    """Draw the weights of Linear and Embedding from normal(0, `std`), and zero biases.
 
-    GDES residuals and the head's token bias are zero from their constructors; the convolution keeps PyTorch's
-    weights.
+    GDES residuals and the head's token bias are zero from their constructors. The weights of the convolution
+    stay as PyTorch initializes them.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Embedding):
@@ -73,7 +75,7 @@ def initialize(module: nn.Module, std: float) -> None:
 
 
 class MaskedLanguageModel(nn.Module):
-    """BERT, DeBERTa, or the generator of RTD: encoder and LM head over one word table."""
+    """Encoder and LM head over one word table: BERT, DeBERTa, or the RTD generator."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,9 +87,9 @@ class MaskedLanguageModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> MaskedLMOutput:
-        """Predict the masked tokens; int64 [B, L] each.
+        """Predict the masked tokens.
 
-        `labels` hold the original id where a token is masked and 0 elsewhere.
+        All inputs are int64 [B, L]. `labels` hold the original id where a token is masked, and 0 elsewhere.
         """
         masked = MaskedPositions.from_labels(labels)
         words = self.deberta.embeddings.word_embeddings(input_ids)
@@ -97,7 +99,7 @@ class MaskedLanguageModel(nn.Module):
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
     def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
-        """Return what training needs of `forward`, without the logits.
+        """Return the results of `forward` that training needs, without the logits.
 
         sample: draw a token per masked position from the predicted distribution.
         """
@@ -143,9 +145,9 @@ class ReplacedTokenDetectionModel(nn.Module):
     ) -> ReplacedTokenOutput:
         """Decide for every real position whether its token was replaced.
 
-        `input_ids` are the corrupted ids; `labels` the original id where masked, 0 elsewhere. A position
-        counts as replaced where the sample differs from the original. `shared`: the generator's tables, under
-        GDES and ES.
+        `input_ids` are the corrupted ids. `labels` hold the original id where masked, and 0 elsewhere. A
+        position counts as replaced where the sample differs from the original. `shared`: the generator's
+        tables, under GDES and ES.
         """
         logits = self.logits(input_ids, input_mask, shared)
         is_real = input_mask > 0
@@ -160,7 +162,10 @@ class ReplacedTokenDetectionModel(nn.Module):
         labels: torch.Tensor,
         shared: SharedTables | None = None,
     ) -> DetectionLoss:
-        """Return what training needs of `forward`; padding has weight 0."""
+        """Return the sums of `forward` that training needs.
+
+        Padding has weight 0.
+        """
         logits = self.logits(input_ids, input_mask, shared).float()
         is_real, replaced = input_mask > 0, is_replaced(input_ids, labels)
         weight = is_real.float()
@@ -170,7 +175,7 @@ class ReplacedTokenDetectionModel(nn.Module):
     def logits(
         self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None
     ) -> torch.Tensor:
-        """Return logits [B, L]; above 0 means replaced."""
+        """Return logits [B, L], above 0 for tokens predicted as replaced."""
         return self.mask_predictions(self.deberta.last_hidden_state(input_ids, input_mask, shared))
 
 
@@ -186,33 +191,33 @@ class RTDModel(nn.Module):
     def forward(
         self, batch: Batch, per_token: bool = False
     ) -> tuple[Generated, DetectionLoss | ReplacedTokenOutput]:
-        """Generate, sample, corrupt, discriminate.
+        """Generate samples, corrupt the input with them, and detect them.
 
-        per_token: return the discriminator's loss of every position, not their sum.
+        per_token: return the discriminator's loss of every position instead of their sum.
         """
         generated = self.generator.generate(batch)
         discriminate = self.discriminate if per_token else self.detection_loss
         return generated, discriminate(generated.corrupted_ids, batch.input_mask, batch.labels)
 
     def shared_tables(self) -> SharedTables | None:
-        """Return the generator's tables as the discriminator needs them; None under NES."""
+        """Return the generator's tables for the discriminator, or None under NES."""
         return None if self.config.embedding_sharing == "nes" else self.generator.tables()
 
     def discriminate(
         self, corrupted_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> ReplacedTokenOutput:
-        """Run the discriminator with the generator's present tables."""
+        """Run the discriminator with the generator's current tables."""
         return self.discriminator(corrupted_ids, input_mask, labels, self.shared_tables())
 
     def detection_loss(
         self, corrupted_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> DetectionLoss:
-        """Return what training needs of `discriminate`."""
+        """Return the sums of `discriminate` that training needs."""
         return self.discriminator.detection_loss(corrupted_ids, input_mask, labels, self.shared_tables())
 
     @torch.no_grad()
     def standalone_discriminator(self) -> dict[str, torch.Tensor]:
-        """Return the discriminator's state dict with full tables, sharing nothing."""
+        """Return the discriminator's state dict with full tables instead of shared ones."""
         state = {
             k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")
         }

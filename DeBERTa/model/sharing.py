@@ -1,4 +1,6 @@
-"""Embedding tables of generator and discriminator: GDES, ES and NES (DeBERTaV3, section 3.3).
+"""Embedding sharing between generator and discriminator: GDES, ES and NES.
+
+Source: DeBERTaV3, section 3.3.
 
 Sharing is explicit: the discriminator's forward pass receives the generator's tables as tensors, and each
 kind of table uses them in its own way. Shapes: V rows, E embedding width.
@@ -25,7 +27,7 @@ class SharedTables(NamedTuple):
 
 
 class TiedLookup(torch.autograd.Function):
-    """Rows of a table, and the table itself: one node where both gradients arrive.
+    """Embedding lookup that returns the table, too, so that both gradients meet here.
 
     `TiedLookup.apply(table [V, E], ids [...])` returns `table[ids]` [..., E] and `table`. The backward pass
     adds the rows' gradients to the table's in place, without a second table of zeros.
@@ -46,10 +48,10 @@ class TiedLookup(torch.autograd.Function):
 
 
 class OwnTable(nn.Embedding):
-    """A table of its own: a generator's, or a discriminator's under NES."""
+    """Table that is not shared: a generator's, or a discriminator's under NES."""
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
-        """Return the rows [..., E] of int64 `ids` [...]; `base` is not used."""
+        """Return the rows [..., E] of int64 `ids` [...], without using `base`."""
         return super().forward(ids)
 
     def full(self, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
@@ -58,14 +60,14 @@ class OwnTable(nn.Embedding):
 
 
 class ResidualTable(nn.Module):
-    """GDES: another model's table, without gradient, plus a residual from zero."""
+    """GDES table: another model's, without gradient, plus a residual initialized to 0."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self._weight = nn.Parameter(torch.zeros(rows, width))  # the published name
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """Return `base[ids] + residual[ids]`, [..., E]; full tables are not added."""
+        """Return `base[ids] + residual[ids]` [..., E] without adding full tables."""
         return F.embedding(ids, base.detach()) + F.embedding(ids, self._weight)
 
     def full(self, base: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,7 @@ class ResidualTable(nn.Module):
 
 
 class BorrowedTable(nn.Module):
-    """ES: another model's table, which gets the gradients of both losses."""
+    """ES table: another model's, which receives the gradients of both losses."""
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the rows [..., E] of int64 `ids` [...]."""

@@ -20,10 +20,10 @@ from DeBERTa.ops.cpu import library
 
 
 def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
-    """Use the faster implementations for `device`; return the attention in use.
+    """Use the faster implementations for `device`, and return the attention in use.
 
-    attention: "auto", "eager", "sdpa" or "triton". is_compiled: `torch.compile` will see the layers, which
-    then stay plain PyTorch but for attention. Raises ConfigError where the attention cannot run.
+    attention: "auto", "eager", "sdpa" or "triton". is_compiled: `torch.compile` compiles the layers, which
+    then stay plain PyTorch except for attention. Raises ConfigError where the attention cannot run.
     """
     attention = _choose_attention(model, device, attention, is_compiled)
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
@@ -47,7 +47,7 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
 
 
 def _choose_attention(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
-    """Return what `attention` means for `model` on `device`."""
+    """Return the attention that `attention` selects for `model` on `device`."""
     if attention not in ("auto", "triton"):
         return attention
     head_sizes = {m.head_size for m in model.modules() if isinstance(m, DisentangledSelfAttention)}
@@ -62,7 +62,7 @@ def _choose_attention(model: nn.Module, device: torch.device, attention: str, is
 
 
 def describe(device: torch.device) -> str:
-    """Return what computes everything but attention on `device`."""
+    """Return a description of what computes all but attention on `device`."""
     if device.type != "cpu":
         return "plain PyTorch"
     obstacle = library.find_obstacle()

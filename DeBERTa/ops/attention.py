@@ -1,4 +1,4 @@
-"""PyTorch's fused attention, with the position scores as its bias (`--attention sdpa`)."""
+"""PyTorch's fused attention with position scores as bias (`--attention sdpa`)."""
 
 import torch
 from torch.nn import functional as F
@@ -7,7 +7,7 @@ from DeBERTa.model.attention import DisentangledSelfAttention, Keys, expand_slot
 
 
 class _Gather(torch.autograd.Function):
-    """`x.gather(3, index)` that does not save `x`: the backward pass needs its shape."""
+    """`x.gather(3, index)` that saves the shape of `x` instead of `x` for backward."""
 
     @staticmethod
     def forward(ctx, x, index):

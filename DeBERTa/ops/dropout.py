@@ -1,8 +1,8 @@
-"""The dropout mask of all kernels: bits of SplitMix64, and its numpy reference.
+"""Dropout mask of all kernels: bits of SplitMix64, and a numpy reference.
 
-An element takes 16 of the 64 bits of a word, so that p is exact to 2^-16. Word n is a function of n and a
-seed (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014): any thread can draw any
-element, and the backward pass draws the mask again instead of saving it. Each call takes its seed from
+An element uses 16 of the 64 bits of a word, so that p is exact to 2^-16. Word n is a function of n and a
+seed (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014). Any thread can draw any
+element, and the backward pass draws the mask again instead of saving it. Each call draws its seed from
 PyTorch's generator, so that the same seed gives the same masks, also when a layer is recomputed for gradient
 checkpointing.
 """
@@ -19,14 +19,14 @@ def draw_seed() -> int:
 
 
 def compute_threshold(p: float) -> int:
-    """Return the number below which the bits of an element mean that it is dropped."""
+    """Return the threshold below which the bits of an element drop it."""
     return round(p * 2**16)
 
 
 def draw_keep_mask(shape: torch.Size | tuple[int, ...], seed: int, p: float, first: int = 0) -> torch.Tensor:
     """Return bool of `shape` on the host, false with probability `p`.
 
-    `p` is rounded to 2^-16; `first` is the number of the first element.
+    `p` is rounded to 2^-16. `first` is the index of the first element.
     """
     mask = np.empty(shape, dtype=bool)
     flat, threshold = mask.reshape(-1), compute_threshold(p)

@@ -1,4 +1,4 @@
-"""The summary that a run logs before it starts, and its `environment.json`."""
+"""Summary that a run logs before it starts, and its `environment.json`."""
 
 import platform
 import sys
@@ -77,7 +77,7 @@ def _describe_sizes(model: MaskedLanguageModel | RTDModel) -> str:
 
 
 def collect_environment(device: torch.device) -> dict:
-    """Return what runs where: command, versions, machine."""
+    """Return a description of the environment: command, versions, machine."""
     return {
         "command": sys.argv,
         "deberta": __version__,

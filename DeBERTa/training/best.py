@@ -1,4 +1,7 @@
-"""The best checkpoint by validation loss, which `checkpoints/best.json` names and pruning keeps."""
+"""Best checkpoint by validation loss.
+
+`checkpoints/best.json` records it, and pruning does not remove it.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,10 @@ BEST_BY = ("discriminator_loss", "loss")  # the first that an evaluation has
 
 
 def find_best(run_dir: Path, evaluations: dict[int, dict]) -> int | None:
-    """Return the saved step with the lowest validation loss, the earliest of equals; None without any."""
+    """Return the saved step with the lowest validation loss.
+
+    Returns the earliest of equal ones, and None if no saved step was evaluated.
+    """
     losses = {}
     for step in list_steps(run_dir):
         if step in evaluations:
@@ -19,7 +25,10 @@ def find_best(run_dir: Path, evaluations: dict[int, dict]) -> int | None:
 
 
 def select_loss(metrics: dict) -> tuple[str, float | None]:
-    """Return name and value of the loss that decides; the value is None where it was not finite."""
+    """Return name and value of the loss that selects the best checkpoint.
+
+    The value is None where it was not finite.
+    """
     name = next(name for name in BEST_BY if name in metrics)
     return name, metrics[name]
 

@@ -1,15 +1,15 @@
-"""Checkpoints: what a run needs to resume, complete or absent.
+"""Checkpoints: the state a run needs to resume, written atomically.
 
     checkpoints/step-00010000/
         model.safetensors   weights, residuals of shared tables included
         optimizer.pt        moments, loss scaler, windows of losses, sums of the logging interval
-        state.json          step, seed, position in the data, versions, for people
+        state.json          step, seed, position in the data, versions (informative)
         config.json         settings, model, data and vocabulary fingerprints
         manifest.json       size and SHA-256 of the files above
 
-A checkpoint is written to a temporary directory: the files, then the manifest, each synced to disk. Then
-the directory is renamed. Random numbers are functions of (seed, step, rank or row), so that no state
-of a random number generator is saved.
+A checkpoint is written to a temporary directory: the files, then the manifest, each synced to disk. Then the
+directory is renamed. Random numbers are functions of (seed, step, rank or row), so that no state of a random
+number generator is saved.
 """
 
 import contextlib
@@ -36,7 +36,10 @@ HASH_CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The run after `step` updates, copied to host memory, so that training continues while it is written."""
+    """State of a run after `step` updates, copied to host memory.
+
+    Training continues while it is written.
+    """
 
     step: int
     model: dict[str, torch.Tensor]
@@ -57,9 +60,10 @@ def list_steps(run_dir: Path) -> list[int]:
 
 
 def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep_last: int, best: int | None) -> Path:
-    """Write the checkpoint, then remove older ones except the newest `keep_last` and step `best`.
+    """Write the checkpoint, then remove older ones.
 
-    Raises `StorageError` when the disk is full or not writable; the incomplete checkpoint is removed.
+    The newest `keep_last` and that of step `best` remain. Raises `StorageError` when the disk is full or not
+    writable; the incomplete checkpoint is removed.
     """
     path = get_checkpoint_path(run_dir, snapshot.step)
     temporary = path.with_name(path.name + ".tmp")
@@ -127,7 +131,7 @@ def prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
     """Remove checkpoints up to `step` except the newest `keep_last` and `best`."""
     for old in [saved for saved in list_steps(run_dir) if saved <= step][:-keep_last]:
         if old != best:
-            # Renamed first: a checkpoint that is half removed must not look complete.
+            # Renamed first: a partly removed checkpoint must not look complete.
             path = get_checkpoint_path(run_dir, old)
             temporary = path.with_name(path.name + ".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,7 +140,10 @@ def prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise `DamagedCheckpointError` naming the file that is missing or differs from the manifest."""
+    """Raise `DamagedCheckpointError` unless all files match the manifest.
+
+    The message names the file that is missing or differs.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -158,7 +165,7 @@ def verify(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> DamagedCheckpointError | None:
-    """Return the error that `verify` raises; None if the checkpoint is valid."""
+    """Return the error that `verify` raises, or None if the checkpoint is valid."""
     try:
         verify(folder)
     except DamagedCheckpointError as error:
@@ -167,9 +174,10 @@ def find_damage(folder: Path) -> DamagedCheckpointError | None:
 
 
 def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]:
-    """Return the step of the newest valid checkpoint, 0 without any, and the errors of newer ones.
+    """Return the step of the newest valid checkpoint, and the errors of newer ones.
 
-    Raises `DamagedCheckpointError` when there are checkpoints, but none is valid.
+    The step is 0 when there are no checkpoints. Raises `DamagedCheckpointError` when there are checkpoints,
+    but none is valid.
     """
     damages: list[DamagedCheckpointError] = []
     for step in reversed(list_steps(run_dir)):
@@ -186,20 +194,26 @@ def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]
 
 
 def rename_damaged(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that the run does not find it; returns the new path."""
+    """Rename a damaged checkpoint and return the new path.
+
+    Under its new name it is no longer listed among the checkpoints of the run.
+    """
     renamed = find_unused_path(folder.with_name(f"damaged-{folder.name}"))
     folder.rename(renamed)
     return renamed
 
 
 def read_model(run_dir: Path, step: int, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Read the weights, by the model's names. Raises `ConfigError` when they belong to another model."""
+    """Read the weights of `step`, by the names of `model.state_dict()`.
+
+    Raises `ConfigError` when they belong to another model.
+    """
     path = get_checkpoint_path(run_dir, step) / "model.safetensors"
     return select_weights(model, read_weights(path), path)
 
 
 def read_training(run_dir: Path, step: int) -> dict:
-    """Read `Snapshot.training`. Nothing in the file is executed."""
+    """Read `Snapshot.training` without executing code from the file."""
     path = get_checkpoint_path(run_dir, step) / "optimizer.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -210,7 +224,7 @@ def read_training(run_dir: Path, step: int) -> dict:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Replace a file atomically by `values` as JSON, indented for people."""
+    """Replace a file atomically by `values` as indented JSON."""
     with open_atomic(path) as file:
         file.write(_to_json(values).encode())
 

@@ -1,6 +1,7 @@
-"""The ranks of a run: which one this process is, their process group, reductions and gathers.
+"""Ranks of a run: their process group, logs, reductions and gathers.
 
-Without a process group every function answers for a single process, so that callers need no special case.
+Without a process group every function returns the result for a single process, so that callers need no
+special case.
 """
 
 import os
@@ -37,7 +38,7 @@ def is_worker() -> bool:
 
 
 def get_local_rank() -> int:
-    """Return the number of this process among those on its node."""
+    """Return the local rank: the index of this process on its node."""
     return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
 
 
@@ -48,10 +49,11 @@ def get_log_path(run_dir: Path, rank: int) -> Path:
 
 @contextmanager
 def join_process_group(timeout: int) -> Iterator[None]:
-    """Join the process group of the run, if this is a worker, and leave it at the end.
+    """Join the process group in a worker, and destroy it at the end.
 
-    Gloo between CPUs, NCCL between GPUs. Ranks have `timeout` seconds to join. In collectives they wait less
-    for each other, so that all have ended `timeout` seconds after one was lost. Raises `PeerLostError` then.
+    The backend is Gloo between CPUs and NCCL between GPUs. Ranks have `timeout` seconds to join. The timeout
+    of collectives is shorter, so that all have ended `timeout` seconds after a rank was lost. Raises
+    `PeerLostError` then.
     """
     if not is_worker() or os.environ["WORLD_SIZE"] == "1":
         yield
@@ -81,7 +83,7 @@ def join_process_group(timeout: int) -> Iterator[None]:
 
 @contextmanager
 def translate_peer_errors(timeout: int) -> Iterator[None]:
-    """Raise `PeerLostError` for what torch.distributed raises when another rank is lost."""
+    """Raise `PeerLostError` for errors of torch.distributed after the loss of a rank."""
     try:
         yield
     except RuntimeError as error:
@@ -100,10 +102,10 @@ def translate_peer_errors(timeout: int) -> Iterator[None]:
 
 @contextmanager
 def log_rank(run_dir: Path) -> Iterator[None]:
-    """Send what this worker writes to its log, and Python's stderr of rank 0 to the console, too.
+    """Redirect the output of this worker to its log.
 
-    An error that ends the worker goes to its log with its traceback, and to the launcher as a `Failure`. When
-    the launcher is killed, the worker receives SIGTERM.
+    Python's stderr of rank 0 goes to the console, too. An error that ends the worker goes to its log with its
+    traceback, and to the launcher as a `Failure`. When the launcher is killed, the worker receives SIGTERM.
     """
     launcher = os.environ.get(LAUNCHER_PID)
     exit_with_parent(signal.SIGTERM, int(launcher) if launcher else None)
@@ -123,7 +125,10 @@ def log_rank(run_dir: Path) -> Iterator[None]:
 
 
 def redirect_stderr(path: Path) -> tuple[TextIO, TextIO]:
-    """Send what native libraries write to stderr to a log; returns the log and the console."""
+    """Redirect stderr, including that of native libraries, to a log.
+
+    Returns the log and the console.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     console = open(os.dup(2), "w", buffering=1)  # noqa: PTH123, SIM115 (a descriptor that stays open)
     log = path.open("a", buffering=1)
@@ -132,9 +137,9 @@ def redirect_stderr(path: Path) -> tuple[TextIO, TextIO]:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Exit with that status.
+    """Exit with `status`.
 
-    Workers and launchers do so without Python's finalization, during which threads of the communication
+    Workers and launchers exit without Python's finalization, during which threads of the communication
     libraries may abort the process although all its work is done.
     """
     if is_worker() or any(thread.name == STORE_THREAD for thread in threading.enumerate()):
@@ -145,7 +150,10 @@ def exit_process(status: int) -> NoReturn:
 
 
 class _Tee:
-    """Write text to two files. Not a terminal, so that progress comes in lines."""
+    """Write text to several files.
+
+    It is not a terminal, so that progress is logged in lines.
+    """
 
     def __init__(self, *files: TextIO) -> None:
         self.files = files
@@ -169,7 +177,7 @@ def is_distributed() -> bool:
 
 
 def get_rank() -> int:
-    """Return the number of this process among all of the run."""
+    """Return the rank of this process."""
     return dist.get_rank() if is_distributed() else 0
 
 
@@ -189,14 +197,17 @@ def is_rank_zero() -> bool:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; every rank receives the result."""
+    """Sum `values` over all ranks, in place on every rank."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_sums(sums: Sums) -> Sums:
-    """Sum over all ranks in float64: one all-reduce for all names, which must be equal on all ranks."""
+    """Sum all values over all ranks in float64.
+
+    One all-reduce serves all names, which must be equal on all ranks.
+    """
     if not is_distributed() or not sums:
         return sums
     values = all_reduce_sum(torch.stack([value.detach().double() for value in sums.values()]))
@@ -204,7 +215,7 @@ def all_reduce_sums(sums: Sums) -> Sums:
 
 
 def is_any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is true on any rank, equal on all ranks."""
+    """Return whether `flag` is true on any rank."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
@@ -215,7 +226,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: object) -> list:
-    """Return `value` of every rank, in order of ranks; any picklable object."""
+    """Return the picklable `value` of every rank, in order of ranks."""
     if not is_distributed():
         return [value]
     values = [None] * get_world_size()
@@ -224,7 +235,7 @@ def gather_objects(value: object) -> list:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's `value` on every rank; any picklable object."""
+    """Return rank 0's picklable `value` on every rank."""
     if not is_distributed():
         return value
     values = [value]

@@ -1,4 +1,4 @@
-"""Evaluation on complete splits: each line once, with the same masks every time."""
+"""Evaluation on full splits: each line once, with the same masks every time."""
 
 import math
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def evaluate_splits(
 ) -> dict[str, dict]:
     """Return metrics by split, over all ranks.
 
-    Masks and samples depend on `--seed` alone. Called on every rank.
+    Masks and samples depend on `--seed` alone. Collective: every rank calls it.
     """
     rank, world_size = get_rank(), get_world_size()
     results = {}
@@ -122,7 +122,8 @@ def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> dict[
 def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float:
     """Return the probability that a replaced token scores above an original one.
 
-    Ties count half; 0.5 when all tokens are of one kind. The Mann-Whitney statistic from average ranks.
+    Ties count half. The result is 0.5 when all tokens are of one kind. It is computed as the Mann-Whitney
+    statistic from average ranks.
 
     `scores` float [N], `replaced` bool [N].
     """

@@ -1,4 +1,7 @@
-"""How a model is computed: `--kernels`, `--attention`, `--gradient_checkpointing`, `--compile`."""
+"""Execution of a model: kernels, attention, checkpointing, compilation.
+
+The flags are `--kernels`, `--attention`, `--gradient_checkpointing` and `--compile`.
+"""
 
 import importlib.util
 import logging
@@ -17,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
-    """Prepare `model`, which is on `device`, for training; parameters and their names stay as they are.
+    """Prepare `model`, which is on `device`, for training.
 
-    Returns what `--kernels` and `--attention` mean here. Raises ConfigError where `--compile` has no
-    compiler.
+    Parameters and their names do not change. Returns the resolved values of `--kernels` and `--attention`.
+    Raises ConfigError where `--compile` has no compiler.
     """
     if config.compile:
         check_compiler(device)
@@ -36,7 +39,10 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
 
 
 def set_matmul_precision(config: TrainConfig) -> None:
-    """Apply `--tf32` and `--deterministic` to this process; before the first matmul on the GPU."""
+    """Apply `--tf32` and `--deterministic` to this process.
+
+    Call it before the first matmul on the GPU.
+    """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.backends.cudnn.allow_tf32 = config.tf32
     if config.deterministic:
@@ -45,7 +51,7 @@ def set_matmul_precision(config: TrainConfig) -> None:
 
 
 def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
-    """Use the implementations of DeBERTa/ops in `model`; return what is in use."""
+    """Use the implementations of DeBERTa/ops in `model`, and return those in use."""
     plain = {"kernels": "off", "attention": "eager"}
     if config.kernels == "off":
         return plain
@@ -63,7 +69,10 @@ def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError unless torch.compile has its compiler: Triton on a GPU, a C++ compiler on a CPU."""
+    """Raise ConfigError unless torch.compile has its compiler.
+
+    That is Triton on a GPU and a C++ compiler on a CPU.
+    """
     if device.type != "cpu":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
@@ -77,7 +86,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def describe_kernels(kernels: str, attention: str, device: torch.device) -> str:
-    """Return what `--kernels` and `--attention`, as resolved, run on `device`."""
+    """Return a description of the resolved kernels and attention on `device`."""
     if kernels == "off":
         return "plain PyTorch"
     from DeBERTa.ops import describe

@@ -1,4 +1,7 @@
-"""Why a rank ended: recorded by the rank in a file, read by its launcher, published to the other nodes."""
+"""Failures of ranks.
+
+A rank records its failure in a file. Its launcher reads it and publishes it to the other nodes.
+"""
 
 import json
 import signal
@@ -12,7 +15,7 @@ from DeBERTa.processes import STOP_SIGNALS
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank, and with it an attempt at the run, ended."""
+    """Reason why a rank, and with it an attempt at the run, ended."""
 
     message: str
     exit_status: int = 1
@@ -32,7 +35,10 @@ class Failure:
 
     @staticmethod
     def from_exit_code(code: int, record: Path | None = None) -> "Failure":
-        """Return the failure of a rank by its exit code (negative for a signal), and its record, if any."""
+        """Return the failure of a rank from its exit code, and its record, if any.
+
+        The exit code is negative for a signal.
+        """
         stop_signal = get_stop_signal(code)
         if stop_signal:
             return Failure(f"stopped by {signal.Signals(stop_signal).name}", 128 + stop_signal)
@@ -47,7 +53,7 @@ class Failure:
 
     @staticmethod
     def from_json(text: str | bytes) -> "Failure":
-        """Read what `to_json` wrote."""
+        """Read a failure that `to_json` wrote."""
         return Failure(**json.loads(text))
 
     def to_json(self) -> str:
@@ -56,15 +62,18 @@ class Failure:
 
     @property
     def is_stop(self) -> bool:
-        """Whether a signal asked for the end."""
+        """Return whether a signal requested the end."""
         return get_stop_signal(self.exit_status) != 0
 
     @property
     def order(self) -> tuple[int, float]:
-        """Sort key: causes before stops before consequences, then by time."""
+        """Return the sort key: causes before stops before consequences, then by time."""
         return (2 if self.is_consequence else 1 if self.is_stop else 0), self.time
 
 
 def get_stop_signal(code: int) -> int:
-    """Return the stop signal behind an exit code (143 and -15: SIGTERM), or 0 if there is none."""
+    """Return the stop signal of an exit code, or 0 if there is none.
+
+    For example, 143 and -15 are SIGTERM.
+    """
     return next((int(number) for number in STOP_SIGNALS if code in (128 + number, -number)), 0)

@@ -1,7 +1,7 @@
 """Skipped updates: non-finite losses or gradients, and spikes (`--skip_spikes`).
 
 The decision comes before the optimizer's step and is the same on every rank, so that a skipped update
-leaves weights and moments unchanged everywhere. It reads the device once per update.
+leaves weights and moments unchanged on all ranks. It synchronizes with the device once per update.
 """
 
 import math
@@ -31,7 +31,10 @@ class Spike:
 
 
 class UpdateGuard:
-    """Decides whether an update is taken; part of every checkpoint."""
+    """Decision whether to take or skip an update.
+
+    Its state is part of every checkpoint.
+    """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.skip_spikes, self.device = config.skip_spikes, device
@@ -41,7 +44,7 @@ class UpdateGuard:
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Forget the losses and spikes of the previous step."""
+        """Clear the losses and spikes of the previous step."""
         self.losses: dict[str, float] = {}  # of this step, over all ranks, nats per target
         self.spikes: list[Spike] = []
         self.is_skipped = False
@@ -49,8 +52,8 @@ class UpdateGuard:
     def allows_update(self, sums: Sums, names: tuple[str, ...], norm: torch.Tensor) -> bool:
         """Return whether to take an update with this gradient norm.
 
-        The result is the same on all ranks. `names` are the losses in `sums` that the update follows. Once
-        an update is refused, all later ones of the same step are refused too.
+        The result is the same on all ranks. `names` are the losses in `sums` that the update minimizes. Once
+        an update is skipped, all later ones of the same step are skipped, too.
         """
         values = [(~torch.isfinite(norm)).double()]
         for name in names:
@@ -87,7 +90,7 @@ class UpdateGuard:
         self.skipped_steps += self.is_skipped
 
     def has_finite_losses(self) -> bool:
-        """Return whether this step's losses can go into a mean."""
+        """Return whether this step's losses are finite and can enter a mean."""
         return all(math.isfinite(loss) for loss in self.losses.values())
 
     def describe_skip(self) -> str:
@@ -106,6 +109,6 @@ class UpdateGuard:
         return {"windows": windows, "skipped": self.skipped_steps, "in_a_row": self.consecutive_skips}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.windows = {name: deque(values, maxlen=WINDOW) for name, values in state["windows"].items()}
         self.skipped_steps, self.consecutive_skips = state["skipped"], state["in_a_row"]

@@ -9,7 +9,7 @@ from DeBERTa.training.metrics import Sums, add, mean_losses
 
 
 class Interval:
-    """Sums since the last line.
+    """Sums since the last "train" line.
 
     They are in float64, so that a run resumed in between logs the same values.
     """
@@ -24,12 +24,12 @@ class Interval:
         self.sums: Sums = {}  # of this rank
         self.norms: Sums = {}  # of the last step; the same on all ranks
         self.tokens = 0  # of this rank
-        self.started = time.monotonic()  # from when the speed is measured
+        self.started = time.monotonic()  # start of the speed measurement
 
     def add(self, sums: Sums, tokens: int, is_finite: bool) -> None:
-        """Add a step's sums and real tokens; losses only if all are finite.
+        """Add a step's sums and real tokens.
 
-        Of the gradient norms, the last ones count.
+        Losses are added only if `is_finite`. Of the gradient norms, those of the last step are stored.
         """
         norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
         self.norms |= norms
@@ -40,7 +40,7 @@ class Interval:
     def finish(self) -> dict[str, float]:
         """Return means over the interval and all ranks, and start the next one.
 
-        Called on every rank.
+        Collective: every rank calls it.
         """
         tokens = self._count_tokens()
         self.tokens_seen += tokens
@@ -55,7 +55,10 @@ class Interval:
         return int(all_reduce_sum(torch.tensor(self.tokens, dtype=torch.float64, device=self.device)))
 
     def state_dict(self) -> dict:
-        """Return the sums of all ranks, float64 [ranks, names]. Called on every rank."""
+        """Return the sums of all ranks, float64 [ranks, names].
+
+        Collective: every rank calls it.
+        """
         table = torch.zeros(get_world_size(), len(self.sums), dtype=torch.float64, device=self.device)
         if self.sums:
             table[get_rank()] = torch.stack(list(self.sums.values()))
@@ -67,7 +70,7 @@ class Interval:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore this rank's row of what `state_dict` returned.
+        """Restore this rank's row of the state that `state_dict` returned.
 
         With another number of ranks than before, rank 0 takes the sum of all rows.
         """

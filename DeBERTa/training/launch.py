@@ -1,8 +1,8 @@
-"""The same command on every node: from the node's variables to one worker per device.
+"""Launcher: starts one worker per device from the variables of a node.
 
-A user exports on each node WORLD_SIZE, the number of nodes; RANK, the number of this node; MASTER_ADDR and
-MASTER_PORT, the address of node 0. A worker gets variables of the same names, as torchrun sets them:
-WORLD_SIZE is the number of *ranks*, and RANK its own.
+The command is the same on every node. A user exports on each node WORLD_SIZE (the number of nodes), RANK (the
+number of this node), and MASTER_ADDR and MASTER_PORT (the address of node 0). A worker receives variables of
+the same names, as torchrun sets them: WORLD_SIZE is the number of *ranks*, and RANK its own.
 
 A run is a number of attempts, more than one with `--max_restarts`. In each, the nodes register with node 0,
 start their workers, and wait until all have succeeded or one has failed.
@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_job(config: TrainConfig) -> Job | None:
-    """Return what to start on this node, or None if this process does the work itself.
+    """Return the job to launch on this node, or None to train in this process.
 
-    It does so as a worker (of our launcher or torchrun's), and for one process on one node. Raises
+    A process trains as a worker (of our launcher or torchrun's), and for one process on one node. Raises
     `ConfigError` for variables and flags that cannot work.
     """
     if is_worker():
@@ -84,10 +84,10 @@ def _read_integer(name: str, default: int) -> int:
 
 
 def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
-    """Run this node's workers to their end; returns the exit status of the command on this node.
+    """Run this node's workers until they end, and return the exit status.
 
-    0 if all workers of all nodes succeeded, 130 or 143 after a signal. Raises `LaunchError` if the nodes
-    cannot start together, or with the message of the worker that failed.
+    It is 0 if all workers of all nodes succeeded, and 130 or 143 after a signal. Raises `LaunchError` if the
+    nodes cannot start together, or with the message of the worker that failed.
     """
     logs = get_log_path(config.run_dir, 0).parent
     try:
@@ -120,7 +120,10 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
 
 
 def run_attempts(supervisor: "Supervisor", coordinator: Coordinator, config: TrainConfig) -> Failure | None:
-    """Run attempts until one succeeds or no other may follow; returns why the last one failed, if so."""
+    """Run attempts until one succeeds or no other is allowed.
+
+    Returns the failure of the last one, or None if it succeeded.
+    """
     while True:
         failure = supervisor.run(coordinator)
         if failure is None and coordinator.remote_failure is None:
@@ -168,11 +171,11 @@ class Supervisor:
             raise RunInterrupted(number)
 
     def run(self, coordinator: Coordinator) -> Failure | None:
-        """Run the workers of one attempt to their end; returns this node's failure, if any.
+        """Run the workers of one attempt until they end.
 
-        Once one has failed, on this node or another, the others receive SIGTERM, and after a grace period
-        SIGKILL. After a signal to the launcher they have `--dist_timeout` seconds to finish the step and
-        save.
+        Returns this node's failure, if any. Once a worker failed, on this node or another, the others receive
+        SIGTERM, and after a grace period SIGKILL. After a signal to the launcher they have `--dist_timeout`
+        seconds to finish the step and save.
         """
         members = coordinator.register()
         grace = 0
@@ -209,7 +212,7 @@ class Supervisor:
             self._send(self.stop_signal)
 
     def _make_environment(self, members: list[Member], coordinator: Coordinator) -> dict[str, str]:
-        """Return the variables of all workers of this node, and log what is started."""
+        """Return the variables of all workers of this node, and log their start."""
         job, environment = self.job, dict(os.environ)
         interface = find_interface(job.address)
         if interface:
@@ -235,7 +238,7 @@ class Supervisor:
         }
 
     def _is_ending(self, coordinator: Coordinator) -> bool:
-        """Return whether all workers have ended, or those that run have to."""
+        """Return whether all workers have ended, or the running ones must end."""
         codes = [worker.process.poll() for worker in self._workers]
         if None not in codes:
             return True
@@ -271,7 +274,7 @@ class Supervisor:
 
 
 def describe_failure(failure: Failure, job: Job, rank: str = "", log: Path | None = None) -> Failure:
-    """Return the failure with a message that says where it happened."""
+    """Return the failure with a message that states where it occurred."""
     node = f"node {job.node} ({socket.gethostname()})"
     if failure.is_stop:
         message = f"{failure.message} on {node}; the same command resumes from the last checkpoint"

@@ -12,13 +12,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
-    """Configure glibc to keep freed memory: page faults would take up to half of a step.
+    """Configure glibc not to return freed memory to the system.
 
-    Every step allocates the same temporary tensors, and glibc maps and unmaps each of them. Here they come
-    from the heap, which keeps what is freed. Its future memory is requested in huge pages, which fault and
-    miss 512 times less often; no memory is taken before it is used.
+    Every step allocates the same temporary tensors. By default, glibc maps and unmaps each of them, and page
+    faults take up to half of a step. Here they come from the heap, which does not shrink. Its future memory
+    is requested in huge pages, which fault and miss 512 times less often; no memory is taken before it is
+    used.
 
-    PyTorch requests aligned memory; glibc cuts it from a larger block and frees the edges. Saved for quick
+    PyTorch requests aligned memory. Glibc takes it from a larger block and frees the edges. Saved for quick
     reuse (M_MXFAST, and `glibc.malloc.tcache_count`, which only the environment can set:
     experiments/common.sh does), these never merge with the tensor's memory when it is freed, which is then
     too small for an equal tensor.

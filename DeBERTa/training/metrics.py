@@ -30,7 +30,7 @@ def add(sums: Sums, more: Sums) -> None:
 def mean_losses(sums: Sums) -> dict[str, float]:
     """Return losses and accuracies per target.
 
-    The sums are named `*loss`, `*correct` and `*targets`. Reads the device once.
+    The sums are named `*loss`, `*correct` and `*targets`. Synchronizes with the device once.
     """
     values = dict(zip(sums, torch.stack([v.detach().double() for v in sums.values()]).tolist(), strict=True))
     means = {}
@@ -46,7 +46,7 @@ def mean_losses(sums: Sums) -> dict[str, float]:
 def measure_peak_memory(device: torch.device) -> float:
     """Return this rank's peak memory in GB (10^9 bytes).
 
-    That is the memory allocated on the GPU, or the resident memory of the process on a CPU.
+    It is the memory allocated on the GPU, or the resident memory of the process on a CPU.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -55,15 +55,15 @@ def measure_peak_memory(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: a JSON object per line.
+    """Writer of `metrics.jsonl`, one JSON object per line.
 
-    Its kind is "train", "spike" or the evaluated split.
+    The kind of a line is "train", "spike" or the evaluated split.
     """
 
     def __init__(
         self, path: Path, first_step: int, elapsed_seconds: float = 0.0, is_writer: bool = True
     ) -> None:
-        """Open the file, without lines after `first_step` that a killed run left.
+        """Open the file, and remove lines after `first_step` that a killed run left.
 
         Without a checkpoint to resume from, all previous lines move to another file. `elapsed_seconds` is
         the training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
@@ -90,13 +90,13 @@ class MetricsLog:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Training time of the run so far, earlier processes included."""
+        """Return the training time of the run so far, earlier processes included."""
         return round(time.monotonic() - self._started, 3)
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Add a line with the time; values that are not finite become null.
+        """Add a line with the time.
 
-        Raises `StorageError`.
+        Values that are not finite become null. Raises `StorageError`.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if kind == "valid":
@@ -116,7 +116,7 @@ class MetricsLog:
 
 
 def _parse_step(line: str) -> float:
-    """Return the step of a metrics line; infinity for a line that a crash truncated."""
+    """Return the step of a metrics line, or infinity if a crash truncated the line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -124,7 +124,7 @@ def _parse_step(line: str) -> float:
 
 
 class Progress:
-    """Progress: a bar on a terminal, else a log line per logging interval."""
+    """Progress bar on a terminal, else a log line per logging interval."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self.first_step, self.total_steps = first_step, total_steps
@@ -169,6 +169,9 @@ FORMATS = {
 
 
 def describe(metrics: dict) -> str:
-    """Return the main metrics on one line; skipped steps only if there are any."""
+    """Return the main metrics on one line.
+
+    Skipped steps are included only if there are any.
+    """
     shown = {name: value for name, value in metrics.items() if name != "skipped_steps" or value}
     return "  ".join(form.format(shown[name]) for name, form in FORMATS.items() if name in shown)

@@ -1,4 +1,7 @@
-"""Reach node 0: check its address, find the network interface that leads to it, explain why it is silent."""
+"""Network access to node 0.
+
+Checks its address, finds the network interface that leads to it, and explains why it does not respond.
+"""
 
 import fcntl
 import socket
@@ -37,9 +40,10 @@ def describe_silence(address: str, port: int, timeout: int) -> str:
 
 
 def find_interface(address: str) -> str | None:
-    """Return the network interface whose IPv4 address leads to `address`, or None if there is none.
+    """Return the network interface that leads to `address`, or None.
 
-    Gloo would otherwise use the address of the host's own name, which on many machines is 127.0.1.1.
+    Only interfaces with an IPv4 address are considered. Gloo would otherwise use the address of the host's
+    own name, which on many machines is 127.0.1.1.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -1,8 +1,8 @@
-"""The nodes of a run register with node 0, publish failures and wait for each other.
+"""Coordination of nodes: registration with node 0, failures and completion.
 
-All through the key-value store (c10d's TCPStore) that the launcher of node 0 serves at
-MASTER_ADDR:MASTER_PORT. A run is a number of attempts, more than one with `--max_restarts`; each has keys of
-its own.
+Nodes exchange these through the key-value store (c10d's TCPStore) that the launcher of node 0 serves at
+MASTER_ADDR:MASTER_PORT. A run consists of attempts, more than one with `--max_restarts`. Each attempt uses
+keys of its own.
 """
 
 import json
@@ -24,13 +24,13 @@ from DeBERTa.training.failures import Failure
 from DeBERTa.training.network import check_host, describe_silence
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 5  # for workers to end after a failure, and for nodes to read of it
+GRACE_SECONDS = 5  # for workers to end after a failure, and for nodes to read it
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Job:
-    """This node's share of a run: `processes` workers, on node `node` of `nodes`."""
+    """Workers of a run on this node: `processes` workers on node `node` of `nodes`."""
 
     nodes: int
     node: int
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Member:
-    """What a node publishes of itself when it registers."""
+    """Values that a node publishes when it registers."""
 
     host: str
     nodes: int  # its WORLD_SIZE
@@ -53,7 +53,7 @@ class Coordinator:
     """One node's access to the store of node 0, for one attempt at a time."""
 
     def __init__(self, job: Job, timeout: int) -> None:
-        """Serve or reach the store.
+        """Serve the store, or connect to it.
 
         Raises `LaunchError` if the port is taken, or unreachable for `timeout` seconds.
         """
@@ -85,7 +85,10 @@ class Coordinator:
         return store
 
     def _reach(self) -> dist.TCPStore:
-        """Connect to the store of node 0. Raises `LaunchError` if there is none, or another server."""
+        """Connect to the store of node 0.
+
+        Raises `LaunchError` if there is none, or if another server uses the port.
+        """
 
         def connect() -> dist.TCPStore:
             store = self._connect()
@@ -108,9 +111,10 @@ class Coordinator:
         self.remote_failure: Failure | None = None  # published by another node
 
     def register(self) -> list[Member]:
-        """Publish this node and wait for all others; returns the members by node number.
+        """Register this node and wait for all others.
 
-        Raises `LaunchError` if one does not register in time, or if RANK or WORLD_SIZE do not fit together.
+        Returns the members by node number. Raises `LaunchError` if one does not register in time, or if RANK
+        or WORLD_SIZE do not fit together.
         """
         own = Member(socket.gethostname(), self.job.nodes, self.job.processes, uuid.uuid4().hex)
         first = self._store.compare_set(f"node-{self.job.node}", "", json.dumps(asdict(own)))
@@ -130,7 +134,10 @@ class Coordinator:
         return [self._members[node] for node in range(self.job.nodes)]
 
     def _is_complete(self) -> bool:
-        """Read who has registered; returns whether all have. Raises `LaunchError` if one refuses to start."""
+        """Return whether all nodes have registered, and read their members.
+
+        Raises `LaunchError` if one of them cannot start.
+        """
         job = self.job
         for node in range(job.nodes):
             if node not in self._members and self._store.check([f"node-{node}"]):
@@ -145,14 +152,20 @@ class Coordinator:
         return len(self._members) == job.nodes
 
     def _refuse(self, message: str) -> NoReturn:
-        """End the registration of all nodes, or of this one alone if the others are complete without it."""
+        """End the registration of all nodes with `LaunchError`.
+
+        If the others are complete without this node, only its own registration ends.
+        """
         if not self._store.check(["complete"]):
             self._publish(Failure(message, node=self.job.node))
             self.leave()
         raise LaunchError(message)
 
     def _watch(self) -> None:
-        """Set `remote_failure` once a failure is published. In a thread, over a connection of its own."""
+        """Set `remote_failure` once a failure is published.
+
+        Runs in a thread, over a connection of its own.
+        """
         try:
             store = dist.PrefixStore(f"attempt-{self.attempt}", self._connect())
             while not self._is_over.wait(POLL_SECONDS):
@@ -165,9 +178,10 @@ class Coordinator:
                 self.remote_failure = Failure(describe_loss(self.job), is_consequence=True)
 
     def report(self, failure: Failure | None) -> Failure | None:
-        """Publish this node's failure, if any; returns the one that explains the end of the attempt.
+        """Publish this node's failure, if any.
 
-        A consequence is published only if no other node publishes its cause within `GRACE_SECONDS`.
+        Returns the failure that explains the end of the attempt, if any. A consequence is published only if
+        no other node publishes its cause within `GRACE_SECONDS`.
         """
         if failure is None:
             return self.remote_failure
@@ -177,23 +191,32 @@ class Coordinator:
         return failure if first.is_consequence and not failure.is_consequence else first
 
     def _publish(self, failure: Failure) -> Failure:
-        """Publish a failure; returns the one that was published first, if node 0 answers."""
+        """Publish a failure and return the one that was published first.
+
+        Returns `failure` itself if node 0 does not respond.
+        """
         stored = self._call(lambda: self._store.compare_set("failure", "", failure.to_json()))
         return failure if stored is None else Failure.from_json(stored)
 
     def wait_for_success(self) -> Failure | None:
-        """Wait until the workers of all nodes have succeeded; returns the failure of another node, if any."""
+        """Wait until the workers of all nodes have succeeded.
+
+        Returns the failure of another node, if any.
+        """
         self._call(lambda: self._store.add("succeeded", 1))
         wait_until(lambda: self.remote_failure is not None or self._have_all("succeeded"), self.timeout)
         return self.remote_failure
 
     def _have_all(self, name: str) -> bool:
-        """Return whether all registered nodes have added themselves to a counter, or node 0 has left."""
+        """Return whether all registered nodes have incremented a counter.
+
+        Also true if node 0 has left.
+        """
         count = self._call(lambda: self._store.add(name, 0))
         return count is None or count >= len(self._members)
 
     def start_next_attempt(self) -> None:
-        """Move on to the next attempt, or to the one that the other nodes have started already."""
+        """Enter the next attempt, or the one that other nodes have already started."""
         current, following = str(self.attempt), str(self.attempt + 1)
         if self._call(lambda: self._root.compare_set("attempt", current, following)) is None:
             raise LaunchError(describe_loss(self.job))
@@ -202,7 +225,10 @@ class Coordinator:
         self._enter_attempt()
 
     def leave(self) -> None:
-        """Count this node as gone. Node 0 waits a little, so that the others can read what happened."""
+        """Add this node to those that have left.
+
+        Node 0 waits up to `GRACE_SECONDS`, so that the others can read the result.
+        """
         if not self._members:  # another node has this RANK
             return
         self._call(lambda: self._store.add("left", 1))
@@ -210,7 +236,10 @@ class Coordinator:
             wait_until(lambda: self._have_all("left"), GRACE_SECONDS)
 
     def _call(self, function: Callable[[], Result], seconds: float = GRACE_SECONDS) -> Result | None:
-        """Return `function()`, or None if node 0 has left or does not answer within `seconds`."""
+        """Return `function()`, or None if node 0 does not respond within `seconds`.
+
+        Returns None if node 0 has left, too.
+        """
         results: list[Result] = []
 
         def run() -> None:
@@ -226,12 +255,12 @@ class Coordinator:
 
 
 def describe_loss(job: Job) -> str:
-    """Return the message for a store that cannot be reached any more."""
+    """Return the message for a store that can no longer be reached."""
     return f"node 0 ({job.address}) is gone: its own messages say why"
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float) -> bool:
-    """Wait until `is_true()`; returns whether it was so within `seconds`."""
+    """Wait until `is_true()`, and return whether it was true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not is_true():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""What is differentiated, as modules: DDP and FSDP act when a module is called.
+"""Training objectives as modules, because DDP and FSDP wrap modules.
 
 Joint RTD needs no objective: `RTDModel` itself is called.
 """
@@ -52,6 +52,9 @@ class DiscriminatorObjective(nn.Module):
     def forward(
         self, batch: Batch, corrupted_ids: torch.Tensor, shared: SharedTables | None, per_token: bool = False
     ) -> DetectionLoss | ReplacedTokenOutput:
-        """Return summed losses, or with `per_token` the loss of every position; `shared` gets no gradient."""
+        """Return summed losses, or with `per_token` the loss of every position.
+
+        `shared` receives no gradient.
+        """
         compute = self.model if per_token else self.model.detection_loss
         return compute(corrupted_ids, batch.input_mask, batch.labels, shared)

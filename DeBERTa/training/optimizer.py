@@ -11,9 +11,10 @@ LARGE = 2**20  # elements: PyTorch's norm of so many on a CPU is off by 1e-5, an
 
 
 def build_optimizer(models: list[tuple[nn.Module, float]], config: TrainConfig) -> torch.optim.AdamW:
-    """Create AdamW (Loshchilov and Hutter, algorithm 2) over models, each with its peak learning rate.
+    """Create AdamW over models, each with its peak learning rate.
 
-    Biases and LayerNorm weights are not decayed. Each group keeps its peak under "peak", for the schedule to
+    Source: Loshchilov and Hutter, algorithm 2.
+    Biases and LayerNorm weights are not decayed. Each group stores its peak under "peak", for the schedule to
     scale.
     """
     groups = []
@@ -41,12 +42,18 @@ def compute_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """Scale all gradients, of common norm `norm`, to a norm of at most `max_norm`; 0 does not clip."""
+    """Scale all gradients to a common norm of at most `max_norm`.
+
+    `norm` is their common norm. With `max_norm` 0 they are not clipped.
+    """
     nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
 
 
 def count_warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Return `--warmup` in steps: given as such if at least 1, else as a proportion of `total_steps`."""
+    """Return `--warmup` in steps.
+
+    Values of at least 1 are steps, and smaller ones a proportion of `total_steps`.
+    """
     return round(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
 
 

@@ -1,4 +1,4 @@
-"""How several ranks train one model: each holds all of it (DDP) or shards of it (FSDP2).
+"""Data-parallel training: replicated parameters (DDP) or shards (FSDP2).
 
 Gradients are averaged over the ranks once per step; losses are scaled so that the average is the gradient
 of the global batch.
@@ -30,7 +30,7 @@ all_gather_into_tensor = getattr(dist, "all_gather_single", None) or dist.all_ga
 
 
 def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Return the module to call in training; all ranks start with rank 0's weights.
+    """Return the module to call in training, with rank 0's weights on all ranks.
 
     `--sharding none`: DDP. Every rank holds parameters, gradients and optimizer state.
     `--sharding zero2`: FSDP2 with `reshard_after_forward=False`. Gradients, optimizer state and, between
@@ -43,8 +43,8 @@ def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.devic
     if not is_distributed():
         return objective
     if config.sharding == "none":
-        # Which parameters have no gradient depends on the config: position tables, for one, where positions
-        # are relative. Looking for them costs a walk over the graph per step.
+        # Which parameters have no gradient depends on the config: position tables, for example, where
+        # positions are relative. Finding them takes a traversal of the graph per step.
         device_ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(
             objective, device_ids=device_ids, find_unused_parameters=True, gradient_as_bucket_view=True
@@ -62,9 +62,10 @@ def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.devic
 
 @contextmanager
 def sync_gradients(objective: nn.Module, is_last: bool) -> Iterator[None]:
-    """Run forward and backward pass of one micro-batch; gradients are reduced with those of the last.
+    """Run forward and backward pass of one micro-batch in this context.
 
-    Until then sharded ranks accumulate full gradients: one reduction per step is worth more than that memory.
+    Gradients are reduced in the backward pass of the last micro-batch.
+    Until then sharded ranks accumulate full gradients: they trade memory for one reduction per step.
     """
     if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(is_last)
@@ -77,12 +78,12 @@ def sync_gradients(objective: nn.Module, is_last: bool) -> Iterator[None]:
 
 
 def all_gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a shard, without gradient, on every rank; any other tensor as it is.
+    """Return the full tensor of a shard, without gradient, on every rank.
 
-    `DTensor.full_tensor()` does the same by a coalesced all-gather. After each collective gloo's two threads
-    write the name of its kind to one string without a lock (PyTorch 2.13, `ProcessGroupGloo::runLoop`). Names
-    of up to 15 letters are stored in place. That of a coalesced all-gather is longer, and its memory is
-    sooner or later freed twice: the process crashes, or worse.
+    Other tensors are returned unchanged. `DTensor.full_tensor()` does the same by a coalesced all-gather.
+    After each collective gloo's two threads write the name of its kind to one string without a lock (PyTorch
+    2.13, `ProcessGroupGloo::runLoop`). Names of up to 15 letters are stored in place. That of a coalesced
+    all-gather is longer, and its memory is sooner or later freed twice: the process crashes, or worse.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -95,9 +96,10 @@ def all_gather_full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_to_rank_zero(state: Any) -> Any:
-    """Copy a nested state to host memory on rank 0, with full tensors for shards. Called on every rank.
+    """Copy a nested state to host memory on rank 0, with full tensors for shards.
 
-    Other ranks get None in place of every tensor.
+    Collective: every rank calls it.
+    Other ranks receive None in place of every tensor.
     """
     if isinstance(state, DTensor):
         return _gather_shards(state)
@@ -111,9 +113,10 @@ def gather_to_rank_zero(state: Any) -> Any:
 
 
 def load_full_weights(model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
-    """Set all parameters from rank 0's full tensors, by the names of `model.state_dict()`.
+    """Set all parameters from rank 0's full tensors.
 
-    Called on every rank, with None on ranks other than 0.
+    `weights` has the names of `model.state_dict()`.
+    Collective: every rank calls it, with None on ranks other than 0.
     """
     for name, target in model.state_dict().items():
         _load_tensor(target, None if weights is None else weights[name])
@@ -122,9 +125,9 @@ def load_full_weights(model: nn.Module, weights: dict[str, torch.Tensor] | None)
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
     """Set moments and update counts from rank 0's full `optimizer.state_dict()`.
 
-    Called on every rank, with None on ranks other than 0. Learning rates and other settings of the
-    parameter groups stay as they are. Raises `DamagedCheckpointError` on rank 0 when a tensor does not fit
-    its parameter.
+    Collective: every rank calls it, with None on ranks other than 0. Learning rates and other settings of the
+    parameter groups do not change. Raises `DamagedCheckpointError` on rank 0 when a tensor does not fit its
+    parameter.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     full = {} if state is None else state["state"]
@@ -182,7 +185,10 @@ def _gather_shards(tensor: DTensor) -> torch.Tensor | None:
 
 
 def _padded_shard(tensor: DTensor) -> torch.Tensor:
-    """Return this rank's rows with as many rows on every rank: the last ranks may have fewer, or none."""
+    """Return this rank's rows, padded to the same number on every rank.
+
+    Without padding, the last ranks may have fewer rows, or none.
+    """
     return _pad(tensor.to_local().detach(), -(-len(tensor) // tensor.device_mesh.size()))
 
 

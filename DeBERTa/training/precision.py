@@ -1,4 +1,4 @@
-"""What `--precision` means on this hardware: autocast and loss scaler."""
+"""Precision of training on this hardware: autocast and loss scaler."""
 
 from contextlib import AbstractContextManager
 
@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     """Return the precision to use: fp32, bf16 or fp16.
 
-    "auto" takes bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not,
+    "auto" selects bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not,
     and fp32 elsewhere. Raises `ConfigError` for bf16 on a GPU without it.
     """
     has_bf16 = hardware_has_bf16(device)
@@ -33,7 +33,7 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
 def hardware_has_bf16(device: torch.device) -> bool:
     """Return whether bfloat16 arithmetic is native.
 
-    GPUs have it from Ampere on; CPUs with AMX or AVX-512 bfloat16 instructions.
+    It is on GPUs from Ampere on, and on CPUs with AMX or AVX-512 bfloat16 instructions.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -49,5 +49,5 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return the scaler of losses for fp16; other precisions are not scaled."""
+    """Return the loss scaler, which is enabled for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

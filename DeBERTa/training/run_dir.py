@@ -41,7 +41,7 @@ locks: list[TextIO] = []  # open files; their locks are held until this process 
 
 
 def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
-    """Create or reopen the run directory; return the step to resume from, or 0.
+    """Create or reopen the run directory, and return the step to resume from, or 0.
 
     Writes settings and environment there. Raises `StorageError` when the directory cannot be written, and
     `ConfigError` when another process trains in it, its run has other settings, or none of its checkpoints
@@ -71,11 +71,11 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
 
 
 def lock_run_dir(run_dir: Path) -> None:
-    """Keep other processes from training in `run_dir` until this one ends.
+    """Lock `run_dir` against other training processes until this one ends.
 
-    Raises `ConfigError` when another process trains there. A record lock: it ends with the process, data
-    workers do not inherit it, and it holds between the machines of a network file system. Without file
-    locks nothing is held.
+    Raises `ConfigError` when another process trains there. The lock is a record lock: it ends with the
+    process, data workers do not inherit it, and it excludes other machines on a network file system. Without
+    file locks nothing is locked.
     """
     file = (run_dir / LOCK).open("a+")
     try:
@@ -146,7 +146,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> None:
     """Raise `StorageError` if a checkpoint and the final models do not fit the disk.
 
-    Logs a warning when it lacks room for those of the `remaining` checkpoints that will stay.
+    Logs a warning when it lacks space for those of the `remaining` checkpoints that will not be pruned.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -173,7 +173,7 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
 
 
 def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary: Path) -> list[Path]:
-    """Write the trained models with config and vocabulary; return their directories.
+    """Write the trained models with config and vocabulary, and return their paths.
 
     Raises `StorageError` when the disk is full; the same command then writes them again.
     """

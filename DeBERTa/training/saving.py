@@ -1,4 +1,7 @@
-"""Saving while training continues: a thread writes the snapshots, one checkpoint at a time."""
+"""Asynchronous checkpoints.
+
+A thread writes one snapshot at a time while training continues.
+"""
 
 import os
 import sys
@@ -12,7 +15,10 @@ NICENESS = 10  # of -20 to 19
 
 
 class Saver:
-    """Writes snapshots of one run. The next `save`, `check` or `wait` raises the thread's error."""
+    """Asynchronous writer of the snapshots of one run.
+
+    The next `save`, `check` or `wait` raises the error of its thread.
+    """
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
         self.run_dir, self.keep_last = run_dir, keep_last
@@ -23,29 +29,38 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint was started whose end no call has returned yet."""
+        """Return whether a started checkpoint has not been returned by a call yet."""
         return self._writing is not None
 
     def save(self, snapshot: Snapshot, best: int | None) -> None:
-        """Start writing `snapshot`; `best` is the step of a checkpoint not to prune."""
+        """Start writing `snapshot`.
+
+        `best` is the step of a checkpoint that is not pruned.
+        """
         self.wait()
         self._writing = self._executor.submit(write_checkpoint, self.run_dir, snapshot, self.keep_last, best)
 
     def check(self) -> Path | None:
-        """Return the checkpoint completed since the last call, if any. Raises `StorageError`."""
+        """Return the checkpoint completed since the last call, if any.
+
+        Raises `StorageError` if it could not be written.
+        """
         return self.wait() if self._writing and self._writing.done() else None
 
     def wait(self) -> Path | None:
-        """Wait for the checkpoint being written, if any, and return it. Raises `StorageError`."""
+        """Wait for the checkpoint being written, if any, and return it.
+
+        Raises `StorageError` if it could not be written.
+        """
         writing, self._writing = self._writing, None
         return writing.result() if writing else None
 
     def close(self) -> None:
-        """Wait until nothing is being written; errors are not raised."""
+        """Wait until nothing is being written, without raising errors."""
         self._executor.shutdown(wait=True)
 
 
 def lower_thread_priority() -> None:
-    """Give this thread only the CPU time that training leaves."""
-    if sys.platform == "linux":  # elsewhere the call is for the complete process
+    """Lower the priority of this thread below that of training."""
+    if sys.platform == "linux":  # elsewhere the call applies to the full process
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

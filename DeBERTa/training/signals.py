@@ -1,4 +1,6 @@
-"""Signals of a run: SIGTERM and SIGINT end it after the step and a checkpoint, SIGUSR1 requests a checkpoint.
+"""Signals of a run: SIGTERM, SIGINT and SIGUSR1.
+
+SIGTERM and SIGINT end the run after the step and a checkpoint. SIGUSR1 requests a checkpoint.
 
 Outside `defer_stop` the first two raise `RunInterrupted` immediately, as Ctrl-C does in any Python program.
 Inside, the first one takes effect after the step, and a second one exits at once. A signal to all processes
@@ -25,7 +27,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A signal ended the run; `exit_status` is the one that shells expect."""
+    """End of a run by a signal, with the `exit_status` that shells expect."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -33,7 +35,10 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Record the signals of this process. A context manager of the main thread: it restores the handlers."""
+    """Record the signals of this process.
+
+    This is a context manager for the main thread. At its end it restores the handlers.
+    """
 
     def __init__(self) -> None:
         self.stop_signal = 0  # number of the signal that ends the run
@@ -82,7 +87,10 @@ class Signals:
 
     @contextlib.contextmanager
     def allow_stop(self) -> Iterator[None]:
-        """Inside `defer_stop`, raise `RunInterrupted` at once again: for work without results to save."""
+        """Raise `RunInterrupted` at once in this context inside `defer_stop`.
+
+        This is for work without results to save.
+        """
         self._is_deferred = False
         try:
             if self.stop_signal:

@@ -1,4 +1,4 @@
-"""One optimizer step: what is computed, in which order, and what is updated.
+"""Optimizer steps of both tasks: losses, their order, and updates.
 
 A batch may be split into micro-batches to need less memory (`accumulative_update`). Losses are sums over the
 micro-batch divided by the target count of the global batch, so that gradients of micro-batches add up to
@@ -35,7 +35,7 @@ from DeBERTa.training.precision import autocast, loss_scaler
 
 
 class TrainingStep:
-    """The base of both tasks: precision, learning rate, update."""
+    """Base class of both tasks: precision, learning rate and update."""
 
     def __init__(self, config: TrainConfig, precision: str, device: torch.device, total_steps: int) -> None:
         self.config, self.precision, self.device = config, precision, device
@@ -45,7 +45,10 @@ class TrainingStep:
         self.guard = UpdateGuard(config, device)
 
     def __call__(self, batch: Batch) -> Sums:
-        """Take one step on this rank's batch; return its sums, and gradient norms under `*grad_norm`."""
+        """Take one step on this rank's batch and return its sums.
+
+        They include gradient norms under `*grad_norm`.
+        """
         self.guard.begin_step()
         sums = self.step(batch)
         self.scaler.update()
@@ -57,13 +60,16 @@ class TrainingStep:
         raise NotImplementedError
 
     def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
-        """Return losses and logits of a batch, for evaluation. Collective: every rank calls it."""
+        """Return losses and logits of a batch, for evaluation.
+
+        Collective: every rank calls it.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Return what the next step depends on besides weights and step number.
+        """Return the state of the next step besides weights and step number.
 
-        Called on every rank. Tensors are full, in host memory, and on rank 0 alone.
+        Collective: every rank calls it. Tensors are full, in host memory, and on rank 0 alone.
         """
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {
@@ -73,7 +79,10 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Resume from rank 0's `state`, as `state_dict` returned it. Called on every rank."""
+        """Resume from rank 0's `state`, as `state_dict` returned it.
+
+        Collective: every rank calls it.
+        """
         for name, optimizer in self.optimizers.items():
             load_full_optimizer_state(optimizer, state["optimizers"][name] if state else None)
         others = {name: state[name] for name in ("scaler", "stability")} if state else None
@@ -93,7 +102,10 @@ class TrainingStep:
         return factor
 
     def split(self, batch: Batch) -> list[tuple[Batch, bool]]:
-        """Return this rank's micro-batches on the device, each with whether it is the last."""
+        """Return this rank's micro-batches on the device.
+
+        Each comes with a flag that is true for the last one.
+        """
         micro_batches = batch.split(self.config.accumulative_update)
         return [
             (b.to(self.device), number == len(micro_batches))
@@ -101,22 +113,23 @@ class TrainingStep:
         ]
 
     def count_targets(self, batch: Batch) -> torch.Tensor:
-        """Return masked and real tokens of the global batch, float32 [2], divided by the number of ranks.
+        """Return the numbers of masked and real tokens per rank, float32 [2].
 
-        Summed losses are divided by these; gradients are averaged over ranks.
+        They are those of the global batch, divided by the number of ranks. Summed losses are divided by
+        these; gradients are averaged over ranks.
         """
         counts = torch.tensor([batch.masked_tokens, batch.real_tokens], dtype=torch.float32)
         return all_reduce_sum(counts.to(self.device, non_blocking=True)).clamp(min=1) / get_world_size()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, scaled for float16."""
+        """Accumulate the gradients of `loss`, scaled for float16."""
         self.scaler.scale(loss).backward()
 
     def update(self, name: str, sums: Sums, prefix: str, losses: tuple[str, ...]) -> bool:
-        """Clip the gradients of one optimizer by their common norm, step, clear; return whether it stepped.
+        """Clip gradients by their common norm, step, and clear them.
 
-        The norm before clipping is added to `sums`. When it or one of `losses` is not finite on any rank, the
-        update is skipped on every rank.
+        Returns whether optimizer `name` took its step. The norm before clipping is added to `sums`. When it
+        or one of `losses` is not finite on any rank, the update is skipped on every rank.
         """
         optimizer = self.optimizers[name]
         self.scaler.unscale_(optimizer)
@@ -161,7 +174,10 @@ class MaskedLMStep(TrainingStep):
         return sums
 
     def outputs(self, batch: Batch) -> tuple[MaskedLoss, None]:
-        """Return the losses of a batch, for evaluation. Collective: every rank calls it."""
+        """Return the losses of a batch, for evaluation.
+
+        Collective: every rank calls it.
+        """
         return self.objective(batch), None
 
 
@@ -173,8 +189,8 @@ class ReplacedTokenStep(TrainingStep):
     lambda * rtd. Under ES both losses train one table, so that the update is always joint.
 
     Decoupled, when the generator's update is skipped (`UpdateGuard`), so is the discriminator's. The
-    generator's update comes before the discriminator's loss is known, and stands when the discriminator's is
-    skipped.
+    generator's update comes before the discriminator's loss is known, and is not undone when the
+    discriminator's is skipped.
     """
 
     def __init__(
@@ -240,7 +256,7 @@ class ReplacedTokenStep(TrainingStep):
         return sums
 
     def gather_shared_tables(self) -> SharedTables | None:
-        """Return the generator's present tables, full and without gradient.
+        """Return the generator's current tables, full and without gradient.
 
         Collective: every rank calls it.
         """
@@ -248,7 +264,10 @@ class ReplacedTokenStep(TrainingStep):
         return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 
     def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
-        """Return losses and logits of a batch, for evaluation. Collective: every rank calls it."""
+        """Return losses and logits of a batch, for evaluation.
+
+        Collective: every rank calls it.
+        """
         if not self.is_decoupled:
             generated, detected = self.model(batch, per_token=True)
         else:
@@ -277,5 +296,5 @@ def detection_sums(detected: DetectionLoss, batch: Batch) -> Sums:
 
 
 def make_scalar(number: int, device: torch.device) -> torch.Tensor:
-    """Return a host number as a 0-d tensor, without synchronizing."""
+    """Return a host number as a 0-d tensor without synchronizing with the device."""
     return torch.full((), number, device=device)

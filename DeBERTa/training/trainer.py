@@ -1,4 +1,4 @@
-"""The training loop: step, log, save, evaluate and stop, in this order."""
+"""Training loop: step, log, save, evaluate and stop, in this order."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ START_OVER = "start over with a lower --learning_rate or a longer --warmup under
 
 @dataclass
 class Run:
-    """The parts of a training run."""
+    """Components of a training run."""
 
     config: TrainConfig
     model: MaskedLanguageModel | RTDModel
@@ -48,12 +48,12 @@ class Run:
 
     @property
     def run_dir(self) -> Path:
-        """The run directory."""
+        """Return the run directory."""
         return self.config.run_dir
 
 
 class Trainer:
-    """The loop over the steps of a run, with what it writes on the way."""
+    """Loop over the steps of a run, with its metrics, checkpoints and evaluations."""
 
     def __init__(self, run: Run, first_step: int, signals: Signals) -> None:
         """Train `run` from the state after `first_step` updates.
@@ -111,7 +111,10 @@ class Trainer:
                 raise RunInterrupted(stop_signal)
 
     def write_metrics(self, step: int) -> None:
-        """Log the interval that ends at `step`. Called on every rank."""
+        """Log the interval that ends at `step`.
+
+        Collective: every rank calls it.
+        """
         training = self.run.training
         metrics = self.run.interval.finish() | get_learning_rates(training)
         metrics["skipped_steps"] = training.guard.skipped_steps
@@ -145,7 +148,10 @@ class Trainer:
         )
 
     def save(self, step: int) -> None:
-        """Copy the state after `step` updates and start to write it. Called on every rank."""
+        """Copy the state after `step` updates, and start writing it.
+
+        Collective: every rank calls it.
+        """
         check_finite_weights(self.run.model, step, self.run.run_dir)
         snapshot = take_snapshot(self.run, step)
         if snapshot:
@@ -167,7 +173,10 @@ class Trainer:
         raise RunInterrupted(signal_number)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate on the validation split, if any; a signal ends this at once."""
+        """Evaluate on the validation split, if any.
+
+        A stop signal interrupts the evaluation at once.
+        """
         run, training = self.run, self.run.training
         splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
         with self.signals.allow_stop():
@@ -180,7 +189,7 @@ class Trainer:
         run.interval.started = time.monotonic()
 
     def evaluate_if_missed(self) -> None:
-        """Evaluate the checkpoint resumed from, if the run stopped before that."""
+        """Evaluate the resumed checkpoint if the run stopped before its evaluation."""
         step, run = self.first_step, self.run
         is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
         is_missing = is_rank_zero() and step not in self.log.evaluations
@@ -202,7 +211,7 @@ def get_learning_rates(training: TrainingStep) -> dict[str, float]:
 def check_finite_weights(model: nn.Module, step: int, run_dir: Path) -> None:
     """Raise `NonFiniteError` naming the first parameter that is not finite.
 
-    Called on every rank.
+    Collective: every rank calls it.
     """
     parameters = dict(model.named_parameters())
     norms = [all_gather_full(torch.linalg.vector_norm(p.detach())) for p in parameters.values()]
@@ -231,7 +240,7 @@ def resume(run: Run, step: int) -> None:
 def take_snapshot(run: Run, step: int) -> Snapshot | None:
     """Copy the state after `step` updates to rank 0's host memory.
 
-    Called on every rank; others get None.
+    Collective: every rank calls it. Ranks other than 0 receive None.
     """
     weights = gather_to_rank_zero(run.model.state_dict())
     training = run.training.state_dict()

@@ -1,6 +1,6 @@
-"""Faster implementations for CPUs: fewer passes over memory, bfloat16 on AMX tiles.
+"""Faster CPU implementations: fewer passes over memory, bfloat16 on AMX tiles.
 
-Without a C++ compiler the same classes run on PyTorch's operations, and draw the same dropout masks.
+Without a C++ compiler the same classes run on PyTorch's operations and draw the same dropout masks.
 """
 
 from torch import nn

@@ -1,13 +1,15 @@
-"""Disentangled attention on a CPU, one sequence at a time: scores stay in the cache.
+"""Disentangled attention on a CPU, computed one sequence at a time.
+
+The scores of a sequence stay in the cache.
 
 Shapes: B batch, H heads, L length, D head size, W = 2L - 1 distances, T rows of a block.
 
 The position terms are matmuls with one table row per *distance*, [L, W]. Row i of the [L, L] scores is a
-contiguous part of row i of the result, which starts one element earlier than that of row i - 1: a strided
+contiguous slice of row i of the result, which starts one element earlier than that of row i - 1: a strided
 view instead of a gather. Its backward pass copies into the same view of a buffer of zeros instead of a
 scatter. T rows need only L + T - 1 of the distances, so that blocks of rows save up to half of the matmul.
 
-In bfloat16 on processors with AMX one kernel computes all of it by the same formulas: csrc/attention.cpp.
+In bfloat16 on processors with AMX a fused kernel uses the same formulas: csrc/attention.cpp.
 """
 
 import math
@@ -47,7 +49,7 @@ def iterate_row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T + c2p + p2c) v, with dropout on the probabilities.
+    """Attention softmax(q k^T + c2p + p2c) v with dropout on the probabilities.
 
     Inputs, contiguous: `q` (scaled already), `k`, `v` [B, H, L, D]; `key_table` [H, W, D] for c2p, ordered
     from distance L - 1 down; `query_table` [H, W, D] (scaled) for p2c, ordered from -(L - 1) up; either may
@@ -125,15 +127,15 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def _fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
-    """Return the kernel that computes all of it, for L and D that are multiples of 32."""
+    """Return the fused attention kernel if L and D are multiples of 32, else None."""
     return library.find_kernel(name, q) if q.size(2) % 32 == 0 and q.size(3) % 32 == 0 else None
 
 
 class _Blocks:
     """Memory for a position term of one sequence, in blocks of rows.
 
-    There are no blocks without a `table` [H, W, D].
-        `buffer` holds the blocks in sequence, each contiguous [H, T, L + T - 1].
+    There are no blocks without a `table` [H, W, D]. `buffer` holds the blocks in sequence, each contiguous
+    [H, T, L + T - 1].
     """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
@@ -164,7 +166,7 @@ class _Blocks:
 
 
 class _PositionTerm(_Blocks):
-    """Queries or keys times their table."""
+    """Matmul of queries or keys with their table, in blocks of rows."""
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         super().__init__(table, length)
@@ -177,7 +179,10 @@ class _PositionTerm(_Blocks):
 
 
 class _PositionGradient(_Blocks):
-    """Gradients of a position term; blocks are zero outside of the view by distance."""
+    """Gradients of a position term, in blocks of rows.
+
+    Blocks are zero outside of the view by distance.
+    """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
         super().__init__(table, length)
@@ -207,7 +212,7 @@ class _PositionGradient(_Blocks):
 
 
 class _Bits(NamedTuple):
-    """Random bits of a dropout mask: those of `seed`, from element `first` on."""
+    """Random bits of a dropout mask for `seed`, starting at element `first`."""
 
     seed: int
     p: float
@@ -224,8 +229,8 @@ def _probabilities(
 ) -> None:
     """Write the softmax of `scores` [H, L, L] and both terms to `scores`.
 
-    Padded keys take no part; dropped elements are zero. `kept` receives the same with a minus sign instead of
-    the zero.
+    Padded keys are excluded, and dropped elements are zero. `kept` receives the same probabilities, negated
+    instead of zeroed where dropped.
     """
     kernel = library.find_kernel("probabilities", scores)
     if kernel is not None:
@@ -256,9 +261,9 @@ def _score_gradients(
 ) -> None:
     """Turn gradients of the probabilities into those of the scores, in place.
 
-    These are P dP - P `inner`, with P = `kept` [H, L, L] and `inner` [H, L].
-        Gradients of dropped elements are zero. They are also written to the blocks of both terms; `dropped`
-    receives the probabilities that multiplied v.
+    These are P dP - P `inner`, with P = `kept` [H, L, L] and `inner` [H, L]. Gradients of dropped elements
+    are zero. The gradients are also written to the blocks of both terms. `dropped` receives the probabilities
+    that multiplied v.
     """
     kernel = library.find_kernel("score_gradients", gradients)
     if kernel is not None:

@@ -8,12 +8,12 @@ from DeBERTa.ops.dropout import compute_threshold, draw_keep_mask, draw_seed
 
 
 def add_dropout(residual: torch.Tensor | None, x: torch.Tensor, p: float) -> torch.Tensor:
-    """Return `residual + dropout(x)`, or `dropout(x)` alone; 0 < p < 1."""
+    """Return `residual + dropout(x)`, or `dropout(x)` alone, for 0 < p < 1."""
     return _Dropout.apply(residual, x, draw_seed(), p)
 
 
 class _Dropout(torch.autograd.Function):
-    """Saves the seed only."""
+    """Dropout that saves its seed instead of its mask for the backward pass."""
 
     @staticmethod
     def forward(ctx, residual, x, seed, p):

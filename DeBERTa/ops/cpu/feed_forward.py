@@ -1,6 +1,6 @@
 """The feed-forward network with its input as the only saved activation.
 
-On a CPU memory costs more time than the matmul that recomputes the rest.
+On a CPU memory traffic takes longer than the matmul that recomputes the other activations.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from DeBERTa.ops.cpu.linear import affine, affine_gradients, find_tile_kernel
 class FeedForward(torch.autograd.Function):
     """`linear(activation(linear(x)))`, recomputed in part in the backward pass.
 
-    x: [..., h]. inner_weight [I, h], inner_bias [I], outer_weight [h, I], outer_bias [h]: I is the
-    intermediate size.
+    x: [..., h]. inner_weight [I, h], inner_bias [I], outer_weight [h, I], outer_bias [h].
+    I is the intermediate size.
     """
 
     @staticmethod
@@ -64,7 +64,10 @@ class FeedForward(torch.autograd.Function):
 def _differentiate_activation(
     activation: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `activation(hidden)` and the gradient of `hidden`, in place or not."""
+    """Return `activation(hidden)` and the gradient of `hidden`.
+
+    Both inputs may be overwritten.
+    """
     kernel = library.find_kernel("gelu_gradients", hidden) if activation is F.gelu else None
     if kernel is not None:
         kernel(hidden, grad, hidden.numel())

@@ -1,19 +1,21 @@
-"""The C++ kernels of csrc/: compiled when first needed, loaded, and called with checked tensors.
+"""C++ kernels of csrc/, compiled and loaded on first use.
+
+They are called with tensors whose dtype, device and layout are checked.
 
 They are compiled for the machine's processor by `g++` (or `$CXX`) in some seconds and stored in
 `$DEBERTA_CACHE/kernels`. `torch.utils.cpp_extension` is not used: it needs ninja, compiles PyTorch's headers
 with every source (minutes where this takes seconds), and a process killed while it compiles leaves a lock
-that later starts wait for without end.
+that later starts wait for indefinitely.
 
-Callers have the same in PyTorch's operations, for other types and for machines without a compiler. Both draw
-the same dropout masks; other values differ by rounding.
+Callers implement the same in PyTorch's operations, for other dtypes and for machines without a compiler. Both
+draw the same dropout masks. Other values differ by rounding.
 
 elementwise.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: its
 backward pass; `dropout`: scaled, added to a residual; `chunk_sums`, `chunk_gradients`: the head's passes over
 a chunk of logits; `gelu_gradients`: GELU recomputed and its gradient, in place; `transposed`: a matrix in
 bfloat16, and its column sums.
 
-For bfloat16 on processors with AMX, in attention.cpp: `attention` and `attention_gradients`: all of it; in
+For bfloat16 on processors with AMX, in attention.cpp: `attention` and `attention_gradients`, fused; in
 linear.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`.
 """
 
@@ -148,9 +150,10 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load(compiler: list[str], version: str) -> ctypes.CDLL:
-    """Load the library for these sources, compiler and processor; compile it if needed.
+    """Load the library for these sources, compiler and processor.
 
-    Its file name contains the SHA-256 of the file: loading a truncated library would end the process.
+    It is compiled if it is not in the cache. Its file name contains the SHA-256 of the file: loading a
+    truncated library would end the process.
     """
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     key = "\n".join([*texts, version, *FLAGS, torch.__version__, _describe_processor()])
@@ -177,7 +180,10 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
 
 
 def _run(command: list[str]) -> str:
-    """Return the output of a command. Signals to this process do not reach it."""
+    """Return the output of a command.
+
+    The command runs in its own session, so that signals to this process group do not reach it.
+    """
     return subprocess.run(
         command,
         capture_output=True,
@@ -191,7 +197,7 @@ def _run(command: list[str]) -> str:
 
 
 def _is_writable(cache: Path) -> bool:
-    """Create the cache folder if it is missing; return whether it can be written to."""
+    """Return whether the cache directory is writable, creating it if it is missing."""
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         return os.access(cache, os.W_OK)
@@ -199,7 +205,10 @@ def _is_writable(cache: Path) -> bool:
 
 
 def _describe_processor() -> str:
-    """Return what the compiler's `native` depends on, as far as the system reports it."""
+    """Return the processor features that the compiler's `native` depends on.
+
+    They are complete as far as the system reports them.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""Linear maps and their gradients, in bfloat16 on a CPU by matmuls in layouts that are fast there.
+"""Linear maps and their gradients on a CPU, in layouts that are fast for bfloat16.
 
 On processors with AMX a kernel of csrc/linear.cpp rounds and packs a weight, multiplies, and applies the
-epilogue in the cache. On others a matmul whose factors are both stored row by row takes about two thirds of
-the time of one that has to transpose a factor; a kernel of csrc/elementwise.cpp transposes first, in less
-time than that saves. In other types these are the matmuls of `F.linear`.
+epilogue in the cache. On others a matmul whose operands are both row-major takes about two thirds of the time
+of one that has to transpose an operand; a kernel of csrc/elementwise.cpp transposes first, in less time than
+that saves. In other dtypes these are the matmuls of `F.linear`.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def find_tile_kernel(
 ) -> Callable[..., None] | None:
     """Return the kernel of csrc/linear.cpp for `x` and these parameters, or None.
 
-    Each parameter comes with the shape it must have. What does not fit is left to PyTorch, which takes other
-    layouts and reports wrong shapes.
+    Each parameter comes with the shape it must have. Otherwise PyTorch computes the result: it supports
+    other layouts and raises for wrong shapes.
     """
     for parameter, shape in parameters:
         if library.find_kernel(name, x, parameter) is None or tuple(parameter.shape) != shape:
@@ -69,10 +69,10 @@ def affine_gradients(
     needs_bias: bool = True,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of `x`, `weight` and bias, from `grad` [..., N] of `affine`.
+    """Return the gradients of `x`, `weight` and bias, given that of `affine`.
 
-    Those of the parameters are summed over all rows, in float32 at least; the weight's is written to `out`,
-    if given. Where there is no kernel, the weight's has been rounded to the dtype of `grad`.
+    grad: [..., N]. Gradients of the parameters are summed over all rows, in float32 at least. The gradient of
+    the weight is written to `out`, if given. Where there is no kernel, it is rounded to the dtype of `grad`.
     """
     (columns, depth), shape = weight.shape, x.shape
     if out is None:
@@ -95,7 +95,7 @@ def affine_gradients(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return `F.linear(x, weight, bias)`; under autocast in its dtype."""
+    """Return `F.linear(x, weight, bias)`, under autocast in the autocast dtype."""
     if not torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias, torch.get_autocast_dtype("cpu"))

@@ -1,4 +1,4 @@
-"""The head's arithmetic on one chunk of logits, as kernels where there are some."""
+"""Arithmetic of the LM head on one chunk of logits, through kernels if available."""
 
 import torch
 
@@ -8,7 +8,10 @@ from DeBERTa.ops.cpu.linear import affine, affine_gradients
 
 
 class CpuChunkOperations(ChunkOperations):
-    """Matmuls in fast layouts; one pass over the logits for sums, one for gradients."""
+    """Chunk operations with matmuls in fast layouts and fused passes over the logits.
+
+    Sums take one pass over the logits, and gradients another.
+    """
 
     def compute_logits(
         self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor
@@ -47,7 +50,7 @@ class CpuChunkOperations(ChunkOperations):
     def differentiate_inputs(
         self, grad_MC: torch.Tensor, x_ME: torch.Tensor, table_CE: torch.Tensor, out_CE: torch.Tensor
     ) -> torch.Tensor:
-        """Return the gradient of `x_ME` [M, E]; write that of the table to `out_CE`."""
+        """Return the gradient of `x_ME`, and write that of the table to `out_CE`."""
         grad_x_ME, *_ = affine_gradients(grad_MC, x_ME, table_CE, needs_bias=False, out=out_CE)
         assert grad_x_ME is not None
         return grad_x_ME

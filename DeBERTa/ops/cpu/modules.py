@@ -1,4 +1,7 @@
-"""Modules of model/ as the CPU computes them; `select_implementations` makes them of the plain ones."""
+"""CPU implementations of modules of model/.
+
+`select_implementations` changes the class of the plain modules to these.
+"""
 
 from typing import cast
 
@@ -40,13 +43,13 @@ class CpuAddNorm(AddNorm):
         return self.add(self.dense(x), residual)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return what follows the linear map."""
+        """Apply dropout, residual addition and LayerNorm to the linear map's output."""
         p = self.dropout.p if self.training else 0.0
         return self.LayerNorm(add_dropout(residual, x, p) if p else residual + x)
 
 
 class CpuLayer(Layer):
-    """A layer whose feed-forward network saves its input only."""
+    """Layer whose feed-forward network saves only its input for the backward pass."""
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [..., h] from [..., h]."""
@@ -57,12 +60,15 @@ class CpuLayer(Layer):
 
 
 class CpuSelfAttention(DisentangledSelfAttention):
-    """One matmul for queries, keys and values; attention one sequence at a time."""
+    """Attention with one matmul for queries, keys and values.
+
+    Attention is computed one sequence at a time.
+    """
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
-        """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding."""
+        """Return the context [B, L, H * D] of `hidden_states` [B, L, h], zero at padding."""
         q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
         key_table = query_table = None
         if positions is not None:
@@ -74,7 +80,7 @@ class CpuSelfAttention(DisentangledSelfAttention):
         return BlockedAttention.apply(q, k, v, key_table, query_table, input_mask, p).flatten(2)
 
     def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
-        """Return [B, H, L, D] of `x` [B, L, h] per projection; queries are scaled."""
+        """Return [B, H, L, D] of `x` [B, L, h] per projection, with queries scaled."""
         scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
         weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
         bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
@@ -92,19 +98,19 @@ class CpuSelfAttention(DisentangledSelfAttention):
         positions: RelativePositions | None,
         query_positions: torch.Tensor | None = None,
     ) -> Keys:
-        """Project keys, values and relative positions: contiguous, as `bmm` wants them."""
+        """Project keys, values and relative positions, contiguous for `bmm`."""
         keys = super().project_keys(hidden_states, input_mask, positions, query_positions)
         return keys._replace(k=keys.k.contiguous(), v=keys.v.contiguous())
 
 
 def _expand(table_HSD: torch.Tensor | None, slots_W: torch.Tensor) -> torch.Tensor | None:
-    """Return the row of each distance, contiguous [H, W, D]; None of None."""
+    """Return the row of each distance, contiguous [H, W, D], or None of None."""
     if table_HSD is None:
         return None
     return table_HSD.transpose(0, 1).index_select(0, slots_W).transpose(0, 1).contiguous()
 
 
 class CpuLMHead(LMHead):
-    """The head's passes over a chunk of logits as kernels."""
+    """LM head whose passes over a chunk of logits are kernels."""
 
     operations = CpuChunkOperations()

@@ -1,4 +1,7 @@
-"""Attention for CUDA GPUs (`--attention triton`): position scores never leave the kernels."""
+"""Attention for CUDA GPUs by Triton kernels (`--attention triton`).
+
+Position scores are never written to memory.
+"""
 
 import importlib.util
 

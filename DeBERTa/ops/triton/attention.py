@@ -1,7 +1,7 @@
 """Disentangled attention by the Triton kernels, as an autograd function.
 
-Shapes: B batch, L length, H heads, D head size, S rows of the relative-position table, W length in whole
-tiles.
+Shapes: B batch, L length, H heads, D head size, S rows of the relative-position table.
+W is the length rounded up to full tiles.
 """
 
 import torch
@@ -34,8 +34,8 @@ def attend(
 def expand_table(table_HSD: torch.Tensor, distance_slots: torch.Tensor, sign: int) -> torch.Tensor:
     """Return one row per distance -W .. W - 1 times `sign`, contiguous [H, 2W, D].
 
-    distance_slots: int64 [2L - 1], from distance L - 1 down, as in `RelativePositions`. Distances of padding
-    repeat the last row.
+    distance_slots: int64 [2L - 1], from distance L - 1 down, as in `RelativePositions`.
+    Distances of padding repeat the last row.
     """
     length = (len(distance_slots) + 1) // 2
     tile = get_launch_table(distance_slots.device).tile
@@ -45,7 +45,10 @@ def expand_table(table_HSD: torch.Tensor, distance_slots: torch.Tensor, sign: in
 
 
 class _Expand(torch.autograd.Function):
-    """`table.index_select(1, slots)` whose gradient, a matmul with zeros and ones, has a fixed order."""
+    """`table.index_select(1, slots)` with a deterministic gradient.
+
+    The gradient is a matmul with a one-hot matrix, whose order of summation is fixed.
+    """
 
     @staticmethod
     def forward(ctx, table_HSD, slots):
@@ -61,7 +64,10 @@ class _Expand(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, the context, its softmax statistics, and the dropout mask as bits."""
+    """Disentangled attention by the forward and backward kernels.
+
+    Saves q, k, v, the context, its softmax statistics, and the dropout mask as bits.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, key_table, query_table, input_mask, seed, p):  # noqa: PLR0913  autograd's inputs
@@ -127,5 +133,8 @@ class _Attention(torch.autograd.Function):
 
 
 def get_launch_table(device: torch.device) -> LaunchTable:
-    """Return the launch options for `device`; on a CPU, for the interpreter, those of an H100."""
+    """Return the launch options for `device`.
+
+    On a CPU, where the interpreter runs the kernels, these are the options of an H100.
+    """
     return LAUNCH_TABLES[torch.cuda.get_device_capability(device)] if device.type == "cuda" else HOPPER

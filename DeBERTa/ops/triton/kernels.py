@@ -1,10 +1,13 @@
-"""Triton kernels of disentangled attention whose position scores never reach memory.
+"""Triton kernels of disentangled attention.
+
+Position scores are never written to memory.
 
     score(i, j) = q_i . k_j + q_i . K[i - j] + k_j . Q[j - i]
 
-K and Q are the projected position tables expanded to one row per distance, [H, 2W, D], for distances -W .. W
-- 1, where W is the sequence length L rounded up to full tiles. Q is mirrored: Q[d] is the row of distance -d,
-so that Q[j - i] is the row of slot(i, j). At L 512 the tables are at most 2 MB each and stay in the L2 cache.
+K and Q are the projected position tables expanded to one row per distance, [H, 2W, D], for distances from -W
+to W - 1, where W is the sequence length L rounded up to full tiles. Q is mirrored: Q[d] is the row of
+distance -d, so that Q[j - i] is the row of slot(i, j). At L 512 the tables are at most 2 MB each and stay in
+the L2 cache.
 
 Both position terms have one form: a row of one kind (queries, or keys) meets the table at distance row -
 column. In the tile of row block a and column block m, that distance is N * (a - m) + r - c. With t = a - m
@@ -42,8 +45,9 @@ def draw_mask_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the dropout mask of ops/dropout.py for [B, H, L, L] as bits, int32 [B * H * L, WORDS].
+    """Write the dropout mask of ops/dropout.py as bits.
 
+    The mask of [B, H, L, L] is written to int32 [B * H * L, WORDS].
     GROUP: elements of a row that share a 64-bit word of SplitMix64, 4 where L is a multiple of 4, else 1.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
@@ -71,7 +75,10 @@ def draw_mask_kernel(
 
 @triton.jit
 def load_keep_mask(mask_ptr, row, i, j0, L, WORDS: tl.constexpr, N: tl.constexpr):
-    """Load the mask of queries `i` and N keys from `j0` on, bool [N, N]; `row`: the head's first."""
+    """Load the dropout mask of queries `i` and N keys from `j0` on, bool [N, N].
+
+    row: the first row of the head.
+    """
     word = j0 // 32 + tl.arange(0, N // 32)
     bits = tl.load(
         mask_ptr + row * WORDS + (i[:, None] * WORDS + word[None, :]), mask=(i < L)[:, None], other=0
@@ -81,9 +88,10 @@ def load_keep_mask(mask_ptr, row, i, j0, L, WORDS: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def load_rows(x_ptr, row, h, i, L, stride_row, stride_head, D: tl.constexpr):
-    """Load rows `i` of head `h`, [N, D], zero past L; `row`: the sequence's first row.
+    """Load rows `i` of head `h`, [N, D], zero past L.
 
-    The offset that differs between threads has 32 bits, which saves registers.
+    row: the first row of the sequence. The offset that differs between threads has 32 bits, which saves
+    registers.
     """
     offsets = (i * stride_row)[:, None] + tl.arange(0, D)[None, :]
     return tl.load(x_ptr + row * stride_row + h * stride_head + offsets, mask=(i < L)[:, None], other=0.0)
@@ -104,7 +112,10 @@ def multiply_transposed(x, y):
 
 @triton.jit
 def pack_columns(x, dtype: tl.constexpr, N: tl.constexpr):
-    """Round `x` float32 [N, N] to `dtype`; for 16 bits, return uint32 [N, N/2] of columns u and u + N/2."""
+    """Round `x` float32 [N, N] to `dtype`, and pack 16-bit columns in pairs.
+
+    For 16-bit dtypes, returns uint32 [N, N/2] of columns u (low half) and u + N/2.
+    """
     if dtype.primitive_bitwidth == 16:
         low, high = tl.split(tl.permute(tl.reshape(x, [N, 2, N // 2]), [0, 2, 1]))
         if HAS_ASSEMBLY:  # one instruction instead of four
@@ -121,15 +132,16 @@ def pack_columns(x, dtype: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def select_triangle(near, far, N: tl.constexpr):
-    """Return z[r, u] = near where u <= r, else far."""
+    """Return z [N, N], where z[r, u] is near where u <= r, else far."""
     return tl.where(tl.arange(0, N)[None, :] <= tl.arange(0, N)[:, None], near, far)
 
 
 @triton.jit
 def rotate_rows(near, far, dtype: tl.constexpr, N: tl.constexpr):
-    """Return y[r, c] = z[r, (r - c) mod N] of z = select_triangle(near, far), both from `pack_columns`.
+    """Return y[r, c] = z[r, (r - c) mod N] of z = select_triangle(near, far).
 
-    With two columns in a word a warp rotates a row of 64 in one shuffle.
+    near, far: from `pack_columns`. With two columns in a 32-bit word, a warp
+    rotates a row of 64 in one shuffle.
     """
     r = tl.arange(0, N)[:, None]
     if dtype.primitive_bitwidth == 16:
@@ -148,7 +160,7 @@ def rotate_rows(near, far, dtype: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def compute_position_scores(x, table_ptr, h, t, BLOCKS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """Return the position term of rows `x` in the tile `t` blocks below the diagonal, [N, N]."""
+    """Return the position term [N, N] of rows `x`, `t` blocks below the diagonal."""
     near = multiply_transposed(x, load_table_block(table_ptr, h, t, BLOCKS, N, D))
     far = multiply_transposed(x, load_table_block(table_ptr, h, t - 1, BLOCKS, N, D))
     return rotate_rows(pack_columns(near, x.dtype, N), pack_columns(far, x.dtype, N), x.dtype, N)
@@ -177,9 +189,10 @@ def forward_kernel(
     HAS_P2C: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Compute the context of one tile of queries, and the base-2 logarithm of its sums of exponentials.
+    """Compute the context of one tile of queries, and its softmax statistics.
 
-    scale: 1 / (1 - p). The softmax is computed online over tiles of keys (FlashAttention, algorithm 1).
+    The statistics are the base-2 logarithms of the sums of exponentials. scale: 1 / (1 - p). The softmax is
+    computed online over tiles of keys (FlashAttention, algorithm 1).
     """
     BLOCKS: tl.constexpr = (L + N - 1) // N
     a, h, b = tl.program_id(0), tl.program_id(1) % H, tl.program_id(1) // H
@@ -198,7 +211,7 @@ def forward_kernel(
         j = j0 + tl.arange(0, N)
         k = load_rows(k_ptr, row, h, j, L, stride_row, stride_head, D)
         v = load_rows(v_ptr, row, h, j, L, stride_row, stride_head, D)
-        # Position terms first, as the accumulator of q k^T: after it, softmax would run in a transposed
+        # Position terms come first, as the accumulator of q k^T. Otherwise softmax would run in a transposed
         # layout.
         scores = tl.zeros([N, N], tl.float32)
         if HAS_C2P:
@@ -233,7 +246,10 @@ def forward_kernel(
 
 @triton.jit
 def delta_kernel(out_ptr, grad_out_ptr, delta_ptr, H, L, D: tl.constexpr, N: tl.constexpr):
-    """Write the inner product of context and its gradient per query (FlashAttention, section B.2)."""
+    """Write the inner product of the context and its gradient per query.
+
+    Source: FlashAttention, section B.2.
+    """
     h, b = tl.program_id(1) % H, tl.program_id(1) // H
     row = b.to(tl.int64) * L
     i = tl.program_id(0) * N + tl.arange(0, N)
@@ -269,7 +285,7 @@ def key_gradient_kernel(
     HAS_P2C: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Compute the gradients of one tile of keys and values; write those of its scores.
+    """Compute the gradients of one tile of keys and values, and of its scores.
 
     Tiles are [keys, queries], so that no operand of a matmul is transposed in shared memory.
     """
@@ -325,7 +341,10 @@ def key_gradient_kernel(
 def load_tile(
     grad_scores_ptr, head, a, m, IS_TRANSPOSED: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr
 ):
-    """Load the tile of row block `a` and column block `m`, zero outside; of the transpose on request."""
+    """Load the tile of row block `a` and column block `m`, zero outside.
+
+    IS_TRANSPOSED: load it from the transposed matrix.
+    """
     W: tl.constexpr = BLOCKS * N
     is_inside = (a >= 0) & (a < BLOCKS) & (m >= 0) & (m < BLOCKS)
     r, c = (a * N + tl.arange(0, N))[:, None], (m * N + tl.arange(0, N))[None, :]
@@ -335,7 +354,7 @@ def load_tile(
 
 @triton.jit
 def load_by_distance(grad_scores_ptr, head, a, t, BLOCKS: tl.constexpr, N: tl.constexpr):
-    """Load z[r, u] of query i = a * N + r and key i - (t * N + u); zero outside."""
+    """Load z[r, u] of query i = a * N + r and key i - (t * N + u), zero outside."""
     W: tl.constexpr = BLOCKS * N
     i = (a * N + tl.arange(0, N))[:, None]
     j = i - (t * N + tl.arange(0, N)[None, :])

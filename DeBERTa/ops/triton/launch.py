@@ -1,12 +1,12 @@
-"""How the kernels are launched, by compute capability: tile, warps and stages.
+"""Launch options of the kernels by compute capability: tile, warps and stages.
 
 Measured on an H100 (9.0). On 8.x, whose matmuls keep their operands in registers, tiles of 64 rows spill with
-4 warps: tiles of 32 are compiled there, and have not been run.
+4 warps. Tiles of 32 compile for 8.x and have not been run.
 """
 
 from typing import NamedTuple
 
-SEQUENCES = 4  # whose table gradients one program sums
+SEQUENCES = 4  # per program of the kernel that sums table gradients
 HEAD_SIZES = (32, 64, 128)
 
 

@@ -8,12 +8,15 @@ from DeBERTa.ops.triton.attention import attend, expand_table
 
 
 class TritonSelfAttention(SdpaSelfAttention):
-    """Disentangled attention with queries at all positions; at selected positions (`attend`) it is sdpa's."""
+    """Disentangled attention by the Triton kernels for queries at all positions.
+
+    Queries at selected positions (`attend`) use `SdpaSelfAttention`.
+    """
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
-        """Return the context [B, L, H * D] of `hidden_states` [B, L, h]; zero at padding."""
+        """Return the context [B, L, H * D] of `hidden_states` [B, L, h], zero at padding."""
         split = (-1, (self.num_heads, self.head_size))
         q = self.query_proj(hidden_states).unflatten(*split) * self.scale
         k, v = (
