@@ -1,4 +1,6 @@
-"""Typed configurations: `ModelConfig`, `RTDConfig`, `TrainConfig`. Unknown and impossible values raise.
+"""Typed configurations: `ModelConfig`, `RTDConfig`, `TrainConfig`.
+
+Unknown keys, wrong types and impossible values raise `ConfigError`.
 
 `ModelConfig` and `RTDConfig` use the field names of the published JSON files. Every field of `TrainConfig` is
 a flag of `python -m DeBERTa.train`. What else is known of a flag (group, help, unit, bounds, choices, rules)
@@ -29,7 +31,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Bounds:
-    """The interval in which a number must lie; both ends belong to it unless they are excluded."""
+    """The interval in which a number must lie.
+
+    The interval is closed, except at an end that is excluded.
+    """
 
     minimum: float
     maximum: float = math.inf
@@ -57,14 +62,20 @@ PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_m
 
 
 def find_experiments() -> Path:
-    """Return the directory with the model configs and the sample, of the package or the checkout."""
+    """Return the directory with the model configs and the sample.
+
+    It is part of the installed package, or of the checkout.
+    """
     package = Path(__file__).resolve().parent
     installed = package / "experiments"  # setup.py maps it there
     return installed if installed.is_dir() else package.parent / "experiments"
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read the JSON object in `path`. Raises `ConfigError` when the file is missing or not a JSON object."""
+    """Read the JSON object in `path`.
+
+    Raises `ConfigError` when the file is missing or not a JSON object.
+    """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -77,7 +88,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _check_keys(values: dict[str, Any], cls: type, where: str) -> None:
-    """Raise unless all keys are fields of `cls`, and all fields without a default are among them."""
+    """Raise `ConfigError` for unknown keys and for missing fields of `cls`.
+
+    Only fields without a default must be given.
+    """
     fields = dataclasses.fields(cls)
     known = [f.name for f in fields]
     unknown = sorted(set(values) - set(known))
@@ -91,7 +105,10 @@ def _check_keys(values: dict[str, Any], cls: type, where: str) -> None:
 
 
 def _check_types(values: dict[str, Any], cls: type, where: str) -> None:
-    """Raise unless the values fit the annotations; an int may stand for a float, a bool for a bool alone."""
+    """Raise `ConfigError` unless the values have the annotated types.
+
+    An int is valid for a float field, but a bool is valid for a bool field only.
+    """
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         hint = hints[name]
@@ -102,7 +119,7 @@ def _check_types(values: dict[str, Any], cls: type, where: str) -> None:
 
 
 def _check_metadata(config: ModelConfig | TrainConfig, prefix: str) -> None:
-    """Raise unless all values lie within the bounds and choices in their fields' metadata."""
+    """Raise `ConfigError` for values outside their fields' bounds or choices."""
     for item in dataclasses.fields(config):
         value, bounds = getattr(config, item.name), item.metadata.get("bounds")
         choices = item.metadata.get("choices", ())
@@ -122,7 +139,10 @@ def _limited(default: T, bounds: Bounds | None = None, choices: tuple[str, ...] 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One encoder with its head. Sizes are in units (hidden width, heads, layers, table rows)."""
+    """The configuration of one encoder with its head.
+
+    Sizes are in units: hidden width, heads, layers, table rows.
+    """
 
     vocab_size: int = field(metadata={"bounds": FROM_ONE})
     hidden_size: int = field(metadata={"bounds": FROM_ONE})
@@ -150,7 +170,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "model config") -> ModelConfig:
-        """Build from published field names. Raises `ConfigError` for an unknown, missing or wrong value."""
+        """Build from published field names.
+
+        Raises `ConfigError` for an unknown, missing or wrong value.
+        """
         _check_keys(values, cls, where)
         _check_types(values, cls, where)
         config = cls(**values)
@@ -194,7 +217,10 @@ class ModelConfig:
 
     @property
     def position_terms(self) -> tuple[str, ...]:
-        """The position terms in use, of "c2p" and "p2c"; empty for plain attention."""
+        """Return the position terms in use, of "c2p" and "p2c".
+
+        The tuple is empty for attention without relative positions.
+        """
         if not self.relative_attention:
             return ()
         named = [term.strip() for term in self.pos_att_type.lower().split("|")]
@@ -202,29 +228,36 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Return the width of one attention head."""
         return self.attention_head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def embedding_width(self) -> int:
-        """Width of the embedding tables."""
+        """Return the width of the embedding tables."""
         return self.embedding_size or self.hidden_size
 
     @property
     def max_distance(self) -> int:
-        """Distances are clamped to one less than this (`max_relative_positions`)."""
+        """Return the exclusive upper bound of relative distances.
+
+        Longer distances are clamped to one less. It is `max_relative_positions`, or
+        `max_position_embeddings` where that is below 1.
+        """
         has_own = self.max_relative_positions >= 1
         return self.max_relative_positions if has_own else self.max_position_embeddings
 
     @property
     def position_span(self) -> int:
-        """Half the rows of the relative-position table."""
+        """Return half the number of rows of the relative-position table."""
         return self.position_buckets if self.position_buckets > 0 else self.max_distance
 
 
 @dataclass(frozen=True)
 class RTDConfig:
-    """Generator, discriminator, and how they share embeddings (DeBERTaV3, section 3.3)."""
+    """Generator, discriminator, and their embedding sharing.
+
+    Source: DeBERTaV3, section 3.3.
+    """
 
     generator: ModelConfig
     discriminator: ModelConfig
@@ -232,7 +265,10 @@ class RTDConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "RTD config") -> RTDConfig:
-        """Build from the published layout. Raises `ConfigError` when the tables cannot be shared."""
+        """Build from the published layout.
+
+        Raises `ConfigError` for a wrong value, and when the tables cannot be shared.
+        """
         for name in ("generator", "discriminator"):
             if name in values and not isinstance(values[name], dict):
                 raise ConfigError(f"{where}: {name} must be a model config, not {values[name]!r}")
@@ -255,7 +291,7 @@ class RTDConfig:
         return cls.from_dict(read_json(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values by field name, those of the two models as nested dicts."""
+        """Return all values by field name, with the two models as nested dicts."""
         return dataclasses.asdict(self)
 
     def _validate(self, where: str) -> None:
@@ -270,7 +306,7 @@ class RTDConfig:
 
 
 class Rule(enum.Flag):
-    """What else holds for a flag."""
+    """Properties of a flag that can be combined."""
 
     NONE = 0
     REQUIRED = enum.auto()
@@ -289,7 +325,7 @@ def _flag(
     bounds: Bounds | None = None,
     rules: Rule = Rule.NONE,
     choices: tuple[str, ...] = (),
-    group: str = "",  # of this flag and those after it
+    group: str = "",  # of this flag and those that follow
 ) -> T:
     facts = {"help": help, "unit": unit, "bounds": bounds, "rules": rules, "choices": choices, "group": group}
     return field(default=default, metadata=facts)
@@ -297,7 +333,7 @@ def _flag(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field is a flag of the same name."""
+    """The settings of one run, with one flag of the same name per field."""
 
     task_name: str = _flag(
         "MLM", "masked language modeling or replaced token detection", choices=("MLM", "RTD"), group="task"
@@ -370,7 +406,7 @@ class TrainConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
         group="computation",
     )
-    # What it resolves to is compared on resume: the precision.
+    # The resolved precision is compared on resume in place of this flag.
     fp16: bool | None = _flag(None, "--precision auto, or fp32 if False", rules=HIDDEN | RESUME)
     kernels: str = _flag(  # compared on resume: auto and off draw different dropout masks
         "auto",
@@ -419,7 +455,10 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "settings") -> TrainConfig:
-        """Build from flag names. Raises `ConfigError` for unknown names and wrong types; see `validate`."""
+        """Build from flag names.
+
+        Raises `ConfigError` for unknown names and wrong types. Values are checked by `validate`.
+        """
         _check_keys(values, cls, where)
         _check_types(values, cls, where)
         return cls(**values)
@@ -464,7 +503,7 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        """The directory of this run's checkpoints, metrics and models."""
+        """Return the directory of this run's checkpoints, metrics and models."""
         return Path(self.output_dir) if self.output_dir else Path("output") / self.tag
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""Errors that users see: one sentence `what: why; what to do`, lower case, without a full stop."""
+"""Errors that users see.
+
+A message is one sentence `what: why; what to do`, lower case, without a period.
+"""
 
 
 class DebertaError(Exception):
-    """The base class: the command prints the message and ends with `exit_status`.
+    """The base class of all errors of the package.
+
+    The command logs the message and exits with `exit_status`.
 
     `is_retryable`: starting again from the last checkpoint may succeed (`--max_restarts`).
     `is_consequence`: the failure of another rank explains this one.
@@ -18,7 +23,10 @@ class ConfigError(DebertaError, ValueError):
 
 
 class UsageError(ConfigError):
-    """A command line that cannot be read: a flag, preset or combination of them that does not exist."""
+    """A command line that cannot be parsed.
+
+    It has an unknown flag, an unknown preset or an invalid combination of flags.
+    """
 
     exit_status = 2
 
@@ -40,7 +48,7 @@ class DamagedCheckpointError(DebertaError):
 
 
 class NonFiniteError(DebertaError):
-    """Losses, gradients or weights became NaN or infinite, and stayed so."""
+    """Losses, gradients or weights became NaN or infinite, and stayed NaN or infinite."""
 
 
 class LaunchError(DebertaError):
@@ -65,5 +73,5 @@ class ReportedError(DebertaError):
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return a message that names the file, and why the system refused it."""
+    """Return a message with the name of the file and the reason of the failure."""
     return f"{error.filename or 'input or output'}: {error.strerror or error}"

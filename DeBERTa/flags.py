@@ -1,5 +1,6 @@
-"""Command line: the fields of `TrainConfig` as flags, on top of a preset or of the settings of a run.
+"""Command line: the fields of `TrainConfig` as flags.
 
+Flags override a preset, or the settings of a run.
 Nothing here loads torch, so that `prepare_data.py` can read the flags of the training command.
 """
 
@@ -24,14 +25,20 @@ REPLACED = {"--zero": "--sharding zero2", "--fsdp": "--sharding fsdp"}
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Raise `UsageError` for a wrong flag, with the closest flag, instead of printing the usage."""
+    """A parser that raises `UsageError` instead of printing the usage.
+
+    The message for an unknown flag has the closest known flag.
+    """
 
     def error(self, message: str) -> NoReturn:
-        """Raise `UsageError`."""
+        """Raise `UsageError` with the message."""
         raise UsageError(f"{message}; --help lists the flags")
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the values by name. Raises `UsageError` for what is not a flag."""
+        """Return the values by name.
+
+        Raises `UsageError` for an unknown flag or a positional argument.
+        """
         values, unknown = self.parse_known_args(argv)
         if unknown:
             self._report(unknown[0].partition("=")[0])
@@ -47,12 +54,18 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def parse_flags(argv: Sequence[str]) -> TrainConfig:
-    """Return the settings of a run. Unambiguous beginnings of a flag work too, as they always did."""
+    """Return the settings of a run.
+
+    Unambiguous prefixes of a flag are accepted too.
+    """
     return build_config(read_flags(argv))
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the flags that are given, by name; --help and --version print and raise `SystemExit`."""
+    """Return the given flags by name.
+
+    `--help` and `--version` print and raise `SystemExit`.
+    """
     parser = FlagParser(
         usage=USAGE, description="Pre-train a DeBERTa encoder.", argument_default=argparse.SUPPRESS
     )
@@ -95,7 +108,10 @@ def parse_bool(text: str) -> bool:
 
 
 def build_config(flags: dict[str, Any]) -> TrainConfig:
-    """Return the settings: defaults, then those of --preset or --config, then the other flags."""
+    """Return the settings from defaults and flags.
+
+    Defaults are overridden by `--preset` or `--config`, and these by the other flags.
+    """
     given = {name: value for name, value in flags.items() if name not in ("preset", "config", "corpus")}
     if "preset" in flags and "config" in flags:
         raise UsageError("--preset and --config both say where the flags start from: give one of them")
@@ -111,9 +127,10 @@ def build_config(flags: dict[str, Any]) -> TrainConfig:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """Return the settings that the `config.json` of a run holds, its model config included.
+    """Return the settings in the `config.json` of a run.
 
-    Compatibility aliases are omitted, since the file has what they resolved to. So is `fresh`, an action.
+    The model config is included. Compatibility aliases are omitted, since the file has their resolved
+    values. `fresh` is omitted, since it is an action.
     """
     values = read_json(path).get("train")
     if not isinstance(values, dict):

@@ -1,8 +1,8 @@
-"""Messages of a run: one logger for the package, its level set by `--log_level`.
+"""Messages of a run: one logger for the package.
 
-Modules log to `logging.getLogger(__name__)`, and everything goes to stderr. In a run of several ranks
-each rank's stderr is its file in logs/, and rank 0's is the console too (`log_rank` in
-training/distributed.py).
+`--log_level` sets its level. Modules log to `logging.getLogger(__name__)`, and all messages are written to
+stderr. In a run of several ranks, each rank's stderr is its file in logs/, and rank 0 writes to the console
+too (`log_rank` in training/distributed.py).
 """
 
 import contextlib
@@ -18,7 +18,10 @@ class StderrHandler(logging.Handler):
     """Write records to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; a full disk or a closed pipe loses the message, not the run."""
+        """Write one record.
+
+        On a full disk or a closed pipe the message is lost, and the run continues.
+        """
         with contextlib.suppress(OSError, ValueError):
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()

@@ -28,7 +28,10 @@ logger = logging.getLogger("DeBERTa.prepare_data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0, 1 after an error, 2 for wrong flags, 130 after an interrupt."""
+    """Run the command and return its exit status.
+
+    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after an interrupt.
+    """
     set_up_logging()
     try:
         prepare_all(sys.argv[1:] if argv is None else argv)
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare_all(argv: Sequence[str]) -> None:
-    """Prepare what the flags name, and log what there is now."""
+    """Prepare the texts that the flags name, and log the results."""
     if any(argument.partition("=")[0] == "--preset" for argument in argv):
         argv = read_preset_flags(argv)
         if not argv:
@@ -70,9 +73,9 @@ def prepare_all(argv: Sequence[str]) -> None:
 
 
 def read_preset_flags(argv: Sequence[str]) -> list[str]:
-    """Return the flags of this command that match flags of the training command.
+    """Return the flags of this command for the flags of the training command.
 
-    None of them if there is nothing to prepare: with --data_dir, --help or --version.
+    The list is empty if there is nothing to prepare: with `--data_dir`, `--help` or `--version`.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -86,7 +89,10 @@ def read_preset_flags(argv: Sequence[str]) -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the flags. Raises `UsageError` for those that do not fit together."""
+    """Return the flags.
+
+    Raises `UsageError` for unknown flags, wrong values and invalid combinations.
+    """
     parser = FlagParser(
         prog="prepare_data.py",
         description=DESCRIPTION,
@@ -149,7 +155,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def find_texts(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Return the input texts by name of the split."""
+    """Return the input texts by name of the split.
+
+    Raises `DataError` if a text is missing or cannot be downloaded.
+    """
     if arguments.input is not None:
         if not arguments.input.is_file():
             raise DataError(f"no text file {arguments.input}")
@@ -158,7 +167,7 @@ def find_texts(arguments: argparse.Namespace) -> dict[str, Path]:
 
 
 def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, Path]) -> Path:
-    """Return the vocabulary, which is fetched or trained if need be."""
+    """Return the vocabulary; fetch or train it if needed."""
     if arguments.train_vocab is None:
         return arguments.vocab_path or fetch_vocabulary()
     folder = arguments.output.parent if arguments.input is not None else get_cache_dir() / arguments.corpus
@@ -167,7 +176,10 @@ def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, Path]) -> Pa
 
 
 def find_all(arguments: argparse.Namespace) -> tuple[dict[str, Path], Path]:
-    """Return texts and vocabulary. Without a network, one error names all that has to be downloaded."""
+    """Return the texts and the vocabulary.
+
+    Raises one `DownloadError` that names all missing downloads.
+    """
     try:
         texts = find_texts(arguments)
     except DownloadError as error:

@@ -1,4 +1,4 @@
-"""The published recipes: name -> task, model config, text and flags."""
+"""The published recipes: task, model config, text and flags by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ class Corpus:
     """A text that presets train on, and its vocabulary.
 
     Attributes:
-        vocabulary: where the vocabulary lies in the cache.
-        train_vocab: pieces of the vocabulary that is trained on the text; 0: the published one is fetched.
-        vocab_size: rows of the word embedding table, if other than the model config's.
+        vocabulary: path of the vocabulary, relative to the cache directory.
+        train_vocab: number of pieces of a vocabulary trained on the text; 0: fetch the published one.
+        vocab_size: rows of the word embedding table; 0: those of the model config.
     """
 
     vocabulary: str
@@ -34,7 +34,7 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One recipe: what `--preset` stands for.
+    """One recipe, selected by `--preset`.
 
     Attributes:
         flags: values of `TrainConfig` fields that differ from the defaults.
@@ -60,7 +60,7 @@ TINY = {
     "num_training_steps": 400, "dump_interval": 200, "log_interval": 20, "warmup": 40.0,
     "learning_rate": 2e-3, "train_batch_size": 48,
 }  # fmt: skip
-# Absolute positions are learned one by one: with 128 of them, a small BERT is blind to word order for long.
+# Absolute positions are learned separately: with 128 of them, a small BERT ignores word order for many steps.
 TINY_BERT = TINY | {
     "num_training_steps": 800, "dump_interval": 400, "warmup": 60.0,
     "train_batch_size": 128, "adam_beta2": 0.98,
@@ -87,7 +87,11 @@ PRESETS = {
 
 
 def find_preset(name: str, task_name: str | None = None) -> Preset:
-    """Return a preset by name. Raises `UsageError` with the closest names; `task_name` limits the choice."""
+    """Return a preset by name.
+
+    `task_name` limits the choice to presets of one task. Raises `UsageError` with the closest names if there
+    is no such preset.
+    """
     names = [known for known, preset in PRESETS.items() if task_name in (None, preset.task_name)]
     if name in names:
         return PRESETS[name]
@@ -103,10 +107,11 @@ def find_preset(name: str, task_name: str | None = None) -> Preset:
 
 
 def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `TrainConfig` fields that a preset sets, `given` the flags that override them.
+    """Return the values of the `TrainConfig` fields that a preset sets.
 
-    `corpus` names the text to use in place of the preset's own. Where the prepared text lies follows from the
-    corpus, `--max_seq_length` and `--vocab_path`.
+    `corpus` names the text to use in place of the preset's own. `given` has the flags that override the
+    preset. The path of the prepared text follows from the corpus, `--max_seq_length` and `--vocab_path`.
+    Raises `UsageError` for an unknown preset, and for missing published weights.
     """
     preset = find_preset(name, given.get("task_name"))
     has_weights = given.get("init_generator") and given.get("init_discriminator")
@@ -130,7 +135,7 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
 
 
 def _locate(corpus: str, max_seq_length: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where the prepared text lies in the cache, and its vocabulary."""
+    """Return the flags that locate the prepared text and its vocabulary in the cache."""
     folder = get_cache_dir() / corpus
     if "vocab_path" in given:  # another vocabulary gives another text
         fingerprint = hash_file(Path(given["vocab_path"]))[:8]
@@ -144,11 +149,13 @@ def _locate(corpus: str, max_seq_length: int, given: Mapping[str, Any]) -> dict[
 
 
 def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """Return the flags of `prepare_data.py` that prepare what a preset trains on; none if --data_dir has it.
+    """Return the flags of `prepare_data.py` that prepare the text of a preset.
+
+    The list is empty if `--data_dir` is given.
 
     Args:
-        flags: what was given on the training command line, `preset` included.
-        config: the settings that it resolves to.
+        flags: the flags given on the training command line, `preset` included.
+        config: the settings that these flags resolve to.
     """
     if "data_dir" in flags:
         return []

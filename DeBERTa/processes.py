@@ -1,4 +1,7 @@
-"""What all processes of the package share: which signals stop them, and how they end with their parent."""
+"""Signal handling that all processes of the package share.
+
+It defines the signals that stop a process, and ends a process with its parent.
+"""
 
 import ctypes
 import os
@@ -12,7 +15,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process receives when i
 def exit_with_parent(signal_number: int, parent_pid: int | None = None) -> None:
     """Have the kernel send `signal_number` to this process when its parent ends.
 
-    Linux only; elsewhere nothing happens. With `parent_pid`, also if the parent has ended already.
+    On other systems than Linux this is a no-op. With `parent_pid`, the signal is also sent if that parent has
+    ended already.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,7 @@
-"""Train or evaluate: `python -m DeBERTa.train --help`. Reads top to bottom: flags, data, model, run."""
+"""Train or evaluate: `python -m DeBERTa.train --help`.
+
+The module reads top to bottom: flags, data, model, run.
+"""
 
 import logging
 import math
@@ -66,7 +69,7 @@ from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from DeBERTa.training.trainer import Run, Trainer, resume
 
 Model = MaskedLanguageModel | RTDModel
-SPARE_ROWS = 127  # of a word table, more than the vocabulary has tokens (128100 rows for 128001 tokens)
+SPARE_ROWS = 127  # rows of a word embedding table beyond the tokens (128100 rows for 128001)
 WORKER_DIED = (
     "a data worker died or was killed, perhaps because memory ran out (fewer --workers need less); "
     "the same command resumes from the last checkpoint"
@@ -75,7 +78,10 @@ logger = logging.getLogger("DeBERTa.train")  # as a command, __name__ is "__main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0, 1 after an error, 2 for wrong flags, 130 after SIGINT, 143 after SIGTERM."""
+    """Run the command and return its exit status.
+
+    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after SIGINT, 143 after SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
     try:
@@ -119,9 +125,9 @@ def run_command() -> NoReturn:
 def translate_worker_errors() -> Iterator[None]:
     """Raise `DataWorkerError` when a data worker died.
 
-    A death shows in up to two ways. DataLoader raises a RuntimeError wherever the main thread is when SIGCHLD
-    comes. The transfer of a batch from the worker breaks off (`ConnectionError`, `EOFError`): it alone
-    has such connections. The first would interrupt the handling of the second.
+    A dead worker causes up to two exceptions. DataLoader raises a `RuntimeError` in the main thread when it
+    receives SIGCHLD. The transfer of a batch raises `ConnectionError` or `EOFError`, which have no other
+    source here. The `RuntimeError` would interrupt the handling of the other exception.
     """
     try:
         yield
@@ -136,7 +142,7 @@ def translate_worker_errors() -> Iterator[None]:
 
 
 def run(config: TrainConfig, signals: Signals) -> None:
-    """Train or evaluate, from settings to final models or metrics."""
+    """Train, evaluate, or both; write the final models and metrics."""
     device = torch.device("cuda", get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config, device)
     if device.type == "cpu":
@@ -215,9 +221,10 @@ def check_batch_size(config: TrainConfig) -> None:
 
 
 def check_same_on_all_ranks(settings: dict) -> None:
-    """Raise `ConfigError` on every rank, naming what differs, unless all ranks have the same settings.
+    """Raise `ConfigError` on every rank unless all ranks have the same settings.
 
-    Flags that may differ per node are not compared: paths are compared by the content that is read from them.
+    The message names the settings that differ. Flags that may differ per node are not compared: paths are
+    compared by the content that is read from them.
     """
     everywhere = gather_objects(
         {name: value for section in settings.values() for name, value in flatten(section).items()}
@@ -237,7 +244,10 @@ def check_same_on_all_ranks(settings: dict) -> None:
 
 
 def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig | RTDConfig:
-    """Read the model config, apply `--vocab_size`, and check it against vocabulary and sequence length."""
+    """Read the model config and apply `--vocab_size`.
+
+    Raises `ConfigError` if it is invalid, or does not match the vocabulary or `--max_seq_length`.
+    """
     path = Path(config.model_config)
     shipped = find_experiments() / "language_model" / path
     if not path.exists() and shipped.exists():
@@ -274,7 +284,10 @@ def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig 
 
 
 def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenStore:
-    """Open the tokens of one split. Raises when it is missing, empty, or has lines that are too long."""
+    """Open the tokens of one split.
+
+    Raises `DataError` when it is missing, empty, or has lines that are too long.
+    """
     if not Path(config.data_dir).is_dir():
         raise DataError(f"--data_dir {config.data_dir}: no such directory; prepare_data.py makes one")
     text = Path(config.data_dir) / f"{split}.txt"
@@ -294,7 +307,10 @@ def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> 
 def open_evaluation(
     config: TrainConfig, tokenizer: Tokenizer, masker: Masker
 ) -> dict[str, EvaluationBatches]:
-    """Open the validation split, and with `--do_eval` the test split, where the data directory has them."""
+    """Open the validation split, and with `--do_eval` the test split.
+
+    Splits that the data directory does not have are omitted. Raises `DataError` if `--do_eval` has no split.
+    """
     plan = BatchPlan(config.seed, config.eval_batch_size, config.max_seq_length)
     wanted = ("valid", "test") if config.do_eval else ("valid",)
     there = [split for split in wanted if (Path(config.data_dir) / f"{split}.txt").exists()]
@@ -309,7 +325,10 @@ def open_evaluation(
 
 
 def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
-    """Return `--num_training_steps`, or the steps that `--num_train_epochs` passes over the data need."""
+    """Return the number of optimizer steps of the run.
+
+    It is `--num_training_steps`, or the steps of `--num_train_epochs` passes over the data.
+    """
     if config.num_training_steps:
         return config.num_training_steps
     return math.ceil(config.num_train_epochs * len(batches.store) / config.train_batch_size)
@@ -329,7 +348,10 @@ def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> M
 
 
 def load_trained(config: TrainConfig, model: Model) -> None:
-    """Load the weights of the run's newest checkpoint, to evaluate them, unless `--init_*` named others."""
+    """Load the weights of the run's newest valid checkpoint for evaluation.
+
+    Weights named by `--init_*` are used instead. Raises `ConfigError` if there are neither.
+    """
     if config.init_model or config.init_generator:
         return
     weights = None
@@ -349,7 +371,10 @@ def load_trained(config: TrainConfig, model: Model) -> None:
 
 
 def get_full_model(config: TrainConfig, model: Model) -> Model:
-    """Return on rank 0 the trained model with full weights. Called on every rank."""
+    """Return on rank 0 the trained model with full weights.
+
+    All ranks must call it.
+    """
     if config.sharding == "none":
         return model
     weights = gather_to_rank_zero(model.state_dict())
@@ -360,7 +385,7 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
 
 
 def describe_data(batches: TrainingBatches) -> dict:
-    """Return what the run learns from, by content."""
+    """Return the SHA-256, lines and tokens of the training split."""
     store = batches.store
     return {
         "train_sha256": store.meta.text_sha256,
@@ -370,15 +395,16 @@ def describe_data(batches: TrainingBatches) -> dict:
 
 
 def start_or_resume(this_run: Run) -> int:
-    """Open the run directory and load its newest valid checkpoint, if any; return the updates done.
+    """Open the run directory and load its newest valid checkpoint, if any.
 
-    Rank 0 looks for it. An error there is raised on every rank.
+    Returns the number of completed steps. Rank 0 searches for the checkpoint. An error on rank 0 is raised on
+    every rank.
     """
     config, device = this_run.config, this_run.training.device
     step, problem = 0, None
     if is_rank_zero():
         try:
-            # A restart by torchrun resumes from what this run has saved, as one by our launcher does.
+            # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
             fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
             step = open_run_dir(config.run_dir, this_run.settings, collect_environment(device), fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)

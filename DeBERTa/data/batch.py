@@ -1,4 +1,4 @@
-"""A batch of token ids, and where its masked tokens are.
+"""A batch of token ids with the positions of its masked tokens.
 
 Shapes: B batch, L length, M masked tokens of the batch, P masked tokens of the sequence that has the most.
 """
@@ -13,10 +13,10 @@ class MaskedPositions(NamedTuple):
 
     They are computed on the host with the batch, so that no step synchronizes with the device for them.
 
-    positions: int64 [B, P], their positions in each sequence, padded with other positions where there are
-    fewer.
-    valid_index: int64 [M], the entries of the flattened `positions` that are masked tokens.
-    flat_index: int64 [M], their indices in a flattened [B, L].
+    Attributes:
+        positions: int64 [B, P], positions in each sequence, padded with positions that are not masked.
+        valid_index: int64 [M], indices of the masked tokens in the flattened `positions`.
+        flat_index: int64 [M], indices of the masked tokens in a flattened [B, L].
     """
 
     positions: torch.Tensor
@@ -25,7 +25,10 @@ class MaskedPositions(NamedTuple):
 
     @staticmethod
     def from_labels(labels: torch.Tensor) -> "MaskedPositions":
-        """Find the masked positions of `labels` [B, L], which are non-zero where masked."""
+        """Find the masked positions of `labels`.
+
+        `labels`: int64 [B, L], non-zero where masked.
+        """
         is_masked = labels > 0
         counts = is_masked.sum(1, keepdim=True)
         most = int(counts.max()) if len(labels) else 0
@@ -37,11 +40,15 @@ class MaskedPositions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Masked sequences of one rank: int64 [B, L] unless stated otherwise.
+    """Masked sequences of one rank, int64 [B, L] unless stated otherwise.
 
-    labels: the original id where masked, 0 elsewhere.
-    uniforms: float64 [B, L] in [0, 1), which draw the samples at masked positions.
-    real_tokens: the number of tokens that are not padding, [CLS] and [SEP] included.
+    Attributes:
+        input_ids: the token ids, with masked tokens replaced.
+        input_mask: 1 for tokens, 0 for padding.
+        labels: the original id where masked, 0 elsewhere.
+        uniforms: float64 [B, L] in [0, 1), which draw the samples at masked positions.
+        masked: the positions of the masked tokens.
+        real_tokens: the number of tokens that are not padding, [CLS] and [SEP] included.
     """
 
     input_ids: torch.Tensor
@@ -55,7 +62,7 @@ class Batch(NamedTuple):
     def from_tensors(
         input_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor
     ) -> "Batch":
-        """Create a batch of tensors on the host."""
+        """Create a batch from tensors on the host."""
         masked = MaskedPositions.from_labels(labels)
         return Batch(input_ids, input_mask, labels, uniforms, masked, int(input_mask.sum()))
 
@@ -70,7 +77,7 @@ class Batch(NamedTuple):
         return [Batch.from_tensors(*tensors) for tensors in zip(*chunks, strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to a device without waiting for the copy."""
+        """Copy the batch to a device asynchronously (`non_blocking`)."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Where text comes from: WikiText-103, the bundled sample, resumable downloads.
+"""Sources of text: WikiText-103, the bundled sample, resumable downloads.
 
 Everything is stored in the cache directory, `$DEBERTA_CACHE` or `~/.cache/DeBERTa`.
 """
@@ -36,11 +36,11 @@ from DeBERTa.errors import DataError
 SPLITS = ("train", "valid", "test")
 USER_AGENT = "DeBERTa-pretraining/1.0"
 TIMEOUT_SECONDS = 30
-MAX_CONNECTIONS = 5  # per address, as long as each of them receives something
+MAX_CONNECTIONS = 5  # per URL, as long as each connection receives data
 
 
 class DownloadError(DataError):
-    """A file that no address served."""
+    """A download that failed from every URL, or a file with the wrong content."""
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Download:
     """A file on the network.
 
     Attributes:
-        name: what messages call it.
-        urls: the addresses to try, in order.
-        sha256: of the right file; None if it is not known.
+        name: the name of the file in messages.
+        urls: the URLs to try, in order.
+        sha256: SHA-256 of the file in hexadecimal; None if it is not known.
     """
 
     name: str
@@ -80,13 +80,13 @@ SAMPLE_HELD_OUT = 10  # addresses in the test split, and as many before them in 
 
 
 def fetch(download: Download, destination: Path, check: Callable[[Path], object] | None = None) -> Path:
-    """Download a file to `destination` unless it is there already; return that path.
+    """Download a file to `destination` unless it exists; return that path.
 
     An interrupted download resumes from `destination` + `.part`. `check` reads the complete file and raises
     `ValueError` if it is not the right one, for files whose SHA-256 is not known.
 
-    Raises `DownloadError`, naming every address and its failure, if none served the file, and if another file
-    is at `destination`. Raises `StorageError` if the file cannot be written.
+    Raises `DownloadError`, naming every URL and its failure, if none served the file. Raises `DownloadError`
+    also if another file is at `destination`. Raises `StorageError` if the file cannot be written.
     """
     if _is_fetched(download, destination):
         return destination
@@ -109,7 +109,10 @@ def fetch(download: Download, destination: Path, check: Callable[[Path], object]
 def _try_url(
     url: str, file: BinaryIO, download: Download, check: Callable[[Path], object] | None
 ) -> str | None:
-    """Download a file from one address; return why it failed, if it did."""
+    """Download a file from one URL.
+
+    Returns None on success, else the reason of the failure.
+    """
     try:
         _transfer(url, file, download)
         if check is not None:
@@ -135,10 +138,10 @@ def _is_fetched(download: Download, destination: Path) -> bool:
 def _transfer(url: str, file: BinaryIO, download: Download) -> None:
     """Download a file, resuming after the bytes of `file`.
 
-    Raises `ValueError` if it is not the right one.
+    Raises `ValueError` if the SHA-256 of the file differs.
     """
     if download.sha256 is None:
-        file.truncate(0)  # nothing would show that two halves do not fit
+        file.truncate(0)  # without a SHA-256, a mismatch of two halves is not detected
     earlier_bytes = _get_size(file)
     for connection in range(1, MAX_CONNECTIONS + 1):
         before = _get_size(file)
@@ -154,13 +157,13 @@ def _transfer(url: str, file: BinaryIO, download: Download) -> None:
         file.truncate(0)
         if not earlier_bytes:
             raise ValueError("the file there has another SHA-256")
-        _transfer(url, file, download)  # the earlier bytes were of another file: from the start
+        _transfer(url, file, download)  # the earlier bytes were of another file: start over
 
 
 def _receive(url: str, file: BinaryIO, name: str) -> None:
-    """Append to `file` what one connection sends.
+    """Append the data of one connection to `file`.
 
-    Starts over if the server does not send the remainder only.
+    The file is truncated first if the server does not send only the remainder.
     """
     size = _get_size(file)
     headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={size}-"} if size else {})
@@ -205,14 +208,15 @@ def _explain(error: Exception) -> str:
 
 
 def fetch_vocabulary() -> Path:
-    """Return the published vocabulary of 128,000 pieces; fetch it if need be."""
+    """Return the published vocabulary of 128,000 pieces; fetch it if needed."""
     return fetch(DEBERTA_V3_VOCABULARY, get_cache_dir() / "deberta-v3-base" / "spm.model", check=Tokenizer)
 
 
 def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:
-    """Return the texts of WikiText-103 by split; fetch and extract them if need be.
+    """Return the texts of WikiText-103 by split; fetch and extract them if needed.
 
-    `archive`: the published zip file; without it, it is fetched. Raises `DataError`.
+    `archive`: the published zip file; None: it is fetched. Raises `DataError` if the archive is missing,
+    damaged or cannot be fetched.
     """
     directory = get_cache_dir() / "wikitext-103"
     texts = {split: directory / "text" / f"wiki.{split}.tokens" for split in SPLITS}
@@ -226,10 +230,10 @@ def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:
 
 
 def extract_sample() -> dict[str, Path]:
-    """Return the texts of the bundled sample by split; extract them if need be.
+    """Return the texts of the bundled sample by split; extract them if needed.
 
     The last 10 addresses are the test split, the 10 before them the validation split, all others the training
-    split.
+    split. Raises `DataError` if the sample is missing.
     """
     if not SAMPLE.is_file():
         raise DataError(f"no bundled sample {SAMPLE}: the repository is not complete; check it out again")
@@ -240,7 +244,10 @@ def extract_sample() -> dict[str, Path]:
 def _extract_once(
     source: Path, texts: dict[str, Path], extract: Callable[[Path, dict[str, Path]], None]
 ) -> dict[str, Path]:
-    """Return the texts; extract them from `source` unless `source.json` records it."""
+    """Return the texts; extract them from `source` if needed.
+
+    `source.json` records the SHA-256 of the source that they were extracted from.
+    """
     record = texts["train"].with_name("source.json")
     values = {"sha256": hash_file(source)}
     if not _is_extracted(texts, record, values):
@@ -253,7 +260,7 @@ def _extract_once(
 
 
 def _is_extracted(texts: dict[str, Path], record: Path, values: dict[str, str]) -> bool:
-    """Return whether the texts exist, and the record holds these values."""
+    """Return whether the texts exist and the record holds these values."""
     try:
         return all(text.is_file() for text in texts.values()) and json.loads(record.read_text()) == values
     except (FileNotFoundError, ValueError):

@@ -18,7 +18,7 @@ from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.processes import exit_with_parent
 
-LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, for which matmuls are fast
+LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this length: faster matmuls
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
 
 
@@ -34,7 +34,7 @@ class BatchPlan:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """This rank's batch of every optimizer step, from 0 without end.
+    """This rank's batch of every optimizer step, from step 0 without limit.
 
     An epoch is one pass over all lines in random order. A batch may hold the end of one epoch and the start
     of the next, so that no line is skipped or repeated.
@@ -45,7 +45,10 @@ class TrainingBatches(Dataset[Batch]):
         self._orders: dict[int, np.ndarray] = {}
 
     def _get_epoch_order(self, epoch: int) -> np.ndarray:
-        """Return the order of all lines in an epoch; the latest two are cached."""
+        """Return the order of all lines in an epoch, int32 [lines].
+
+        The orders of the latest two epochs are cached.
+        """
         if epoch not in self._orders:
             generator = np.random.Generator(
                 np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0])
@@ -67,7 +70,7 @@ class TrainingBatches(Dataset[Batch]):
         return np.array([self._get_epoch_order(int(e))[i] for e, i in zip(epochs, offsets, strict=True)])
 
     def _get_rows(self) -> np.ndarray:
-        """Return the rows of the global batch that belong to this rank."""
+        """Return the rows of the global batch that belong to this rank, int64 [B]."""
         rank, world = self.plan.rank, self.plan.world_size
         size = self.plan.batch_size
         return np.arange(size * rank // world, size * (rank + 1) // world)
@@ -79,7 +82,10 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class EvaluationBatches(Dataset[Batch]):
-    """Every line once, in file order; masks and samples depend on seed and line only."""
+    """Batches of every line once, in file order.
+
+    Masks and samples depend only on the seed and the line.
+    """
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
         self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
@@ -89,7 +95,10 @@ class EvaluationBatches(Dataset[Batch]):
         return -(-len(self.store) // self.plan.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        """Return a batch; the last one may be smaller."""
+        """Return a batch; the last one may be smaller.
+
+        Raises `IndexError` for an index out of range.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         first = index * self.plan.batch_size
@@ -100,17 +109,17 @@ class EvaluationBatches(Dataset[Batch]):
 
 
 def derive_step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of a step's dropout, below 2^63, independent for every rank."""
+    """Return the dropout seed of a step, independent per rank, below 2^63."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def draw_uniforms(
     plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int
 ) -> np.ndarray:
-    """Return uniform values of rows of a global batch, float64 [rows, draws].
+    """Return uniform values for rows of a global batch, float64 [rows, draws].
 
-    They are in [0, 1) and do not depend on how the batch is sharded. `draws` must be a multiple of 4, the
-    block size of numpy's Philox.
+    The values are in [0, 1) and do not depend on how the batch is sharded. `draws` must be a multiple of 4,
+    the block size of numpy's Philox.
     """
     counter = [first_row * draws // 4, 0, step, 0]
     return np.random.Generator(np.random.Philox(key=[plan.seed, stream], counter=counter)).random(
@@ -150,7 +159,7 @@ def make_batch(
 
 
 def load_batches(dataset: Dataset[Batch], indices: Sequence[int], workers: int) -> DataLoader:
-    """Load batches in order, ahead of time in `workers` data workers."""
+    """Load batches in order, prefetched by `workers` data workers."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -163,7 +172,7 @@ def load_batches(dataset: Dataset[Batch], indices: Sequence[int], workers: int) 
 
 
 def _set_up_worker(_worker: int) -> None:
-    """Have a data worker exit with its rank, and leave signals to it."""
+    """Make a data worker ignore signals and exit with its rank."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     exit_with_parent(signal.SIGKILL)

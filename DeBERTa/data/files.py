@@ -1,7 +1,7 @@
-"""The cache directory, and files that are written completely or not at all.
+"""The cache directory and atomic writes of files.
 
-A file `x` is written as `x.part` under a lock, and then renamed. What a killed process leaves under that name
-is overwritten by the next one. On file systems without locks, every process writes a partial file of its own.
+A file `x` is written as `x.part` under a lock, and then renamed. The next process overwrites the partial file
+of a killed process. On file systems without locks, every process writes a separate partial file.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def get_cache_dir() -> Path:
 
 
 def get_partial_path(path: Path) -> Path:
-    """Return the name that a file has until it is complete."""
+    """Return the path of a file while it is incomplete."""
     return path.with_name(path.name + ".part")
 
 
@@ -47,8 +47,9 @@ def raise_storage_errors(path: Path) -> Iterator[None]:
 def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
     """Open and lock the partial file of `path`, for `commit` to complete.
 
-    A partial file that is not committed is removed. With `resume`, its content is neither discarded at first
-    nor removed at the end. Raises `StorageError` if the file cannot be written.
+    A partial file that is not committed is removed. With `resume`, existing content is kept at the start, and
+    a partial file with content is not removed at the end. Raises `StorageError` if the file cannot be
+    written.
     """
     partial = get_partial_path(path)
     with raise_storage_errors(path):
@@ -75,7 +76,7 @@ def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
 
 
 def commit(file: BinaryIO, path: Path) -> None:
-    """Rename a partial file to `path` once its content is on the disk."""
+    """Flush a partial file to the disk and rename it to `path`."""
     file.flush()
     os.fsync(file.fileno())
     Path(file.name).replace(path)
@@ -86,7 +87,7 @@ def commit(file: BinaryIO, path: Path) -> None:
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a new empty file that replaces `path` when the block succeeds.
 
-    It is removed when the block fails. Raises `StorageError` if the file cannot be written.
+    The new file is removed when the block fails. Raises `StorageError` if the file cannot be written.
     """
     with open_partial(path) as file:
         yield file
@@ -94,9 +95,9 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def _lock(file: BinaryIO, path: Path) -> bool:
-    """Lock an open file until it is closed; wait for other processes that have locked it.
+    """Lock an open file until it is closed.
 
-    Returns False at once on file systems without locks.
+    Waits while another process holds the lock. Returns False at once on file systems without locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +120,7 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
     """Return the SHA-256 of a file in hexadecimal.
 
-    Large chunks disturb other threads less.
+    Larger chunks take the GIL less often from other threads.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -146,5 +147,5 @@ def find_unused_path(path: Path) -> Path:
 
 
 def get_state(status: os.stat_result) -> dict[str, int]:
-    """Return size and modification time, which show whether a file has changed."""
+    """Return size (bytes) and modification time (ns), to detect changes of a file."""
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

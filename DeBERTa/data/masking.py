@@ -1,9 +1,9 @@
-"""Masking of a batch: token ids in, masked ids and labels out.
+"""Masking of a batch of token ids.
 
 Shapes: B lines, L length, K spans of the line that has the most.
 
-A masked line is a pure function of its ids and its uniform values, of which every line takes the same number
-(`count_draws`), so that any slice of a batch can be masked alone with the same result.
+A masked line is a pure function of its ids and its uniform values. Every line takes the same number of them
+(`count_draws`), so that any slice of a batch can be masked separately with the same result.
 """
 
 from typing import NamedTuple
@@ -17,19 +17,24 @@ MASK_SHARE, SAME_SHARE = 0.8, 0.1  # MLM: replaced by [MASK], unchanged; the res
 
 
 class MaskedLines(NamedTuple):
-    """int64 [B, L]: input ids; labels, the original id where masked, 0 elsewhere."""
+    """Masked input ids and labels, int64 [B, L].
+
+    A label is the original id where masked, 0 elsewhere.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
 
 
 class Masker:
-    """Mask 15 % of the ordinary tokens: not [CLS], [SEP], [UNK] or padding.
+    """Masks 15 % of the ordinary tokens.
 
-    `max_ngram` 1: single tokens, all equally likely, drawn without replacement. Above 1: spans of n
-    words with p(n) proportional to 1/n (DeBERTa, section 4.1.1), spread uniformly with at least one word
-    between any two. Only the first and last words of a line are masked less often, since a span reaches them
-    from one side. `always_mask` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK], 10 %
+    [CLS], [SEP], [UNK] and padding are never masked.
+
+    With `max_ngram` 1, single tokens are drawn without replacement, all equally likely. Above 1, spans of n
+    words are drawn with p(n) proportional to 1/n (DeBERTa, section 4.1.1), spread uniformly with at least one
+    word between any two. Only the first and last words of a line are masked less often, since a span reaches
+    them from one side. `always_mask` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK], 10 %
     unchanged, 10 % a random token (MLM).
     """
 
@@ -44,12 +49,12 @@ class Masker:
     def count_draws(length: int) -> int:
         """Return how many uniform values a line of `length` tokens takes.
 
-        A multiple of 4, the block size of numpy's Philox.
+        The number is a multiple of 4, the block size of numpy's Philox.
         """
         return 4 * (length + 1)
 
     def __call__(self, ids: np.ndarray, uniforms: np.ndarray) -> MaskedLines:
-        """Mask lines.
+        """Mask lines of token ids.
 
         `ids`: int [B, L], padded with [PAD]. `uniforms`: float64 [B, at least count_draws(L)] in [0, 1).
         """
@@ -68,7 +73,10 @@ class Masker:
         )
 
     def _draw_replacements(self, ids: np.ndarray, kind: np.ndarray, other: np.ndarray) -> np.ndarray | int:
-        """Draw the input ids of masked tokens, for every position of `ids`."""
+        """Draw the input ids of masked tokens, for every position of `ids`.
+
+        Returns int64 [B, L], or the id of [MASK] with `always_mask`.
+        """
         if self.always_mask:
             return self.mask_id
         random_ids = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
@@ -90,10 +98,11 @@ def _sample_tokens(is_ordinary: np.ndarray, rounding: np.ndarray, keys: np.ndarr
 
 
 def _index_words(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each token's word, int64 [B, L], and the words per line, int64 [B].
+    """Return the word index per token and the number of words per line.
 
-    A piece without the leading mark belongs to the word before it; punctuation and special tokens stand
-    alone. Special tokens have the index of a word before them.
+    The shapes are int64 [B, L] and int64 [B]. A piece without the leading mark belongs to the word before it.
+    Punctuation is a word by itself. Special tokens belong to no word, but have the index of the word before
+    them.
     """
     is_ordinary = kinds != SPECIAL
     joins = np.zeros_like(is_ordinary)
@@ -107,8 +116,8 @@ def _sample_spans(kinds: np.ndarray, max_ngram: int, draws: np.ndarray, keys: np
     """Choose spans that cover 15 % of each line's words on average, bool [B, L].
 
     The number of spans is fixed first and their lengths drawn independently, so that lengths follow p(n)
-    exactly. A span of n words and the free word after it then count as one place: a uniform choice of places
-    is a uniform choice among all arrangements in which no two spans touch.
+    exactly. A span of n words and the unmasked word after it then count as one place. A uniform choice of
+    places is a uniform choice among all arrangements in which no two spans touch.
     """
     word, words = _index_words(kinds)
     lengths = np.arange(1, max_ngram + 1)

@@ -1,8 +1,8 @@
-"""Raw text to lines of SentencePiece pieces, separated by single spaces.
+"""Encoding of raw text as lines of SentencePiece pieces.
 
-Every line of the input is encoded on its own. The pieces of all lines are concatenated, then split into lines
-of exactly `max_seq_length - 2` pieces regardless of where the input's lines or documents end. Only the last
-line is shorter.
+Pieces are separated by single spaces. Every line of the input is encoded separately. The pieces of all lines
+are concatenated, then split into lines of exactly `max_seq_length - 2` pieces regardless of where the input's
+lines or documents end. Only the last line may be shorter.
 
 One process reads and writes, the others encode. Only a few blocks are in memory at any time, whatever the
 size of the input.
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PreparedText:
-    """Counts of the output, bytes of (decompressed) input, and the time it took.
+    """Counts of the output, bytes of decompressed input, and the duration.
 
     `seconds` is None if the output was up to date.
     """
@@ -73,13 +73,13 @@ def prepare(
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> PreparedText:
-    """Write `output` and its token ids from the text `source` unless up to date.
+    """Write `output` and its token ids from the text `source` if needed.
 
     Args:
         vocabulary: a SentencePiece model with DeBERTa's ids.
         errors: how to treat invalid UTF-8, "strict" (raise) or "replace".
         workers: processes that encode, by default one per core; with 1, this process encodes.
-        block_bytes: input that is encoded at once.
+        block_bytes: bytes of input per block.
 
     Raises `DataError`, `VocabularyError` or `StorageError`; `output` is then as it was before.
     """
@@ -117,7 +117,10 @@ def prepare(
 
 
 def _check_paths(source: Path, output: Path, vocabulary: Path) -> Path:
-    """Return the resolved output: a link to it remains, what it points to is replaced."""
+    """Return `output` with symbolic links resolved, so that links to it remain.
+
+    Raises `DataError` if the output is also an input, or is not a regular file.
+    """
     for path, name in ((source, "input"), (vocabulary, "vocabulary")):
         if output.exists() and path.exists() and output.samefile(path):
             raise DataError(f"cannot write {output}: it is also the {name}; give another --output")
@@ -139,7 +142,10 @@ def _find_prepared(output: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -
 
 
 class _EncodedBlock(NamedTuple):
-    """Bytes of input, ids int32 [n], and their pieces, each with one space before it."""
+    """An encoded block: bytes of input, ids int32 [n], and their pieces.
+
+    Each piece has one space before it.
+    """
 
     input_bytes: int
     ids: np.ndarray
@@ -149,7 +155,7 @@ class _EncodedBlock(NamedTuple):
 class _Encoder:
     """Turns blocks of text into ids and pieces.
 
-    `piece_bytes`, int64 [pieces]: the length of each piece in the output, with its space.
+    `piece_bytes`: int64 [pieces], the length of each piece in the output, including its space, in bytes.
     """
 
     def __init__(self, vocabulary: Path) -> None:
@@ -182,7 +188,10 @@ def _encode_blocks(
 def _encode_in_processes(
     blocks: Iterable[tuple[int, bytes]], path: Path, vocabulary: Path, errors: str, workers: int
 ) -> Generator[_EncodedBlock, None, None]:
-    """Yield every block in order; each process has a thread that starts and feeds it."""
+    """Yield every block in order, encoded in `workers` processes.
+
+    One thread per process starts it and sends it blocks.
+    """
     context = multiprocessing.get_context("spawn")
     processes: list[tuple[SpawnProcess, Connection]] = []
     local = threading.local()
@@ -254,7 +263,7 @@ def _write(
 ) -> tuple[int, int]:
     """Write the blocks as lines of `width` pieces.
 
-    Returns bytes of input, and how many pieces are [UNK].
+    Returns the number of bytes of input, and the number of [UNK] pieces.
     """
     digest, meta = hashlib.sha256(), store.meta
     input_bytes = unknown = 0
@@ -282,7 +291,10 @@ def _write(
 
 
 def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) -> None:
-    """Warn above 5 % [UNK]; raise `VocabularyError` above 20 %."""
+    """Check the share of [UNK]: warn above 5 %, raise above 20 %.
+
+    Raises `VocabularyError` above 20 % of at least 1,000 tokens, and `DataError` if there are no tokens.
+    """
     if tokens == 0:
         raise DataError(f"{source} has no text: it is empty or blank; give another --input")
     message = f"{vocabulary} does not fit {source}: {unknown / tokens:.1%} of the pieces are [UNK]"
@@ -296,8 +308,9 @@ def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) ->
 def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = "strict") -> Path:
     """Return `path`, the vocabulary of `size` pieces trained on `source`.
 
-    It is trained if need be. What it was trained on is recorded in `path` + `.json`. Another vocabulary at
-    `path` is never overwritten. Raises `VocabularyError`.
+    The vocabulary is trained if needed. `path` + `.json` records size and text of the training. Another
+    vocabulary at `path` is never overwritten: it raises `VocabularyError`. Other errors are those of
+    `train_vocabulary`.
     """
     record = path.with_name(path.name + ".json")
     if _is_trained(source, size, path, record):
@@ -315,7 +328,7 @@ def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = 
         logger.info("training a vocabulary of %d pieces on %s", size, source)
         trained = path.with_name(path.name + ".new")
         train_vocabulary(read_training_sentences(source, errors), size, trained)
-        # A process killed before it wrote the record left the same bytes; any others are not ours.
+        # A process killed before it wrote the record left the same bytes; other bytes are another vocabulary.
         if path.exists() and hash_file(path) != hash_file(trained):
             trained.unlink()
             raise refusal

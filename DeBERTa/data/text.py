@@ -1,4 +1,7 @@
-"""Raw text in blocks, so that memory does not grow with the file or its lines."""
+"""Reading of raw text in blocks.
+
+The memory in use does not depend on the size of the file or of its lines.
+"""
 
 import codecs
 import gzip
@@ -23,7 +26,10 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class TextFile:
-    """A text file, also `.gz` or `.xz`, read once in blocks."""
+    """A text file, also `.gz` or `.xz`, read once in blocks.
+
+    Raises `DataError` if the file does not exist.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -70,7 +76,10 @@ class TextFile:
 
 
 def _find_block_end(block: bytes) -> int:
-    """Return where a block ends: after a line, else at a space, else at a character."""
+    """Return the end of a block, as an offset in bytes.
+
+    A block ends after a line, else at a space, else between two characters.
+    """
     line_end = max(block.rfind(b"\n"), block.rfind(b"\r"))
     if line_end >= 0:
         return line_end + 1
@@ -83,7 +92,10 @@ def _find_block_end(block: bytes) -> int:
 
 
 def _refuse_utf16(path: Path, beginning: bytes) -> None:
-    """Raise `DataError` for the mark of UTF-16, or zeros in nearly every second byte."""
+    """Raise `DataError` for text that looks like UTF-16.
+
+    It has the byte order mark of UTF-16, or many zeros among its even or odd bytes.
+    """
     sample = beginning[:4096]
     zeros = max(sample[0::2].count(0), sample[1::2].count(0))
     has_mark = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -126,7 +138,8 @@ def split_lines(block: bytes) -> list[bytes]:
 def read_training_sentences(path: Path, errors: str) -> Iterator[str]:
     """Yield the lines of a text that a vocabulary is trained on.
 
-    All lines, or those of about 100 MB of blocks spread evenly over a large text.
+    Of a text above 100 MB, only about 100 MB of blocks, spread evenly, are read. Raises `DataError` for text
+    that cannot be read.
     """
     file = TextFile(path)
     total = file.bytes_on_disk

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StoreMeta:
-    """What a store was made from, and its counts."""
+    """The sources of a store and its counts."""
 
     format: int = FORMAT
     text: dict[str, int] = field(default_factory=dict)  # the state of the file
@@ -50,7 +50,7 @@ class StoreMeta:
     longest: int = 0  # tokens in the longest line
     longest_line: int = 0  # its number in the text, from 1
     unknown: int = 0  # pieces that are not in the vocabulary, other than a literal [UNK]
-    recipe: dict[str, Any] | None = None  # what `prepare` made the text from
+    recipe: dict[str, Any] | None = None  # the inputs of `prepare`, if it wrote the text
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TokenStore:
 
 
 def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool = True) -> TokenStore:
-    """Open the store of a prepared text; build it first if there is none that matches.
+    """Open the store of a prepared text; build it first if none matches.
 
     `progress` shows a progress bar, and a warning about unknown pieces. Raises `DataError` if the text is
     missing or empty or has a line of more than `max_tokens` pieces, `VocabularyError` if it was prepared with
@@ -96,18 +96,24 @@ def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool
 
 
 def get_store_path(text: Path) -> Path:
-    """Return where the store of a text is, unless it could not be written there."""
+    """Return the default path of the store of a text."""
     return text.with_name(text.name + ".ids")
 
 
 def _get_cached_path(text: Path) -> Path:
-    """Return where the store of a text is in the cache directory."""
+    """Return the path in the cache directory of the store of a text.
+
+    It is used if the default path cannot be written.
+    """
     name = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:32]
     return get_cache_dir() / "token-stores" / f"{name}.ids"
 
 
 def find_store(text: Path, vocabulary_sha256: str | None = None) -> TokenStore | None:
-    """Return the store that matches a text and a vocabulary (None: any), or None."""
+    """Return the store that matches a text and a vocabulary, if there is one.
+
+    With `vocabulary_sha256` None, the vocabulary is not compared.
+    """
     for path in (get_store_path(text), _get_cached_path(text)):
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError):  # missing, or not complete
             store = _map_store(path)
@@ -150,7 +156,7 @@ class TokenStoreWriter:
         self.meta.lines += len(ends)
 
     def commit(self) -> None:
-        """Complete the store, in place of an older one."""
+        """Complete the store and replace an older one."""
         self._tokens.write(bytes(-4 * self.meta.num_tokens % 8))
         self._offsets.seek(0)
         shutil.copyfileobj(self._offsets, self._tokens)
@@ -163,13 +169,19 @@ class TokenStoreWriter:
 
 @contextlib.contextmanager
 def write_store(path: Path) -> Iterator[TokenStoreWriter]:
-    """Open a writer; nothing is left of a store that is not committed."""
+    """Open a writer for a store.
+
+    A store that is not committed is removed. Raises `StorageError` if it cannot be written.
+    """
     with open_partial(path) as tokens, tempfile.TemporaryFile(dir=path.parent) as offsets:
         yield TokenStoreWriter(path, tokens, offsets)
 
 
 def _build(text: Path, tokenizer: Tokenizer, progress: bool) -> TokenStore:
-    """Write the store of a text and open it."""
+    """Write the store of a text and open it.
+
+    Raises `DataError` if the text changed in the meantime.
+    """
     try:
         _write_from_text(get_store_path(text), text, tokenizer, progress)
     except StorageError as error:
@@ -185,7 +197,7 @@ def _build(text: Path, tokenizer: Tokenizer, progress: bool) -> TokenStore:
 
 
 def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: bool) -> None:
-    """Write the ids of all lines of a text, unless another process has done it."""
+    """Write the ids of all lines of a text, unless another process has done so."""
     lookup, digest = _PieceLookup(tokenizer), hashlib.sha256()
     with _open_text(text) as file, write_store(path) as writer:
         if find_store(text, tokenizer.fingerprint):  # written while this process waited for the lock
@@ -255,7 +267,10 @@ def _refuse_other_vocabulary(text: Path, tokenizer: Tokenizer) -> None:
 
 
 class _PieceLookup(dict[bytes, int]):
-    """Ids of UTF-8 pieces; missing pieces are counted and get the id of [UNK]."""
+    """Ids by UTF-8 piece.
+
+    Missing pieces are counted and get the id of [UNK].
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__((piece.encode(), index) for index, piece in enumerate(tokenizer.pieces))

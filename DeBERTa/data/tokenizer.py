@@ -1,4 +1,4 @@
-"""SentencePiece with DeBERTa's special ids, and training such a vocabulary.
+"""SentencePiece with DeBERTa's special ids, and training of vocabularies.
 
 A vocabulary file holds `[PAD]` 0, `[CLS]` 1, `[SEP]` 2, `[UNK]` 3, then the pieces. `[MASK]` is not in the
 file: it takes the id right after the last piece, as in the published models.
@@ -29,7 +29,7 @@ PUNCTUATION = 3
 
 # SentencePiece drops training sentences above 4192 bytes; longer ones are split below that.
 MAX_SENTENCE_BYTES = 4000
-# The result depends on the number of threads (order of float sums), so it is the same on every machine.
+# Fixed, since the result depends on the number of threads (order of float sums).
 TRAINING_THREADS = 4
 
 
@@ -98,10 +98,10 @@ class Tokenizer:
 
     @cached_property
     def piece_kinds(self) -> np.ndarray:
-        """Return SPECIAL, STARTS_WORD, CONTINUES_WORD or PUNCTUATION per id, int8 [ids].
+        """Return the kind of piece per id, int8 [ids].
 
-        Punctuation is a piece that, without its word mark, consists of punctuation only; it is a word of its
-        own.
+        Kinds are SPECIAL, STARTS_WORD, CONTINUES_WORD and PUNCTUATION. A piece is punctuation if, apart from
+        its word mark, it consists of punctuation only. Punctuation is a word by itself.
         """
         kinds = np.full(len(self.pieces), CONTINUES_WORD, dtype=np.int8)
         for index, piece in enumerate(self.pieces):
@@ -124,7 +124,7 @@ def train_vocabulary(sentences: Iterable[str], size: int, path: Path) -> None:
 
     The same sentences give the same file. SentencePiece takes about 20 bytes of memory per byte of text, so
     pass a sample of a large text. Raises `VocabularyError` if the text does not suit the size, and whatever
-    `sentences` raises; nothing is written then.
+    `sentences` raises. In case of an error, nothing is written.
     """
     if size <= len(SPECIAL_PIECES):
         raise VocabularyError(
@@ -183,8 +183,8 @@ def _short_sentences(sentences: Iterable[str], errors: list[Exception]) -> Itera
 def split_at_spaces(line: bytes, limit: int) -> list[bytes]:
     """Split UTF-8 text into strings of at most `limit` bytes.
 
-    It is split at spaces, which are dropped, or between characters if there are none. SentencePiece's pieces
-    do not cross spaces, so that a split at a space changes none.
+    The text is split at spaces, which are dropped, or between characters if there are none. SentencePiece's
+    pieces do not cross spaces, so that a split at a space changes no piece.
     """
     strings = []
     start = 0
@@ -202,7 +202,7 @@ def split_at_spaces(line: bytes, limit: int) -> list[bytes]:
 def find_character_boundary(data: bytes, position: int) -> int:
     """Return the last position up to `position` where a UTF-8 character begins.
 
-    Returns `position` itself if the text is not UTF-8.
+    If the text is not UTF-8, `position` itself is returned.
     """
     for candidate in range(position, max(position - 4, 0), -1):
         if candidate >= len(data) or data[candidate] & 0xC0 != 0x80:

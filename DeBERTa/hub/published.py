@@ -1,8 +1,8 @@
-"""Published weights in: read `.bin` and `.safetensors` files, and load them.
+"""Loading of published weights from `.bin` and `.safetensors` files.
 
-Published files hold a little more or less than a model needs. The file of a discriminator may hold the head
-of the generator, and its word table as `weight`, as a residual `_weight` (GDES) or both, but no position
-table. All other names must match.
+The names in published files differ slightly from those of a model. The file of a discriminator may hold the
+head of the generator. It holds the word embedding table as `weight`, as a residual `_weight` (GDES) or both,
+but no position table. All other names must match.
 """
 
 import pickle
@@ -23,17 +23,24 @@ StateDict = dict[str, torch.Tensor]
 
 
 def load_masked_lm(model: MaskedLanguageModel, path: str | Path) -> None:
-    """Load an MLM model or a generator. Raises `ConfigError` if the file does not fit."""
+    """Load an MLM model or a generator.
+
+    Raises `ConfigError` if the file cannot be read or does not match the model.
+    """
     load_strictly(model, read_weights(path), path)
 
 
 def load_rtd(model: RTDModel, generator_path: str | Path, discriminator_path: str | Path) -> None:
-    """Load generator and discriminator; with GDES and NES both start as published.
+    """Load the published weights of generator and discriminator.
 
-    GDES: the residual is the `weight` of the discriminator's file minus the generator's table, or its
-    `_weight`.
-    NES: the table is the `weight` of the file, or the generator's table plus its `_weight`. ES: there is one
-    table, the generator's. Raises `ConfigError` if a file does not fit.
+    With GDES and NES both models have their published weights, with ES they share the generator's tables.
+
+    GDES: the residual is the `weight` of the discriminator's file minus the generator's table, or else the
+    `_weight` of the file.
+    NES: the table is the `weight` of the file, or else the generator's table plus the `_weight` of the file.
+    ES: the only table is the generator's.
+
+    Raises `ConfigError` if a file cannot be read or does not match the model.
     """
     load_masked_lm(model.generator, generator_path)
     state = read_weights(discriminator_path)
@@ -66,9 +73,9 @@ def load_rtd(model: RTDModel, generator_path: str | Path, discriminator_path: st
 
 
 def read_weights(path: str | Path) -> StateDict:
-    """Read the tensors of a `.bin` or `.safetensors` file; no code in it is executed.
+    """Read the tensors of a `.bin` or `.safetensors` file.
 
-    Raises `ConfigError` if it is missing or not such a file.
+    Code in the file is not executed. Raises `ConfigError` if the file is missing or not of this format.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,7 +94,7 @@ def read_weights(path: str | Path) -> StateDict:
 
 
 def _guess_content(path: Path) -> str:
-    """Return what a file that is not weights holds: the usual wrong downloads."""
+    """Return a description of a file that does not hold weights."""
     beginning = path.read_bytes()[:64].lstrip()
     if beginning.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer"
@@ -95,7 +102,10 @@ def _guess_content(path: Path) -> str:
 
 
 def load_strictly(model: nn.Module, state: StateDict, path: str | Path) -> None:
-    """Load a state dict whose names and shapes must match, except for foreign heads."""
+    """Load a state dict whose names and shapes must match.
+
+    Heads of other models are dropped. Raises `ConfigError` for any other difference.
+    """
     model.load_state_dict(select_weights(model, state, path), strict=True)
 
 
