@@ -166,6 +166,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
         warmup = count_warmup_steps(config, total_steps)
         resolved = {"num_training_steps": total_steps, "warmup": warmup, "precision": precision}
         resolved["kernels"] = execution["kernels"]
+        if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
+            resolved["attention"] = execution["attention"]
         settings = {
             "train": config.to_dict() | resolved,
             "model": model_config.to_dict(),
