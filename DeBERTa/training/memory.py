@@ -37,7 +37,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TOP_PAD, 64 << 20)
     libc.mallopt(M_MMAP_MAX, 0)
     page = os.sysconf("SC_PAGE_SIZE")
-    size = min(page * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()) // 2
+    size = min([page * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()]) // 2
     block = libc.malloc(size)  # the heap's end moves up, and stays there when the block is freed
     if block:
         libc.madvise(-(-block // page) * page, size - page, MADV_HUGEPAGE)
