@@ -2,7 +2,7 @@
 
 `--log_level` sets its level. Modules log to `logging.getLogger(__name__)`, and all messages are written to
 stderr. In a run of several ranks, each rank's stderr is its file in logs/, and rank 0 writes to the console
-too (`log_rank` in training/distributed.py).
+too (`log_rank` in training/worker.py).
 """
 
 import contextlib

@@ -44,15 +44,11 @@ from DeBERTa.training.banner import collect_environment, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     broadcast_object,
-    exit_process,
     gather_objects,
-    get_local_rank,
     get_rank,
     get_world_size,
     is_rank_zero,
-    is_worker,
     join_process_group,
-    log_rank,
 )
 from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
 from DeBERTa.training.execution import set_execution
@@ -67,6 +63,7 @@ from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, sa
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from DeBERTa.training.trainer import Run, Trainer, resume
+from DeBERTa.training.worker import exit_process, get_local_rank, is_worker, log_rank
 
 Model = MaskedLanguageModel | RTDModel
 SPARE_ROWS = 127  # rows of a word embedding table beyond the tokens (128100 rows for 128001)

@@ -54,7 +54,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     import torch
 
     from DeBERTa.train import main
-    from DeBERTa.training.distributed import exit_process
+    from DeBERTa.training.worker import exit_process
 
     os.setsid()
     multiprocessing.set_start_method(

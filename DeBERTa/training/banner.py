@@ -14,10 +14,11 @@ from DeBERTa.model.pretraining import (
     count_backbone_parameters,
     count_embedding_parameters,
 )
-from DeBERTa.training.distributed import get_num_nodes, get_world_size
+from DeBERTa.training.distributed import get_world_size
 from DeBERTa.training.execution import describe_kernels
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.trainer import Run
+from DeBERTa.training.worker import get_num_nodes
 
 SHARDING = {
     "none": "DDP: the full model in each",

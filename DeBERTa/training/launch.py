@@ -28,7 +28,11 @@ import torch.distributed as dist
 from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError, LaunchError, StorageError
 from DeBERTa.processes import STOP_SIGNALS
-from DeBERTa.training.distributed import (
+from DeBERTa.training.failures import Failure, get_stop_signal
+from DeBERTa.training.network import find_interface
+from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
+from DeBERTa.training.signals import RunInterrupted
+from DeBERTa.training.worker import (
     FAILURE_FILE,
     LAUNCHER_PID,
     RESTART_COUNT,
@@ -36,10 +40,6 @@ from DeBERTa.training.distributed import (
     is_worker,
     redirect_stderr,
 )
-from DeBERTa.training.failures import Failure, get_stop_signal
-from DeBERTa.training.network import find_interface
-from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
-from DeBERTa.training.signals import RunInterrupted
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from DeBERTa.training.checkpoint import (
     rename_damaged,
     write_json,
 )
-from DeBERTa.training.distributed import LOGS
+from DeBERTa.training.worker import LOGS
 
 logger = logging.getLogger(__name__)
 

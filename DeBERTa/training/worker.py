@@ -1,0 +1,117 @@
+"""Processes that a launcher started, ours or torchrun's: their variables, logs and end.
+
+A process without a launcher trains alone, as local rank 0 of one node.
+"""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+from DeBERTa.errors import ReportedError
+from DeBERTa.processes import exit_with_parent
+from DeBERTa.training.failures import Failure
+
+LOGS = "logs"  # directory of the ranks' logs in a run directory
+STORE_THREAD = "store"  # name of the launcher's threads that wait for a store
+# Variables of our launcher's workers, besides those that torchrun sets.
+LAUNCHER_PID, FAILURE_FILE = "DEBERTA_LAUNCHER_PID", "DEBERTA_FAILURE_FILE"
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
+
+
+def is_worker() -> bool:
+    """Return whether our launcher (`launch.py`) or torchrun started this process."""
+    return "LOCAL_RANK" in os.environ and (LAUNCHER_PID in os.environ or "TORCHELASTIC_RUN_ID" in os.environ)
+
+
+def get_local_rank() -> int:
+    """Return the local rank: the index of this process on its node."""
+    return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
+
+
+def get_log_path(run_dir: Path, rank: int) -> Path:
+    """Return the log of one rank, on the disk of its node."""
+    return run_dir / LOGS / f"rank-{rank:04d}.log"
+
+
+def get_num_nodes() -> int:
+    """Return the number of nodes of the run."""
+    return int(os.environ["GROUP_WORLD_SIZE"]) if is_worker() else 1
+
+
+@contextmanager
+def log_rank(run_dir: Path) -> Iterator[None]:
+    """Redirect the output of this worker to its log.
+
+    Python's stderr of rank 0 goes to the console, too. An error that ends the worker goes to its log with its
+    traceback, and to the launcher as a `Failure`. When the launcher is killed, the worker receives SIGTERM.
+    """
+    launcher = os.environ.get(LAUNCHER_PID)
+    exit_with_parent(signal.SIGTERM, int(launcher) if launcher else None)
+    log, console = redirect_stderr(get_log_path(run_dir, int(os.environ["RANK"])))
+    os.dup2(log.fileno(), 1)
+    sys.stdout, sys.stderr = log, _Tee(log, console) if os.environ["RANK"] == "0" else log
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # the disk may be full
+            traceback.print_exc(file=log)
+        if launcher:
+            Path(os.environ[FAILURE_FILE]).write_text(Failure.from_error(error).to_json(), encoding="utf-8")
+        else:
+            ErrorHandler().record_exception(error)  # for torchrun's report
+        raise ReportedError from error
+
+
+def redirect_stderr(path: Path) -> tuple[TextIO, TextIO]:
+    """Redirect stderr, including that of native libraries, to a log.
+
+    Returns the log and the console.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console = open(os.dup(2), "w", buffering=1)  # noqa: PTH123, SIM115 (a descriptor that stays open)
+    log = path.open("a", buffering=1)
+    os.dup2(log.fileno(), 2)
+    return log, console
+
+
+def exit_process(status: int) -> NoReturn:
+    """Exit with `status`.
+
+    Workers and launchers exit without Python's finalization, during which threads of the communication
+    libraries may abort the process although all its work is done.
+    """
+    if is_worker() or any(thread.name == STORE_THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+class _Tee:
+    """Write text to several files.
+
+    It is not a terminal, so that progress is logged in lines.
+    """
+
+    def __init__(self, *files: TextIO) -> None:
+        self.files = files
+
+    def write(self, text: str) -> int:
+        for file in self.files:
+            file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for file in self.files:
+            file.flush()
+
+    def isatty(self) -> bool:
+        return False
