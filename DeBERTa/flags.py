@@ -22,6 +22,7 @@ USAGE = """python -m DeBERTa.train [flags]
        ./mlm.sh NAME [flags]    with a preset for MLM
        ./rtd.sh NAME [flags]    with a preset for RTD"""
 REPLACED = {"--zero": "--sharding zero2", "--fsdp": "--sharding fsdp"}
+PUBLISHED_SPELLINGS = {"max_seq_len": "max_seq_length", "dump": "dump_interval"}  # of the published scripts
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -49,15 +50,14 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"no flag {flag}: it was replaced, give {REPLACED[flag]}")
         if not flag.startswith("-"):
             self.error(f"unexpected argument {flag!r}: flags begin with --")
-        closest = difflib.get_close_matches(flag, re.findall(r"--\w+", self.format_help()), n=1)
-        self.error(f"no flag {flag}: did you mean {closest[0]}" if closest else f"no flag {flag}")
+        known = re.findall(r"--\w+", self.format_help())
+        longer = sorted({name for name in known if name.startswith(flag)})
+        closest = " or ".join(longer or difflib.get_close_matches(flag, known, n=1))
+        self.error(f"no flag {flag}: did you mean {closest}" if closest else f"no flag {flag}")
 
 
 def parse_flags(argv: Sequence[str]) -> TrainConfig:
-    """Return the settings of a run.
-
-    Unambiguous prefixes of a flag are accepted too.
-    """
+    """Return the settings of a run."""
     return build_config(read_flags(argv))
 
 
@@ -67,7 +67,10 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     `--help` and `--version` print and raise `SystemExit`.
     """
     parser = FlagParser(
-        usage=USAGE, description="Pre-train a DeBERTa encoder.", argument_default=argparse.SUPPRESS
+        usage=USAGE,
+        description="Pre-train a DeBERTa encoder.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"DeBERTa pre-training {DeBERTa.__version__}")
     group = parser.add_argument_group("where the flags start from")
@@ -81,6 +84,8 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         group.add_argument(f"--{field.name}", **_describe(field, hints[field.name]))
+    for spelling, name in PUBLISHED_SPELLINGS.items():
+        parser.add_argument(f"--{spelling}", dest=name, type=int, help=argparse.SUPPRESS)
     return parser.read(argv)
 
 

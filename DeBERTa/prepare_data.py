@@ -95,6 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = FlagParser(
         prog="prepare_data.py",
+        allow_abbrev=False,
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

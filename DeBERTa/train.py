@@ -43,6 +43,7 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import collect_environment, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
+    RESTART_COUNT,
     broadcast_object,
     gather_objects,
     get_rank,
@@ -55,7 +56,7 @@ from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
-from DeBERTa.training.metrics import describe
+from DeBERTa.training.metrics import format_metrics
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.precision import resolve_precision
@@ -174,7 +175,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         attention = execution["attention"]
         this_run = Run(config, model, training, batches, evaluation, settings, Interval(device), attention)
         train_and_save(this_run, signals, tokenizer.path)
-        outputs = training.outputs
+        outputs = training.compute_outputs
     else:
         settings = {"train": config.to_dict(), "model": model_config.to_dict(), "data": data | texts}
         check_same_on_all_ranks(settings)
@@ -183,7 +184,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     if config.do_eval:
         results = evaluate_splits(model, outputs, evaluation, config, precision, device)
         for split, metrics in results.items():
-            logger.info("%s  %s", split, describe(metrics))
+            logger.info("%s  %s", split, format_metrics(metrics))
         if is_rank_zero():
             config.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(config.run_dir / "evaluation.json", results)
@@ -404,7 +405,7 @@ def start_or_resume(this_run: Run) -> int:
     if is_rank_zero():
         try:
             # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
-            fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+            fresh = config.fresh and os.environ.get(RESTART_COUNT, "0") == "0"
             step = open_run_dir(config.run_dir, this_run.settings, collect_environment(device), fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)

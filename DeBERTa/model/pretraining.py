@@ -216,7 +216,7 @@ class RTDModel(nn.Module):
         return self.discriminator.detection_loss(corrupted_ids, input_mask, labels, self.shared_tables())
 
     @torch.no_grad()
-    def standalone_discriminator(self) -> dict[str, torch.Tensor]:
+    def merge_discriminator(self) -> dict[str, torch.Tensor]:
         """Return the discriminator's state dict with full tables instead of shared ones."""
         state = {
             k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")

@@ -61,7 +61,7 @@ def _choose_attention(model: nn.Module, device: torch.device, attention: str, is
     return "eager"
 
 
-def describe(device: torch.device) -> str:
+def describe_implementations(device: torch.device) -> str:
     """Return a description of what computes all but attention on `device`."""
     if device.type != "cpu":
         return "plain PyTorch"

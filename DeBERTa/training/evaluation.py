@@ -15,9 +15,9 @@ from DeBERTa.data.dataset import EvaluationBatches, load_batches
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
-from DeBERTa.training.metrics import Sums, add, mean_losses
+from DeBERTa.training.metrics import Sums, add, average_losses
 from DeBERTa.training.precision import autocast
-from DeBERTa.training.steps import make_scalar, masked_lm_sums
+from DeBERTa.training.steps import make_scalar, sum_masked_lm
 
 Outputs = Callable[[Batch], tuple[MaskedLoss, ReplacedTokenOutput | None]]
 MAX_LOG_PERPLEXITY = 700.0  # exp of more is not finite
@@ -81,7 +81,7 @@ def evaluate(
         batch = batch.to(device)
         with autocast(precision, device):
             masked, detected = outputs(batch)
-        more = masked_lm_sums(masked, "generator_" if detected else "")
+        more = sum_masked_lm(masked, "generator_" if detected else "")
         if detected:
             more["discriminator_loss"] = detected.loss.sum()
             more["discriminator_targets"] = make_scalar(detected.labels.numel(), device)
@@ -92,7 +92,7 @@ def evaluate(
             replaced.append(detected.labels.bool().cpu().numpy())
     model.train(was_training)
 
-    metrics = mean_losses(all_reduce_sums(sums))
+    metrics = average_losses(all_reduce_sums(sums))
     for name in ("loss", "generator_loss"):
         if name in metrics:
             metrics[name.replace("loss", "perplexity")] = math.exp(min(metrics[name], MAX_LOG_PERPLEXITY))

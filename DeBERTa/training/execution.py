@@ -89,6 +89,6 @@ def describe_kernels(kernels: str, attention: str, device: torch.device) -> str:
     """Return a description of the resolved kernels and attention on `device`."""
     if kernels == "off":
         return "plain PyTorch"
-    from DeBERTa.ops import describe
+    from DeBERTa.ops import describe_implementations
 
-    return f"{describe(device)}, {attention} attention"
+    return f"{describe_implementations(device)}, {attention} attention"

@@ -5,7 +5,7 @@ import time
 import torch
 
 from DeBERTa.training.distributed import all_reduce_sum, all_reduce_sums, get_rank, get_world_size
-from DeBERTa.training.metrics import Sums, add, mean_losses
+from DeBERTa.training.metrics import Sums, add, average_losses
 
 
 class Interval:
@@ -46,7 +46,7 @@ class Interval:
         self.tokens_seen += tokens
         sums = all_reduce_sums(self.sums) | self.norms
         rate = tokens / (time.monotonic() - self.started)
-        metrics = mean_losses(sums) if sums else {}
+        metrics = average_losses(sums) if sums else {}
         self.clear()
         return metrics | {"tokens_per_second": rate, "tokens_seen": self.tokens_seen}
 

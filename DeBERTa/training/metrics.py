@@ -27,7 +27,7 @@ def add(sums: Sums, more: Sums) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def mean_losses(sums: Sums) -> dict[str, float]:
+def average_losses(sums: Sums) -> dict[str, float]:
     """Return losses and accuracies per target.
 
     The sums are named `*loss`, `*correct` and `*targets`. Synchronizes with the device once.
@@ -139,7 +139,7 @@ class Progress:
 
     def show(self, step: int, metrics: dict) -> None:
         """Show the metrics of the interval that ends at `step`, and the time left."""
-        text = describe(metrics)
+        text = format_metrics(metrics)
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
@@ -168,7 +168,7 @@ FORMATS = {
 }
 
 
-def describe(metrics: dict) -> str:
+def format_metrics(metrics: dict) -> str:
     """Return the main metrics on one line.
 
     Skipped steps are included only if there are any.

@@ -16,7 +16,7 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     "auto" selects bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not,
     and fp32 elsewhere. Raises `ConfigError` for bf16 on a GPU without it.
     """
-    has_bf16 = hardware_has_bf16(device)
+    has_bf16 = has_native_bf16(device)
     if config.precision == "auto":
         if config.fp16 is False:
             return "fp32"
@@ -30,7 +30,7 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     return config.precision
 
 
-def hardware_has_bf16(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     """Return whether bfloat16 arithmetic is native.
 
     It is on GPUs from Ampere on, and on CPUs with AMX or AVX-512 bfloat16 instructions.
@@ -48,6 +48,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     )
 
 
-def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+def build_loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """Return the loss scaler, which is enabled for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

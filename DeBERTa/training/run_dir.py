@@ -181,7 +181,7 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
     if isinstance(model, RTDModel):
         models = {
             "generator": (model.generator.state_dict(), model.config.generator),
-            "discriminator": (model.standalone_discriminator(), model.config.discriminator),
+            "discriminator": (model.merge_discriminator(), model.config.discriminator),
         }
     else:
         models = {"model": (model.state_dict(), model.config)}

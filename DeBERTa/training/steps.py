@@ -31,7 +31,7 @@ from DeBERTa.training.parallel import (
     sync_gradients,
     wrap_parallel,
 )
-from DeBERTa.training.precision import autocast, loss_scaler
+from DeBERTa.training.precision import autocast, build_loss_scaler
 
 
 class TrainingStep:
@@ -40,7 +40,7 @@ class TrainingStep:
     def __init__(self, config: TrainConfig, precision: str, device: torch.device, total_steps: int) -> None:
         self.config, self.precision, self.device = config, precision, device
         self.total_steps = total_steps
-        self.scaler = loss_scaler(precision, device)
+        self.scaler = build_loss_scaler(precision, device)
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.guard = UpdateGuard(config, device)
 
@@ -59,7 +59,7 @@ class TrainingStep:
         """Return the sums of one step."""
         raise NotImplementedError
 
-    def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
+    def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
         """Return losses and logits of a batch, for evaluation.
 
         Collective: every rank calls it.
@@ -169,11 +169,11 @@ class MaskedLMStep(TrainingStep):
                 with autocast(self.precision, self.device):
                     masked = self.wrapped(micro_batch)
                 self.backward(masked.loss.sum() / targets)
-            add(sums, masked_lm_sums(masked, ""))
+            add(sums, sum_masked_lm(masked, ""))
         self.update("model", sums, "", ("loss",))
         return sums
 
-    def outputs(self, batch: Batch) -> tuple[MaskedLoss, None]:
+    def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, None]:
         """Return the losses of a batch, for evaluation.
 
         Collective: every rank calls it.
@@ -227,7 +227,7 @@ class ReplacedTokenStep(TrainingStep):
                 with autocast(self.precision, self.device):
                     generated = self.wrapped_generator(micro_batch)
                 self.backward(generated.masked.loss.sum() / masked_targets)
-            add(sums, masked_lm_sums(generated.masked, "generator_"))
+            add(sums, sum_masked_lm(generated.masked, "generator_"))
             corrupted.append((micro_batch, is_last, generated.corrupted_ids))
         if not self.update("generator", sums, "generator_", ("generator_loss",)):
             return sums
@@ -237,7 +237,7 @@ class ReplacedTokenStep(TrainingStep):
                 with autocast(self.precision, self.device):
                     detected = self.wrapped_discriminator(micro_batch, corrupted_ids, shared)
                 self.backward(self.config.rtd_lambda * detected.loss / targets)
-            add(sums, detection_sums(detected, micro_batch))
+            add(sums, sum_detection(detected, micro_batch))
         self.update("discriminator", sums, "discriminator_", ("discriminator_loss",))
         return sums
 
@@ -251,7 +251,7 @@ class ReplacedTokenStep(TrainingStep):
                 self.backward(
                     masked.loss.sum() / masked_targets + self.config.rtd_lambda * detected.loss / targets
                 )
-            add(sums, masked_lm_sums(masked, "generator_") | detection_sums(detected, micro_batch))
+            add(sums, sum_masked_lm(masked, "generator_") | sum_detection(detected, micro_batch))
         self.update("both", sums, "", ("generator_loss", "discriminator_loss"))
         return sums
 
@@ -263,7 +263,7 @@ class ReplacedTokenStep(TrainingStep):
         shared = self.model.shared_tables()
         return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 
-    def outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
+    def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
         """Return losses and logits of a batch, for evaluation.
 
         Collective: every rank calls it.
@@ -277,7 +277,7 @@ class ReplacedTokenStep(TrainingStep):
         return generated.masked, detected
 
 
-def masked_lm_sums(masked: MaskedLoss, prefix: str) -> Sums:
+def sum_masked_lm(masked: MaskedLoss, prefix: str) -> Sums:
     """Return summed loss, correct predictions and target count."""
     return {
         f"{prefix}loss": masked.loss.detach().sum(),
@@ -286,7 +286,7 @@ def masked_lm_sums(masked: MaskedLoss, prefix: str) -> Sums:
     }
 
 
-def detection_sums(detected: DetectionLoss, batch: Batch) -> Sums:
+def sum_detection(detected: DetectionLoss, batch: Batch) -> Sums:
     """Return summed loss, correct decisions and target count."""
     return {
         "discriminator_loss": detected.loss.detach(),

@@ -21,7 +21,7 @@ from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_mode
 from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
-from DeBERTa.training.metrics import MetricsLog, Progress, describe, measure_peak_memory
+from DeBERTa.training.metrics import MetricsLog, Progress, format_metrics, measure_peak_memory
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
@@ -181,11 +181,11 @@ class Trainer:
         splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
         with self.signals.allow_stop():
             results = evaluate_splits(
-                run.model, training.outputs, splits, run.config, training.precision, training.device
+                run.model, training.compute_outputs, splits, run.config, training.precision, training.device
             )
         for split, metrics in results.items():
             self.log.write(step, split, metrics)
-            logger.info("step %d: %s  %s", step, split, describe(metrics))
+            logger.info("step %d: %s  %s", step, split, format_metrics(metrics))
         run.interval.started = time.monotonic()
 
     def evaluate_if_missed(self) -> None:

@@ -124,7 +124,7 @@ def test_standalone_discriminator_shares_nothing():
                 parameter += 0.1 * torch.randn_like(parameter)
         batch = random_batch()
         alone = ReplacedTokenDetectionModel(model.config.discriminator)
-        alone.load_state_dict(model.standalone_discriminator(), strict=True)
+        alone.load_state_dict(model.merge_discriminator(), strict=True)
         expected = model.discriminate(batch.input_ids, batch.input_mask, batch.labels).logits
         torch.testing.assert_close(alone(batch.input_ids, batch.input_mask, batch.labels).logits, expected)
 

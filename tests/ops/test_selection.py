@@ -7,7 +7,7 @@ from DeBERTa import ModelConfig, RTDConfig, RTDModel
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.model.encoder import Layer
 from DeBERTa.model.pretraining import MaskedLanguageModel
-from DeBERTa.ops import describe, select_implementations
+from DeBERTa.ops import describe_implementations, select_implementations
 from DeBERTa.ops.attention import SdpaSelfAttention
 from DeBERTa.ops.cpu import HEAD_SUBCLASSES, SUBCLASSES, library
 from DeBERTa.ops.cpu.modules import CpuSelfAttention
@@ -60,9 +60,9 @@ def test_other_modules(device, is_compiled):
 
 
 def test_description():
-    assert "CPU" not in describe(CUDA)
+    assert "CPU" not in describe_implementations(CUDA)
     obstacle = library.find_obstacle()
     if obstacle:
-        assert describe(CPU) == f"CPU kernels on PyTorch's operations, slower: {obstacle}"
+        assert describe_implementations(CPU) == f"CPU kernels on PyTorch's operations, slower: {obstacle}"
     else:
-        assert describe(CPU).startswith("compiled CPU kernels")
+        assert describe_implementations(CPU).startswith("compiled CPU kernels")

@@ -30,7 +30,7 @@ from DeBERTa.training.distributed import (
     translate_peer_errors,
 )
 from DeBERTa.training.evaluation import evaluate_splits
-from DeBERTa.training.metrics import mean_losses
+from DeBERTa.training.metrics import average_losses
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
 from tests.conftest import TINY
 from tests.training.batches import random_batch
@@ -60,7 +60,7 @@ def train(
         sums = training(select_rows(seed=step))
         norms = {name: value for name, value in sums.items() if name.endswith("norm")}
         sums = all_reduce_sums({name: value for name, value in sums.items() if name not in norms})
-        losses.append(mean_losses(sums | norms))
+        losses.append(average_losses(sums | norms))
         if step == first:
             gradients = training.gradients
     weights = {name: all_gather_full(tensor).clone() for name, tensor in model.state_dict().items()}
@@ -360,9 +360,9 @@ def evaluate_all(prepared: Path, folder: Path, size: int) -> None:
             for rows in (16, 3):  # 40 lines: 3 batches, and 14 with a short last one
                 splits = {"valid": EvaluationBatches(store, tokenizer, masker, BatchPlan(3, rows, 64))}
                 device = torch.device("cpu")
-                found = evaluate_splits(model, training.outputs, splits, training.config, "fp32", device)[
-                    "valid"
-                ]
+                found = evaluate_splits(
+                    model, training.compute_outputs, splits, training.config, "fp32", device
+                )["valid"]
                 if is_rank_zero():
                     np.save(folder / f"{case}-{mode}-{rows}-{size}.npy", found, allow_pickle=True)
 

@@ -19,7 +19,7 @@ from DeBERTa.data.dataset import BatchPlan, TrainingBatches, derive_step_seed
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.training.metrics import mean_losses
+from DeBERTa.training.metrics import average_losses
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from tests.conftest import GOLDEN, select_path, tiny_model, tiny_rtd
 from tests.training.batches import train_config
@@ -64,7 +64,7 @@ def compute_curve(task: str, path: str, dropout: float) -> dict[str, list[float]
     for step in range(STEPS):
         torch.manual_seed(derive_step_seed(SEED, step + 1, 0))
         training.set_learning_rate(step + 1)
-        for name, value in mean_losses(training(batches[step])).items():
+        for name, value in average_losses(training(batches[step])).items():
             if name.endswith("loss"):
                 losses.setdefault(name, []).append(round(value, 6))
     return losses

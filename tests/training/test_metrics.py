@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from DeBERTa.errors import StorageError
-from DeBERTa.training.metrics import MetricsLog, describe, mean_losses, measure_peak_memory
+from DeBERTa.training.metrics import MetricsLog, average_losses, format_metrics, measure_peak_memory
 
 
 def read(path: Path) -> list[dict]:
@@ -85,7 +85,7 @@ def test_means_are_per_target():
         "loss": torch.tensor(0.0),
         "targets": torch.tensor(0),
     }
-    assert mean_losses(sums) == {
+    assert average_losses(sums) == {
         "generator_loss": 1.5,
         "generator_accuracy": 0.25,
         "grad_norm": 2.5,
@@ -100,5 +100,5 @@ def test_peak_memory_is_what_the_kernel_reports():
 
 
 def test_skipped_steps_are_shown_if_there_are_any():
-    assert describe({"loss": 2.0, "skipped_steps": 0, "step": 4}) == "loss 2.000"
-    assert describe({"loss": 2.0, "skipped_steps": 3}) == "loss 2.000  3 steps skipped"
+    assert format_metrics({"loss": 2.0, "skipped_steps": 0, "step": 4}) == "loss 2.000"
+    assert format_metrics({"loss": 2.0, "skipped_steps": 3}) == "loss 2.000  3 steps skipped"

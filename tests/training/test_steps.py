@@ -8,7 +8,7 @@ import torch
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.batch import Batch
 from DeBERTa.model.pretraining import is_replaced
-from DeBERTa.training.metrics import mean_losses
+from DeBERTa.training.metrics import average_losses
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from tests.conftest import select_path, set_threads, tiny_model, tiny_rtd
 from tests.training.batches import random_batch, train_config
@@ -92,7 +92,7 @@ def test_accumulation_changes_nothing(micro_batches, decoupled):
         )
         training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
         training.set_learning_rate(1)
-        norms.append(mean_losses(training(batch)))
+        norms.append(average_losses(training(batch)))
         states.append(state(model))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert_same(*states, atol=1e-7, rtol=1e-4)
@@ -166,7 +166,7 @@ def test_low_precision_stays_near_float32(precision):
         training = ReplacedTokenStep(model, train_config(task_name="RTD"), kind, CPU, total_steps=10)
         training.set_learning_rate(1)
         torch.manual_seed(0)
-        losses[kind] = mean_losses(training(random_batch()))
+        losses[kind] = average_losses(training(random_batch()))
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     for name in ("generator_loss", "discriminator_loss"):
         assert losses[precision][name] == pytest.approx(losses["fp32"][name], rel=0.01)
@@ -238,7 +238,7 @@ def test_a_batch_without_masks_trains_the_discriminator_only():
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
     before = state(model)
-    metrics = mean_losses(training(empty))
+    metrics = average_losses(training(empty))
     assert metrics["generator_loss"] == 0
     assert metrics["discriminator_loss"] > 0
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
