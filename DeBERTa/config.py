@@ -149,7 +149,7 @@ class ModelConfig:
     num_hidden_layers: int = field(metadata={"bounds": FROM_ONE})
     num_attention_heads: int = field(metadata={"bounds": FROM_ONE})
     intermediate_size: int = field(metadata={"bounds": FROM_ONE})
-    attention_head_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size / num_attention_heads
+    attention_head_size: int = _limited(0, FROM_ZERO)  # `from_dict` sets hidden_size / num_attention_heads for 0
     embedding_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size
     max_position_embeddings: int = _limited(512, FROM_ONE)
     type_vocab_size: int = _limited(0, FROM_ZERO)

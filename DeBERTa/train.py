@@ -56,7 +56,7 @@ from DeBERTa.training.execution import set_execution
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
-from DeBERTa.training.metrics import format_metrics
+from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.precision import resolve_precision
@@ -187,7 +187,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
             logger.info("%s  %s", split, format_metrics(metrics))
         if is_rank_zero():
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(config.run_dir / "evaluation.json", results)
+            finite = {split: replace_non_finite(metrics) for split, metrics in results.items()}
+            write_json(config.run_dir / "evaluation.json", finite)
 
 
 def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:

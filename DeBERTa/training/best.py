@@ -27,10 +27,10 @@ def find_best(run_dir: Path, evaluations: dict[int, dict]) -> int | None:
 def select_loss(metrics: dict) -> tuple[str, float | None]:
     """Return name and value of the loss that selects the best checkpoint.
 
-    The value is None where it was not finite.
+    The value is None where it, or the generator's loss, was not finite or undefined.
     """
     name = next(name for name in BEST_BY if name in metrics)
-    return name, metrics[name]
+    return name, None if metrics.get("generator_loss", 0.0) is None else metrics[name]
 
 
 def record_best(run_dir: Path, evaluations: dict[int, dict]) -> None:

@@ -15,7 +15,7 @@ from DeBERTa.data.dataset import EvaluationBatches, load_batches
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
-from DeBERTa.training.metrics import Sums, add, average_losses
+from DeBERTa.training.metrics import Metrics, Sums, add, average_losses, warn_of_undefined
 from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import make_scalar, sum_masked_lm
 
@@ -40,7 +40,7 @@ def evaluate_splits(
     config: TrainConfig,
     precision: str,
     device: torch.device,
-) -> dict[str, dict]:
+) -> dict[str, Metrics]:
     """Return metrics by split, over all ranks.
 
     Masks and samples depend on `--seed` alone. Collective: every rank calls it.
@@ -55,6 +55,7 @@ def evaluate_splits(
         indices = [min(rank + number * world_size, len(batches) - 1) for number in range(num_rounds)]
         loader = load_batches(batches, indices, config.workers)
         results[split] = evaluate(model, outputs, loader, precision, device, num_counted)
+        warn_of_undefined(results[split], split)
     return results
 
 
@@ -66,12 +67,12 @@ def evaluate(
     precision: str,
     device: torch.device,
     num_counted: int,
-) -> dict:
+) -> Metrics:
     """Return metrics over the first `num_counted` batches of each rank.
 
     MLM: loss (nats per masked token), perplexity, accuracy. RTD: the same for the generator; for the
     discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, and ROC
-    AUC, on tokens sampled from the generator. Restores the mode of `model`.
+    AUC, on tokens sampled from the generator. None where nothing is counted. Restores the mode of `model`.
     """
     sums: Sums = {}
     scores, replaced = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
@@ -95,7 +96,9 @@ def evaluate(
     metrics = average_losses(all_reduce_sums(sums))
     for name in ("loss", "generator_loss"):
         if name in metrics:
-            metrics[name.replace("loss", "perplexity")] = math.exp(min(metrics[name], MAX_LOG_PERPLEXITY))
+            loss = metrics[name]
+            perplexity = None if loss is None else math.exp(min(loss, MAX_LOG_PERPLEXITY))
+            metrics[name.replace("loss", "perplexity")] = perplexity
     if "discriminator_loss" in metrics:
         gathered = gather_objects((np.concatenate(scores), np.concatenate(replaced)))
         all_scores, all_replaced = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
@@ -103,34 +106,40 @@ def evaluate(
     return metrics
 
 
-def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> dict[str, float]:
+def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> Metrics:
     """Return accuracy, precision and recall of "replaced" at score 0, and ROC AUC.
+
+    Precision is undefined (None) where no token is classified as replaced, recall where none is. Loss and
+    accuracy of the best constant answer are included: the entropy of the share of replaced tokens (nats), and
+    the share of the larger class.
 
     `scores` float [N], `replaced` bool [N].
     """
     positive = scores > 0
-    hits = int((positive & replaced).sum())
+    hits, share = int((positive & replaced).sum()), float(replaced.mean())
     return {
         "discriminator_accuracy": float((positive == replaced).mean()),
-        "discriminator_precision": hits / max(int(positive.sum()), 1),
-        "discriminator_recall": hits / max(int(replaced.sum()), 1),
+        "discriminator_precision": hits / int(positive.sum()) if positive.any() else None,
+        "discriminator_recall": hits / int(replaced.sum()) if replaced.any() else None,
         "discriminator_auc": compute_roc_auc(scores, replaced),
-        "discriminator_replaced": float(replaced.mean()),
+        "discriminator_replaced": share,
+        "discriminator_replaced_entropy": -sum(p * math.log(p) for p in (share, 1 - share) if p),
+        "discriminator_majority_accuracy": max(share, 1 - share),
     }
 
 
-def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float:
+def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float | None:
     """Return the probability that a replaced token scores above an original one.
 
-    Ties count half. The result is 0.5 when all tokens are of one kind. It is computed as the Mann-Whitney
-    statistic from average ranks.
+    Ties count half. None when all tokens are of one kind. It is computed as the Mann-Whitney statistic from
+    average ranks.
 
     `scores` float [N], `replaced` bool [N].
     """
     positives = int(replaced.sum())
     negatives = len(replaced) - positives
     if not positives or not negatives:
-        return 0.5
+        return None
     _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     last_rank = np.cumsum(sizes)
     average_rank = last_rank - (sizes - 1) / 2

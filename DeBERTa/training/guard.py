@@ -59,11 +59,12 @@ class UpdateGuard:
         for name in names:
             values += [sums[name].double(), sums[name.replace("loss", "targets")].double()]
         non_finite_norms, *pairs = all_reduce_sum(torch.stack(values)).tolist()
-        for name, loss, targets in zip(names, pairs[::2], pairs[1::2], strict=True):
-            self.losses[name] = loss / max(targets, 1)
-        spikes = [spike for name in names if (spike := self._detect_spike(name, self.losses[name]))]
+        losses = zip(names, pairs[::2], pairs[1::2], strict=True)
+        new = {name: loss / targets for name, loss, targets in losses if targets}
+        self.losses |= new
+        spikes = [spike for name, loss in new.items() if (spike := self._detect_spike(name, loss))]
         self.spikes += spikes
-        is_finite = non_finite_norms == 0 and all(math.isfinite(self.losses[name]) for name in names)
+        is_finite = non_finite_norms == 0 and self.has_finite_losses()
         if not is_finite or (spikes and self.skip_spikes):
             self.is_skipped = True
         return not self.is_skipped

@@ -5,7 +5,7 @@ import time
 import torch
 
 from DeBERTa.training.distributed import all_reduce_sum, all_reduce_sums, get_rank, get_world_size
-from DeBERTa.training.metrics import Sums, add, average_losses
+from DeBERTa.training.metrics import Metrics, Sums, add, average_losses
 
 
 class Interval:
@@ -37,7 +37,7 @@ class Interval:
             add(self.sums, {name: sums[name].detach().double() for name in sums if name not in norms})
         self.tokens += tokens
 
-    def finish(self) -> dict[str, float]:
+    def finish(self) -> Metrics:
         """Return means over the interval and all ranks, and start the next one.
 
         Collective: every rank calls it.

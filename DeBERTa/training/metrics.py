@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # On the device: losses and counts that add up over micro-batches, steps and ranks.
 Sums = dict[str, torch.Tensor]
+Metrics = dict[str, float | None]  # None: undefined, because nothing was counted
 
 
 def add(sums: Sums, more: Sums) -> None:
@@ -27,20 +28,26 @@ def add(sums: Sums, more: Sums) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def average_losses(sums: Sums) -> dict[str, float]:
-    """Return losses and accuracies per target.
+def average_losses(sums: Sums) -> Metrics:
+    """Return losses and accuracies per target, or None where there is no target.
 
     The sums are named `*loss`, `*correct` and `*targets`. Synchronizes with the device once.
     """
     values = dict(zip(sums, torch.stack([v.detach().double() for v in sums.values()]).tolist(), strict=True))
-    means = {}
+    means: Metrics = {}
     for name, value in values.items():
         if name.endswith("targets"):
             continue
+        targets = 1.0
         if name.endswith(("loss", "correct")):
-            value /= max(values[name.replace("loss", "targets").replace("correct", "targets")], 1)
-        means[name.replace("correct", "accuracy")] = value
+            targets = values[name.replace("loss", "targets").replace("correct", "targets")]
+        means[name.replace("correct", "accuracy")] = value / targets if targets else None
     return means
+
+
+def replace_non_finite(metrics: Metrics) -> Metrics:
+    """Return the metrics with None for NaN and infinity, which JSON does not have."""
+    return {n: value if value is not None and math.isfinite(value) else None for n, value in metrics.items()}
 
 
 def measure_peak_memory(device: torch.device) -> float:
@@ -93,12 +100,12 @@ class MetricsLog:
         """Return the training time of the run so far, earlier processes included."""
         return round(time.monotonic() - self._started, 3)
 
-    def write(self, step: int, kind: str, values: dict) -> None:
+    def write(self, step: int, kind: str, values: Metrics) -> None:
         """Add a line with the time.
 
-        Values that are not finite become null. Raises `StorageError`.
+        Values that are undefined or not finite become null. Raises `StorageError`.
         """
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = replace_non_finite(values)
         if kind == "valid":
             self.evaluations[step] = finite
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -137,7 +144,7 @@ class Progress:
         """Count one step."""
         self.bar.update()
 
-    def show(self, step: int, metrics: dict) -> None:
+    def show(self, step: int, metrics: Metrics) -> None:
         """Show the metrics of the interval that ends at `step`, and the time left."""
         text = format_metrics(metrics)
         if not self.bar.disable:
@@ -159,7 +166,9 @@ FORMATS = {
     "generator_loss": "generator loss {:.3f}",
     "generator_accuracy": "accuracy {:.1%}",
     "discriminator_loss": "discriminator loss {:.4f}",
+    "discriminator_replaced_entropy": "(from the share of replaced tokens alone {:.4f})",
     "discriminator_accuracy": "accuracy {:.1%}",
+    "discriminator_majority_accuracy": "(from the majority class alone {:.1%})",
     "discriminator_precision": "precision {:.1%}",
     "discriminator_recall": "recall {:.1%}",
     "discriminator_auc": "ROC AUC {:.3f}",
@@ -168,10 +177,29 @@ FORMATS = {
 }
 
 
-def format_metrics(metrics: dict) -> str:
+CAUSES = {
+    "loss": "no token was masked",
+    "generator_loss": "no token was masked",
+    "discriminator_precision": "no token was classified as replaced",
+    "discriminator_recall": "no token was replaced",
+}
+
+
+def format_metrics(metrics: Metrics) -> str:
     """Return the main metrics on one line.
 
     Skipped steps are included only if there are any.
     """
     shown = {name: value for name, value in metrics.items() if name != "skipped_steps" or value}
-    return "  ".join(form.format(shown[name]) for name, form in FORMATS.items() if name in shown)
+    return "  ".join(
+        form.partition("{")[0] + "undefined" if shown[name] is None else form.format(shown[name])
+        for name, form in FORMATS.items()
+        if name in shown
+    )
+
+
+def warn_of_undefined(metrics: Metrics, where: str) -> None:
+    """Log a warning that says which metrics are undefined and why, if any."""
+    causes = [f"{name} is undefined: {CAUSES[name]}" for name in CAUSES if metrics.get(name, 0.0) is None]
+    if causes:
+        logger.warning("%s: %s", where, "; ".join(causes))

@@ -21,7 +21,13 @@ from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_mode
 from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
-from DeBERTa.training.metrics import MetricsLog, Progress, format_metrics, measure_peak_memory
+from DeBERTa.training.metrics import (
+    MetricsLog,
+    Progress,
+    format_metrics,
+    measure_peak_memory,
+    warn_of_undefined,
+)
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
@@ -120,6 +126,7 @@ class Trainer:
         metrics["skipped_steps"] = training.guard.skipped_steps
         metrics["peak_memory_gb"] = round(measure_peak_memory(training.device), 3)
         self.log.write(step, "train", metrics)
+        warn_of_undefined(metrics, f"step {step}")
         self.progress.show(step, metrics)
 
     def report_skipped_update(self, step: int) -> None:

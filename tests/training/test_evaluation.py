@@ -38,7 +38,8 @@ def test_auc_extremes():
     assert compute_roc_auc(scores, replaced) == 1.0
     assert compute_roc_auc(-scores, replaced) == 0.0
     assert compute_roc_auc(np.zeros(4), replaced) == 0.5
-    assert compute_roc_auc(scores, np.zeros(4, bool)) == 0.5
+    assert compute_roc_auc(scores, np.zeros(4, bool)) is None
+    assert compute_roc_auc(scores, np.ones(4, bool)) is None
 
 
 def test_precision_and_recall():
@@ -49,6 +50,21 @@ def test_precision_and_recall():
     assert metrics["discriminator_precision"] == pytest.approx(2 / 3)
     assert metrics["discriminator_recall"] == pytest.approx(2 / 3)
     assert metrics["discriminator_replaced"] == pytest.approx(3 / 6)
+
+
+def test_a_discriminator_that_always_answers_original():
+    """It is measured against the larger class; its precision is undefined, not zero."""
+    metrics = compute_detection_metrics(np.full(20, -3.0), np.arange(20) < 3)
+    assert metrics["discriminator_accuracy"] == metrics["discriminator_majority_accuracy"] == 0.85
+    assert metrics["discriminator_precision"] is None
+    assert metrics["discriminator_recall"] == 0
+    assert metrics["discriminator_replaced_entropy"] == pytest.approx(
+        -0.15 * np.log(0.15) - 0.85 * np.log(0.85)
+    )
+    metrics = compute_detection_metrics(np.full(20, -3.0), np.zeros(20, bool))
+    assert metrics["discriminator_recall"] is None
+    assert metrics["discriminator_auc"] is None
+    assert metrics["discriminator_replaced_entropy"] == 0
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,16 @@ def break_gradient(model, prefix: str, value: float) -> torch.utils.hooks.Remova
     return weight.register_hook(lambda gradient: gradient + value)
 
 
+def test_a_step_without_targets_has_no_loss():
+    """Its loss is no figure, and none that later ones are compared with."""
+    guard = UpdateGuard(train_config(), CPU)
+    guard.begin_step()
+    sums = {"loss": torch.zeros(()), "targets": torch.zeros(())}
+    assert guard.allows_update(sums, ("loss",), torch.zeros(()))
+    assert guard.losses == {}
+    assert guard.windows == {}
+
+
 @pytest.mark.parametrize(("value", "precision"), [(NAN, "fp32"), (INF, "fp32"), (NAN, "bf16"), (INF, "fp16")])
 def test_masked_lm_update_with_a_broken_gradient(value, precision):
     model = mlm_model()

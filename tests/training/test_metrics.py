@@ -1,6 +1,7 @@
 """`metrics.jsonl`, and what is computed for it."""
 
 import json
+import logging
 import math
 import resource
 from datetime import datetime, timezone
@@ -10,7 +11,13 @@ import pytest
 import torch
 
 from DeBERTa.errors import StorageError
-from DeBERTa.training.metrics import MetricsLog, average_losses, format_metrics, measure_peak_memory
+from DeBERTa.training.metrics import (
+    MetricsLog,
+    average_losses,
+    format_metrics,
+    measure_peak_memory,
+    warn_of_undefined,
+)
 
 
 def read(path: Path) -> list[dict]:
@@ -89,7 +96,7 @@ def test_means_are_per_target():
         "generator_loss": 1.5,
         "generator_accuracy": 0.25,
         "grad_norm": 2.5,
-        "loss": 0.0,
+        "loss": None,
     }
 
 
@@ -97,6 +104,20 @@ def test_peak_memory_is_what_the_kernel_reports():
     status = Path("/proc/self/status").read_text().split("\n")
     (peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM")]
     assert measure_peak_memory(torch.device("cpu")) == pytest.approx(peak * 1024 / 1e9, rel=0.02)
+
+
+def test_undefined_metrics_are_no_figures(caplog, tmp_path):
+    metrics = {"loss": None, "accuracy": None, "discriminator_precision": None, "discriminator_recall": 0.5}
+    assert format_metrics(metrics) == "loss undefined  accuracy undefined  precision undefined  recall 50.0%"
+    logging.getLogger("DeBERTa").propagate = True
+    warn_of_undefined(metrics, "valid")
+    (message,) = caplog.messages
+    assert message.startswith("valid: loss is undefined: no token was masked; discriminator_precision is ")
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write(1, "valid", metrics)
+    log.close()
+    (line,) = read(tmp_path / "metrics.jsonl")
+    assert (line["loss"], line["discriminator_recall"]) == (None, 0.5)
 
 
 def test_skipped_steps_are_shown_if_there_are_any():

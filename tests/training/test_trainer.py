@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from datetime import datetime
 
 import pytest
@@ -80,6 +81,26 @@ def test_only_rank_0_writes_to_the_console(tmp_path, prepared):
 def test_at_level_warning_a_run_is_silent(tmp_path, prepared):
     flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 1, "log_level": "warning"}
     assert run(flags) == (0, "")
+
+
+@pytest.mark.parametrize("task", ["MLM", "RTD"])
+def test_a_validation_set_without_masked_tokens(tmp_path, prepared, task):
+    """Two lines of one token, under seed 42: no figure is reported, and no checkpoint is the best."""
+    data = shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("test*", "*.ids*"))
+    words = (prepared / "train.txt").read_text(encoding="utf-8").split()[:2]
+    (data / "valid.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    flags = tiny_flags(tmp_path, data, task) | {"do_eval": True}
+    status, output = run(flags)
+    assert status == 0, output
+    assert "warning: valid: " in output
+    assert "loss is undefined: no token was masked" in output
+    prefix = "generator_" if task == "RTD" else ""
+    recorded = [line for line in metrics(flags["output_dir"]) if line["kind"] == "valid"]
+    recorded.append(json.loads((flags["output_dir"] / "evaluation.json").read_text())["valid"])
+    assert len(recorded) == 4
+    for line in recorded:
+        assert [line[f"{prefix}{name}"] for name in ("loss", "accuracy", "perplexity")] == [None] * 3
+    assert not (flags["output_dir"] / "checkpoints" / "best.json").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
