@@ -149,7 +149,7 @@ class ModelConfig:
     num_hidden_layers: int = field(metadata={"bounds": FROM_ONE})
     num_attention_heads: int = field(metadata={"bounds": FROM_ONE})
     intermediate_size: int = field(metadata={"bounds": FROM_ONE})
-    attention_head_size: int = _limited(0, FROM_ZERO)  # `from_dict` sets hidden_size / num_attention_heads for 0
+    attention_head_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size / num_attention_heads
     embedding_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size
     max_position_embeddings: int = _limited(512, FROM_ONE)
     type_vocab_size: int = _limited(0, FROM_ZERO)
@@ -170,7 +170,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "model config") -> ModelConfig:
-        """Build from published field names.
+        """Build from published field names, and resolve `attention_head_size`.
 
         Raises `ConfigError` for an unknown, missing or wrong value.
         """
@@ -178,7 +178,7 @@ class ModelConfig:
         _check_types(values, cls, where)
         config = cls(**values)
         config._validate(where)
-        return config
+        return dataclasses.replace(config, attention_head_size=config.head_size)
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
@@ -216,6 +216,11 @@ class ModelConfig:
         )
 
     @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """Return the configs of all models that training has, as `RTDConfig.models` does."""
+        return (self,)
+
+    @property
     def position_terms(self) -> tuple[str, ...]:
         """Return the position terms in use, of "c2p" and "p2c".
 
@@ -230,6 +235,16 @@ class ModelConfig:
     def head_size(self) -> int:
         """Return the width of one attention head."""
         return self.attention_head_size or self.hidden_size // self.num_attention_heads
+
+    def describe_unusual_heads(self) -> str:
+        """Return a warning if the heads together are not as wide as the model, else an empty string."""
+        heads, width = self.num_attention_heads, self.num_attention_heads * self.head_size
+        if width == self.hidden_size:
+            return ""
+        return (
+            f"attention_head_size {self.head_size} makes {heads} heads {width} wide, but hidden_size is "
+            f"{self.hidden_size}; omit attention_head_size for heads of hidden_size / num_attention_heads"
+        )
 
     @property
     def embedding_width(self) -> int:
@@ -289,6 +304,11 @@ class RTDConfig:
     def from_json(cls, path: str | Path) -> RTDConfig:
         """Build from a JSON file in the published layout."""
         return cls.from_dict(read_json(path), where=str(path))
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """Return the configs of generator and discriminator."""
+        return self.generator, self.discriminator
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values by field name, with the two models as nested dicts."""

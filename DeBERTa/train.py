@@ -262,13 +262,11 @@ def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig 
     if config.vocab_size:
         for section in sections:
             section["vocab_size"] = config.vocab_size
-    model_config: ModelConfig | RTDConfig
-    if config.task_name == "RTD":
-        model_config = RTDConfig.from_dict(values, str(path))
-        models = [model_config.generator, model_config.discriminator]
-    else:
-        model_config = ModelConfig.from_dict(values, str(path))
-        models = [model_config]
+    kind = RTDConfig if config.task_name == "RTD" else ModelConfig
+    model_config = kind.from_dict(values, str(path))
+    models = model_config.models
+    for warning in {model.describe_unusual_heads() for model in models} - {""}:
+        logger.warning("%s: %s", path, warning)
     rows = models[0].vocab_size
     if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
         fitting = -(-len(tokenizer) // 8) * 8

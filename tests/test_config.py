@@ -33,6 +33,16 @@ def test_model_config(change, named):
     assert "model.json" in str(error.value)
 
 
+def test_heads_follow_from_the_width():
+    """Unless `attention_head_size` is given: such a model is built, and reported."""
+    config = ModelConfig.from_dict(tiny_model() | {"hidden_size": 96, "num_attention_heads": 3})
+    assert (config.attention_head_size, config.describe_unusual_heads()) == (32, "")
+    config = ModelConfig.from_dict(config.to_dict() | {"attention_head_size": 64})
+    assert config.describe_unusual_heads().startswith(
+        "attention_head_size 64 makes 3 heads 192 wide, but hidden_size is 96; "
+    )
+
+
 def test_missing_key():
     values = tiny_model()
     del values["vocab_size"]

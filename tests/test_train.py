@@ -224,6 +224,18 @@ def test_wrong_vocabulary_size(flags):
     assert_refused(train(*command(flags), "--vocab_size", 2000), "2001 tokens", "vocab_size 2000")
 
 
+def test_heads_wider_than_the_model_are_reported(flags, tmp_path):
+    """In the log and in the banner; the published field still works."""
+    values = tiny_model() | {"hidden_size": 96, "num_attention_heads": 3, "attention_head_size": 64}
+    flags |= {"task_name": "MLM", "model_config": tmp_path / "mlm.json", "num_training_steps": 1}
+    flags["model_config"].write_text(json.dumps(values))
+    result = train(*command(flags))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("attention_head_size 64 makes 3 heads 192 wide, but hidden_size is 96") == 2
+    query = "deberta.encoder.layer.0.attention.self.query_proj.weight"
+    assert load_file(flags["output_dir"] / "model" / "model.safetensors")[query].shape == (192, 96)
+
+
 def test_unknown_config_key(flags):
     flags["model_config"].write_text(json.dumps(tiny_rtd() | {"generator": tiny_model() | {"hiden_size": 3}}))
     assert_refused(train(*command(flags)), "'hiden_size'", flags["model_config"])

@@ -116,7 +116,8 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
     """Raise `ConfigError` naming the settings that differ from the saved run's.
 
     Settings that another version of this package added or removed are not compared. Versions without
-    `--kernels` computed as `auto` does.
+    `--kernels` computed as `auto` does. Earlier versions recorded `attention_head_size` 0 for the usual one,
+    which follows from the other sizes.
     """
     differing: list[str] = []
     for section in ("train", "model", "data"):
@@ -126,7 +127,7 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
         differing += [
             f"{key} ({old[key]} there, {new[key]} here)"
             for key in sorted((old.keys() & new.keys()) - FREE_TO_CHANGE)
-            if old[key] != new[key]
+            if old[key] != new[key] and not (key.endswith("attention_head_size") and old[key] == 0)
         ]
     if differing:
         raise ConfigError(

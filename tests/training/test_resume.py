@@ -63,6 +63,7 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path, prepared):
     for name in ("kernels", "sharding", "log_level"):
         del settings["train"][name]
     settings["train"] |= {"zero": 0, "fsdp": False, "attention": "auto"}
+    settings["model"]["generator"]["attention_head_size"] = 0  # the usual one
     (folder / "config.json").write_text(json.dumps(settings))
     write_manifest(folder, 1)
     status, output = run(flags | {"kernels": "off", "attention": "auto"})  # draws other dropout masks
