@@ -28,6 +28,7 @@ setup(
     package_data={
         "DeBERTa.experiments": ["language_model/*.json", "sample/*"],
         "DeBERTa.ops.cpu": ["csrc/*"],
+        "DeBERTa.hub": ["modeling/*"],
     },
     entry_points={
         "console_scripts": [

@@ -29,6 +29,17 @@ ATTENTION = ("auto", "eager", "sdpa", "triton")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+# Keys of a transformers config that do not change what a model here computes.
+HUB_KEYS = (
+    *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "_name_or_path"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "gradient_checkpointing"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "padding_idx", "tie_word_embeddings", "legacy"),
+    *("pooler_dropout", "pooler_hidden_act", "pooler_hidden_size"),
+    *("chunk_size_feed_forward", "is_encoder_decoder"),
+)
+
+
 @dataclass(frozen=True)
 class Bounds:
     """The interval in which a number must lie.
@@ -84,6 +95,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def convert_hub_config(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a model config without the keys of transformers, with `pos_att_type` as text.
+
+    Raises `ConfigError` for the config of another kind of model.
+    """
+    kind = values.get("model_type", "deberta")
+    if kind not in ("deberta", "deberta-v2"):
+        raise ConfigError(f"{where}: model_type is {kind!r}, not deberta or deberta-v2; give such a config")
+    values = {name: value for name, value in values.items() if name not in HUB_KEYS}
+    if "pos_att_type" in values:
+        terms = values["pos_att_type"] or "none"
+        is_list = isinstance(terms, list) and all(isinstance(term, str) for term in terms)
+        values["pos_att_type"] = "|".join(terms) if is_list else terms
     return values
 
 
@@ -172,8 +199,9 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any], where: str = "model config") -> ModelConfig:
         """Build from published field names, and resolve `attention_head_size`.
 
-        Raises `ConfigError` for an unknown, missing or wrong value.
+        Keys that transformers adds are dropped. Raises `ConfigError` for an unknown, missing or wrong value.
         """
+        values = convert_hub_config(values, where)
         _check_keys(values, cls, where)
         _check_types(values, cls, where)
         config = cls(**values)

@@ -1,0 +1,70 @@
+"""Show which tokens of a text look replaced: `python -m DeBERTa.detect DIR TEXT`."""
+
+import argparse
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from DeBERTa.command import run_command
+from DeBERTa.data.tokenizer import WORD_MARK
+from DeBERTa.flags import FlagParser
+from DeBERTa.hub.inference import TokenProbability, detect_replaced, open_detector
+
+RESET = "\x1b[0m"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(lambda: show_tokens(parse_arguments(argv)))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = FlagParser(
+        prog="python -m DeBERTa.detect", description="Show which tokens of a text look replaced."
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="model directory: RUN/discriminator")
+    parser.add_argument("text", metavar="TEXT", help="the text")
+    parser.add_argument("--html", action="store_true", help="print a page instead of lines")
+    return parser.parse_args(argv)
+
+
+def show_tokens(arguments: argparse.Namespace) -> None:
+    """Print every token with the probability that it was replaced."""
+    tokens = detect_replaced(*open_detector(arguments.model), arguments.text)
+    sys.stdout.write(format_page(tokens) if arguments.html else format_lines(tokens, sys.stdout.isatty()))
+
+
+def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
+    """Return a line per token, on a terminal colored from black to red, and the text in these colors."""
+    lines = []
+    for piece, probability in tokens:
+        text = piece.replace(WORD_MARK, " ")
+        lines.append(f"{probability:7.2%}  {_color(text, probability) if is_terminal else text}")
+    if is_terminal:
+        lines.append("".join(_color(piece.replace(WORD_MARK, " "), p) for piece, p in tokens))
+    return "\n".join(lines) + "\n"
+
+
+def _color(text: str, probability: float) -> str:
+    """Return `text` on a background that is the redder the more probable its replacement."""
+    red = round(probability * 5)  # of the 6 x 6 x 6 colors of a terminal
+    return f"\x1b[48;5;{16 + 36 * red}m\x1b[97m{text}{RESET}"
+
+
+def format_page(tokens: list[TokenProbability]) -> str:
+    """Return an HTML page with the text; the probabilities are backgrounds and tooltips."""
+    spans = [
+        f'<span style="background: rgba(220, 30, 30, {probability:.3f})" title="{probability:.2%}">'
+        f"{html.escape(piece.replace(WORD_MARK, ' '))}</span>"
+        for piece, probability in tokens
+    ]
+    return (
+        '<!DOCTYPE html>\n<html>\n<head><meta charset="utf-8"><title>Replaced tokens</title></head>\n'
+        f'<body style="font-family: sans-serif; white-space: pre-wrap">{"".join(spans)}</body>\n</html>\n'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Export the models of a run: `python -m DeBERTa.export --help`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from DeBERTa.command import run_command
+from DeBERTa.config import ModelConfig, RTDConfig, read_json
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import ConfigError, StorageError, describe_os_error
+from DeBERTa.flags import FlagParser
+from DeBERTa.hub.export import list_models, write_model, write_published
+from DeBERTa.hub.model_card import RunRecord
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, list_steps, read_model, verify
+
+DESCRIPTION = """\
+Write the models of a run as directories that AutoModel and AutoTokenizer of transformers open:
+model/ (MLM), or generator/ and discriminator/ (RTD)."""
+
+logger = logging.getLogger("DeBERTa.export")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(lambda: export(parse_arguments(argv)))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = FlagParser(
+        prog="python -m DeBERTa.export",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory: output/TAG")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to write (default: RUN/export/step-N)"
+    )
+    parser.add_argument(
+        "--published-format",
+        action="store_true",
+        help="write the .bin files of the published code instead",
+    )
+    return parser.parse_args(argv)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Export one checkpoint, and log what was written."""
+    run_dir: Path = arguments.run
+    step = find_step(run_dir, arguments.step)
+    settings = read_json(get_checkpoint_path(run_dir, step) / "config.json")
+    model = load_checkpoint(run_dir, step, settings)
+    tokenizer = find_vocabulary(run_dir, settings)
+    output: Path = arguments.output or run_dir / "export" / f"step-{step:08d}"
+    record = RunRecord(settings, RunRecord.read(run_dir, step).metrics)
+    try:
+        if arguments.published_format:
+            write_published(model, output, tokenizer.path)
+            logger.info("published format: %s", output)
+            return
+        for exported in list_models(model):
+            write_model(exported, output / exported.name, tokenizer, record)
+            logger.info("%s: %s", exported.name, output / exported.name)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the export: {describe_os_error(error)}; free space there, or give another --output"
+        ) from error
+
+
+def find_step(run_dir: Path, step: int | None) -> int:
+    """Return the step to export: the given one or the newest valid one.
+
+    Raises `ConfigError` when the run has no such checkpoint, and `DamagedCheckpointError` when it is damaged.
+    """
+    steps = list_steps(run_dir)
+    if not steps:
+        raise ConfigError(f"{run_dir}: no checkpoints; give the directory of a run, such as output/TAG")
+    if step is None:
+        return find_newest_valid(run_dir)[0]
+    if step not in steps:
+        saved = ", ".join(map(str, steps))
+        raise ConfigError(f"--step {step}: {run_dir} has no such checkpoint; it has {saved}")
+    verify(get_checkpoint_path(run_dir, step))
+    return step
+
+
+def load_checkpoint(run_dir: Path, step: int, settings: dict) -> MaskedLanguageModel | RTDModel:
+    """Build the model of a run with the weights of `step`."""
+    values = settings["model"]
+    model: MaskedLanguageModel | RTDModel
+    with torch.device("meta"):
+        if "generator" in values:
+            model = RTDModel(RTDConfig.from_dict(values))
+        else:
+            model = MaskedLanguageModel(ModelConfig.from_dict(values))
+    model.load_state_dict(read_model(run_dir, step, model), assign=True)
+    return model
+
+
+def find_vocabulary(run_dir: Path, settings: dict) -> Tokenizer:
+    """Return the vocabulary that the run was trained with.
+
+    It is at `--vocab_path` of the run, or beside a final model. Raises `ConfigError` when it is in neither
+    place.
+    """
+    wanted = settings["data"]["vocabulary_sha256"]
+    recorded = Path(settings["train"]["vocab_path"])
+    for path in (recorded, *sorted(run_dir.glob("*/spm.model"))):
+        if path.is_file() and (tokenizer := Tokenizer(path)).fingerprint == wanted:
+            return tokenizer
+    raise ConfigError(
+        f"the vocabulary of {run_dir} is missing: {recorded} is not the one it was trained with; "
+        f"copy it to {run_dir / 'model' / 'spm.model'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

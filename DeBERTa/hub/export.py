@@ -1,0 +1,185 @@
+"""Trained models out: directories that transformers and this package read, and published files.
+
+A model directory:
+    config.json             model config with resolved sizes, and what transformers needs to know
+    model.safetensors       weights under the published names, with full tables
+    modeling_*.py           the head that transformers lacks, for `trust_remote_code=True`
+    tokenizer.json, tokenizer_config.json, spm.model    vocabulary
+    README.md, curves.svg   model card (`model_card.py`)
+
+It is written under a temporary name, synced to disk, and renamed.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from DeBERTa.config import ModelConfig
+from DeBERTa.data.files import sync
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import ConfigError
+from DeBERTa.hub.model_card import RunRecord, draw_curves, format_card
+from DeBERTa.hub.tokenizer_json import build_tokenizer_config, build_tokenizer_json
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+
+StateDict = dict[str, torch.Tensor]
+MODELING = Path(__file__).parent / "modeling"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """One model of a run: its config, its weights, and the class of its head for transformers."""
+
+    name: str
+    config: ModelConfig
+    weights: StateDict
+    auto_class: str
+    head_class: str
+
+    @property
+    def module(self) -> str:
+        """Return the name of the modeling file."""
+        return self.head_class.partition(".")[0]
+
+
+def list_models(model: MaskedLanguageModel | RTDModel) -> list[ExportedModel]:
+    """Return the models of a run: "model" (MLM), or "generator" and "discriminator" (RTD)."""
+    masked_lm = ("AutoModelForMaskedLM", "modeling_masked_lm.DebertaForMaskedLM")
+    replaced = ("AutoModelForPreTraining", "modeling_replaced_tokens.DebertaForReplacedTokenDetection")
+    if isinstance(model, MaskedLanguageModel):
+        return [ExportedModel("model", model.config, model.state_dict(), *masked_lm)]
+    config = model.config
+    return [
+        ExportedModel("generator", config.generator, model.generator.state_dict(), *masked_lm),
+        ExportedModel("discriminator", config.discriminator, model.merge_discriminator(), *replaced),
+    ]
+
+
+def check_head_size(config: ModelConfig) -> None:
+    """Raise `ConfigError` for heads that transformers cannot represent."""
+    heads, size = config.num_attention_heads, config.head_size
+    if heads * size != config.hidden_size:
+        raise ConfigError(
+            f"attention_head_size {size} times num_attention_heads {heads} is not hidden_size "
+            f"{config.hidden_size}: transformers has no such model; train one with "
+            f"attention_head_size {config.hidden_size // heads} to export it"
+        )
+
+
+def build_config(model: ExportedModel) -> dict[str, Any]:
+    """Return the content of `config.json`.
+
+    All sizes are resolved: transformers takes a size of 0 literally.
+    """
+    config = model.config
+    return config.to_dict() | {
+        "attention_head_size": config.head_size,
+        "embedding_size": config.embedding_width,
+        "max_relative_positions": config.max_distance,
+        "model_type": "deberta-v2",
+        "architectures": [model.head_class.partition(".")[2]],
+        "auto_map": {model.auto_class: model.head_class},
+        "legacy": False,  # the names of the LM head are the published ones
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+
+
+def write_model(model: ExportedModel, directory: Path, tokenizer: Tokenizer, record: RunRecord) -> None:
+    """Write a model directory, with a card that describes its run.
+
+    Raises `ConfigError` or `VocabularyError` where transformers has no such model or vocabulary, and
+    `OSError` when the directory cannot be written.
+    """
+    check_head_size(model.config)
+    config, max_length = build_config(model), model.config.max_position_embeddings
+    tokenizer_json = build_tokenizer_json(tokenizer)
+    texts = {
+        "config.json": _to_json(config),
+        "tokenizer.json": json.dumps(tokenizer_json, ensure_ascii=False),
+        "tokenizer_config.json": _to_json(build_tokenizer_config(max_length)),
+        f"{model.module}.py": (MODELING / f"{model.module}.py").read_text(),
+        "README.md": format_card(model.name, config, record),
+        "curves.svg": draw_curves(record.metrics),
+    }
+    with replace_directory(directory) as temporary:
+        write_weights(model.weights, temporary / "model.safetensors")
+        shutil.copyfile(tokenizer.path, temporary / "spm.model")
+        for name, text in texts.items():
+            if text:
+                (temporary / name).write_text(text, encoding="utf-8")
+
+
+def write_published(model: MaskedLanguageModel | RTDModel, directory: Path, vocabulary: Path) -> None:
+    """Write the files that the published code reads.
+
+    `pytorch_model.bin` and, for RTD, `pytorch_model.generator.bin`. A discriminator that adds residuals to
+    the generator's tables (GDES) has both `weight`, the sum, and `_weight`, the residual.
+    """
+    with replace_directory(directory) as temporary:
+        if isinstance(model, RTDModel):
+            weights = model.merge_discriminator() | model.discriminator.state_dict()
+            torch.save(_to_host(model.generator.state_dict()), temporary / "pytorch_model.generator.bin")
+        else:
+            weights = model.state_dict()
+        torch.save(_to_host(weights), temporary / "pytorch_model.bin")
+        (temporary / "model_config.json").write_text(_to_json(model.config.to_dict()))
+        shutil.copyfile(vocabulary, temporary / "spm.model")
+
+
+def write_weights(weights: StateDict, path: Path) -> None:
+    """Write a safetensors file that transformers accepts."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(_to_host(weights), path, metadata={"format": "pt"})
+    path.chmod(mode)  # save_file writes files that only their owner can read
+
+
+def _to_host(weights: StateDict) -> StateDict:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _to_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+@contextlib.contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yield a new directory that replaces `path` when the block succeeds.
+
+    At any moment `path` is missing or complete. It may exist as a directory of the files that are written
+    now; other files there are not removed: `OSError` is raised.
+    """
+    temporary, previous = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _check_is_replaceable(path, temporary)
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        shutil.rmtree(previous, ignore_errors=True)
+        if path.exists():
+            path.rename(previous)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _check_is_replaceable(path: Path, temporary: Path) -> None:
+    if not path.exists():
+        return
+    known = {file.name for file in temporary.iterdir()} | {"model.onnx"}
+    others = sorted(file.name for file in path.iterdir() if file.name not in known)
+    if others:
+        raise FileExistsError(17, f"it has other files ({', '.join(others[:3])})", str(path))

@@ -1,0 +1,146 @@
+"""Predictions of an exported model for a text, without transformers: masked tokens, replaced tokens."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+from torch import nn
+
+from DeBERTa.config import ModelConfig
+from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
+from DeBERTa.errors import ConfigError
+from DeBERTa.hub.published import read_weights, select_weights
+from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
+
+SPECIAL = re.compile("|".join(map(re.escape, (*SPECIAL_PIECES, MASK_PIECE))))
+# A NormalizerSpec to append to a SentencePiece model, which overrides its fields: no word mark is added in
+# front; with the second, spaces at both ends stay, too.
+NO_PREFIX, NO_PREFIX_ALL_SPACES = b"\x1a\x02\x18\x00", b"\x1a\x04\x18\x00\x20\x00"
+
+
+class TokenProbability(NamedTuple):
+    """A piece of the vocabulary and its probability."""
+
+    piece: str
+    probability: float
+
+
+class PromptEncoder:
+    """Encodes text with special pieces such as `[MASK]`, as the exported `tokenizer.json` does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        model = tokenizer.path.read_bytes()
+        self.tokenizer = tokenizer
+        self._inside, self._spaces = (
+            sentencepiece.SentencePieceProcessor(model_proto=model + override)
+            for override in (NO_PREFIX, NO_PREFIX_ALL_SPACES)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text` between `[CLS]` and `[SEP]`."""
+        tokenizer, ids, start = self.tokenizer, [self.tokenizer.cls_id], 0
+        for special in SPECIAL.finditer(text):
+            ids += self._encode_segment(text[start : special.start()], start == 0)
+            ids.append(tokenizer.piece_to_id[special[0]])
+            start = special.end()
+        return [*ids, *self._encode_segment(text[start:], start == 0), tokenizer.sep_id]
+
+    def _encode_segment(self, segment: str, is_first: bool) -> list[int]:
+        """Return the ids of text without special pieces.
+
+        After a special piece it starts a word only if it starts with a space.
+        """
+        if is_first or self._spaces.normalize(segment).startswith((" ", WORD_MARK)):
+            return self.tokenizer.encode_lines([segment])[0]
+        return self._inside.encode(segment)
+
+
+def open_masked_lm(directory: Path) -> tuple[MaskedLanguageModel, PromptEncoder]:
+    """Open an exported model with an LM head."""
+    config, encoder = _open_directory(directory)
+    model = MaskedLanguageModel(config)
+    _load(model, directory, "lm_predictions.lm_head.bias", "python -m DeBERTa.detect")
+    return model, encoder
+
+
+def open_detector(directory: Path) -> tuple[ReplacedTokenDetectionModel, PromptEncoder]:
+    """Open an exported discriminator."""
+    config, encoder = _open_directory(directory)
+    model = ReplacedTokenDetectionModel(config)
+    _load(model, directory, "mask_predictions.classifier.bias", "python -m DeBERTa.fill_mask")
+    return model, encoder
+
+
+def _open_directory(directory: Path) -> tuple[ModelConfig, PromptEncoder]:
+    """Read config and vocabulary.
+
+    Raises `ConfigError` if `directory` is not that of a model.
+    """
+    if not (directory / "model.safetensors").is_file():
+        models = ", ".join(str(path.parent) for path in sorted(directory.glob("*/model.safetensors")))
+        hint = f"give one of {models}" if models else "python -m DeBERTa.export writes one from a run"
+        raise ConfigError(f"{directory}: no model.safetensors, so not the directory of a model; {hint}")
+    tokenizer = Tokenizer(directory / "spm.model")
+    return ModelConfig.from_json(directory / "config.json"), PromptEncoder(tokenizer)
+
+
+def _load(model: nn.Module, directory: Path, head: str, other: str) -> None:
+    """Load the weights.
+
+    Raises `ConfigError` for a model that lacks the weight `head`; the command `other` is for such models.
+    """
+    path = directory / "model.safetensors"
+    weights = read_weights(path)
+    if head not in weights:
+        raise ConfigError(f"{directory}: the model has another head ({head} is missing); try {other}")
+    model.load_state_dict(select_weights(model, weights, path))
+    model.eval()
+
+
+@torch.no_grad()
+def fill_masks(
+    model: MaskedLanguageModel, encoder: PromptEncoder, text: str, top_k: int
+) -> list[list[TokenProbability]]:
+    """Return the `top_k` most probable pieces for every `[MASK]` in `text`.
+
+    Raises `ConfigError` for a text without one, or one that is too long.
+    """
+    input_ids = _encode_batch(encoder, text, model.config)
+    is_mask = input_ids == encoder.tokenizer.mask_id
+    if not is_mask.any():
+        raise ConfigError(f"no {MASK_PIECE} in the text: nothing to fill; put it in place of a word")
+    # The labels say only which positions to predict.
+    logits = model(input_ids, torch.ones_like(input_ids), input_ids * is_mask).logits
+    pieces = encoder.tokenizer.pieces
+    # The word table may have more rows than there are pieces.
+    top = logits.softmax(-1)[:, : len(pieces)].topk(min(top_k, len(pieces)))
+    return [
+        [TokenProbability(pieces[i], p) for p, i in zip(*row, strict=True)]
+        for row in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def detect_replaced(
+    model: ReplacedTokenDetectionModel, encoder: PromptEncoder, text: str
+) -> list[TokenProbability]:
+    """Return every piece of `text` with the probability that it was replaced.
+
+    `[CLS]` and `[SEP]` at the ends are omitted. Raises `ConfigError` for a text that is too long.
+    """
+    input_ids = _encode_batch(encoder, text, model.config)
+    probabilities = model.logits(input_ids, torch.ones_like(input_ids), None)[0].sigmoid().tolist()
+    pieces = [encoder.tokenizer.pieces[i] for i in input_ids[0].tolist()]
+    return [TokenProbability(*pair) for pair in zip(pieces, probabilities, strict=True)][1:-1]
+
+
+def _encode_batch(encoder: PromptEncoder, text: str, config: ModelConfig) -> torch.Tensor:
+    """Return the ids int64 [1, L]."""
+    ids = encoder.encode(text)
+    if len(ids) > config.max_position_embeddings:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens: the model takes {config.max_position_embeddings}; shorten it"
+        )
+    return torch.tensor([ids])

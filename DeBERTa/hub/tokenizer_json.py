@@ -1,0 +1,161 @@
+"""A SentencePiece vocabulary as the files that `AutoTokenizer` of transformers reads.
+
+`tokenizer.json` is the format of the tokenizers library. `spm.model` holds everything that it needs; the file
+is parsed here, because sentencepiece does not return the map of the normalizer. `PreTrainedTokenizerFast` is
+the class that uses `tokenizer.json` as it is: `DebertaV2Tokenizer` of transformers 5 replaces the normalizer.
+"""
+
+import base64
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
+from DeBERTa.errors import VocabularyError
+
+# Field numbers of sentencepiece_model.proto.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+PIECE, SCORE, KIND = 1, 2, 3
+MODEL_TYPE = 3
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+CHARACTER_MAP, ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+NORMAL_PIECE = 1
+VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5  # wire types of protobuf
+
+Value = int | bytes
+
+
+def iterate_fields(message: bytes) -> Iterator[tuple[int, Value]]:
+    """Yield field number and value of every field of a protobuf message."""
+    position = 0
+    while position < len(message):
+        key, position = _read_varint(message, position)
+        size = {EIGHT_BYTES: 8, FOUR_BYTES: 4}.get(key & 7, 0)
+        value: Value
+        if key & 7 == VARINT:
+            value, position = _read_varint(message, position)
+        else:
+            if key & 7 == BYTES:
+                size, position = _read_varint(message, position)
+            value = message[position : position + size]
+            position += size
+        yield key >> 3, value
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """Return the number at `position`, and the position after it."""
+    number = shift = 0
+    while True:
+        byte = message[position]
+        number |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return number, position
+
+
+def _read_message(value: Value) -> dict[int, Any]:
+    """Return the fields of an embedded message by number."""
+    assert isinstance(value, bytes)
+    return dict(iterate_fields(value))
+
+
+def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of `tokenizer.json`, which gives the ids of `tokenizer`.
+
+    `[MASK]` and the other special pieces in a text become their ids, and text after them does not start a
+    word unless a space precedes it. Raises `VocabularyError` for a vocabulary that this format cannot
+    express.
+    """
+    pieces: list[dict[int, Any]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for number, value in iterate_fields(tokenizer.path.read_bytes()):
+        if number == PIECES:
+            pieces.append(_read_message(value))
+        elif number in (TRAINER, NORMALIZER):
+            (trainer if number == TRAINER else normalizer).update(_read_message(value))
+    _check_is_expressible(tokenizer, pieces, trainer, normalizer)
+    vocabulary = [(piece[PIECE].decode(), struct.unpack("<f", piece[SCORE])[0]) for piece in pieces]
+    metaspace = {"type": "Metaspace", "replacement": WORD_MARK, "prepend_scheme": "first", "split": True}
+    added = [*zip(range(4), SPECIAL_PIECES, strict=True), (tokenizer.mask_id, MASK_PIECE)]
+    sequence_a, sequence_b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    cls, sep, second_sep = (
+        {"SpecialToken": {"id": name, "type_id": i}} for name, i in (("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1))
+    )
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": piece, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for index, piece in added
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                *_build_character_map(normalizer),
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+                {"type": "Replace", "pattern": {"Regex": " \\z"}, "content": ""},
+            ],
+        },
+        "pre_tokenizer": metaspace,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [cls, sequence_a, sep],
+            "pair": [cls, sequence_a, sep, sequence_b, second_sep],
+            "special_tokens": {
+                piece: {"id": piece, "ids": [index], "tokens": [piece]}
+                for piece, index in (("[CLS]", tokenizer.cls_id), ("[SEP]", tokenizer.sep_id))
+            },
+        },
+        "decoder": metaspace,
+        "model": {
+            "type": "Unigram",
+            "unk_id": tokenizer.unk_id,
+            "vocab": vocabulary,
+            "byte_fallback": False,
+        },
+    }
+
+
+def _build_character_map(normalizer: dict[int, Any]) -> list[dict[str, str]]:
+    """Return the normalizer of characters; a vocabulary with the identity has none."""
+    if not normalizer.get(CHARACTER_MAP):
+        return []
+    encoded = base64.b64encode(normalizer[CHARACTER_MAP]).decode()
+    return [{"type": "Precompiled", "precompiled_charsmap": encoded}]
+
+
+def _check_is_expressible(
+    tokenizer: Tokenizer, pieces: list[dict], trainer: dict[int, Any], normalizer: dict[int, Any]
+) -> None:
+    """Raise `VocabularyError` for what SentencePiece does and `tokenizer.json` cannot."""
+    obstacle = ""
+    model_type = MODEL_TYPES.get(trainer.get(MODEL_TYPE, 1), "unknown")
+    if model_type != "unigram":
+        obstacle = f"its model type is {model_type}, not unigram"
+    elif not all(normalizer.get(option, 1) for option in (ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES)):
+        obstacle = "its normalizer treats spaces in another way"
+    for index, piece in enumerate(pieces[len(SPECIAL_PIECES) :], start=len(SPECIAL_PIECES)):
+        if piece.get(KIND, NORMAL_PIECE) != NORMAL_PIECE and index != tokenizer.mask_id:
+            obstacle = f"piece {index} is not of the normal kind"
+            break
+    if obstacle:
+        raise VocabularyError(
+            f"cannot write {tokenizer.path} for transformers: {obstacle}; "
+            "train a vocabulary with prepare_data.py --train_vocab"
+        )
+
+
+def build_tokenizer_config(max_length: int) -> dict[str, Any]:
+    """Return the content of `tokenizer_config.json`."""
+    special = {"bos": "[CLS]", "eos": "[SEP]", "cls": "[CLS]", "sep": "[SEP]"}
+    special |= {"pad": "[PAD]", "unk": "[UNK]", "mask": MASK_PIECE}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": piece for name, piece in special.items()},
+    }

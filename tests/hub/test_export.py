@@ -1,0 +1,172 @@
+"""Model directories: content, atomic replacement, what cannot be exported; published files."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, RTDConfig, RTDModel
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import ConfigError, VocabularyError
+from DeBERTa.hub.export import list_models, write_model, write_published
+from DeBERTa.hub.model_card import RunRecord
+from tests.conftest import tiny_model, tiny_rtd
+from tests.hub.exported import VOCABULARY
+from tests.kill_at_call.sitecustomize import kill_at_call
+from tests.runs import CONTEXT
+
+FILES = {
+    "README.md", "config.json", "model.safetensors", "modeling_replaced_tokens.py", "spm.model",
+    "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def build_rtd(sharing: str = "gdes") -> RTDModel:
+    """Return an RTD model with tables and residuals away from their initial values."""
+    torch.manual_seed(3)
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd(sharing)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def write_discriminator(directory: Path, seed: int = 1) -> None:
+    model = build_rtd()
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.discriminator.mask_predictions.dense.weight)
+    write_model(list_models(model)[1], directory, Tokenizer(VOCABULARY), RunRecord())
+
+
+def read_all(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("sharing", ["gdes", "es", "nes"])
+def test_this_package_reads_a_directory(tmp_path, sharing):
+    """Weights have the published names and full tables; the config is that of the model, resolved."""
+    model, tokenizer = build_rtd(sharing), Tokenizer(VOCABULARY)
+    generator, discriminator = list_models(model)
+    for exported in (generator, discriminator):
+        write_model(exported, tmp_path / exported.name, tokenizer, RunRecord())
+    config = ModelConfig.from_json(tmp_path / "generator" / "config.json")
+    assert (config.head_size, config.embedding_size, config.max_relative_positions) == (16, 32, 64)
+    masked_lm = MaskedLanguageModel(config)
+    masked_lm.load_state_dict(load_file(tmp_path / "generator" / "model.safetensors"), strict=True)
+    detector = ReplacedTokenDetectionModel(ModelConfig.from_json(tmp_path / "discriminator" / "config.json"))
+    weights = load_file(tmp_path / "discriminator" / "model.safetensors")
+    detector.load_state_dict(weights, strict=True)
+    for name, tensor in model.merge_discriminator().items():
+        assert torch.equal(weights[name], tensor), name
+    assert set(read_all(tmp_path / "discriminator")) == FILES
+    assert (tmp_path / "generator" / "spm.model").read_bytes() == VOCABULARY.read_bytes()
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_discriminator(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+
+
+def _write_and_die(directory: str, number: int, log: str) -> None:
+    torch.set_num_threads(1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    kill_at_call(number)
+    write_discriminator(Path(directory), seed=2)
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "replaced"])
+def test_killed_at_every_call_that_changes_a_file(tmp_path, is_there):
+    """The directory is missing, the one before or the new one, never something else; then it is written."""
+    write_discriminator(tmp_path / "before", seed=1)
+    write_discriminator(tmp_path / "expected", seed=2)
+    before, expected = read_all(tmp_path / "before"), read_all(tmp_path / "expected")
+    assert before != expected
+    directory, log, places = tmp_path / "out" / "model", tmp_path / "log", []
+    for number in itertools.count(1):
+        shutil.rmtree(directory.parent, ignore_errors=True)
+        if is_there:
+            shutil.copytree(tmp_path / "before", directory)
+        process = CONTEXT.Process(target=_write_and_die, args=(str(directory), number, str(log)))
+        process.start()
+        process.join()
+        if directory.exists():
+            assert read_all(directory) in (before, expected), log.read_text()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        places.append(log.read_text().splitlines()[-1].split()[2])
+        write_discriminator(directory, seed=2)
+        assert read_all(directory) == expected, places[-1]
+        assert [path.name for path in directory.parent.iterdir()] == ["model"], places[-1]
+    assert read_all(directory) == expected
+    assert set(places) >= {"write", "fsync", "rename"} | ({"unlink", "rmdir"} if is_there else set())
+    assert len(places) >= 15
+
+
+def test_files_of_others_are_not_removed(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").touch()
+    with pytest.raises(OSError, match=r"thesis\.txt"):
+        write_discriminator(tmp_path / "model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "thesis.txt"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        write_discriminator(tmp_path / "file")
+
+
+def test_head_sizes_that_transformers_lacks(tmp_path):
+    config = ModelConfig.from_dict(tiny_model() | {"attention_head_size": 64})
+    (exported,) = list_models(MaskedLanguageModel(config))
+    with pytest.raises(ConfigError, match=r"attention_head_size 64 .* attention_head_size 16 to export"):
+        write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), RunRecord())
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("sharing", ["gdes", "es", "nes"])
+def test_published_format(tmp_path, sharing):
+    """The names of the published code: the sum `weight` and the residual `_weight`."""
+    model = build_rtd(sharing)
+    write_published(model, tmp_path / "out", VOCABULARY)
+    generator = torch.load(tmp_path / "out" / "pytorch_model.generator.bin", weights_only=True)
+    discriminator = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert generator.keys() == model.generator.state_dict().keys()
+    expected = model.merge_discriminator() | model.discriminator.state_dict()
+    assert discriminator.keys() == expected.keys()
+    word = "deberta.embeddings.word_embeddings"
+    assert f"{word}.weight" in discriminator
+    assert (f"{word}._weight" in discriminator) == (sharing == "gdes")
+    for name, tensor in expected.items():
+        assert torch.equal(discriminator[name], tensor), name
+    config = RTDConfig.from_json(tmp_path / "out" / "model_config.json")
+    assert config == model.config
+    assert json.loads((tmp_path / "out" / "model_config.json").read_text())["embedding_sharing"] == sharing
+
+
+def test_published_format_of_a_masked_language_model(tmp_path):
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    write_published(model, tmp_path / "out", VOCABULARY)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "pytorch_model.bin",
+        "model_config.json",
+        "spm.model",
+    }
+
+
+def test_vocabularies_that_the_format_cannot_express(tmp_path):
+    """Appended to a SentencePiece model, fields override it: here, BPE in place of unigram."""
+    path = tmp_path / "spm.model"
+    for appended, reason in ((b"\x12\x02\x18\x02", "bpe"), (b"\x1a\x02\x18\x00", "spaces")):
+        path.write_bytes(VOCABULARY.read_bytes() + appended)
+        (exported,) = list_models(MaskedLanguageModel(ModelConfig.from_dict(tiny_model())))
+        with pytest.raises(VocabularyError, match=reason):
+            write_model(exported, tmp_path / "model", Tokenizer(path), RunRecord())

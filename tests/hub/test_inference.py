@@ -1,0 +1,83 @@
+"""Masked and replaced tokens of a text."""
+
+import pytest
+import torch
+
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import ConfigError
+from DeBERTa.hub.export import list_models, write_model
+from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_detector, open_masked_lm
+from DeBERTa.hub.model_card import RunRecord
+from tests.hub.exported import VOCABULARY, build_model
+
+TEXT = "The state of the [MASK] is strong."
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    model = build_model("deberta-v3")
+    for each in list_models(model):
+        write_model(each, folder / each.name, Tokenizer(VOCABULARY), RunRecord())
+    return folder, model
+
+
+def test_text_after_a_special_piece():
+    """It starts a word only after a space; without special pieces, ids are those of the tokenizer."""
+    tokenizer = Tokenizer(VOCABULARY)
+    encoder = PromptEncoder(tokenizer)
+    cases = {
+        "[MASK].": ["[MASK]", "."],
+        "[MASK] .": ["[MASK]", "\u2581", "."],
+        "[MASK]\u00a0of [MASK]s": ["[MASK]", "\u2581of", "[MASK]", "s"],
+        " of [SEP]": ["\u2581of", "[SEP]"],
+        "": [],
+    }
+    for text, pieces in cases.items():
+        ids = encoder.encode(text)
+        assert [tokenizer.pieces[i] for i in ids] == ["[CLS]", *pieces, "[SEP]"], text
+    line = "The Congress of the United States, 1790."
+    assert encoder.encode(line)[1:-1] == tokenizer.encode_lines([line])[0]
+
+
+def test_fill_masks(exported):
+    """The most probable tokens first; probabilities of all tokens sum to 1."""
+    folder, model = exported
+    opened, encoder = open_masked_lm(folder / "generator")
+    (predictions,) = fill_masks(opened, encoder, TEXT, top_k=3)
+    assert len(predictions) == 3
+    ids = torch.tensor([encoder.encode(TEXT)])
+    labels = torch.where(ids == encoder.tokenizer.mask_id, 7, 0)
+    logits = model.generator(ids, torch.ones_like(ids), labels).logits[0]
+    best = logits.argmax().item()
+    assert predictions[0].piece == encoder.tokenizer.pieces[best]
+    assert predictions[0].probability == pytest.approx(logits.softmax(0)[best].item(), abs=1e-6)
+    (everything,) = fill_masks(opened, encoder, TEXT, top_k=10_000)
+    assert len(everything) == len(encoder.tokenizer)
+    assert sum(p for _, p in everything) == pytest.approx(1, abs=0.02)  # 7 rows of the table have no token
+    assert len(fill_masks(opened, encoder, "[MASK] [MASK]", top_k=1)) == 2
+
+
+def test_detect_replaced(exported):
+    folder, model = exported
+    opened, encoder = open_detector(folder / "discriminator")
+    tokens = detect_replaced(opened, encoder, TEXT)
+    ids = torch.tensor([encoder.encode(TEXT)])
+    expected = model.discriminate(ids, torch.ones_like(ids), ids).logits[0].sigmoid()[1:-1]
+    assert [piece for piece, _ in tokens] == [encoder.tokenizer.pieces[i] for i in ids[0, 1:-1]]
+    torch.testing.assert_close(torch.tensor([p for _, p in tokens]), expected, atol=1e-6, rtol=0)
+
+
+def test_errors(exported):
+    folder, _ = exported
+    with pytest.raises(ConfigError, match=r"give one of .*discriminator, .*generator"):
+        open_masked_lm(folder)
+    with pytest.raises(ConfigError, match="another head"):
+        open_masked_lm(folder / "discriminator")
+    with pytest.raises(ConfigError, match="another head"):
+        open_detector(folder / "generator")
+    opened, encoder = open_masked_lm(folder / "generator")
+    with pytest.raises(ConfigError, match=r"no \[MASK\]"):
+        fill_masks(opened, encoder, "nothing", 1)
+    with pytest.raises(ConfigError, match="the model takes 320"):
+        fill_masks(opened, encoder, "[MASK] " * 400, 1)
