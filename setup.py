@@ -45,4 +45,5 @@ setup(
         "safetensors>=0.5,<1",
         "tqdm>=4.66,<5",
     ],
+    extras_require={"onnx": ["onnx>=1.17", "onnxscript>=0.5"]},
 )

@@ -47,6 +47,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write the .bin files of the published code instead",
     )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="write the encoders as model.onnx, too (needs onnx and onnxscript)",
+    )
     return parser.parse_args(argv)
 
 
@@ -65,7 +70,7 @@ def export(arguments: argparse.Namespace) -> None:
             logger.info("published format: %s", output)
             return
         for exported in list_models(model):
-            write_model(exported, output / exported.name, tokenizer, record)
+            write_model(exported, output / exported.name, tokenizer, record, arguments.onnx)
             logger.info("%s: %s", exported.name, output / exported.name)
     except OSError as error:
         raise StorageError(

@@ -26,7 +26,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--top_k", type=int, default=5, metavar="N", help="predictions per [MASK] (default: 5)"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.top_k < 1:
+        parser.error(f"--top_k must be at least 1, not {arguments.top_k}")
+    return arguments
 
 
 def show_predictions(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ A model directory:
     modeling_*.py           the head that transformers lacks, for `trust_remote_code=True`
     tokenizer.json, tokenizer_config.json, spm.model    vocabulary
     README.md, curves.svg   model card (`model_card.py`)
+    model.onnx              the encoder, where asked for (`onnx.py`)
 
 It is written under a temporary name, synced to disk, and renamed.
 """
@@ -26,6 +27,7 @@ from DeBERTa.data.files import sync
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.model_card import RunRecord, draw_curves, format_card
+from DeBERTa.hub.onnx import write_encoder
 from DeBERTa.hub.tokenizer_json import build_tokenizer_config, build_tokenizer_json
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 
@@ -62,15 +64,10 @@ def list_models(model: MaskedLanguageModel | RTDModel) -> list[ExportedModel]:
     ]
 
 
-def check_head_size(config: ModelConfig) -> None:
+def check_heads(config: ModelConfig) -> None:
     """Raise `ConfigError` for heads that transformers cannot represent."""
-    heads, size = config.num_attention_heads, config.head_size
-    if heads * size != config.hidden_size:
-        raise ConfigError(
-            f"attention_head_size {size} times num_attention_heads {heads} is not hidden_size "
-            f"{config.hidden_size}: transformers has no such model; train one with "
-            f"attention_head_size {config.hidden_size // heads} to export it"
-        )
+    if problem := config.describe_unusual_heads():
+        raise ConfigError(f"cannot export to transformers, which has no such model: {problem}")
 
 
 def build_config(model: ExportedModel) -> dict[str, Any]:
@@ -92,13 +89,17 @@ def build_config(model: ExportedModel) -> dict[str, Any]:
     }
 
 
-def write_model(model: ExportedModel, directory: Path, tokenizer: Tokenizer, record: RunRecord) -> None:
+def write_model(
+    model: ExportedModel, directory: Path, tokenizer: Tokenizer, record: RunRecord, has_onnx: bool = False
+) -> None:
     """Write a model directory, with a card that describes its run.
+
+    has_onnx: write the encoder as `model.onnx`, too.
 
     Raises `ConfigError` or `VocabularyError` where transformers has no such model or vocabulary, and
     `OSError` when the directory cannot be written.
     """
-    check_head_size(model.config)
+    check_heads(model.config)
     config, max_length = build_config(model), model.config.max_position_embeddings
     tokenizer_json = build_tokenizer_json(tokenizer)
     texts = {
@@ -115,6 +116,8 @@ def write_model(model: ExportedModel, directory: Path, tokenizer: Tokenizer, rec
         for name, text in texts.items():
             if text:
                 (temporary / name).write_text(text, encoding="utf-8")
+        if has_onnx:
+            write_encoder(model.weights, model.config, temporary / "model.onnx")
 
 
 def write_published(model: MaskedLanguageModel | RTDModel, directory: Path, vocabulary: Path) -> None:
@@ -179,7 +182,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
 def _check_is_replaceable(path: Path, temporary: Path) -> None:
     if not path.exists():
         return
-    known = {file.name for file in temporary.iterdir()} | {"model.onnx"}
+    known = {file.name for file in temporary.iterdir()} | {"model.onnx", "model.onnx.data"}
     others = sorted(file.name for file in path.iterdir() if file.name not in known)
     if others:
         raise FileExistsError(17, f"it has other files ({', '.join(others[:3])})", str(path))

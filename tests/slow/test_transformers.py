@@ -1,33 +1,22 @@
 """Exported directories opened with transformers 4, in an environment of its own: it excludes version 5."""
 
-import subprocess
-import sys
-import sysconfig
-import venv
-
 import pytest
 
 from tests.hub.exported import VARIANTS, open_with_transformers, write_all
 from tests.hub.test_transformers import check_predictions, check_tokenizer, check_variant
+from tests.slow.environments import make_environment
 
 VERSION = "4.57.6"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    """Install transformers 4 in front of this Python's other packages, and open all directories with it."""
+    """Open all directories with transformers 4."""
     folder = tmp_path_factory.mktemp("exported")
-    environment = folder / "venv"
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q"]
     needed = ["huggingface_hub<1", "tokenizers<0.23", "requests", "pyyaml", "regex", "packaging", "filelock"]
-    subprocess.run([*install, "--no-deps", f"transformers=={VERSION}"], check=True)
-    subprocess.run([*install, *needed], check=True)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    python = make_environment(folder / "venv", alone=[f"transformers=={VERSION}"], packages=needed)
     write_all(folder)
-    return open_with_transformers(folder, str(python))
+    return open_with_transformers(folder, python)
 
 
 def test_version(results):

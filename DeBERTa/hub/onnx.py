@@ -1,0 +1,79 @@
+"""The encoder as an ONNX file, with dynamic batch size and length. Needs onnx and onnxscript (an extra)."""
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from DeBERTa.config import ModelConfig
+from DeBERTa.errors import ConfigError
+from DeBERTa.model.attention import RelativePositions, map_to_slots
+from DeBERTa.model.encoder import Deberta, Encoder
+
+MAX_BYTES = 1_900_000_000  # of weights in the file itself; ONNX files end at 2 GiB
+
+
+class TracedEncoder(Encoder):
+    """An encoder whose relative positions are tensor operations, without numbers read on the host."""
+
+    def relative_positions(self, length: int) -> RelativePositions | None:
+        """Return all rows of the table, and the slots of `length` positions."""
+        if not self.config.position_terms:
+            return None
+        table = self.rel_embeddings.weight
+        if self.normalize_positions:
+            table = self.LayerNorm(table)
+        tokens = torch.arange(length, device=table.device)
+        # Distances from max_distance on share a row. A lookup in place of logarithms gives the same slots.
+        limit = self.config.max_distance
+        slots = map_to_slots(torch.arange(-limit, limit + 1), self.config).to(table.device)
+        distances = (tokens[:, None] - tokens).clamp(-limit, limit)
+        return RelativePositions(table, slots, slots[distances + limit])
+
+
+class OnnxEncoder(nn.Module):
+    """The inputs and the output of the ONNX file."""
+
+    def __init__(self, deberta: Deberta) -> None:
+        super().__init__()
+        self.deberta = deberta
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden state [B, L, h] of two int64 [B, L]."""
+        return self.deberta.last_hidden_state(input_ids, attention_mask)
+
+
+def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
+    """Write `input_ids, attention_mask -> last_hidden_state` of an exported model.
+
+    Raises `ConfigError` where the packages are missing.
+    """
+    deberta = Deberta(config, "nes")
+    prefix = "deberta."
+    state = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    deberta.load_state_dict(state)
+    deberta.encoder.__class__ = TracedEncoder
+    for noisy in ("torch.onnx", "onnx_ir", "onnxscript"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    size = sum(tensor.nbytes for tensor in state.values())
+    inputs = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
+    dynamic = {0: "batch", 1: "length"}
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(
+                OnnxEncoder(deberta).eval(),
+                inputs,
+                path,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["last_hidden_state"],
+                dynamic_shapes=(dynamic, dynamic),
+                dynamo=True,
+                external_data=size > MAX_BYTES,
+                verbose=False,
+            )
+    except ImportError as error:
+        raise ConfigError(f"--onnx needs the package {error.name}: pip install onnx onnxscript") from error

@@ -1,0 +1,66 @@
+"""The command that shows replaced tokens."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.detect import format_lines, format_page, main
+from DeBERTa.hub.export import list_models, write_model
+from DeBERTa.hub.inference import TokenProbability
+from DeBERTa.hub.model_card import RunRecord
+from tests.hub.exported import VOCABULARY, build_model
+
+TOKENS = [TokenProbability("\u2581a", 0.0), TokenProbability("<b>", 0.5), TokenProbability("\u2581c", 1.0)]
+
+
+@pytest.fixture(scope="module")
+def discriminator(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "discriminator"
+    write_model(list_models(build_model("deberta-v3"))[1], folder, Tokenizer(VOCABULARY), RunRecord())
+    return folder
+
+
+def test_lines(discriminator, capsys):
+    """Without a terminal: probability and text, no colors."""
+    assert main([str(discriminator), "The Senate."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "".join(line[9:] for line in lines) == " The Senate."
+    assert all(re.fullmatch(r" *\d+\.\d\d%  .*", line) for line in lines)
+    assert format_lines(TOKENS, is_terminal=False) == "  0.00%   a\n 50.00%  <b>\n100.00%   c\n"
+
+
+def test_colors():
+    """On a terminal every token has a background, from black (16) to red (196); the text follows."""
+    *lines, text = format_lines(TOKENS, is_terminal=True).splitlines()
+    assert len(lines) == 3
+    assert re.findall(r"\x1b\[48;5;(\d+)m", text)[::2] == ["16", "196"]
+    assert re.sub(r"\x1b\[[\d;]+m", "", text) == " a<b> c"
+    assert text.endswith("\x1b[0m")
+
+
+def test_page(discriminator, capsys):
+    """Well-formed, the text escaped, the probability as tooltip."""
+    assert main([str(discriminator), "The <b>Senate</b>", "--html"]) == 0
+    assert "<b>" not in capsys.readouterr().out
+    texts, tooltips = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, _, attributes):
+            tooltips.extend(value for name, value in attributes if name == "title")
+
+        def handle_data(self, data):
+            texts.append(data)
+
+    Reader().feed(format_page(TOKENS))
+    assert "".join(texts).endswith(" a<b> c\n\n")
+    assert tooltips == ["0.00%", "50.00%", "100.00%"]
+
+
+def test_errors(discriminator, tmp_path, capsys):
+    assert main([str(tmp_path), "text"]) == 1
+    assert main([str(discriminator)]) == 2
+    capsys.readouterr()
+    assert main([str(discriminator), "word " * 400]) == 1
+    assert "the model takes 320" in capsys.readouterr().err
