@@ -29,11 +29,13 @@ setup(
         "DeBERTa.experiments": ["language_model/*.json", "sample/*"],
         "DeBERTa.ops.cpu": ["csrc/*"],
         "DeBERTa.hub": ["modeling/*"],
+        "DeBERTa.report": ["style.css"],
     },
     entry_points={
         "console_scripts": [
             "deberta-train = DeBERTa.train:run_command",
             "deberta-prepare = DeBERTa.prepare_data:main",
+            "deberta-report = DeBERTa.report.__main__:main",
         ]
     },
     python_requires=">=3.10",

@@ -26,8 +26,8 @@ class MaskedLMObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> MaskedLoss:
-        """Return the losses at the masked positions."""
-        return self.model.masked_loss(batch, sample=False)
+        """Return the losses at the masked positions, in evaluation with samples."""
+        return self.model.masked_loss(batch, sample=not self.model.training)
 
 
 class GeneratorObjective(nn.Module):

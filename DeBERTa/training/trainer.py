@@ -16,6 +16,7 @@ from DeBERTa.config import TrainConfig, read_json
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
 from DeBERTa.errors import NonFiniteError
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.report.page import update_report
 from DeBERTa.training.best import find_best, record_best
 from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_model, read_training
 from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
@@ -29,6 +30,7 @@ from DeBERTa.training.metrics import (
     warn_of_undefined,
 )
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
+from DeBERTa.training.samples import write_samples
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import TrainingStep
@@ -193,6 +195,11 @@ class Trainer:
         for split, metrics in results.items():
             self.log.write(step, split, metrics)
             logger.info("step %d: %s  %s", step, split, format_metrics(metrics))
+        if splits:
+            samples = run.run_dir / "samples.jsonl"
+            write_samples(samples, step, run.model, training, splits["valid"])
+        if is_rank_zero():
+            update_report(run.run_dir)
         run.interval.started = time.monotonic()
 
     def evaluate_if_missed(self) -> None:

@@ -1,0 +1,83 @@
+"""The command `python -m DeBERTa.report RUN [RUN ...]`."""
+
+import argparse
+import csv
+import logging
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from DeBERTa.data.files import open_atomic, raise_storage_errors
+from DeBERTa.errors import ConfigError, DebertaError
+from DeBERTa.log import set_up_logging
+from DeBERTa.report.charts import build_charts
+from DeBERTa.report.health import USUAL, examine
+from DeBERTa.report.page import write_report
+from DeBERTa.report.read import RunRecord, read_run
+
+logger = logging.getLogger("DeBERTa.report")  # as a command, __name__ is "__main__"
+
+
+def main() -> int:
+    """Write the report, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m DeBERTa.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument(
+        "--html", type=Path, help="default: RUN/report.html, or comparison.html of several runs"
+    )
+    parser.add_argument("--csv", type=Path, help="write all metrics of all runs to this file, too")
+    parser.add_argument("--png", type=Path, help="write the charts to this file, too; needs matplotlib")
+    flags = parser.parse_args()
+    set_up_logging()
+    try:
+        runs = [read_run(path) for path in flags.runs]
+        page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+        write_report(runs, page)
+        if flags.csv:
+            write_csv(runs, flags.csv)
+        if flags.png:
+            draw_png(runs, flags.png)
+    except DebertaError as error:
+        logger.error("%s", error)
+        return error.exit_status
+    for run in runs:
+        for level, title, text in examine(run):
+            if level != USUAL:
+                logger.info("%s: %s: %s. %s", run.name, level, title, text)
+    logger.info("wrote %s", page)
+    return 0
+
+
+def write_csv(runs: list[RunRecord], path: Path) -> None:
+    """Write one line per line of `metrics.jsonl`, with a column per metric."""
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
+    with raise_storage_errors(path), path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["run", *names])
+        writer.writeheader()
+        writer.writerows({"run": run.name, **row} for run in runs for row in run.rows)
+
+
+def draw_png(runs: list[RunRecord], path: Path) -> None:
+    """Draw the charts of the page with matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # optional
+    except ImportError:
+        raise ConfigError("--png: the package matplotlib is missing; pip install matplotlib") from None
+    charts = build_charts(runs)
+    rows = math.ceil(len(charts) / 3)
+    figure = Figure(figsize=(15, 3.4 * rows), layout="constrained")
+    for number, (kind, curves) in enumerate(charts, start=1):
+        axes = figure.add_subplot(rows, 3, number, title=kind.title, xlabel="step", ylabel=kind.unit)
+        axes.set_yscale("log" if kind.is_log else "linear")
+        for curve in curves:
+            line = {"color": f"C{curve.color}", "ls": ("-", "--", ":", "-.")[curve.dash]}
+            axes.plot(*np.transpose(curve.points), label=curve.label, **line)
+        axes.legend(fontsize=8)
+    with open_atomic(path) as file:
+        figure.savefig(file, format="png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The report as one HTML page: no network, no scripts, light and dark."""
+
+import logging
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from DeBERTa.config import TrainConfig
+from DeBERTa.data.files import open_atomic
+from DeBERTa.data.tokenizer import WORD_MARK
+from DeBERTa.report.charts import DASHES, Chart, build_charts, draw_svg
+from DeBERTa.report.health import examine
+from DeBERTa.report.read import RunRecord, format_number, read_run
+
+STEPS_SHOWN = 6  # of the predictions for a sentence
+EVENTS_SHOWN = 50
+STYLE = Path(__file__).with_name("style.css")
+SAMPLES_LEGEND = (
+    "Underlined: masked, with the token that the generator put there and its probability of the original. "
+    "The redder a token, the surer the discriminator that it was replaced."
+)
+
+logger = logging.getLogger(__name__)
+
+
+def update_report(run_dir: Path) -> None:
+    """Write the report of a run that is training; an error is logged, and the run continues."""
+    try:
+        write_report([read_run(run_dir)], run_dir / "report.html")
+    except Exception as error:
+        logger.warning("no report.html: %s: %s; the run continues", type(error).__name__, error)
+
+
+def write_report(runs: list[RunRecord], path: Path) -> None:
+    """Write the page about one run, or the comparison of several."""
+    with open_atomic(path) as file:
+        file.write(format_page(runs).encode())
+
+
+def format_page(runs: list[RunRecord]) -> str:
+    """Return the page."""
+    names = " and ".join(run.name for run in runs)
+    parts = [format_head(run) + format_health(run) for run in runs]
+    parts.append(
+        f"<h2>Curves by step</h2><div class=grid>{''.join(map(format_chart, build_charts(runs)))}</div>"
+    )
+    if len(runs) == 1:
+        parts += [format_samples(runs[0]), format_events(runs[0])]
+    parts += [format_recipe(runs), format_environment(runs)]
+    return (
+        "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{escape(names)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def format_head(run: RunRecord) -> str:
+    """Return the name and the progress of a run."""
+    share = f"step {run.step:,} of {run.total_steps:,}"
+    when = escape(str(run.rows[-1].get("time", ""))[:16].replace("T", " "))
+    progress = f"<progress max={run.total_steps} value={run.step}>{share}</progress>"
+    about = f"{escape(str(run.train.get('task_name', '')))}, {share}, last line of {when} UTC"
+    return f"<h1>{escape(run.name)}</h1><p class=soft>{about}</p>{progress}"
+
+
+def format_health(run: RunRecord) -> str:
+    """Return what is usual and what is not."""
+    cards = "".join(
+        f"<div class='card finding {level}'><b>{level}</b><h3>{escape(title)}</h3><p>{escape(text)}</p></div>"
+        for level, title, text in examine(run)
+    )
+    return f"<h2>Health</h2><div class=grid>{cards}</div>"
+
+
+def format_chart(chart: Chart) -> str:
+    """Return a chart with its legend, which has the last values."""
+    kind, curves = chart
+    legend = "".join(
+        f"<span><svg viewBox='0 0 24 8'><path class='curve c{curve.color}' d='M1,4H23' "
+        f"stroke-dasharray='{DASHES[curve.dash]}'/></svg>{escape(curve.label)} "
+        f"{format_number(curve.points[-1][1])}</span>"
+        for curve in curves
+    )
+    head = f"<h3>{escape(kind.title)} <small>{escape(kind.unit)}</small></h3>"
+    return f"<div class=card>{head}{draw_svg(kind, curves)}<div class=legend>{legend}</div></div>"
+
+
+def format_samples(run: RunRecord) -> str:
+    """Return the predictions for the fixed validation sentences, at a few steps each."""
+    lines = [line for line in run.samples.values() if line.get("sentences")]
+    if not lines:
+        return ""
+    shown = lines[:: -(-len(lines) // STEPS_SHOWN)]
+    shown += lines[-1:] if shown[-1] is not lines[-1] else []
+    tables = [
+        format_table(
+            ((line["step"], format_sentence(line["sentences"][number])) for line in shown), "sentence"
+        )
+        for number in range(min(len(line["sentences"]) for line in shown))
+    ]
+    return f"<h2>Predictions on validation text</h2><p class=soft>{SAMPLES_LEGEND}</p>{'<br>'.join(tables)}"
+
+
+def format_sentence(tokens: list[dict]) -> str:
+    """Return a sentence of `samples.jsonl`."""
+    text = ""
+    for token in tokens:
+        piece, guess = (escape(str(token.get(name, ""))) for name in ("token", "guess"))
+        space, body, guess = (
+            " " if piece[:1] == WORD_MARK else "",
+            piece.lstrip(WORD_MARK),
+            guess.lstrip(WORD_MARK),
+        )
+        masked = ""
+        if "probability" in token:
+            body, masked = f"<del>{body}</del> {guess} <small>{token['probability']:.0%}</small>", " masked"
+        text += f"{space}<span class='token{masked}' style='--p:{token.get('replaced', 0)}'>{body}</span>"
+    return text
+
+
+def format_events(run: RunRecord) -> str:
+    """Return resumes, spikes and skipped updates, the last ones of many."""
+    events = run.list_events()
+    rows = ((step, escape(text)) for step, text in events[-EVENTS_SHOWN:])
+    table = format_table(rows) if events else "<p class=soft>No stop, no spike, no skipped update.</p>"
+    return f"<h2>Events</h2>{table}"
+
+
+def format_recipe(runs: list[RunRecord]) -> str:
+    """Return the settings that are not the defaults; of several runs, those that differ."""
+    default = TrainConfig().to_dict()
+    values = {name: [run.train.get(name, default[name]) for run in runs] for name in default}
+    rows = (
+        (name, *map(show, row))
+        for name, row in values.items()
+        if (any(value != row[0] for value in row) if runs[1:] else row[0] != default[name])
+    )
+    return f"<h2>Recipe</h2>{format_table(rows)}"
+
+
+def format_environment(runs: list[RunRecord]) -> str:
+    """Return versions, device and command of each run."""
+    names = dict.fromkeys(name for run in runs for name in run.environment)
+    rows = ((name, *(show(run.environment.get(name, "–")) for run in runs)) for name in names)
+    return f"<h2>Environment</h2>{format_table(rows)}"
+
+
+def show(value: object) -> str:
+    """Return a value as HTML, a list as its elements."""
+    return escape(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
+def format_table(rows: Iterable[tuple], style: str = "") -> str:
+    """Return a table from rows of a text as their head and cells of HTML."""
+    body = "".join(f"<tr><th>{show(head)}<td>{'<td>'.join(cells)}" for head, *cells in rows)
+    return f"<div class='card scroll'><table class='{style}'>{body}</table></div>"

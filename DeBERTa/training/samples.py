@@ -1,0 +1,117 @@
+"""What the models make of a few fixed validation sentences: `samples.jsonl`, one line per evaluation.
+
+step, residual_drift    norm of the discriminator's residual relative to the generator's table (GDES)
+sentences               per sentence its tokens: {"token"}, and where they apply
+    "guess"             the generator's token in place of a masked one, drawn from its distribution
+    "probability"       the generator's probability of the original token
+    "replaced"          the discriminator's probability that the token was replaced
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from DeBERTa.data.batch import Batch
+from DeBERTa.data.dataset import EvaluationBatches, make_batch
+from DeBERTa.data.tokenizer import WORD_MARK
+from DeBERTa.model.losses import MaskedLoss
+from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel
+from DeBERTa.model.sharing import OwnTable, ResidualTable
+from DeBERTa.training.distributed import is_rank_zero
+from DeBERTa.training.parallel import all_gather_full
+from DeBERTa.training.precision import autocast
+from DeBERTa.training.steps import TrainingStep
+
+SENTENCES, TOKENS = 3, 30  # the first tokens of as many lines, spread over the validation text
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def write_samples(
+    path: Path, step: int, model: nn.Module, training: TrainingStep, batches: EvaluationBatches
+) -> None:
+    """Append a line to `samples.jsonl`, and log the first sentence.
+
+    Failing to write it is logged, and the run continues. Collective: every rank calls it.
+    """
+    batch = make_sample_batch(batches)
+    was_training = model.training
+    model.eval()
+    with autocast(training.precision, training.device):
+        masked, detected = training.compute_outputs(batch.to(training.device))
+    model.train(was_training)
+    drift = measure_residual_drift(model)
+    if not is_rank_zero():
+        return
+    sentences = describe_sentences(batch, batches.tokenizer.pieces, masked, detected)
+    logger.info("step %d: %s", step, format_sentence(sentences[0]))
+    line = {"step": step, "residual_drift": drift, "sentences": sentences}
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        logger.warning("cannot write %s: %s; the run continues", path, error.strerror)
+
+
+def make_sample_batch(batches: EvaluationBatches) -> Batch:
+    """Return the masked sentences, the same at every evaluation and on all ranks."""
+    lines = len(batches.store)
+    chosen = [number * lines // SENTENCES for number in range(min(SENTENCES, lines))]
+    sentences = [batches.store[line][:TOKENS] for line in chosen]
+    return make_batch(sentences, batches.tokenizer, batches.masker, batches.plan, 0, 0)
+
+
+def measure_residual_drift(model: nn.Module) -> float | None:
+    """Return the norm of the GDES residual relative to that of the generator's word table.
+
+    It is None without a residual. Collective: every rank calls it.
+    """
+    if not isinstance(model, RTDModel):
+        return None
+    residual = model.discriminator.deberta.embeddings.word_embeddings
+    table = model.generator.deberta.embeddings.word_embeddings
+    if not isinstance(residual, ResidualTable) or not isinstance(table, OwnTable):
+        return None
+    weights = (next(residual.parameters()), table.weight)
+    drift, scale = (float(all_gather_full(torch.linalg.vector_norm(w.detach()))) for w in weights)
+    return drift / scale
+
+
+def describe_sentences(
+    batch: Batch, pieces: list[str], masked: MaskedLoss, detected: ReplacedTokenOutput | None
+) -> list[list[dict]]:
+    """Return the tokens of each sentence, [CLS] and [SEP] excluded, as they stand in `samples.jsonl`."""
+    originals = torch.where(batch.labels > 0, batch.labels, batch.input_ids)
+    tokens: list[list[dict]] = [[{"token": pieces[i]} for i in row] for row in originals.tolist()]
+    guesses = masked.samples.tolist() if masked.samples is not None else []
+    width = batch.input_ids.size(1)
+    probabilities = torch.exp(-masked.loss).tolist()
+    for number, index in enumerate(batch.masked.flat_index.tolist()):
+        token = tokens[index // width][index % width]
+        token["probability"] = round(probabilities[number], 4)
+        if guesses:  # the table may have spare rows, which are no pieces
+            token["guess"] = pieces[guesses[number]] if guesses[number] < len(pieces) else "?"
+    if detected:
+        for row, scores in zip(tokens, torch.sigmoid(detected.logits.float()).tolist(), strict=True):
+            for token, score in zip(row, scores, strict=True):
+                token["replaced"] = round(score, 4)
+    lengths = batch.input_mask.sum(1).tolist()
+    return [row[1 : length - 1] for row, length in zip(tokens, lengths, strict=True)]
+
+
+def format_sentence(tokens: list[dict]) -> str:
+    """Return a sentence for the log, each masked token with the generator's guess.
+
+    Percentages: the generator's probability of the original token, the discriminator's of "replaced".
+    """
+    text = ""
+    for token in tokens:
+        text += token["token"]
+        if "probability" in token:
+            text += f" [{token.get('guess', '?').lstrip(WORD_MARK)}, original {token['probability']:.0%}"
+            text += f", replaced {token['replaced']:.0%}]" if "replaced" in token else "]"
+    return text.replace(WORD_MARK, " ").strip()
