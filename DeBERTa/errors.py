@@ -35,6 +35,12 @@ class DataError(DebertaError, ValueError):
     """Text or prepared data that is missing, damaged, or not what the settings need."""
 
 
+class DamagedStoreError(DataError):
+    """Token ids that changed on the disk after they were written."""
+
+    is_retryable = True
+
+
 class VocabularyError(DebertaError, ValueError):
     """A vocabulary that cannot be read, or that does not match the data or the model."""
 

@@ -7,11 +7,14 @@ too (`log_rank` in training/worker.py).
 
 import contextlib
 import logging
+import re
 import sys
 
 from tqdm import tqdm
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+# Control characters other than the line end, and those that change the direction of text.
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class StderrHandler(logging.Handler):
@@ -30,14 +33,16 @@ class StderrHandler(logging.Handler):
 class LineFormatter(logging.Formatter):
     """Prefix warnings and errors with their level.
 
-    When stderr is not a terminal, each line starts with the time.
+    When stderr is not a terminal, each line starts with the time. Control characters are escaped, since
+    messages quote what others wrote: texts, files, servers.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text to write."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         time = "" if sys.stderr.isatty() else f"{self.formatTime(record, TIME_FORMAT)} "
-        return "\n".join(time + line for line in f"{level}{record.getMessage()}".split("\n"))
+        message = CONTROL.sub(lambda match: ascii(match[0])[1:-1], record.getMessage())
+        return "\n".join(time + line for line in f"{level}{message}".split("\n"))
 
 
 def set_up_logging(level: str = "info") -> None:

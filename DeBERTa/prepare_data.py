@@ -10,7 +10,8 @@ from pathlib import Path
 
 from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.files import get_cache_dir
-from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, find_or_train_vocabulary, prepare
+from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare
+from DeBERTa.data.vocabulary import find_or_train_vocabulary
 from DeBERTa.errors import DataError, DebertaError, describe_os_error
 from DeBERTa.flags import FlagParser, build_config, read_flags
 from DeBERTa.log import set_up_logging
@@ -130,6 +131,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "(default: spm.model in the directory of --output, or of the corpus in the cache)",
     )
     parser.add_argument(
+        "--character_coverage",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="for --train_vocab: the share of the text's characters that the vocabulary must cover, from "
+        "0.98 (default: 1; 0.9995 leaves out rare characters of large scripts, such as Chinese)",
+    )
+    parser.add_argument(
         "--errors",
         choices=("strict", "replace"),
         default="strict",
@@ -146,6 +155,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--input and --corpus exclude each other": has_input and corpus,
         "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
         "--workers must be at least 1": arguments.workers is not None and arguments.workers < 1,
+        "--character_coverage must be from 0.98 to 1": not 0.98 <= arguments.character_coverage <= 1,
         f"--max_seq_length must be at least {MIN_SEQ_LENGTH}": arguments.max_seq_length < MIN_SEQ_LENGTH,
     }
     for message, is_wrong in problems.items():
@@ -173,7 +183,13 @@ def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, Path]) -> Pa
         return arguments.vocab_path or fetch_vocabulary()
     folder = arguments.output.parent if arguments.input is not None else get_cache_dir() / arguments.corpus
     path = arguments.vocab_path or folder / "spm.model"
-    return find_or_train_vocabulary(next(iter(texts.values())), arguments.train_vocab, path, arguments.errors)
+    return find_or_train_vocabulary(
+        next(iter(texts.values())),
+        arguments.train_vocab,
+        path,
+        arguments.errors,
+        arguments.character_coverage,
+    )
 
 
 def find_all(arguments: argparse.Namespace) -> tuple[dict[str, Path], Path]:

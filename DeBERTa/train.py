@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -30,6 +31,7 @@ from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import (
     ConfigError,
+    DamagedStoreError,
     DataError,
     DataWorkerError,
     DebertaError,
@@ -129,7 +131,13 @@ def translate_worker_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # frees the DataLoader, which ends its workers
+        if isinstance(error, DamagedStoreError):  # raised in a data worker, it has a traceback as message
+            message = str(error).rstrip().rpartition("DamagedStoreError: ")[2]
+            raise DamagedStoreError(message) from None
+        if not isinstance(error, (RuntimeError, ConnectionError, EOFError)):
+            raise
         is_from_loader = "DataLoader worker (pid" in str(error)
         if isinstance(error, RuntimeError) and not is_from_loader:
             raise
@@ -153,6 +161,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     evaluation = open_evaluation(config, tokenizer, masker)
     data = {"vocabulary_sha256": tokenizer.fingerprint}
     texts = {f"{split}_sha256": part.store.meta.text_sha256 for split, part in evaluation.items()}
+    texts |= {f"{split}_ids_sha256": part.store.fingerprint for split, part in evaluation.items()}
 
     torch.manual_seed(config.seed)
     model = build_model(config, model_config).to(device)
@@ -384,10 +393,11 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
 
 
 def describe_data(batches: TrainingBatches) -> dict:
-    """Return the SHA-256, lines and tokens of the training split."""
+    """Return the SHA-256 of text and token ids, lines and tokens of the training split."""
     store = batches.store
     return {
         "train_sha256": store.meta.text_sha256,
+        "train_ids_sha256": store.fingerprint,
         "train_lines": len(store),
         "train_tokens": store.meta.num_tokens,
     }

@@ -110,7 +110,8 @@ def main() -> None:
         return
 
     from DeBERTa.data.corpus import SAMPLE
-    from DeBERTa.data.prepare import count_usable_cores, find_or_train_vocabulary
+    from DeBERTa.data.prepare import count_usable_cores
+    from DeBERTa.data.vocabulary import find_or_train_vocabulary
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text, output = arguments.folder / "text.txt", arguments.folder / "prepared.txt"

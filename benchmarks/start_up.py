@@ -45,9 +45,9 @@ from benchmarks.prepare_data import find_descendants  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
 from DeBERTa.data.masking import Masker  # noqa: E402
-from DeBERTa.data.prepare import find_or_train_vocabulary  # noqa: E402
 from DeBERTa.data.token_store import get_store_path  # noqa: E402
 from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer  # noqa: E402
+from DeBERTa.data.vocabulary import find_or_train_vocabulary  # noqa: E402
 from DeBERTa.train import build_model, load_model_config, open_split, parse_flags  # noqa: E402
 from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.precision import resolve_precision  # noqa: E402

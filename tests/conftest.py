@@ -155,7 +155,7 @@ def sample_ids(tokenizer) -> np.ndarray:
     """Return ids of the sample's first 6 MB under the golden vocabulary, int32 [tokens]."""
     with lzma.open(ROOT / "experiments" / "sample" / "state_of_the_union.txt.xz") as file:
         lines = file.read(6_000_000).decode("utf-8", errors="ignore").split("\n")
-    return np.array([i for line in tokenizer.encode_lines(lines) for i in line], dtype=np.int32)
+    return tokenizer.encode_utf8([line.encode() for line in lines])
 
 
 @pytest.fixture(scope="session")

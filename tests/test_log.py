@@ -81,3 +81,10 @@ def test_a_message_that_cannot_be_written_is_lost_without_an_error():
     closed.close()
     with redirect_stderr(closed):
         logger.info("lost")
+
+
+def test_control_characters_of_others_are_escaped(capsys):
+    set_up_logging("info")
+    logger.info("piece \x1b[31m\x07\x9b31m\u202e and\ta tab\nnext line, Straße, 漢字")
+    lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [r"piece \x1b[31m\x07\x9b31m\u202e and\ta tab", "next line, Straße, 漢字"]

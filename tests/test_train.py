@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, __version__
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.train import main
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
@@ -400,3 +402,25 @@ def test_compile_without_a_compiler(flags, tmp_path):
     result = train(*command(flags), "--compile", CXX=str(tmp_path / "no-compiler"), CUDA_VISIBLE_DEVICES="")
     assert_refused(result, "--compile", "C++ compiler", tmp_path / "no-compiler", "CXX")
     assert not flags["output_dir"].exists()
+
+
+def test_token_ids_that_change_end_the_run_in_one_sentence(flags, prepared, tmp_path):
+    """Found by a data worker, and built again by the same command."""
+    data = shutil.copytree(prepared, tmp_path / "data")
+    flags |= {"data_dir": data, "vocab_path": data / "spm.model", "workers": 1, "task_name": "MLM"}
+    flags["model_config"] = tmp_path / "mlm.json"
+    open_store(data / "train.txt", Tokenizer(data / "spm.model"), 62)
+    store = data / "train.txt.ids"
+    content = bytearray(store.read_bytes())
+    content[4 * 100 : 4 * 104] = content[4 * 17_000 : 4 * 17_004] = bytes(16)
+    store.write_bytes(content)
+    code = (
+        "import sys; from DeBERTa import train; from DeBERTa.data import store_file;"
+        "store_file.VERIFIED_AT_OPEN = 0; train.run_command()"
+    )
+    command_line = [sys.executable, "-c", code, *map(str, command(flags))]
+    result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert_refused(result, f"error: {store} is damaged: its token ids were changed; the same command")
+    assert not store.exists()
+    result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

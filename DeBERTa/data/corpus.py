@@ -3,20 +3,19 @@
 Everything is stored in the cache directory, `$DEBERTA_CACHE` or `~/.cache/DeBERTa`.
 """
 
+import contextlib
 import http.client
 import json
 import lzma
 import os
 import re
-import shutil
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from DeBERTa.data.files import (
     raise_storage_errors,
 )
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DataError
+from DeBERTa.errors import DataError, DebertaError
 
 SPLITS = ("train", "valid", "test")
 USER_AGENT = "DeBERTa-pretraining/1.0"
@@ -269,19 +268,37 @@ def _is_extracted(texts: dict[str, Path], record: Path, values: dict[str, str]) 
 
 def _extract_wikitext(archive: Path, texts: dict[str, Path]) -> None:
     """Write the three texts of the zip file, and no other member."""
+    with _raise_archive_errors(archive), zipfile.ZipFile(archive) as container:
+        members = {f"wikitext-103/{text.name}": text for text in texts.values()}
+        missing = members.keys() - set(container.namelist())
+        if missing:
+            raise DataError(
+                f"{archive} is not WikiText-103: it has no {', '.join(sorted(missing))}; fetch it again"
+            )
+        for member, text in members.items():
+            with container.open(member) as source, open_atomic(text) as file:
+                for chunk in _read_chunks(archive, source):
+                    file.write(chunk)
+
+
+def _read_chunks(archive: Path, source: IO[bytes]) -> Iterator[bytes]:
+    with _raise_archive_errors(archive):
+        while chunk := source.read(CHUNK_BYTES):
+            yield chunk
+
+
+@contextlib.contextmanager
+def _raise_archive_errors(archive: Path) -> Iterator[None]:
+    """Raise `DataError` for what `zipfile` raises.
+
+    It has classes of their own for encrypted and damaged files, unknown methods, and each decompressor.
+    """
     try:
-        with zipfile.ZipFile(archive) as container:
-            members = {f"wikitext-103/{text.name}": text for text in texts.values()}
-            missing = members.keys() - set(container.namelist())
-            if missing:
-                raise DataError(
-                    f"{archive} is not WikiText-103: it has no {', '.join(sorted(missing))}; fetch it again"
-                )
-            for member, text in members.items():
-                with container.open(member) as source, open_atomic(text) as file:
-                    shutil.copyfileobj(source, file, CHUNK_BYTES)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{archive} is not a complete zip file: {error}; fetch it again") from error
+        yield
+    except DebertaError:
+        raise
+    except Exception as error:
+        raise DataError(f"cannot read the zip file {archive}: {error}; fetch it again") from error
 
 
 def _extract_sample(archive: Path, texts: dict[str, Path]) -> None:

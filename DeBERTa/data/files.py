@@ -5,25 +5,39 @@ of a killed process. On file systems without locks, every process writes a separ
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from DeBERTa.errors import StorageError
+from DeBERTa.errors import DataError, StorageError
 
 CHUNK_BYTES = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, an exhausted quota
 
 logger = logging.getLogger(__name__)
 
 
 def get_cache_dir() -> Path:
-    """Return the directory of downloads, prepared data and compiled kernels."""
-    return Path(os.environ.get("DEBERTA_CACHE") or Path.home() / ".cache" / "DeBERTa")
+    """Return the directory of downloads, prepared data and compiled kernels.
+
+    Raises `StorageError` if nothing says where it is.
+    """
+    if os.environ.get("DEBERTA_CACHE"):
+        return Path(os.environ["DEBERTA_CACHE"])
+    try:
+        return Path.home() / ".cache" / "DeBERTa"
+    except RuntimeError as error:
+        raise StorageError(
+            "no cache directory: HOME is not set, and this user has no home directory; "
+            "set DEBERTA_CACHE to a directory"
+        ) from error
 
 
 def get_partial_path(path: Path) -> Path:
@@ -33,14 +47,38 @@ def get_partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def raise_storage_errors(path: Path) -> Iterator[None]:
-    """Raise `StorageError`, naming the file, in place of `OSError`."""
+    """Raise `StorageError` in place of `OSError`, naming the file, and the free space if the disk is full."""
     try:
         yield
     except OSError as error:
+        name = error.filename or path
+        space = describe_free_space(Path(name)) if error.errno in FULL else ""
         raise StorageError(
-            f"cannot write {error.filename or path}: {error.strerror or error}; "
+            f"cannot write {name}: {error.strerror or error}{space}; "
             "free space there, or choose a directory that can be written"
         ) from error
+
+
+@contextlib.contextmanager
+def raise_data_errors(path: Path) -> Iterator[None]:
+    """Raise `DataError`, naming the file, in place of `OSError` from reading it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}; check its permissions and its disk"
+        ) from error
+
+
+def describe_free_space(path: Path) -> str:
+    """Return the free space of the disk of a file as " (... MB free)".
+
+    The file may be missing. The result is empty if the space is not known.
+    """
+    existing = next((parent for parent in (path, *path.parents) if parent.exists()), path)
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(existing).free / 1e6:,.1f} MB free)"
+    return ""
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ size of the input.
 
 import contextlib
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -30,10 +29,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import commit, get_state, hash_file, open_partial
-from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, read_training_sentences, split_lines
-from DeBERTa.data.token_store import TokenStoreWriter, find_store, get_store_path, write_store
-from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
+from DeBERTa.data.files import commit, get_state, open_partial
+from DeBERTa.data.store_file import TokenStoreWriter, find_store, get_store_path, write_store
+from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, split_lines
+from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
 
 BLOCKS_AHEAD = 2  # blocks in flight per process, so that none waits for the writer
@@ -303,48 +302,3 @@ def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) ->
         raise VocabularyError(f"{message}; {advice}")
     if unknown > WARN_UNKNOWN * tokens:
         logger.warning("%s; %s", message, advice)
-
-
-def find_or_train_vocabulary(source: Path, size: int, path: Path, errors: str = "strict") -> Path:
-    """Return `path`, the vocabulary of `size` pieces trained on `source`.
-
-    The vocabulary is trained if needed. `path` + `.json` records size and text of the training. Another
-    vocabulary at `path` is never overwritten: it raises `VocabularyError`. Other errors are those of
-    `train_vocabulary`.
-    """
-    record = path.with_name(path.name + ".json")
-    if _is_trained(source, size, path, record):
-        return path
-    refusal = VocabularyError(
-        f"cannot write a vocabulary to {path}: the one there was not trained with {size} pieces on {source}; "
-        "give another --vocab_path, or remove it"
-    )
-    with open_partial(record) as file:
-        # Another process may have trained it while this one waited for the lock.
-        if _is_trained(source, size, path, record):
-            return path
-        if path.exists() and record.exists():
-            raise refusal
-        logger.info("training a vocabulary of %d pieces on %s", size, source)
-        trained = path.with_name(path.name + ".new")
-        train_vocabulary(read_training_sentences(source, errors), size, trained)
-        # A process killed before it wrote the record left the same bytes; other bytes are another vocabulary.
-        if path.exists() and hash_file(path) != hash_file(trained):
-            trained.unlink()
-            raise refusal
-        trained.replace(path)
-        values = {"pieces": size, "text": hash_file(source), "vocabulary": hash_file(path)}
-        file.write(json.dumps(values | _describe_source(source), indent=1).encode())
-        commit(file, record)
-    return path
-
-
-def _is_trained(source: Path, size: int, path: Path, record: Path) -> bool:
-    """Return whether `path` is the vocabulary of `size` pieces trained on `source`."""
-    try:
-        values = json.loads(record.read_text())
-        if values["pieces"] != size or values["vocabulary"] != hash_file(path):
-            return False
-        return _describe_source(source).items() <= values.items() or values["text"] == hash_file(source)
-    except (FileNotFoundError, ValueError, KeyError):
-        return False

@@ -5,6 +5,7 @@ file: it takes the id right after the last piece, as in the published models.
 """
 
 import hashlib
+import io
 import string
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from DeBERTa.data.files import open_atomic
 from DeBERTa.errors import VocabularyError
 
 WORD_MARK = "\u2581"  # SentencePiece writes it in place of a space
@@ -29,6 +29,9 @@ PUNCTUATION = 3
 
 # SentencePiece drops training sentences above 4192 bytes; longer ones are split below that.
 MAX_SENTENCE_BYTES = 4000
+# SentencePiece also drops sentences with these characters: it uses U+2585 itself.
+DROPPING = {0: " ", 0x2585: " "}
+PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 # Fixed, since the result depends on the number of threads (order of float sums).
 TRAINING_THREADS = 4
 
@@ -61,11 +64,14 @@ class Tokenizer:
             raise VocabularyError(f"{self.path} is not a SentencePiece model: it is empty; fetch it again")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            ids = list(range(self._processor.get_piece_size()))
+            self.pieces: list[str] = self._processor.id_to_piece(ids)
+            if not np.isfinite(self._processor.get_score(ids)).all():
+                raise ValueError("scores that are no numbers")
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             raise VocabularyError(
-                f"{self.path} is not a SentencePiece model: it cannot be parsed; fetch it again"
+                f"{self.path} is not a SentencePiece model: it cannot be parsed or is damaged; fetch it again"
             ) from error
-        self.pieces: list[str] = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
         if tuple(self.pieces[:4]) != SPECIAL_PIECES:
             raise VocabularyError(
                 f"{self.path} is not a vocabulary for DeBERTa: ids 0 to 3 are {' '.join(self.pieces[:4])}, "
@@ -87,14 +93,19 @@ class Tokenizer:
         """Return the number of pieces."""
         return len(self.pieces)
 
-    def encode_lines(self, lines: list[str]) -> list[list[int]]:
-        """Return the ids per line, without special ids; unknown pieces become `[UNK]`."""
-        return self._processor.encode(lines, num_threads=1)
-
     def encode_utf8(self, lines: list[bytes]) -> np.ndarray:
         """Return the concatenated ids of lines of valid UTF-8, int32 [pieces]."""
         arrays = self._processor.encode(lines, num_threads=1, out_type="numpy")
         return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+
+    def find_unknown_characters(self, characters: Iterable[str]) -> list[str]:
+        """Return the characters that become [UNK], in order of their code points.
+
+        Combining characters are not returned: most are part of other characters after normalization.
+        """
+        tried = sorted(character for character in characters if not unicodedata.combining(character))
+        encoded = self._processor.encode(tried, num_threads=1)
+        return [character for character, ids in zip(tried, encoded, strict=True) if self.unk_id in ids]
 
     @cached_property
     def piece_kinds(self) -> np.ndarray:
@@ -119,41 +130,46 @@ def _is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character)[0] == "P"
 
 
-def train_vocabulary(sentences: Iterable[str], size: int, path: Path) -> None:
-    """Train a unigram vocabulary of `size` pieces, special ones included, to `path`.
+def train_vocabulary(sentences: Iterable[str], size: int, character_coverage: float = 1.0) -> bytes:
+    """Train a unigram vocabulary of `size` pieces, special ones included; return the model.
 
-    The same sentences give the same file. SentencePiece takes about 20 bytes of memory per byte of text, so
-    pass a sample of a large text. Raises `VocabularyError` if the text does not suit the size, and whatever
-    `sentences` raises. In case of an error, nothing is written.
+    The same sentences give the same bytes. SentencePiece takes about 20 bytes of memory per byte of text, so
+    pass a sample of a large text. The pieces cover printable ASCII, and at least the share
+    `character_coverage` of the characters of the sentences; rarer characters become [UNK].
+
+    Raises `VocabularyError` if the text does not suit the size, and whatever `sentences` raises.
     """
     if size <= len(SPECIAL_PIECES):
         raise VocabularyError(
             f"cannot train a vocabulary of {size} pieces: it is too small; pass some thousands"
         )
     reading_errors: list[Exception] = []
+    model = io.BytesIO()
     try:
-        with open_atomic(path) as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_short_sentences(sentences, reading_errors),
-                model_writer=file,
-                model_type="unigram",
-                vocab_size=size,
-                normalization_rule_name="nmt_nfkc",
-                pad_id=0,
-                bos_id=1,
-                eos_id=2,
-                unk_id=3,
-                pad_piece="[PAD]",
-                bos_piece="[CLS]",
-                eos_piece="[SEP]",
-                unk_piece="[UNK]",
-                num_threads=TRAINING_THREADS,
-                minloglevel=2,
-            )
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_short_sentences(sentences, reading_errors),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            character_coverage=character_coverage,
+            required_chars=PRINTABLE,
+            normalization_rule_name="nmt_nfkc",
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece="[PAD]",
+            bos_piece="[CLS]",
+            eos_piece="[SEP]",
+            unk_piece="[UNK]",
+            num_threads=TRAINING_THREADS,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         if reading_errors:
             raise reading_errors[0] from None
         raise VocabularyError(_explain_training_error(str(error), size)) from error
+    return model.getvalue()
 
 
 def _explain_training_error(message: str, size: int) -> str:
@@ -163,17 +179,23 @@ def _explain_training_error(message: str, size: int) -> str:
         limit = message.rpartition("<=")[2].strip(" .")
         return f"{start}: there is too little text for more than {limit}; pass a smaller number"
     if "smaller than required_chars" in message:
-        return f"{start}: the text has more different characters; pass a larger number"
+        return (
+            f"{start}: the text has more different characters; pass a larger number, "
+            "or --character_coverage 0.9995 to leave out rare characters"
+        )
     if "sentences_.empty()" in message:
         return f"{start}: there is no text; check the input"
     return f"{start}: {message}; pass another number"
 
 
 def _short_sentences(sentences: Iterable[str], errors: list[Exception]) -> Iterator[str]:
-    """Yield the sentences, split to suit SentencePiece; record an error in `errors`."""
+    """Yield the sentences, changed to suit SentencePiece; record an error in `errors`.
+
+    They are split. Characters for which SentencePiece drops a sentence become spaces.
+    """
     try:
         for sentence in sentences:
-            for short in split_at_spaces(sentence.encode(), MAX_SENTENCE_BYTES):
+            for short in split_at_spaces(sentence.translate(DROPPING).encode(), MAX_SENTENCE_BYTES):
                 yield short.decode()
     except Exception as error:
         errors.append(error)

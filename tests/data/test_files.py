@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_an_empty_partial_file_is_removed(tmp_path):
 
 def test_a_full_disk_is_a_storage_error():
     with (
-        pytest.raises(StorageError, match=r"cannot write /there: No space left on device; free space"),
+        pytest.raises(
+            StorageError, match=r"cannot write /there: No space left on device \([\d,.]+ MB free\); free"
+        ),
         raise_storage_errors(Path("/there")),
         Path("/dev/full").open("wb", buffering=0) as file,
     ):
@@ -126,3 +129,11 @@ def test_cache_directory(monkeypatch, tmp_path):
     assert get_cache_dir() == tmp_path
     monkeypatch.delenv("DEBERTA_CACHE")
     assert get_cache_dir() == Path.home() / ".cache" / "DeBERTa"
+
+
+def test_a_user_without_home_directory(monkeypatch):
+    monkeypatch.delenv("DEBERTA_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # a user that no password file knows
+    with pytest.raises(StorageError, match=r"HOME is not set.*set DEBERTA_CACHE"):
+        get_cache_dir()

@@ -42,7 +42,7 @@ def command(*arguments: object) -> list[str]:
 
 def straightforward(content: str, width: int) -> str:
     """Return the output by definition: pieces of each line in one list, then split."""
-    ids = [index for line in content.split("\n") for index in TOKENIZER.encode_lines([line])[0]]
+    ids = TOKENIZER.encode_utf8([line.encode() for line in content.split("\n")])
     pieces = [TOKENIZER.pieces[index] for index in ids]
     return "".join(" ".join(pieces[start : start + width]) + "\n" for start in range(0, len(pieces), width))
 
@@ -67,13 +67,14 @@ def test_the_store_holds_the_ids_of_the_text(tmp_path):
     output = tmp_path / "train.txt"
     prepare(GOLDEN / "input.txt", output, VOCABULARY, 64, workers=1, block_bytes=1000)
     made = get_store_path(output).stat().st_mtime_ns
-    written = open_store(output, TOKENIZER, 62)
+    (written,) = open_store(output, TOKENIZER, 62).files
     assert get_store_path(output).stat().st_mtime_ns == made
     copy = tmp_path / "copy.txt"
     copy.write_bytes(output.read_bytes())
-    read = open_store(copy, TOKENIZER, 62)
+    (read,) = open_store(copy, TOKENIZER, 62).files
     assert np.array_equal(written.tokens, read.tokens)
     assert np.array_equal(written.offsets, read.offsets)
+    assert written.fingerprint == read.fingerprint
     for name in ("lines", "num_tokens", "longest", "longest_line", "unknown", "text_sha256"):
         assert getattr(written.meta, name) == getattr(read.meta, name), name
 

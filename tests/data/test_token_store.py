@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from DeBERTa.data.prepare import prepare
-from DeBERTa.data.token_store import TokenStore, find_store, get_store_path, open_store
+from DeBERTa.data.token_store import TokenStore, find_store, get_part_name, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
-from DeBERTa.errors import DataError, VocabularyError
+from DeBERTa.errors import DamagedStoreError, DataError, VocabularyError
 from DeBERTa.log import set_up_logging
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
@@ -30,13 +31,14 @@ def pieces(store: TokenStore) -> list[str]:
 def test_lines_are_those_of_the_text(text):
     store = open_store(text, TOKENIZER, 62)
     assert pieces(store) == text.read_text().splitlines()
-    assert store.meta.lines == len(store) == len(store.offsets) - 1
+    (file,) = store.files
+    assert store.meta.lines == len(store) == len(file.offsets) - 1
     pieces_of_text = sum(len(line.split(" ")) for line in text.read_text().splitlines())
-    assert store.meta.num_tokens == len(store.tokens) == pieces_of_text
+    assert store.meta.num_tokens == len(file.tokens) == pieces_of_text
     assert (store.meta.longest, store.meta.longest_line, store.meta.unknown) == (62, 1, 0)
-    assert isinstance(store.tokens, np.memmap)
-    assert store.tokens.dtype == store[0].dtype == np.int32
-    assert store.offsets.dtype == np.int64
+    assert isinstance(file.tokens, np.memmap)
+    assert file.tokens.dtype == store[0].dtype == np.int32
+    assert file.offsets.dtype == np.int64
 
 
 def test_a_valid_store_is_not_rebuilt(text):
@@ -58,7 +60,9 @@ def test_rebuilt_for_another_vocabulary(tmp_path):
     text = tmp_path / "train.txt"
     text.write_text("▁the ▁of ▁and\n")
     open_store(text, TOKENIZER, 62)
-    train_vocabulary((GOLDEN / "input.txt").read_text().splitlines(), 300, tmp_path / "other.model")
+    (tmp_path / "other.model").write_bytes(
+        train_vocabulary((GOLDEN / "input.txt").read_text().splitlines(), 300)
+    )
     other = Tokenizer(tmp_path / "other.model")
     store = open_store(text, other, 62)
     assert [other.pieces[index] for index in store[0]] == ["▁the", "▁of", "▁and"]
@@ -66,7 +70,9 @@ def test_rebuilt_for_another_vocabulary(tmp_path):
 
 def test_text_prepared_with_another_vocabulary_is_refused(tmp_path):
     prepare(GOLDEN / "input.txt", tmp_path / "train.txt", GOLDEN / "spm.model", 64, workers=1)
-    train_vocabulary((GOLDEN / "input.txt").read_text().splitlines(), 300, tmp_path / "other.model")
+    (tmp_path / "other.model").write_bytes(
+        train_vocabulary((GOLDEN / "input.txt").read_text().splitlines(), 300)
+    )
     with pytest.raises(VocabularyError, match=r"vocabulary .*other\.model: .*spm\.model; .*--vocab_path"):
         open_store(tmp_path / "train.txt", Tokenizer(tmp_path / "other.model"), 62)
 
@@ -132,7 +138,6 @@ def test_text_without_lines(text, content):
     text.write_text(content)
     with pytest.raises(DataError, match="no lines"):
         open_store(text, TOKENIZER, 62)
-    assert [path.name for path in text.parent.iterdir()] == ["train.txt"]
 
 
 def test_missing_text(tmp_path):
@@ -152,7 +157,7 @@ def test_the_cache_directory_is_used_if_nothing_can_be_written_next_to_the_text(
 def _sum_of_ids(text: Path, barrier, results) -> None:
     tokenizer = Tokenizer(GOLDEN / "spm.model")
     barrier.wait()
-    results.put(int(open_store(text, tokenizer, 62, progress=False).tokens.sum()))
+    results.put(int(open_store(text, tokenizer, 62, progress=False).files[0].tokens.sum()))
 
 
 def test_processes_that_build_at_once(text):
@@ -165,7 +170,7 @@ def test_processes_that_build_at_once(text):
     sums = {results.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
-    assert sums == {int(open_store(text, TOKENIZER, 62).tokens.sum())}
+    assert sums == {int(open_store(text, TOKENIZER, 62).files[0].tokens.sum())}
     assert sorted(path.name for path in text.parent.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
@@ -180,3 +185,82 @@ def test_the_directory_of_format_1_is_replaced(text):
     (get_store_path(text) / "meta.json").write_text("{}")
     assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert get_store_path(text).is_file()
+
+
+def overwrite(path: Path, position: int, data: bytes) -> None:
+    """Overwrite bytes of a file, which keeps its size; negative positions count from its end."""
+    content = bytearray(path.read_bytes())
+    position %= len(content)
+    content[position : position + len(data)] = data
+    path.write_bytes(content)
+
+
+def test_any_changed_byte_of_a_store_is_found_and_mended(text):
+    """Ids, line ends, checksums, metadata and trailer: 60 places, each with several kinds of damage."""
+    open_store(text, TOKENIZER, 62)
+    path = get_store_path(text)
+    intact, generator = path.read_bytes(), random.Random(0)
+    places = [0, 4, -1, -9, -41, *(generator.randrange(len(intact)) for _ in range(55))]
+    for place in places:
+        damage = generator.choice([b"\0\0\0\0", b"\xff\xff\xff\x7f", (2000).to_bytes(4, "little"), b"1"])
+        path.write_bytes(intact)
+        overwrite(path, place, damage)
+        if path.read_bytes() == intact:
+            continue
+        assert find_store(text) is None, (place, damage)
+    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert path.read_bytes()[:-200] == intact[:-200]  # the metadata has the time of the text
+
+
+def test_ids_that_change_after_the_start_end_the_run(text, monkeypatch):
+    """Blocks beyond those that are verified when the store is opened."""
+    monkeypatch.setattr("DeBERTa.data.store_file.VERIFIED_AT_OPEN", 1)
+    monkeypatch.setattr("DeBERTa.data.store_file.BLOCK_TOKENS", 500)
+    store = open_store(text, TOKENIZER, 62)
+    expected, path = pieces(store), get_store_path(text)
+    store = open_store(text, TOKENIZER, 62)
+    overwrite(path, 4 * 3000, b"\1\0\0\0")
+    store = open_store(text, TOKENIZER, 62)
+    assert store[0].tolist() == [TOKENIZER.piece_to_id[piece] for piece in expected[0].split(" ")]
+    with pytest.raises(DamagedStoreError, match=r"train\.txt\.ids is damaged: .*builds it again") as error:
+        pieces(store)
+    assert error.value.is_retryable
+    assert not path.exists()
+    assert pieces(open_store(text, TOKENIZER, 62)) == expected
+
+
+def test_fingerprint_is_of_the_ids(text, tmp_path):
+    """Other copies, dates and line ends have the same; other ids or line ends have not."""
+    first = open_store(text, TOKENIZER, 62).fingerprint
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(text.read_bytes().replace(b"\n", b"\r\n"))
+    assert open_store(copy, TOKENIZER, 62).fingerprint == first
+    copy.write_text(text.read_text().replace("▁the ", "▁of ", 1))
+    assert open_store(copy, TOKENIZER, 62).fingerprint != first
+    copy.write_text(text.read_text().replace("\n", " ", 1))
+    assert open_store(copy, TOKENIZER, 124).fingerprint != first
+
+
+def test_a_directory_of_parts_is_one_text(text):
+    lines = text.read_text().splitlines(keepends=True)
+    directory = text.with_name("parts.txt")
+    directory.mkdir()
+    for number, part in enumerate((lines[:20], [], lines[20:])):
+        (directory / get_part_name(number, 3)).write_text("".join(part))
+    store = open_store(directory, TOKENIZER, 62)
+    assert pieces(store) == [line.strip() for line in lines]
+    assert store.meta.lines == len(lines)
+    assert store.meta.num_tokens == open_store(text, TOKENIZER, 62).meta.num_tokens
+    before = (store.fingerprint, store.meta.text_sha256)
+    for path in directory.glob("*.ids"):
+        path.unlink()
+    store = open_store(directory, TOKENIZER, 62)
+    assert (store.fingerprint, store.meta.text_sha256) == before
+    with pytest.raises(DataError, match=r"00000-of-00003\.txt, line 1: 62 tokens"):
+        open_store(directory, TOKENIZER, 61)
+    (directory / get_part_name(1, 3)).unlink()
+    with pytest.raises(DataError, match=r"not complete: 00001-of-00003\.txt missing"):
+        open_store(directory, TOKENIZER, 62)
+    (directory / get_part_name(1, 4)).touch()
+    with pytest.raises(DataError, match="not complete"):
+        open_store(directory, TOKENIZER, 62)
