@@ -93,6 +93,10 @@ class Tokenizer:
         """Return the number of pieces."""
         return len(self.pieces)
 
+    def encode_lines(self, lines: list[str]) -> list[list[int]]:
+        """Return the ids per line, without special ids; unknown pieces become `[UNK]`."""
+        return self._processor.encode(lines, num_threads=1)
+
     def encode_utf8(self, lines: list[bytes]) -> np.ndarray:
         """Return the concatenated ids of lines of valid UTF-8, int32 [pieces]."""
         arrays = self._processor.encode(lines, num_threads=1, out_type="numpy")
@@ -104,8 +108,8 @@ class Tokenizer:
         Combining characters are not returned: most are part of other characters after normalization.
         """
         tried = sorted(character for character in characters if not unicodedata.combining(character))
-        encoded = self._processor.encode(tried, num_threads=1)
-        return [character for character, ids in zip(tried, encoded, strict=True) if self.unk_id in ids]
+        encoded = zip(tried, self.encode_lines(tried), strict=True)
+        return [character for character, ids in encoded if self.unk_id in ids]
 
     @cached_property
     def piece_kinds(self) -> np.ndarray:

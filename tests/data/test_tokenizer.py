@@ -58,11 +58,12 @@ def test_a_mask_piece_of_the_file_is_used(tmp_path):
     assert tokenizer.pieces.count("[MASK]") == 1
 
 
-def test_encoding_agrees_with_sentencepiece():
+def test_both_ways_to_encode_agree_with_sentencepiece():
     tokenizer = Tokenizer(GOLDEN / "spm.model")
     lines = [*TEXT[:50], "", "a\tb", "NUL \x00 and \u2028 inside", "漢字 ß [MASK] [UNK]"]
     plain = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "spm.model"))
     expected = [plain.encode_as_ids(line) for line in lines]
+    assert tokenizer.encode_lines(lines) == expected
     flat = tokenizer.encode_utf8([line.encode() for line in lines])
     assert flat.dtype == np.int32
     assert flat.tolist() == [index for ids in expected for index in ids]
