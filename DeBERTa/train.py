@@ -42,7 +42,7 @@ from DeBERTa.flags import parse_flags
 from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.log import set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
-from DeBERTa.training.banner import collect_environment, format_banner
+from DeBERTa.training.banner import collect_environment, describe_code, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     RESTART_COUNT,
@@ -50,6 +50,7 @@ from DeBERTa.training.distributed import (
     gather_objects,
     get_rank,
     get_world_size,
+    is_distributed,
     is_rank_zero,
     join_process_group,
 )
@@ -179,6 +180,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
             "train": config.to_dict() | resolved,
             "model": model_config.to_dict(),
             "data": describe_data(batches) | data,
+            "validation": {"valid_sha256": texts.get("valid_sha256")},
+            "code": describe_code(),
         }
         check_same_on_all_ranks(settings | {"evaluation": texts})
         attention = execution["attention"]
@@ -187,6 +190,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         outputs = training.compute_outputs
     else:
         settings = {"train": config.to_dict(), "model": model_config.to_dict(), "data": data | texts}
+        settings["code"] = describe_code()
         check_same_on_all_ranks(settings)
         load_trained(config, model)
         outputs = partial(compute_outputs, model)
@@ -207,6 +211,7 @@ def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
     Trainer(this_run, first_step, signals).train()
     full_model = get_full_model(this_run.config, this_run.model)
     if is_rank_zero():
+        this_run.check_lock()
         directories = save_models(this_run.run_dir, full_model, vocabulary)
         logger.info("final models: %s", ", ".join(map(str, directories)))
 
@@ -249,7 +254,7 @@ def check_same_on_all_ranks(settings: dict) -> None:
         if differing:
             raise ConfigError(
                 f"ranks 0 and {number} differ in {', '.join(differing)}: start the same command with the "
-                "same model config, data and vocabulary on every node"
+                "same package, model config, data and vocabulary on every node"
             )
 
 
@@ -383,7 +388,7 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
 
     All ranks must call it.
     """
-    if config.sharding == "none":
+    if config.sharding == "none" or not is_distributed():
         return model
     weights = gather_to_rank_zero(model.state_dict())
     if is_rank_zero():
@@ -415,7 +420,8 @@ def start_or_resume(this_run: Run) -> int:
         try:
             # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
             fresh = config.fresh and os.environ.get(RESTART_COUNT, "0") == "0"
-            step = open_run_dir(config.run_dir, this_run.settings, collect_environment(device), fresh)
+            environment = collect_environment(device)
+            step, this_run.lock = open_run_dir(config.run_dir, this_run.settings, environment, fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
         except DebertaError as error:

@@ -41,14 +41,14 @@ def cluster(port: int, nodes: int = 2, node: int = 0) -> dict[str, str]:
 class Command:
     """`python -m DeBERTa.train` on one node; what it prints goes to a file."""
 
-    def __init__(self, flags: dict, *before: str, **environment: str) -> None:
+    def __init__(self, flags: dict, *before: str, checkout: Path = ROOT, **environment: str) -> None:
         self.run_dir = Path(flags["output_dir"])
         self.printed = self.run_dir.with_suffix(".printed")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "GLOO"))}
         with self.printed.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *(before or ["-m", "DeBERTa.train"]), *command(flags)],
-                cwd=ROOT,
+                cwd=checkout,
                 env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,

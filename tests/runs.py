@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NoReturn
 
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
@@ -84,28 +87,43 @@ class ForkedRun:
         self.process.start()
         self.pid = self.process.pid
         self.read: list[str] = []
-        self._pipe = self.log.open() if live else None
+        self._unread = b""
+        # Opened for writing, too, so that a run that never opens it does not block this process.
+        self._pipe = os.open(self.log, os.O_RDWR) if live else None
 
     def lines(self) -> Iterator[str]:
-        """Yield lines as they are written, until the run ends."""
-        for line in self._pipe:
-            self.read.append(line)
-            yield line
+        """Yield lines as they are written, until the run ends. Fails after `PATIENCE` seconds."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            while b"\n" in self._unread:
+                line, _, self._unread = self._unread.partition(b"\n")
+                self.read.append(line.decode() + "\n")
+                yield self.read[-1]
+            ready = wait([self._pipe, self.process.sentinel], max(deadline - time.monotonic(), 0))
+            if not ready:
+                self.kill_and_fail()
+            if self._pipe not in ready:
+                return
+            self._unread += os.read(self._pipe, 1 << 16)
 
     def wait_for(self, text: str) -> None:
         """Read until a line contains `text`."""
         assert any(text in line for line in self.lines()), f"no {text!r} in: {''.join(self.read)}"
+
+    def kill_and_fail(self) -> NoReturn:
+        """End a run that takes too long."""
+        os.killpg(self.pid, signal.SIGKILL)
+        raise AssertionError(f"not over after {PATIENCE} s: {self.log}: {''.join(self.read)}")
 
     def finish(self) -> tuple[int, str]:
         """Return the exit status (negative: the signal that killed it) and the output."""
         if self._pipe:
             for _ in self.lines():
                 pass
-            self._pipe.close()
+            os.close(self._pipe)
         self.process.join(PATIENCE)
         if self.process.exitcode is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            raise AssertionError(f"not over after {PATIENCE} s: {self.log}")
+            self.kill_and_fail()
         return self.process.exitcode, strip_times("".join(self.read) if self._pipe else self.log.read_text())
 
 

@@ -179,7 +179,7 @@ def sync(path: Path) -> None:
 def find_unused_path(path: Path) -> Path:
     """Return `path` with the first of the suffixes -1, -2, ... that no file has."""
     number = 1
-    while (numbered := path.with_name(f"{path.name}-{number}")).exists():
+    while os.path.lexists(numbered := path.with_name(f"{path.name}-{number}")):
         number += 1
     return numbered
 

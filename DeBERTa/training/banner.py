@@ -1,13 +1,16 @@
 """Summary that a run logs before it starts, and its `environment.json`."""
 
+import hashlib
 import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
+from DeBERTa.data.files import hash_file
 from DeBERTa.model.pretraining import (
     MaskedLanguageModel,
     RTDModel,
@@ -20,6 +23,7 @@ from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.trainer import Run
 from DeBERTa.training.worker import get_num_nodes
 
+SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 SHARDING = {
     "none": "DDP: the full model in each",
     "zero2": "ZeRO-2: gradients and optimizer state sharded",
@@ -77,6 +81,15 @@ def _describe_sizes(model: MaskedLanguageModel | RTDModel) -> str:
         f"{count_embedding_parameters(named_model) / 2**20:.1f}M embedding"
         for name, named_model in models.items()
     )
+
+
+def describe_code() -> dict[str, str]:
+    """Return what determines the results of a run besides its settings: a hash of this package, libraries."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCE_SUFFIXES):
+        digest.update(f"{path.relative_to(package).as_posix()}\0{hash_file(path)}\n".encode())
+    return {"package_sha256": digest.hexdigest(), "torch": torch.__version__, "numpy": np.__version__}
 
 
 def collect_environment(device: torch.device) -> dict:

@@ -3,6 +3,7 @@
 `checkpoints/best.json` records it, and pruning does not remove it.
 """
 
+import math
 from pathlib import Path
 
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, write_json
@@ -15,22 +16,19 @@ def find_best(run_dir: Path, evaluations: dict[int, dict]) -> int | None:
 
     Returns the earliest of equal ones, and None if no saved step was evaluated.
     """
-    losses = {}
-    for step in list_steps(run_dir):
-        if step in evaluations:
-            _, loss = select_loss(evaluations[step])
-            if loss is not None:
-                losses[step] = loss
+    saved = [step for step in list_steps(run_dir) if step in evaluations]
+    losses = {step: loss for step in saved for loss in select_loss(evaluations[step]).values()}
     return min(losses, key=losses.__getitem__, default=None)
 
 
-def select_loss(metrics: dict) -> tuple[str, float | None]:
-    """Return name and value of the loss that selects the best checkpoint.
+def select_loss(metrics: dict) -> dict[str, float]:
+    """Return the loss that selects the best checkpoint, by its name.
 
-    The value is None where it, or the generator's loss, was not finite or undefined.
+    The result is empty where it, or the generator's loss, was not finite or undefined.
     """
-    name = next(name for name in BEST_BY if name in metrics)
-    return name, None if metrics.get("generator_loss", 0.0) is None else metrics[name]
+    name = next((name for name in BEST_BY if name in metrics), "")
+    loss = metrics.get(name) if metrics.get("generator_loss", 0.0) is not None else None
+    return {name: loss} if isinstance(loss, int | float) and math.isfinite(loss) else {}
 
 
 def record_best(run_dir: Path, evaluations: dict[int, dict]) -> None:
@@ -40,5 +38,5 @@ def record_best(run_dir: Path, evaluations: dict[int, dict]) -> None:
     if step is None:
         path.unlink(missing_ok=True)
     else:
-        name, loss = select_loss(evaluations[step])
-        write_json(path, {"step": step, "checkpoint": get_checkpoint_path(run_dir, step).name, name: loss})
+        values = {"step": step, "checkpoint": get_checkpoint_path(run_dir, step).name}
+        write_json(path, values | select_loss(evaluations[step]))

@@ -13,10 +13,14 @@ number generator is saved.
 """
 
 import contextlib
+import errno
 import json
-import pickle
+import logging
+import os
 import re
 import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.data.files import find_unused_path, hash_file, open_atomic, sync
-from DeBERTa.errors import DamagedCheckpointError, StorageError
+from DeBERTa.data.files import describe_free_space, find_unused_path, hash_file, open_atomic, sync
+from DeBERTa.errors import DamagedCheckpointError, StorageError, describe_os_error
 from DeBERTa.hub.published import read_weights, select_weights
+from DeBERTa.training.run_lock import RunLock
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json")
 MANIFEST = "manifest.json"
 HASH_CHUNK_BYTES = 16 << 20
+MAX_JSON_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,44 +63,97 @@ def get_checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def list_steps(run_dir: Path) -> list[int]:
     """Return the steps of all complete checkpoints, oldest first."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
-    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8,}", name))
+    names = {path.name for path in (run_dir / "checkpoints").glob("step-*")}
+    steps = {int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name)}
+    return sorted(step for step in steps if get_checkpoint_path(run_dir, step).name in names)
 
 
-def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep_last: int, best: int | None) -> Path:
+def write_checkpoint(
+    run_dir: Path, snapshot: Snapshot, keep_last: int, best: int | None, lock: RunLock | None = None
+) -> Path:
     """Write the checkpoint, then remove older ones.
 
     The newest `keep_last` and that of step `best` remain. Raises `StorageError` when the disk is full or not
-    writable; the incomplete checkpoint is removed.
+    writable, and when the run directory is no longer the one that `lock` locks. The incomplete checkpoint is
+    removed, but nothing in the directory of another run.
     """
     path = get_checkpoint_path(run_dir, snapshot.step)
     temporary = path.with_name(path.name + ".tmp")
+    check_lock = lock.check if lock else lambda: None
+    check_lock()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         _write_files(temporary, snapshot)
-        if path.exists():  # written by another process that shares the directory without a lock
+        check_lock()
+        if os.path.lexists(path):  # written by another process that shares the directory without a lock
             rename_damaged(path)
         temporary.rename(path)
         sync(path.parent)
         sync(run_dir)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        check_lock()
+        with contextlib.suppress(OSError):
+            remove(temporary)
         raise StorageError(_describe_failure(run_dir, snapshot.step, error)) from error
     prune(run_dir, snapshot.step, keep_last, best)
     return path
 
 
 def _write_files(folder: Path, snapshot: Snapshot) -> None:
-    save_file(snapshot.model, folder / "model.safetensors")
-    with (folder / "optimizer.pt").open("wb") as file:
+    write_tensors(snapshot.model, folder / "model.safetensors")
+    with name_file(folder / "optimizer.pt") as path, path.open("wb") as file:
         torch.save(snapshot.training, file)
-    (folder / "state.json").write_text(_to_json(snapshot.state))
-    (folder / "config.json").write_text(_to_json(snapshot.settings))
+    for name, values in (("state.json", snapshot.state), ("config.json", snapshot.settings)):
+        with name_file(folder / name) as path:
+            path.write_text(_to_json(values))
     for name in FILES:
-        sync(folder / name)
+        with name_file(folder / name) as path:
+            sync(path)
     write_manifest(folder, snapshot.step)
     sync(folder)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Its mode follows the umask, as that of any new file. Raises `OSError` with the name of the file.
+    """
+    with name_file(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path)  # replaces the file by one that only its owner can read
+        path.chmod(mode)
+
+
+@contextlib.contextmanager
+def name_file(path: Path) -> Iterator[Path]:
+    """Raise `OSError` with the name of the file in place of any error of writing it.
+
+    The libraries that write tensors hide the system's error: one in the text, one in the context.
+    """
+    try:
+        yield path
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno:
+            number = cause.errno
+        else:
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else 0
+        reason = os.strerror(number) if number else str(error).partition("\n")[0]
+        raise OSError(number or errno.EIO, reason, str(path)) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a directory with its content, a file or a link, if there is one.
+
+    What a link points to remains.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -105,19 +166,17 @@ def write_manifest(folder: Path, step: int) -> None:
         }
         for name in FILES
     ]
-    (folder / MANIFEST).write_text(_to_json({"step": step, "files": entries}))
-    sync(folder / MANIFEST)
+    with name_file(folder / MANIFEST) as path:
+        path.write_text(_to_json({"step": step, "files": entries}))
+        sync(path)
 
 
-def _describe_failure(run_dir: Path, step: int, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f" ({format_megabytes(shutil.disk_usage(run_dir).free)} free)"
+def _describe_failure(run_dir: Path, step: int, error: OSError) -> str:
     older = [saved for saved in list_steps(run_dir) if saved != step]
     resume = f"; the same command resumes from step {older[-1]}" if older else ""
     return (
-        f"cannot write the checkpoint of step {step} to {run_dir / 'checkpoints'}: {reason}{free}; "
+        f"cannot write the checkpoint of step {step} to {run_dir / 'checkpoints'}: "
+        f"{describe_os_error(error)}{describe_free_space(run_dir)}; "
         f"free space there, or move the run directory and give its new path as --output_dir{resume}"
     )
 
@@ -134,22 +193,33 @@ def prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
             # Renamed first: a partly removed checkpoint must not look complete.
             path = get_checkpoint_path(run_dir, old)
             temporary = path.with_name(path.name + ".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            path.rename(temporary)
-            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                remove(temporary)
+                path.rename(temporary)
+                remove(temporary)
+            except OSError as error:
+                logger.warning("cannot remove an old checkpoint: %s", describe_os_error(error))
 
 
 def verify(folder: Path) -> None:
-    """Raise `DamagedCheckpointError` unless all files match the manifest.
+    """Raise `DamagedCheckpointError` unless the manifest is of this step and all files match it.
 
-    The message names the file that is missing or differs.
+    The message names the file that is missing or differs. Only files with known names are read.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        _check_is_file(path)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DamagedCheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes")
+        manifest = json.loads(path.read_bytes())
         entries = {entry["name"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
+        if get_checkpoint_path(folder, manifest["step"]).name != folder.name:
+            raise DamagedCheckpointError(
+                f"{folder} holds the checkpoint of step {manifest['step']}: it was copied or renamed ({path})"
+            )
         for name in FILES:
             path = folder / name
+            _check_is_file(path)
             size, sha256 = entries[name]
             found = path.stat().st_size
             if found != size:
@@ -160,8 +230,14 @@ def verify(folder: Path) -> None:
         raise DamagedCheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read") from None
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise `DamagedCheckpointError` for a device or a pipe, which reading might never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DamagedCheckpointError(f"{path} is not a file")
 
 
 def find_damage(folder: Path) -> DamagedCheckpointError | None:
@@ -217,10 +293,10 @@ def read_training(run_dir: Path, step: int) -> dict:
     path = get_checkpoint_path(run_dir, step) / "optimizer.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+    except Exception as error:  # any kind, for bytes that were not written by torch.save
         raise DamagedCheckpointError(
             f"{path} cannot be read; remove {path.parent} to resume from the checkpoint before"
-        ) from None
+        ) from error
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -68,14 +68,21 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path, first_step: int, elapsed_seconds: float = 0.0, is_writer: bool = True
+        self,
+        path: Path,
+        first_step: int,
+        validation: str | None = None,
+        elapsed_seconds: float = 0.0,
+        is_writer: bool = True,
     ) -> None:
         """Open the file, and remove lines after `first_step` that a killed run left.
 
-        Without a checkpoint to resume from, all previous lines move to another file. `elapsed_seconds` is
-        the training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
+        Without a checkpoint to resume from, all previous lines move to another file. `validation` is the
+        SHA-256 of the validation split, if any. `elapsed_seconds` is the training time of the run so far.
+        Only rank 0 is a writer: the lines of other ranks are discarded.
         """
-        self._path, self._started = path, time.monotonic() - elapsed_seconds
+        self._path, self._validation = path, validation
+        self._started = time.monotonic() - elapsed_seconds
         self.evaluations: dict[int, dict] = {}  # on the validation split, by step
         if not is_writer:
             self._path = Path(os.devnull)
@@ -89,11 +96,13 @@ class MetricsLog:
 
     def _remove_later_lines(self, first_step: int) -> None:
         lines = self._path.read_text(errors="replace").splitlines()
-        valid = [line for line in lines if _parse_step(line) <= first_step]
+        parsed = [(line, values) for line in lines if (values := parse_line(line))]
+        if len(parsed) < len(lines):
+            logger.warning("%s: %d damaged lines removed", self._path, len(lines) - len(parsed))
+        valid = [(line, values) for line, values in parsed if values["step"] <= first_step]
         with open_atomic(self._path) as file:
-            file.writelines(f"{line}\n".encode() for line in valid)
-        evaluations = (line for line in map(json.loads, valid) if line["kind"] == "valid")
-        self.evaluations = {line["step"]: line for line in evaluations}
+            file.writelines(f"{line}\n".encode() for line, _ in valid)
+        self.evaluations = select_evaluations([values for _, values in valid], self._validation)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -106,10 +115,11 @@ class MetricsLog:
         Values that are undefined or not finite become null. Raises `StorageError`.
         """
         finite = replace_non_finite(values)
-        if kind == "valid":
-            self.evaluations[step] = finite
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = {"step": step, "kind": kind, "time": now, "elapsed_seconds": self.elapsed_seconds, **finite}
+        if kind == "valid":
+            self.evaluations[step] = finite
+            line["text_sha256"] = self._validation
         with raise_storage_errors(self._path):
             self._file.write(json.dumps(line) + "\n")
 
@@ -122,12 +132,27 @@ class MetricsLog:
         self._file.close()
 
 
-def _parse_step(line: str) -> float:
-    """Return the step of a metrics line, or infinity if a crash truncated the line."""
+def parse_line(line: str) -> dict | None:
+    """Return the values of a metrics line, or None if it has no step, because a crash truncated it."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def select_evaluations(lines: list[dict], validation: str | None) -> dict[int, dict]:
+    """Return the evaluations on one validation split by step.
+
+    The split is the one with the SHA-256 `validation`, or without one, that of the last evaluation. Lines of
+    earlier versions do not name it: they belong to the first that is named.
+    """
+    evaluations = [values for values in lines if values.get("kind") == "valid"]
+    named = [values["text_sha256"] for values in evaluations if "text_sha256" in values] or [validation]
+    selected = validation or named[-1]
+    return {
+        values["step"]: values for values in evaluations if values.get("text_sha256", named[0]) == selected
+    }
 
 
 class Progress:

@@ -6,50 +6,45 @@ model/ (MLM), or generator/ and discriminator/ (RTD):
                           spm.model           vocabulary
 """
 
-import errno
-import fcntl
 import logging
-import os
+import re
 import shutil
-import socket
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, ModelConfig, read_json
-from DeBERTa.data.files import find_unused_path, sync
-from DeBERTa.errors import ConfigError, StorageError
+from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
+from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError, describe_os_error
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.checkpoint import (
     find_newest_valid,
     format_megabytes,
     get_checkpoint_path,
     list_steps,
+    remove,
     rename_damaged,
     write_json,
+    write_tensors,
 )
+from DeBERTa.training.run_lock import LOCK, RunLock
 from DeBERTa.training.worker import LOGS
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-locks: list[TextIO] = []  # open files; their locks are held until this process ends
 
+def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> tuple[int, RunLock]:
+    """Create or reopen the run directory and lock it.
 
-def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> int:
-    """Create or reopen the run directory, and return the step to resume from, or 0.
-
-    Writes settings and environment there. Raises `StorageError` when the directory cannot be written, and
-    `ConfigError` when another process trains in it, its run has other settings, or none of its checkpoints
-    is valid.
+    Returns the step to resume from, or 0, and the lock. Writes settings and environment there. Raises
+    `StorageError` when the directory cannot be written, and `ConfigError` when another process trains in it,
+    its run has other settings, or none of its checkpoints is valid.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock_run_dir(run_dir)
+        lock = RunLock(run_dir)
         if fresh:
             move_previous_run(run_dir)
         step, damages = find_newest_valid(run_dir)
@@ -65,51 +60,49 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
         write_json(run_dir / "environment.json", environment)
     except OSError as error:
         raise StorageError(
-            f"cannot write the run directory {run_dir}: {error.strerror}; give another --output_dir"
+            f"cannot write the run directory {run_dir}: {describe_os_error(error)}; give another --output_dir"
         ) from error
-    return step
-
-
-def lock_run_dir(run_dir: Path) -> None:
-    """Lock `run_dir` against other training processes until this one ends.
-
-    Raises `ConfigError` when another process trains there. The lock is a record lock: it ends with the
-    process, data workers do not inherit it, and it excludes other machines on a network file system. Without
-    file locks nothing is locked.
-    """
-    file = (run_dir / LOCK).open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return
-        file.seek(0)
-        holder = file.read().strip()
-        raise ConfigError(
-            f"another process ({holder}) is training in {run_dir}: stop it, or give another --tag"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    locks.append(file)
+    return step, lock
 
 
 def move_previous_run(run_dir: Path) -> None:
-    """Move everything but the open log files to `RUN_DIR.old-1` (-2, ...)."""
-    previous = [path for path in run_dir.glob("*") if path.name not in (LOGS, LOCK)]
-    if previous:
-        target = find_unused_path(run_dir.with_name(run_dir.name + ".old"))
+    """Move everything but the open log files to `RUN_DIR.old-1` (-2, ...).
+
+    Where the run directory is a mount point or its parent cannot be written, the target is `RUN_DIR/old-1`.
+    """
+    previous = [
+        path
+        for path in sorted(run_dir.iterdir())
+        if path.name not in (LOGS, LOCK) and not re.fullmatch(r"old-\d+", path.name)
+    ]
+    if not previous:
+        return
+    real = run_dir.resolve()
+    if Path.cwd().is_relative_to(real):
+        raise ConfigError(
+            f"--fresh would move the files of {real}, in which this command was started; start it elsewhere, "
+            "or give another --output_dir"
+        )
+    target = find_unused_path(real.with_name(real.name + ".old"))
+    try:
         target.mkdir()
-        for path in previous:
-            path.rename(target / path.name)
-        logger.info("--fresh: the previous files of %s are now in %s", run_dir, target)
+        previous[0].rename(target / previous[0].name)
+        previous.pop(0)
+    except OSError:
+        with suppress(OSError):
+            target.rmdir()
+        target = find_unused_path(run_dir / "old")
+        target.mkdir()
+    for path in previous:
+        path.rename(target / path.name)
+    logger.info("--fresh: the previous files of %s are now in %s", run_dir, target)
 
 
 def remove_unfinished(run_dir: Path) -> None:
     """Remove checkpoints that a killed process has not fully written or removed."""
     for path in (run_dir / "checkpoints").glob("step-*.tmp"):
         logger.info("removing %s, which a killed run left unfinished", path)
-        shutil.rmtree(path)
+        remove(path)
 
 
 def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
@@ -117,23 +110,42 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
 
     Settings that another version of this package added or removed are not compared. Versions without
     `--kernels` computed as `auto` does. Earlier versions recorded `attention_head_size` 0 for the usual one,
-    which follows from the other sizes.
+    which follows from the other sizes. Other code and another validation split are warnings.
     """
     differing: list[str] = []
     for section in ("train", "model", "data"):
-        old, new = flatten(saved.get(section, {})), flatten(current[section])
+        if not isinstance(saved.get(section), dict):
+            raise DamagedCheckpointError(
+                f"config.json of the newest checkpoint in {run_dir} has no section {section!r}; remove this "
+                "checkpoint to resume from the one before"
+            )
+        old, new = flatten(saved[section]), flatten(current[section])
         if section == "train":
             old = {"kernels": "auto"} | old
-        differing += [
-            f"{key} ({old[key]} there, {new[key]} here)"
-            for key in sorted((old.keys() & new.keys()) - FREE_TO_CHANGE)
-            if old[key] != new[key] and not (key.endswith("attention_head_size") and old[key] == 0)
-        ]
+        old = {key: value for key, value in old.items() if value or not key.endswith("attention_head_size")}
+        differing += list_differences(old, new, FREE_TO_CHANGE)
     if differing:
         raise ConfigError(
             f"{run_dir} holds a run with other settings: {', '.join(differing)}; "
             "give another --tag or --output_dir, or the settings of that run to resume it"
         )
+    if differing := list_differences(saved.get("code") or {}, current["code"]):
+        logger.warning("resuming with other code: %s; results may differ from here on", ", ".join(differing))
+    if differing := list_differences(saved.get("validation") or {}, current["validation"]):
+        logger.warning(
+            "resuming with another validation split: %s; the best checkpoint is chosen among evaluations on "
+            "one split, the newest; to keep the one that best.json names now, copy it",
+            ", ".join(differing),
+        )
+
+
+def list_differences(old: dict, new: dict, ignored: Collection[str] = ()) -> list[str]:
+    """Describe the values that differ, of the names that both have."""
+    return [
+        f"{name} ({old[name]} there, {new[name]} here)"
+        for name in sorted((old.keys() & new.keys()) - set(ignored))
+        if old[name] != new[name]
+    ]
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -188,19 +200,19 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
         models = {"model": (model.state_dict(), model.config)}
     for name, (state, config) in models.items():
         directory = run_dir / name
-        temporary = directory / "model.safetensors.tmp"
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         try:
-            directory.mkdir(exist_ok=True)
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, temporary)
-            sync(temporary)
-            temporary.replace(directory / "model.safetensors")
-            write_json(directory / "config.json", config.to_dict())
-            shutil.copyfile(vocabulary, directory / "spm.model")
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
+            with raise_storage_errors(directory):
+                directory.mkdir(exist_ok=True)
+                with open_atomic(directory / "model.safetensors") as file:
+                    write_tensors(tensors, Path(file.name))
+                write_json(directory / "config.json", config.to_dict())
+                with open_atomic(directory / "spm.model") as file:
+                    file.write(vocabulary.read_bytes())
+        except StorageError as error:
+            reason = str(error).removeprefix("cannot write ").rpartition(";")[0]
             raise StorageError(
-                f"cannot write the final model to {directory}: {error}; "
-                "make room there, then the same command writes it without training again"
+                f"cannot write the final model: {reason}; make room there, then the same command writes it "
+                "without training again"
             ) from error
     return [run_dir / name for name in models]

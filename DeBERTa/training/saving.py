@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from DeBERTa.training.checkpoint import Snapshot, write_checkpoint
+from DeBERTa.training.run_lock import RunLock
 
 NICENESS = 10  # of -20 to 19
 
@@ -20,17 +21,12 @@ class Saver:
     The next `save`, `check` or `wait` raises the error of its thread.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int) -> None:
-        self.run_dir, self.keep_last = run_dir, keep_last
+    def __init__(self, run_dir: Path, keep_last: int, lock: RunLock | None = None) -> None:
+        self.run_dir, self.keep_last, self.lock = run_dir, keep_last, lock
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoint", initializer=lower_thread_priority
         )
         self._writing: Future | None = None
-
-    @property
-    def is_writing(self) -> bool:
-        """Return whether a started checkpoint has not been returned by a call yet."""
-        return self._writing is not None
 
     def save(self, snapshot: Snapshot, best: int | None) -> None:
         """Start writing `snapshot`.
@@ -38,7 +34,9 @@ class Saver:
         `best` is the step of a checkpoint that is not pruned.
         """
         self.wait()
-        self._writing = self._executor.submit(write_checkpoint, self.run_dir, snapshot, self.keep_last, best)
+        self._writing = self._executor.submit(
+            write_checkpoint, self.run_dir, snapshot, self.keep_last, best, self.lock
+        )
 
     def check(self) -> Path | None:
         """Return the checkpoint completed since the last call, if any.

@@ -30,6 +30,7 @@ from DeBERTa.training.metrics import (
     warn_of_undefined,
 )
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
+from DeBERTa.training.run_lock import RunLock
 from DeBERTa.training.samples import write_samples
 from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
@@ -53,11 +54,17 @@ class Run:
     settings: dict  # as resolved: "train", "model", "data"
     interval: Interval
     attention: str  # in use
+    lock: RunLock | None = None  # of the run directory, held by rank 0
 
     @property
     def run_dir(self) -> Path:
         """Return the run directory."""
         return self.config.run_dir
+
+    def check_lock(self) -> None:
+        """Raise `StorageError` on rank 0 if the run directory may be another run's."""
+        if self.lock:
+            self.lock.check()
 
 
 class Trainer:
@@ -71,12 +78,13 @@ class Trainer:
         self.run, self.first_step, self.signals = run, first_step, signals
         self.total_steps = run.training.total_steps
         self.progress = Progress(first_step, self.total_steps)
-        self.saver = Saver(run.run_dir, run.config.keep_last)
+        self.saver = Saver(run.run_dir, run.config.keep_last, run.lock)
         elapsed = 0.0
         if first_step and is_rank_zero():
             state = read_json(get_checkpoint_path(run.run_dir, first_step) / "state.json")
             elapsed = state.get("elapsed_seconds", 0.0)  # older checkpoints lack it
-        self.log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, elapsed, is_rank_zero())
+        validation = run.settings["validation"]["valid_sha256"]
+        self.log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, validation, elapsed, is_rank_zero())
 
     def train(self) -> None:
         """Train to the last step.
@@ -124,6 +132,7 @@ class Trainer:
         Collective: every rank calls it.
         """
         training = self.run.training
+        self.run.check_lock()
         metrics = self.run.interval.finish() | get_learning_rates(training)
         metrics["skipped_steps"] = training.guard.skipped_steps
         metrics["peak_memory_gb"] = round(measure_peak_memory(training.device), 3)
@@ -173,6 +182,7 @@ class Trainer:
         """Log that a checkpoint is complete, and record the best one."""
         if checkpoint:
             logger.info("saved %s", checkpoint)
+            self.run.check_lock()
             record_best(self.run.run_dir, self.log.evaluations)
 
     def stop(self, signal_number: int) -> NoReturn:
@@ -192,6 +202,7 @@ class Trainer:
             results = evaluate_splits(
                 run.model, training.compute_outputs, splits, run.config, training.precision, training.device
             )
+        run.check_lock()
         for split, metrics in results.items():
             self.log.write(step, split, metrics)
             logger.info("step %d: %s  %s", step, split, format_metrics(metrics))

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import random
 import resource
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from DeBERTa.errors import StorageError
+from DeBERTa.training.best import find_best, record_best
+from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.metrics import (
     MetricsLog,
     average_losses,
@@ -55,6 +58,61 @@ def test_lines_after_the_checkpoint_are_removed(tmp_path):
     log.write(3, "train", {"loss": 2.0})
     log.close()
     assert read(path)[-1]["loss"] == 2.0
+
+
+LINES = [
+    "null", "[]", "3", "{}", '{"step": null}', '{"step": "1", "kind": "valid"}', "[" * 100_000, "\xff", "",
+    '{"step": 1}', '{"step": 1, "kind": null}', '{"step": 1, "kind": "valid"}',
+    '{"step": 1, "kind": "valid", "loss": "low"}', '{"step": 1, "kind": "valid", "loss": NaN}',
+    '{"step": 1, "kind": "valid", "loss": null}', '{"step": 1, "kind": ["valid"], "loss": 0}',
+]  # fmt: skip
+
+
+def test_lines_of_any_shape(tmp_path, caplog):
+    """Lines without a step are removed with a warning; the best checkpoint has a loss."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(LINES) + '\n{"step": 2, "kind": "valid", "loss": 7}\n', encoding="latin-1")
+    log = MetricsLog(path, 2)
+    log.close()
+    assert [line["step"] for line in read(path)] == [1, 1, 1, 1, 1, 1, 1, 2]
+    assert "9 damaged lines removed" in caplog.text
+    for step in (1, 2):
+        get_checkpoint_path(tmp_path, step).mkdir(parents=True)
+    assert find_best(tmp_path, log.evaluations) == 2
+
+
+def test_random_damage(tmp_path):
+    path, generator = tmp_path / "metrics.jsonl", random.Random(3)
+    log = MetricsLog(path, 0, "a")
+    for step in (1, 2, 3):
+        log.write(step, "train", {"loss": 1.0})
+        log.write(step, "valid", {"loss": step / 2})
+        get_checkpoint_path(tmp_path, step).mkdir(parents=True)
+    log.close()
+    valid = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(valid)
+        for _ in range(generator.choice((1, 5, 50))):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        path.write_bytes(content)
+        log = MetricsLog(path, 3, "a")
+        record_best(tmp_path, log.evaluations)
+        log.close()
+
+
+def test_evaluations_on_another_split_do_not_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "valid", "loss": 1.0}\n')  # an earlier version: that of the next one
+    for step, split in ((2, "a"), (3, "b"), (4, None)):
+        log = MetricsLog(path, step, split)
+        if split:
+            log.write(step, "valid", {"loss": step + 0.5})
+        log.close()
+    assert [line.get("text_sha256") for line in read(path)] == [None, "a", "b"]
+    for split, steps in (("a", [1, 2]), ("b", [3]), ("c", []), (None, [3])):
+        log = MetricsLog(path, 4, split)
+        log.close()
+        assert list(log.evaluations) == steps
 
 
 def test_without_a_checkpoint_previous_lines_move(tmp_path):

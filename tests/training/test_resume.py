@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, write_manifest
-from tests.commands import Command
+from tests.commands import Command, metrics
 from tests.conftest import ROOT
 from tests.runs import copy_run, final_files, remove_after, run, tiny_flags
 
@@ -73,6 +73,37 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path, prepared):
     assert status == 0, output
     assert "resuming from step 1" in output
     assert final_files(flags["output_dir"]) == expected
+
+
+def test_another_validation_split(tmp_path, prepared):
+    """The run resumes, with a warning; losses on different texts are not compared."""
+    data = shutil.copytree(prepared, tmp_path / "data")
+    flags = tiny_flags(tmp_path, data, "MLM") | {"keep_last": 9}
+    assert run(flags)[0] == 0
+    expected = final_files(flags["output_dir"])
+    remove_after(flags["output_dir"], 4)
+    shutil.copy(data / "test.txt", data / "valid.txt")
+    status, output = run(flags)
+    assert status == 0, output
+    assert "warning: resuming with another validation split: valid_sha256 (" in output
+    best = flags["output_dir"] / "checkpoints" / "best.json"
+    losses = {}
+    for line in metrics(flags["output_dir"]):
+        if line["kind"] == "valid":
+            losses.setdefault(line["text_sha256"], {})[line["step"]] = line["loss"]
+    first, second = losses.values()
+    assert list(first) == [2, 4]
+    assert list(second) == [4, 6]  # the checkpoint that it resumed from was evaluated, too
+    recorded = json.loads(best.read_text())
+    assert recorded["loss"] == second[recorded["step"]] == min(second.values())
+    (data / "valid.txt").unlink()
+    remove_after(flags["output_dir"], 4)
+    status, output = run(flags)
+    assert status == 0, output
+    assert "resuming with another validation split" in output
+    assert json.loads(best.read_text())["loss"] == second[4]
+    newest = final_files(flags["output_dir"])
+    assert {name for name in expected if newest[name] != expected[name]} == {"metrics"}
 
 
 @pytest.mark.parametrize("first", [0, 3])

@@ -1,12 +1,17 @@
 """The run directory: what may change on resume, what is moved, and disks that are too small."""
 
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, RTDConfig, RTDModel
-from DeBERTa.errors import ConfigError, StorageError
+from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError
 from DeBERTa.training.run_dir import (
     check_disk_space,
     check_same_run,
@@ -15,13 +20,19 @@ from DeBERTa.training.run_dir import (
     remove_unfinished,
     save_models,
 )
-from tests.conftest import GOLDEN, tiny_model, tiny_rtd
+from tests.conftest import GOLDEN, ROOT, tiny_model, tiny_rtd
 
 VOCABULARY = GOLDEN / "prepare" / "spm.model"
 
 
 def settings(**train: object) -> dict:
-    return {"train": train, "model": {"generator": {"hidden_size": 8}}, "data": {"train_sha256": "a"}}
+    return {
+        "train": train,
+        "model": {"generator": {"hidden_size": 8}},
+        "data": {"train_sha256": "a"},
+        "validation": {"valid_sha256": "b"},
+        "code": {"package_sha256": "c"},
+    }
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -39,14 +50,78 @@ def test_nested_settings_get_dotted_names():
 
 def test_fresh_moves_the_previous_files(tmp_path):
     run_dir = tmp_path / "run"
-    assert open_run_dir(run_dir, settings(), {}, fresh=False) == 0
+    assert open_run_dir(run_dir, settings(), {}, fresh=False)[0] == 0
     (run_dir / "metrics.jsonl").write_text("old\n")
     (run_dir / "logs").mkdir()
-    assert open_run_dir(run_dir, settings(), {}, fresh=True) == 0
+    assert open_run_dir(run_dir, settings(), {}, fresh=True)[0] == 0
     assert sorted(path.name for path in run_dir.iterdir()) == [
         ".lock", "config.json", "environment.json", "logs"
     ]  # fmt: skip
     assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == "old\n"
+
+
+FRESH_THREE_TIMES = """
+from pathlib import Path
+from DeBERTa.training.run_dir import open_run_dir
+from tests.training.test_run_dir import settings
+for number in range(3):
+    Path("{run}/metrics.jsonl").write_text(str(number))
+    assert open_run_dir(Path("{run}"), settings(), {{}}, fresh=True)[0] == 0
+print([Path("{run}/old-%d/metrics.jsonl" % number).read_text() for number in (1, 2, 3)])
+"""
+
+
+def test_fresh_on_a_mount_point(tmp_path):
+    """The previous files cannot be moved out of it."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    python = shlex.join([sys.executable, "-c", FRESH_THREE_TIMES.format(run=run_dir)])
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs {run_dir} && {python}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"unshare or mount not permitted, or the run failed: {done.stderr}"
+    assert done.stdout == "['0', '1', '2']\n"
+    assert list(tmp_path.iterdir()) == [run_dir]
+
+
+def test_fresh_on_a_linked_directory(tmp_path):
+    """The files stay on the disk that the link points to."""
+    disk, run_dir = tmp_path / "disk", tmp_path / "run"
+    (disk / "run").mkdir(parents=True)
+    run_dir.symlink_to(disk / "run")
+    (run_dir / "metrics.jsonl").touch()
+    (disk / "run.old-1").symlink_to("/nowhere")
+    open_run_dir(run_dir, settings(), {}, fresh=True)
+    assert (disk / "run.old-2" / "metrics.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run"]
+
+
+@pytest.mark.parametrize("path", [".", "..", "{}/project/../project"])
+def test_fresh_does_not_move_the_current_directory(tmp_path, monkeypatch, path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "thesis.tex").touch()
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(ConfigError, match=r"--fresh would move the files of .*, in which this command was"):
+        open_run_dir(Path(path.format(tmp_path)), settings(), {}, fresh=True)
+    assert (tmp_path / "project" / "thesis.tex").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "project"] or path == ".."
+
+
+def test_other_code_is_a_warning(tmp_path, caplog):
+    """Unlike other settings: a run can be resumed with a newer version."""
+    check_same_run(settings(), settings(), tmp_path)
+    assert caplog.text == ""
+    check_same_run(settings(), settings() | {"code": {"package_sha256": "d", "torch": "2"}}, tmp_path)
+    assert "resuming with other code: package_sha256 (c there, d here)" in caplog.text
+
+
+@pytest.mark.parametrize("section", ["train", "model", "data"])
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_a_checkpoint_without_settings_is_refused(tmp_path, section, value):
+    """It would match any run."""
+    with pytest.raises(DamagedCheckpointError, match=f"config.json .* has no section '{section}'"):
+        check_same_run(settings() | {section: value}, settings(), tmp_path)
 
 
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
