@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Prepare text for pre-training: see `python prepare_data.py --help`, and DeBERTa/prepare_data.py."""
 
-import sys
-
-from DeBERTa.prepare_data import main
+from DeBERTa.prepare_data import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command()

@@ -34,7 +34,7 @@ setup(
     entry_points={
         "console_scripts": [
             "deberta-train = DeBERTa.train:run_command",
-            "deberta-prepare = DeBERTa.prepare_data:main",
+            "deberta-prepare = DeBERTa.prepare_data:run_command",
             "deberta-report = DeBERTa.report.__main__:main",
         ]
     },

@@ -6,9 +6,13 @@ too (`log_rank` in training/worker.py).
 """
 
 import contextlib
+import io
 import logging
+import os
 import re
 import sys
+from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -17,17 +21,47 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+class _Output(io.FileIO):
+    """A file for messages: those that cannot be written are lost, and the run continues.
+
+    Reasons are a closed terminal, a pipe that nobody reads, and a full disk.
+    """
+
+    def write(self, data: Any) -> int:
+        """Write as much as possible, and return how many bytes are done with."""
+        written = None
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+        return len(data) if written is None else written
+
+
+def open_output(file: int | Path, mode: str = "w") -> TextIO:
+    """Open a descriptor or a path for messages, which are lost where they cannot be written."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(file, mode)), errors="backslashreplace", line_buffering=True
+    )
+
+
+def secure_console() -> None:
+    """Make this process independent of its terminal: stdout and stderr can always be written.
+
+    Call it first in a command. Closed standard descriptors are opened, so that no other file gets their
+    numbers.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    streams = {1: sys.stdout, 2: sys.stderr}  # None: closed when Python started, and perhaps in use since
+    sys.stdout, sys.stderr = (open_output(n if s else Path(os.devnull)) for n, s in streams.items())
+
+
 class StderrHandler(logging.Handler):
     """Write records to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record.
-
-        On a full disk or a closed pipe the message is lost, and the run continues.
-        """
-        with contextlib.suppress(OSError, ValueError):
-            tqdm.write(self.format(record), file=sys.stderr)
-            sys.stderr.flush()
+        """Write one record."""
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
 
 
 class LineFormatter(logging.Formatter):

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.files import get_cache_dir
@@ -14,7 +15,7 @@ from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare
 from DeBERTa.data.vocabulary import find_or_train_vocabulary
 from DeBERTa.errors import DataError, DebertaError, describe_os_error
 from DeBERTa.flags import FlagParser, build_config, read_flags
-from DeBERTa.log import set_up_logging
+from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.presets import CORPORA, list_preparation
 
 DESCRIPTION = """\
@@ -218,5 +219,11 @@ def describe(prepared: PreparedText) -> str:
     return f"{prepared.output}: {counts}, {speed}"
 
 
-if __name__ == "__main__":
+def run_command() -> NoReturn:
+    """Run the console command, and exit with its status."""
+    secure_console()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run_command()

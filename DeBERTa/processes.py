@@ -8,8 +8,17 @@ import os
 import signal
 import sys
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process receives when its parent ends
+
+
+def list_handled_signals() -> list[signal.Signals]:
+    """Return the signals that a run handles: those that stop it, and SIGUSR1.
+
+    SIGHUP is not among them where this process ignores it, as under `nohup`.
+    """
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [n for n in (*STOP_SIGNALS, signal.SIGUSR1) if not (is_ignored and n == signal.SIGHUP)]
 
 
 def exit_with_parent(signal_number: int, parent_pid: int | None = None) -> None:

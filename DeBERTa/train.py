@@ -40,7 +40,7 @@ from DeBERTa.errors import (
 )
 from DeBERTa.flags import parse_flags
 from DeBERTa.hub.published import load_masked_lm, load_rtd
-from DeBERTa.log import set_up_logging
+from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import collect_environment, describe_code, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
@@ -81,7 +81,7 @@ logger = logging.getLogger("DeBERTa.train")  # as a command, __name__ is "__main
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after SIGINT, 143 after SIGTERM.
+    It is 0 on success, 1 after an error, 2 for wrong flags, 128 plus its number after a signal.
     """
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command() -> NoReturn:
     """Run the console command, and exit with its status."""
+    secure_console()
     exit_process(main())
 
 

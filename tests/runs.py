@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import wait
@@ -56,8 +57,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
 
     import torch
 
-    from DeBERTa.train import main
-    from DeBERTa.training.worker import exit_process
+    from DeBERTa.train import run_command
 
     os.setsid()
     multiprocessing.set_start_method(
@@ -72,7 +72,8 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     if "KILL_AT_CALL" in environment:  # die at the n-th call that changes a file
         kill_at_call(int(environment["KILL_AT_CALL"]))
     torch.set_num_threads(1)
-    exit_process(main(arguments))
+    sys.argv[1:] = arguments
+    run_command()
 
 
 class ForkedRun:
@@ -90,6 +91,7 @@ class ForkedRun:
         self._unread = b""
         # Opened for writing, too, so that a run that never opens it does not block this process.
         self._pipe = os.open(self.log, os.O_RDWR) if live else None
+        self.is_live = live
 
     def lines(self) -> Iterator[str]:
         """Yield lines as they are written, until the run ends. Fails after `PATIENCE` seconds."""
@@ -115,6 +117,11 @@ class ForkedRun:
         os.killpg(self.pid, signal.SIGKILL)
         raise AssertionError(f"not over after {PATIENCE} s: {self.log}: {''.join(self.read)}")
 
+    def stop_reading(self) -> None:
+        """Close the pipe, whose messages then cannot be written."""
+        os.close(self._pipe)
+        self._pipe = None
+
     def finish(self) -> tuple[int, str]:
         """Return the exit status (negative: the signal that killed it) and the output."""
         if self._pipe:
@@ -124,7 +131,8 @@ class ForkedRun:
         self.process.join(PATIENCE)
         if self.process.exitcode is None:
             self.kill_and_fail()
-        return self.process.exitcode, strip_times("".join(self.read) if self._pipe else self.log.read_text())
+        output = "".join(self.read) if self.is_live else self.log.read_text()
+        return self.process.exitcode, strip_times(output)
 
 
 def run(values: dict, log: Path | None = None, **environment: str) -> tuple[int, str]:

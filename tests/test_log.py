@@ -1,7 +1,6 @@
 """Messages: level, times, and lines above the progress bar."""
 
 import fcntl
-import io
 import logging
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from DeBERTa.log import set_up_logging
+from DeBERTa.log import open_output, set_up_logging
 
 logger = logging.getLogger("DeBERTa.test")
 
@@ -71,16 +70,34 @@ def test_the_level_hides_less_severe_messages(capsys):
 
 
 def test_a_message_that_cannot_be_written_is_lost_without_an_error():
+    """On a full disk, in a pipe without a reader, on a terminal that was closed."""
     set_up_logging("info")
-    full = Path("/dev/full").open("w")  # noqa: SIM115 (closing it fails too)
-    with redirect_stderr(full):
-        logger.info("lost")
-    with suppress(OSError):
-        full.close()
-    closed = io.StringIO()
-    closed.close()
-    with redirect_stderr(closed):
-        logger.info("lost")
+    reader, writer = os.pipe()
+    screen, keyboard = os.openpty()
+    os.close(reader)
+    os.close(screen)
+    for file in (Path("/dev/full"), writer, keyboard):
+        with open_output(file) as output, redirect_stderr(output):
+            logger.info("lost")
+            with tqdm(total=3) as bar:
+                bar.update()
+
+
+def test_what_can_be_written_is_written(tmp_path):
+    """A pipe that takes a part of a message at a time, and characters that the encoding lacks."""
+    text = "x" * 200_000
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # a full pipe loses messages; the run does not wait
+    with open_output(writer) as output:
+        output.write(text)
+    with os.fdopen(reader) as pipe:
+        received = pipe.read()
+    assert 0 < len(received) < len(text)
+    assert set(received) == {"x"}
+    for _ in range(2):
+        with open_output(tmp_path / "log", "a") as output:
+            print("a\udcff", file=output)
+    assert (tmp_path / "log").read_text() == "a\\udcff\n" * 2
 
 
 def test_control_characters_of_others_are_escaped(capsys):

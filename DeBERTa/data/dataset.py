@@ -16,7 +16,7 @@ from DeBERTa.data.batch import Batch
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.processes import exit_with_parent
+from DeBERTa.processes import STOP_SIGNALS, exit_with_parent
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this length: faster matmuls
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
@@ -173,6 +173,6 @@ def load_batches(dataset: Dataset[Batch], indices: Sequence[int], workers: int) 
 
 def _set_up_worker(_worker: int) -> None:
     """Make a data worker ignore signals and exit with its rank."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (*STOP_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     exit_with_parent(signal.SIGKILL)

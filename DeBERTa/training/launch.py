@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError, LaunchError, StorageError
-from DeBERTa.processes import STOP_SIGNALS
+from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
 from DeBERTa.training.failures import Failure, get_stop_signal
 from DeBERTa.training.network import find_interface
 from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
@@ -86,8 +86,8 @@ def _read_integer(name: str, default: int) -> int:
 def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     """Run this node's workers until they end, and return the exit status.
 
-    It is 0 if all workers of all nodes succeeded, and 130 or 143 after a signal. Raises `LaunchError` if the
-    nodes cannot start together, or with the message of the worker that failed.
+    It is 0 if all workers of all nodes succeeded, and 128 plus its number after a signal. Raises
+    `LaunchError` if the nodes cannot start together, or with the message of the worker that failed.
     """
     logs = get_log_path(config.run_dir, 0).parent
     try:
@@ -149,7 +149,7 @@ class Worker:
 class Supervisor:
     """Start the workers of this node, forward signals to them, and end them together.
 
-    SIGTERM and SIGINT raise `RunInterrupted` while no workers are running.
+    Signals that stop a run raise `RunInterrupted` while no workers are running.
     """
 
     def __init__(self, job: Job, config: TrainConfig, arguments: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ class Supervisor:
         self._stop_deadline = math.inf  # monotonic clock
         self._has_workers = False
         self._workers: list[Worker] = []
-        for number in (*STOP_SIGNALS, signal.SIGUSR1):
+        for number in list_handled_signals():
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:

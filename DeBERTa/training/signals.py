@@ -1,10 +1,11 @@
-"""Signals of a run: SIGTERM, SIGINT and SIGUSR1.
+"""Signals of a run: SIGTERM, SIGINT, SIGHUP and SIGUSR1.
 
-SIGTERM and SIGINT end the run after the step and a checkpoint. SIGUSR1 requests a checkpoint.
+The first three end the run after the step and a checkpoint. SIGUSR1 requests a checkpoint.
 
-Outside `defer_stop` the first two raise `RunInterrupted` immediately, as Ctrl-C does in any Python program.
+Outside `defer_stop` the first three raise `RunInterrupted` immediately, as Ctrl-C does in any Python program.
 Inside, the first one takes effect after the step, and a second one exits at once. A signal to all processes
-of a job reaches a worker twice, directly and through its launcher. Within a second it counts once.
+of a job reaches a worker twice, directly and through its launcher. Within a second it counts once. SIGHUP is
+never a second signal: a closed terminal and its shell both send it, and systemd sends it after SIGTERM.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from DeBERTa.processes import STOP_SIGNALS
+from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
 from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
 DUPLICATE_SECONDS = 1.0  # the same signal within this time was sent once and arrived twice
@@ -49,7 +50,7 @@ class Signals:
         self._previous_handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (*STOP_SIGNALS, signal.SIGUSR1):
+        for number in list_handled_signals():
             self._previous_handlers[number] = signal.signal(number, self._receive)
         # The launcher starts its workers with SIGUSR1 blocked, so that it waits until here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
@@ -64,7 +65,7 @@ class Signals:
             return
         if number == signal.SIGUSR1:
             self.is_save_requested = True
-        elif self.stop_signal == number and time.monotonic() - self._stop_time < DUPLICATE_SECONDS:
+        elif self.stop_signal and (number == signal.SIGHUP or self._is_duplicate(number)):
             return
         elif self._is_deferred and self.stop_signal:
             os._exit(128 + number)
@@ -74,7 +75,11 @@ class Signals:
                 raise RunInterrupted(number)
             # Not the logger: the signal may have arrived while it held its lock.
             message = "finishing the step, then saving; a second signal exits at once"
-            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+
+    def _is_duplicate(self, number: int) -> bool:
+        return self.stop_signal == number and time.monotonic() - self._stop_time < DUPLICATE_SECONDS
 
     @contextlib.contextmanager
     def defer_stop(self) -> Iterator[None]:

@@ -9,13 +9,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from DeBERTa.errors import ReportedError
+from DeBERTa.log import open_output
 from DeBERTa.processes import exit_with_parent
 from DeBERTa.training.failures import Failure
 
@@ -61,8 +62,7 @@ def log_rank(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with suppress(OSError):  # the disk may be full
-            traceback.print_exc(file=log)
+        traceback.print_exc(file=log)
         if launcher:
             Path(os.environ[FAILURE_FILE]).write_text(Failure.from_error(error).to_json(), encoding="utf-8")
         else:
@@ -76,8 +76,7 @@ def redirect_stderr(path: Path) -> tuple[TextIO, TextIO]:
     Returns the log and the console.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    console = open(os.dup(2), "w", buffering=1)  # noqa: PTH123, SIM115 (a descriptor that stays open)
-    log = path.open("a", buffering=1)
+    console, log = open_output(os.dup(2)), open_output(path, "a")
     os.dup2(log.fileno(), 2)
     return log, console
 

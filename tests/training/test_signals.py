@@ -1,12 +1,17 @@
 """Signals to a run, and its data workers when they or the run die, as real signals to real processes."""
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
+import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,8 +20,8 @@ import pytest
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 from DeBERTa.training.signals import RunInterrupted, Signals
 from tests.conftest import ROOT
-from tests.processes import children, is_running
-from tests.runs import CONTEXT, ForkedRun, final_files, run, tiny_flags
+from tests.processes import children, is_running, started_with
+from tests.runs import CONTEXT, PATIENCE, ForkedRun, command, final_files, run, tiny_flags
 
 
 def kinds(run_dir: Path) -> list[tuple[int, str]]:
@@ -42,9 +47,17 @@ def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict[str, bytes]]:
     return flags, final_files(flags["output_dir"])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_signal_saves_and_the_run_resumes(tmp_path, undisturbed, number, status, workers):
+@pytest.mark.parametrize(
+    ("number", "workers", "status"),
+    [
+        (signal.SIGTERM, 0, 143),
+        (signal.SIGTERM, 2, 143),
+        (signal.SIGINT, 0, 130),
+        (signal.SIGINT, 2, 130),
+        (signal.SIGHUP, 2, 129),
+    ],
+)
+def test_a_signal_saves_and_the_run_resumes(tmp_path, undisturbed, number, workers, status):
     """Between two checkpoints and two lines of the log; sent to the process group, as a terminal does."""
     flags, expected = undisturbed
     flags = flags | {"output_dir": tmp_path / "run", "workers": workers}
@@ -77,6 +90,71 @@ def test_a_second_signal_ends_at_once(tmp_path, undisturbed):
     assert "stopped by" not in output
     assert "Traceback" not in output
     assert list_steps(flags["output_dir"]) == []
+
+
+def test_a_hang_up_is_no_second_signal(tmp_path, undisturbed):
+    """A closed terminal and its shell both send SIGHUP, and systemd sends it after SIGTERM."""
+    flags = undisturbed[0] | {"output_dir": tmp_path / "run", "train_batch_size": 1200, "log_interval": 1}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("step 1/")
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait_for("SIGTERM: finishing the step")
+    os.kill(process.pid, signal.SIGHUP)
+    status, output = process.finish()
+    assert status == 143, output
+    assert len(list_steps(flags["output_dir"])) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reader_that_ends_does_not_end_the_run(tmp_path, undisturbed, workers):
+    """As in `2>&1 | head -2`."""
+    flags, expected = undisturbed
+    flags = flags | {"output_dir": tmp_path / "run", "workers": workers}
+    process = ForkedRun(flags, live=True)
+    process.wait_for("step 7/")
+    process.stop_reading()
+    assert process.finish()[0] == 0
+    assert final_files(flags["output_dir"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("redirection", "more"),
+    [("2>/dev/full", {}), ("2>&- >&- <&-", {}), ("2>&1 | head -2", {"nproc_per_node": 2})],
+)
+def test_a_run_does_not_depend_on_its_console(tmp_path, prepared, redirection, more):
+    flags = tiny_flags(tmp_path, prepared) | {"log_interval": 1} | more
+    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
+    script = f"{line} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, check=False, timeout=PATIENCE
+    )
+    assert done.returncode == 0
+    assert list_steps(flags["output_dir"]) == [2, 4, 6]
+    assert (flags["output_dir"] / "generator" / "model.safetensors").exists()
+    assert len(kinds(flags["output_dir"])) == 9
+
+
+@pytest.mark.parametrize(
+    ("more", "is_ignored", "status"),
+    [({}, False, 129), ({"nproc_per_node": 2}, False, 129), ({}, True, 0)],
+)
+def test_a_terminal_that_is_closed(tmp_path, prepared, more, is_ignored, status):
+    """The kernel sends SIGHUP to all processes of the terminal. Under `nohup` they ignore it."""
+    steps = 20 if is_ignored else 1_000_000
+    flags = tiny_flags(tmp_path, prepared) | {"dump_interval": 1_000_000, "num_training_steps": steps} | more
+    process, terminal = pty.fork()
+    if not process:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", "DeBERTa.train", *command(flags)])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown = b""
+    while b"training:" not in shown and b"step 1/" not in shown:
+        shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status, shown.decode()
+    assert len(list_steps(flags["output_dir"])) == 1
+    assert not started_with(str(flags["output_dir"]))
 
 
 def test_usr1_saves_and_training_continues(tmp_path, undisturbed):
