@@ -45,7 +45,6 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import collect_environment, describe_code, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
-    RESTART_COUNT,
     broadcast_object,
     gather_objects,
     get_rank,
@@ -67,7 +66,7 @@ from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, sa
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from DeBERTa.training.trainer import Run, Trainer, resume
-from DeBERTa.training.worker import exit_process, get_local_rank, is_worker, log_rank
+from DeBERTa.training.worker import RESTART_COUNT, exit_process, get_local_rank, is_worker, log_rank
 
 Model = MaskedLanguageModel | RTDModel
 SPARE_ROWS = 127  # rows of a word embedding table beyond the tokens (128100 rows for 128001)
