@@ -24,9 +24,7 @@ def main() -> int:
     """Write the report, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m DeBERTa.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument(
-        "--html", type=Path, help="default: RUN/report.html, or comparison.html of several runs"
-    )
+    parser.add_argument("--html", type=Path, help="default: RUN/report.html; of several, comparison.html")
     parser.add_argument("--csv", type=Path, help="write all metrics of all runs to this file, too")
     parser.add_argument("--png", type=Path, help="write the charts to this file, too; needs matplotlib")
     flags = parser.parse_args()
@@ -43,9 +41,8 @@ def main() -> int:
         logger.error("%s", error)
         return error.exit_status
     for run in runs:
-        for level, title, text in examine(run):
-            if level != USUAL:
-                logger.info("%s: %s: %s. %s", run.name, level, title, text)
+        for finding in (finding for finding in examine(run) if finding.level != USUAL):
+            logger.info("%s: %s: %s. %s", run.name, *finding)
     logger.info("wrote %s", page)
     return 0
 

@@ -125,11 +125,11 @@ def check_vocabulary(run: RunRecord) -> Finding | None:
 def check_masking(run: RunRecord) -> Finding | None:
     """Check that tokens are masked, and that the model does not see them."""
     name = f"{get_prefix(run)}accuracy"
-    accuracy = run.get_last(name)
-    if accuracy is None and any(name in row for row in run.rows):  # null where nothing is counted
-        return Finding(PROBLEM, "No token is masked", "The models have nothing to predict.")
-    if accuracy is None:
+    if not any(name in row for row in run.rows):
         return None
+    accuracy = run.get_last(name)
+    if accuracy is None:  # null: nothing is counted
+        return Finding(PROBLEM, "No token is masked", "The model has nothing to predict.")
     shown = f"{accuracy:.1%} of the masked tokens are predicted."
     if accuracy > MOST_PREDICTED:
         advice = "The model sees the tokens that it should predict, or the text repeats itself."
@@ -160,10 +160,8 @@ def check_discriminator(run: RunRecord) -> Finding | None:
     entropy = run.get_last("discriminator_replaced_entropy", "valid")
     if loss is None or auc is None or recall is None or entropy is None:
         return None
-    shown = (
-        f"ROC AUC {auc:.3f}, 0.5 is chance; loss {loss:.3f}, the share of replaced tokens alone gives "
-        f"{entropy:.3f}; {recall:.1%} of them are found."
-    )
+    shown = f"ROC AUC {auc:.3f}, 0.5 is chance; loss {loss:.3f}, a constant answer has {entropy:.3f}; "
+    shown += f"{recall:.1%} of the replaced tokens are found."
     if auc < 0.55 or loss >= entropy:
         return judge_chance(run, "The discriminator", shown)
     if recall < 0.01:
@@ -177,47 +175,42 @@ def check_replaced(run: RunRecord) -> Finding | None:
     if share is None:
         return None
     level = USUAL if REPLACED[0] < share < REPLACED[1] else PROBLEM
-    usual = f"between {REPLACED[0]:.1%} and {REPLACED[1]:.0%} are usual."
+    usual = f"{REPLACED[0]:.1%} to {REPLACED[1]:.0%} are usual."
     return Finding(level, "Replaced tokens", f"{share:.1%} of the validation tokens are replaced; {usual}")
 
 
 def check_residual(run: RunRecord) -> Finding | None:
-    """Check that the GDES residual moves, and stays small beside the generator's table."""
+    """Check that the GDES residual moves, and stays small compared with the generator's table."""
     drift = run.get_last("residual_drift", "valid")
     if drift is None:
         return None
-    shown = f"Its norm is {drift:.3f} of the generator's table; up to {LARGE_DRIFT} is usual."
+    shown = f"Its norm is {drift:.3f} of the generator's table; up to {LARGE_DRIFT} is usual, but not 0."
     level = PROBLEM if drift == 0 else NOTE if drift > LARGE_DRIFT else USUAL
-    return Finding(
-        level, "The GDES residual is not trained" if drift == 0 else "Drift of the GDES residual", shown
-    )
+    return Finding(level, "Drift of the GDES residual", shown)
 
 
 def check_rate(run: RunRecord) -> Finding | None:
-    """Compare the peak learning rate with that of the preset."""
-    same = [name for name, p in PRESETS.items() if p.model_config == run.train.get("model_config")]
-    name = next((name for name in (run.train.get("tag"), *same) if name in PRESETS), None)
-    rate = run.train.get("learning_rate")
-    if name is None or not rate:
+    """Compare the peak learning rate with that of the preset of the same tag."""
+    rate, preset = run.train.get("learning_rate"), PRESETS.get(run.train.get("tag", ""))
+    if preset is None or not rate:
         return None
-    usual = PRESETS[name].flags["learning_rate"]
+    usual = preset.flags["learning_rate"]
     level = USUAL if 0.2 < rate / usual < 5 else PROBLEM
-    return Finding(level, "Learning rate", f"Its peak is {rate:g}; that of the preset {name} is {usual:g}.")
+    return Finding(level, "Learning rate", f"Its peak is {rate:g}; that of the preset is {usual:g}.")
 
 
 def check_stability(run: RunRecord) -> Finding:
-    """Check for spikes, skipped updates, and losses that rise or are not finite."""
-    names = ("loss", "generator_loss", "discriminator_loss")
+    """Check for spikes, skipped updates, and a loss on masked tokens that rises or is not finite."""
+    name = f"{get_prefix(run)}loss"
     spikes, skipped = sum(row["kind"] == "spike" for row in run.rows), run.get_last("skipped_steps") or 0
-    lost = sum(row.get(name, 0) is None for row in run.rows for name in names)
+    lost = sum(row.get(name, 0) is None for row in run.rows)
     shown = f"{spikes} spikes, {skipped:.0f} skipped updates, {lost} losses that are not finite."
-    for name in names:
-        values = [value for _, value in run.list_values(name)]
-        means = [median(values[i : i + 5]) for i in range(0, len(values) - 4, 5)]
-        if means and means[-1] > 1.1 * min(means):
-            rise = f"The {name.replace('_', ' ')} has risen from {min(means):.3f} to {means[-1]:.3f}."
-            advice = "Start over with a lower --learning_rate or a longer --warmup."
-            return Finding(PROBLEM, "Training diverges", f"{shown} {rise} {advice}")
+    values = [value for _, value in run.list_values(name)]
+    means = [median(values[i : i + 5]) for i in range(0, len(values) - 4, 5)]
+    if means and means[-1] > 1.1 * min(means):
+        advice = "Start over with a lower --learning_rate or a longer --warmup."
+        rise = f"The loss on masked tokens has risen from {min(means):.3f} to {means[-1]:.3f}."
+        return Finding(PROBLEM, "Training diverges", f"{shown} {rise} {advice}")
     return Finding(NOTE if spikes or skipped or lost else USUAL, "Stability", shown)
 
 

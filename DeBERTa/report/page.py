@@ -15,6 +15,7 @@ from DeBERTa.report.read import RunRecord, format_number, read_run
 STEPS_SHOWN = 6  # of the predictions for a sentence
 EVENTS_SHOWN = 50
 STYLE = Path(__file__).with_name("style.css")
+HEAD = '<!DOCTYPE html><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
 SAMPLES_LEGEND = (
     "Underlined: masked, with the token that the generator put there and its probability of the original. "
     "The redder a token, the surer the discriminator that it was replaced."
@@ -41,18 +42,12 @@ def format_page(runs: list[RunRecord]) -> str:
     """Return the page."""
     names = " and ".join(run.name for run in runs)
     parts = [format_head(run) + format_health(run) for run in runs]
-    parts.append(
-        f"<h2>Curves by step</h2><div class=grid>{''.join(map(format_chart, build_charts(runs)))}</div>"
-    )
+    charts = "".join(map(format_chart, build_charts(runs)))
+    parts.append(f"<h2>Curves by step</h2><div class=grid>{charts}</div>")
     if len(runs) == 1:
         parts += [format_samples(runs[0]), format_events(runs[0])]
     parts += [format_recipe(runs), format_environment(runs)]
-    return (
-        "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(names)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+    return f"{HEAD}<title>{escape(names)}</title><style>{STYLE.read_text()}</style>{''.join(parts)}\n"
 
 
 def format_head(run: RunRecord) -> str:
@@ -92,30 +87,23 @@ def format_samples(run: RunRecord) -> str:
     if not lines:
         return ""
     shown = lines[:: -(-len(lines) // STEPS_SHOWN)]
-    shown += lines[-1:] if shown[-1] is not lines[-1] else []
-    tables = [
-        format_table(
-            ((line["step"], format_sentence(line["sentences"][number])) for line in shown), "sentence"
-        )
-        for number in range(min(len(line["sentences"]) for line in shown))
-    ]
-    return f"<h2>Predictions on validation text</h2><p class=soft>{SAMPLES_LEGEND}</p>{'<br>'.join(tables)}"
+    shown += [] if shown[-1] is lines[-1] else [lines[-1]]
+    tables = ""
+    for number in range(min(len(line["sentences"]) for line in shown)):
+        tables += format_table((line["step"], format_sentence(line["sentences"][number])) for line in shown)
+    return f"<h2>Predictions on validation text</h2><p class=soft>{SAMPLES_LEGEND}</p>{tables}"
 
 
 def format_sentence(tokens: list[dict]) -> str:
     """Return a sentence of `samples.jsonl`."""
     text = ""
     for token in tokens:
-        piece, guess = (escape(str(token.get(name, ""))) for name in ("token", "guess"))
-        space, body, guess = (
-            " " if piece[:1] == WORD_MARK else "",
-            piece.lstrip(WORD_MARK),
-            guess.lstrip(WORD_MARK),
+        body, guess = (
+            escape(str(token.get(name, ""))).replace(WORD_MARK, " ") for name in ("token", "guess")
         )
-        masked = ""
         if "probability" in token:
-            body, masked = f"<del>{body}</del> {guess} <small>{token['probability']:.0%}</small>", " masked"
-        text += f"{space}<span class='token{masked}' style='--p:{token.get('replaced', 0)}'>{body}</span>"
+            body = f" <u><del>{body}</del>{guess} <small>{token['probability']:.0%}</small></u>"
+        text += f"<span style='--p:{token.get('replaced', 0)}'>{body}</span>"
     return text
 
 
@@ -130,20 +118,20 @@ def format_events(run: RunRecord) -> str:
 def format_recipe(runs: list[RunRecord]) -> str:
     """Return the settings that are not the defaults; of several runs, those that differ."""
     default = TrainConfig().to_dict()
-    values = {name: [run.train.get(name, default[name]) for run in runs] for name in default}
-    rows = (
-        (name, *map(show, row))
-        for name, row in values.items()
-        if (any(value != row[0] for value in row) if runs[1:] else row[0] != default[name])
-    )
-    return f"<h2>Recipe</h2>{format_table(rows)}"
+    usual = default if len(runs) == 1 else runs[0].train
+    names = (name for name in default if any(run.train.get(name) != usual.get(name) for run in runs))
+    return f"<h2>Recipe</h2>{compare([run.train for run in runs], names)}"
 
 
 def format_environment(runs: list[RunRecord]) -> str:
     """Return versions, device and command of each run."""
     names = dict.fromkeys(name for run in runs for name in run.environment)
-    rows = ((name, *(show(run.environment.get(name, "–")) for run in runs)) for name in names)
-    return f"<h2>Environment</h2>{format_table(rows)}"
+    return f"<h2>Environment</h2>{compare([run.environment for run in runs], names)}"
+
+
+def compare(values: list[dict], names: Iterable[str]) -> str:
+    """Return a table with a column per run."""
+    return format_table((name, *(show(of_run.get(name, "–")) for of_run in values)) for name in names)
 
 
 def show(value: object) -> str:
@@ -151,7 +139,7 @@ def show(value: object) -> str:
     return escape(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-def format_table(rows: Iterable[tuple], style: str = "") -> str:
+def format_table(rows: Iterable[tuple]) -> str:
     """Return a table from rows of a text as their head and cells of HTML."""
     body = "".join(f"<tr><th>{show(head)}<td>{'<td>'.join(cells)}" for head, *cells in rows)
-    return f"<div class='card scroll'><table class='{style}'>{body}</table></div>"
+    return f"<div class='card scroll'><table>{body}</table></div>"

@@ -19,7 +19,6 @@ from DeBERTa.data.dataset import EvaluationBatches, make_batch
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel
-from DeBERTa.model.sharing import OwnTable, ResidualTable
 from DeBERTa.training.distributed import is_rank_zero
 from DeBERTa.training.parallel import all_gather_full
 from DeBERTa.training.precision import autocast
@@ -70,15 +69,12 @@ def measure_residual_drift(model: nn.Module) -> float | None:
 
     It is None without a residual. Collective: every rank calls it.
     """
-    if not isinstance(model, RTDModel):
+    if not isinstance(model, RTDModel) or model.config.embedding_sharing != "gdes":
         return None
-    residual = model.discriminator.deberta.embeddings.word_embeddings
-    table = model.generator.deberta.embeddings.word_embeddings
-    if not isinstance(residual, ResidualTable) or not isinstance(table, OwnTable):
-        return None
-    weights = (next(residual.parameters()), table.weight)
-    drift, scale = (float(all_gather_full(torch.linalg.vector_norm(w.detach()))) for w in weights)
-    return drift / scale
+    models = (model.discriminator, model.generator)
+    weights = [next(m.deberta.embeddings.word_embeddings.parameters()).detach() for m in models]
+    residual, table = (float(all_gather_full(torch.linalg.vector_norm(weight))) for weight in weights)
+    return residual / table
 
 
 def describe_sentences(
