@@ -73,6 +73,8 @@ class Batch(NamedTuple):
 
     def split(self, micro_batches: int) -> list["Batch"]:
         """Split a batch on the host into consecutive micro-batches."""
+        if micro_batches == 1:
+            return [self]
         chunks = (tensor.tensor_split(micro_batches) for tensor in self[:4])
         return [Batch.from_tensors(*tensors) for tensors in zip(*chunks, strict=True)]
 

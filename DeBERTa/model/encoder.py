@@ -5,6 +5,7 @@ The convolution is that of DeBERTa v2.
 Shapes: B batch, L length, h hidden, E embedding width. `input_mask` is bool [B, L], true at real tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -203,6 +204,8 @@ class Encoder(nn.Module):
     With `gradient_checkpointing` the backward pass of a layer recomputes its forward pass.
     """
 
+    table_alignment = 1  # rows of the relative-position table are read in multiples of it
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -215,7 +218,7 @@ class Encoder(nn.Module):
         self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
         self.gradient_checkpointing = False
 
-    def relative_positions(self, length: int) -> RelativePositions | None:
+    def compute_relative_positions(self, length: int) -> RelativePositions | None:
         """Return the rows of the table that sequences of `length` need.
 
         None without relative attention.
@@ -224,8 +227,9 @@ class Encoder(nn.Module):
             return None
         # On the host: the size of the table depends on it.
         slots = map_to_slots(torch.arange(length - 1, -length, -1), self.config)
-        first, last = int(slots[-1]), int(slots[0])
-        table = self.rel_embeddings.weight[first : last + 1]
+        first = int(slots[-1]) // self.table_alignment * self.table_alignment
+        rows = math.ceil((int(slots[0]) + 1 - first) / self.table_alignment) * self.table_alignment
+        table = self.rel_embeddings.weight[first : first + rows]
         if self.normalize_positions:
             table = self.LayerNorm(table)
         distance_slots = (slots - first).to(table.device, non_blocking=True)
@@ -242,7 +246,7 @@ class Encoder(nn.Module):
         self, embeddings: torch.Tensor, input_mask: torch.Tensor, num_layers: int
     ) -> Iterator[torch.Tensor]:
         """Yield the output [B, L, h] of each of the first `num_layers` layers."""
-        positions = self.relative_positions(embeddings.size(1))
+        positions = self.compute_relative_positions(embeddings.size(1))
         hidden_states = embeddings
         for number, layer in enumerate(self.layer[:num_layers]):
             hidden_states = self.run(layer, hidden_states, input_mask, positions)

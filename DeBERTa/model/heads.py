@@ -86,7 +86,7 @@ class EnhancedMaskDecoder(nn.Module):
             # Not an index: on a CPU its backward pass adds rows of equal positions in the order of threads.
             queries = queries + nn.functional.embedding(masked.positions, embeddings.embed_proj(absolute)[0])
             passes = 2
-        positions = encoder.relative_positions(input_ids.size(1))
+        positions = encoder.compute_relative_positions(input_ids.size(1))
         decode = cast(Layer, encoder.layer[-1]).decode
         decoded = encoder.run(decode, queries, masked.positions, hidden_states, is_real, positions, passes)
         return decoded.flatten(0, 1).index_select(0, masked.valid_index)

@@ -49,9 +49,12 @@ class ChunkOperations:
 
     def sum_exponentials(self, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the largest logit [M] and sums of exp(logit - largest) by group [M, S]."""
-        largest_M = logits_MC.amax(1).float()
-        exps_MC = logits_MC.float().sub_(largest_M[:, None]).exp_()
-        return largest_M, F.pad(exps_MC, (0, -logits_MC.size(1) % GROUP)).unflatten(1, (-1, GROUP)).sum(2)
+        largest_M, column_M = logits_MC.max(1)
+        probs_MC = torch.softmax(logits_MC, 1, dtype=torch.float32)
+        largest_prob_M1 = probs_MC.gather(1, column_M[:, None])
+        if logits_MC.size(1) % GROUP:
+            probs_MC = F.pad(probs_MC, (0, -logits_MC.size(1) % GROUP))
+        return largest_M.float(), probs_MC.unflatten(1, (-1, GROUP)).sum(2) / largest_prob_M1
 
     def differentiate_logits(
         self,
@@ -68,10 +71,14 @@ class ChunkOperations:
         column_M: int64, the target's column, where it lies in this chunk.
         `logits_MC` may be overwritten.
         """
-        grad_MC = logits_MC.float().sub_(shift_M[:, None]).exp_()
         column_M1, is_here_M = _clamp_columns(column_M, logits_MC.size(1))
-        grad_MC.scatter_add_(1, column_M1, torch.where(is_here_M, -size_M, 0.0)[:, None])
-        return grad_MC.to(logits_MC.dtype), sign_M @ grad_MC
+        shifted_MC = torch.sub(logits_MC, shift_M[:, None])
+        grad_MC = torch.exp(shifted_MC, out=logits_MC)
+        # Not `grad - size` at the target: both are rounded, and may cancel.
+        target_M1 = shifted_MC.gather(1, column_M1).exp() - size_M[:, None]
+        other_M1 = grad_MC.gather(1, column_M1)
+        grad_MC.scatter_(1, column_M1, torch.where(is_here_M[:, None], target_M1.to(grad_MC.dtype), other_M1))
+        return grad_MC, sign_M.to(grad_MC.dtype) @ grad_MC
 
     def differentiate_inputs(
         self, grad_MC: torch.Tensor, x_ME: torch.Tensor, table_CE: torch.Tensor, out_CE: torch.Tensor

@@ -14,9 +14,13 @@ from torch import nn
 
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.attention import DisentangledSelfAttention
+from DeBERTa.model.encoder import Encoder, Layer
+from DeBERTa.model.heads import LMHead
 from DeBERTa.ops import cpu, triton
-from DeBERTa.ops.attention import SdpaSelfAttention
+from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
+from DeBERTa.ops.autocast import AutocastLayer
 from DeBERTa.ops.cpu import library
+from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
 
 
 def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
@@ -29,14 +33,18 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
     if device.type == "cpu":
         subclasses |= cpu.HEAD_SUBCLASSES if is_compiled else cpu.SUBCLASSES
+    elif is_compiled:
+        subclasses[LMHead] = CompiledLMHead
+    else:
+        subclasses |= {Layer: AutocastLayer, LMHead: LargeChunkLMHead}
     if attention == "eager":
         subclasses.pop(DisentangledSelfAttention, None)
     elif attention == "sdpa":
-        subclasses[DisentangledSelfAttention] = SdpaSelfAttention
+        subclasses |= {DisentangledSelfAttention: SdpaSelfAttention, Encoder: SdpaEncoder}
     elif attention == "triton":
-        from DeBERTa.ops.triton.modules import TritonSelfAttention
+        from DeBERTa.ops.triton.modules import TritonEncoder, TritonSelfAttention
 
-        subclasses[DisentangledSelfAttention] = TritonSelfAttention
+        subclasses |= {DisentangledSelfAttention: TritonSelfAttention, Encoder: TritonEncoder}
     if device.type == "cuda":
         # cuDNN's attention returns NaN gradients for some lengths, and rounds p to 1/16 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -23,7 +23,7 @@ def test_last_layer_at_masked_positions_only(is_biased, path):
     if not is_biased:
         everywhere = torch.arange(32).expand(4, 32)
         queries = out.hidden_states[-2] + model.deberta.embeddings.position_embeddings.weight[:32]
-        positions = model.deberta.encoder.relative_positions(32)
+        positions = model.deberta.encoder.compute_relative_positions(32)
         layer, is_real = model.deberta.encoder.layer[-1], batch.input_mask > 0
         for _ in range(2):
             queries = layer.decode(queries, everywhere, out.hidden_states[-2], is_real, positions, passes=1)
@@ -38,7 +38,7 @@ def test_decode_everywhere_is_forward(path):
     model = select_path(MaskedLanguageModel(ModelConfig.from_dict(values)).eval(), path)
     encoder, batch = model.deberta.encoder, random_batch()
     states, is_real = torch.randn(4, 32, 32), batch.input_mask > 0
-    positions, everywhere = encoder.relative_positions(32), torch.arange(32).expand(4, 32)
+    positions, everywhere = encoder.compute_relative_positions(32), torch.arange(32).expand(4, 32)
     forward = encoder.layer[0](states, is_real, positions)
     decoded = encoder.layer[0].decode(states, everywhere, states, is_real, positions, passes=1)
     torch.testing.assert_close(decoded[is_real], forward[is_real], atol=1e-5, rtol=1e-5)

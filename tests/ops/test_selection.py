@@ -5,12 +5,15 @@ import torch
 
 from DeBERTa import ModelConfig, RTDConfig, RTDModel
 from DeBERTa.model.attention import DisentangledSelfAttention
-from DeBERTa.model.encoder import Layer
+from DeBERTa.model.encoder import Encoder, Layer
+from DeBERTa.model.heads import LMHead
 from DeBERTa.model.pretraining import MaskedLanguageModel
 from DeBERTa.ops import describe_implementations, select_implementations
-from DeBERTa.ops.attention import SdpaSelfAttention
+from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
+from DeBERTa.ops.autocast import AutocastLayer
 from DeBERTa.ops.cpu import HEAD_SUBCLASSES, SUBCLASSES, library
 from DeBERTa.ops.cpu.modules import CpuSelfAttention
+from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
 from tests.conftest import tiny_model, tiny_rtd
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
@@ -41,13 +44,17 @@ def test_attention(device, wanted, is_compiled, attention, expected):
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("device", [CPU, CUDA, META])
 def test_other_modules(device, is_compiled):
-    """On a CPU each has its subclass; compiled layers, and other devices, have plain modules."""
+    """On a CPU each has its subclass, on other devices layers and head; compiled layers are plain."""
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     names, parameters = list(model.state_dict()), list(model.parameters())
     before = {name: type(module) for name, module in model.named_modules()}
     for _ in range(2):  # the second selection changes nothing
         select_implementations(model, device, "eager", is_compiled)
-    subclasses = {} if device != CPU else HEAD_SUBCLASSES if is_compiled else SUBCLASSES
+    subclasses: dict = {Layer: AutocastLayer, LMHead: LargeChunkLMHead}
+    if device == CPU:
+        subclasses = SUBCLASSES
+    if is_compiled:
+        subclasses = HEAD_SUBCLASSES if device == CPU else {LMHead: CompiledLMHead}
     for name, module in model.named_modules():
         plain = before[name]
         changes = plain in subclasses and plain is not DisentangledSelfAttention
@@ -55,8 +62,25 @@ def test_other_modules(device, is_compiled):
     assert list(model.state_dict()) == names
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert any(type(module) is not Layer for module in model.modules() if isinstance(module, Layer)) == (
-        device == CPU and not is_compiled
+        not is_compiled
     )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_encoder(attention):
+    """Attention by distance has its encoder, which reads an aligned part of the position table."""
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    select_implementations(model, CPU, attention, False)
+    encoder = model.deberta.encoder
+    assert type(encoder) is (SdpaEncoder if attention == "sdpa" else Encoder)
+    plain = Encoder.compute_relative_positions(encoder, 5)
+    assert len(plain.table) % encoder.table_alignment == 0
+    positions = encoder.compute_relative_positions(5)
+    assert torch.equal(positions.slots, plain.slots)
+    if attention == "sdpa":  # the first window: row - column from 4 down
+        rows = positions.key_selector.argmax(1), positions.query_selector.argmax(1)
+        assert torch.equal(rows[0][:9], positions.distance_slots)
+        assert torch.equal(rows[1][:9], positions.distance_slots.flip(0))
 
 
 def test_description():

@@ -11,8 +11,9 @@ import torch
 
 from DeBERTa import ModelConfig
 from DeBERTa.model.attention import map_to_slots
+from DeBERTa.ops.distances import expand_table
 from DeBERTa.ops.dropout import draw_keep_mask
-from DeBERTa.ops.triton.attention import attend, expand_table
+from DeBERTa.ops.triton.attention import attend, list_tile_distances
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,14 +38,17 @@ def compare(case: dict, device: str = "cpu") -> dict[str, float]:
     mask = torch.ones(B, L, dtype=torch.bool, device=device)
     mask[-1, L - 3 :] = False
     seed = torch.tensor([SEED], device=device)
-    expanded = [
-        expand_table(tables[name], slots, sign) if name in tables else None
-        for name, sign in (("c2p", 1), ("p2c", -1))
-    ]
-    context = attend(*qkv.unbind(2), tuple(expanded), mask, (p, seed))
+    last = L - 1
+    distances = list_tile_distances(L, slots.device).clamp(-last, last)
+    expanded = []
+    for name, sign in (("c2p", 1), ("p2c", -1)):
+        selector = torch.nn.functional.one_hot(slots[last - sign * distances], rows).to(dtype)
+        is_used = name in tables
+        expanded.append(expand_table(selector, tables[name].transpose(0, 1)) if is_used else None)
+    context = attend(qkv, tuple(expanded), mask, (p, seed))
     inputs = [qkv, *tables.values()]
     grad = torch.randn(B, L, H, D, device=device).to(dtype)
-    gradients = torch.autograd.grad(context, inputs, grad)
+    gradients = torch.autograd.grad(context, inputs, grad, retain_graph=True)
 
     exact = [x.detach().double().requires_grad_() for x in inputs]
     q, k, v = (x.transpose(1, 2) for x in exact[0].unbind(2))
@@ -60,7 +64,7 @@ def compare(case: dict, device: str = "cpu") -> dict[str, float]:
     probs = torch.softmax(scores.masked_fill(~mask[:, None, None], float("-inf")), -1)
     if p:
         probs = probs * draw_keep_mask((B, H, L, L), SEED, p).to(device).double() / (1 - p)
-    reference = (probs @ v).transpose(1, 2)
+    reference = (probs @ v).transpose(1, 2) * mask[:, :, None, None]
     expected = torch.autograd.grad(reference, exact, grad.double())
 
     def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -68,7 +72,7 @@ def compare(case: dict, device: str = "cpu") -> dict[str, float]:
 
     names = ["qkv", *tables]
     errors = {name: error(a, w) for name, a, w in zip(names, gradients, expected, strict=True)}
-    again = torch.autograd.grad(attend(*qkv.unbind(2), tuple(expanded), mask, (p, seed)), [qkv], grad)
+    again = torch.autograd.grad(attend(qkv, tuple(expanded), mask, (p, seed)), [qkv], grad)
     errors["differs between calls"] = float(not torch.equal(again[0], gradients[0]))
     return {"context": error(context, reference)} | errors
 

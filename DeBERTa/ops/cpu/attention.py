@@ -20,25 +20,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from DeBERTa.ops.cpu import library
+from DeBERTa.ops.distances import view_distances
 from DeBERTa.ops.dropout import compute_threshold, draw_keep_mask, draw_seed
 
 # Rows of a block: fewer save more of the matmuls, but make them slower (measured for 128, 192, 256 and 512).
 ROWS, FLOAT32_ROWS = 256, 128
-
-
-def view_distances(product: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return the view [..., T, L] of `product` [..., T, L + T - 1] by distance.
-
-    Element (r, c) is `product[r, T - 1 - r + c]`. `offset` is the storage offset of `product`, which is
-    contiguous.
-
-    For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and
-    columns c as keys, that is the entry of distance r - c; ordered upwards, rows as keys and columns as
-    queries, that of c - r.
-    """
-    rows, width = product.shape[-2:]
-    strides = (*product.stride()[:-2], width - 1, 1)
-    return product.as_strided((*product.shape[:-1], width - rows + 1), strides, offset + rows - 1)
 
 
 def iterate_row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:

@@ -14,67 +14,39 @@ from DeBERTa.ops.triton.launch import HOPPER, LAUNCH_TABLES, SEQUENCES, LaunchTa
 
 @torch.compiler.disable  # a compiled layer is compiled around it
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    qkv: torch.Tensor,
     tables: tuple[torch.Tensor | None, torch.Tensor | None],
     input_mask: torch.Tensor,
     dropout: tuple[float, torch.Tensor],
 ) -> torch.Tensor:
-    """Return the context [B, L, H, D] of scaled queries, keys and values.
+    """Return the context [B, L, H, D] of scaled queries, keys and values, zero at padding.
 
-    q, k, v: [B, L, H, D], dense in the last dimension.
-    tables: key and query table by distance, [H, 2W, D], from `expand_table`; None for an unused term.
+    qkv: [B, L, 3, H, D].
+    tables: key and query table by distance, contiguous [H, 2W, D], with the distances of
+    `list_tile_distances` between queries and keys, and between keys and queries; None for an unused term.
     input_mask: bool [B, L]. dropout: the probability, and a seed int64 [1] on the device.
     """
     p, seed = dropout
-    return _Attention.apply(q, k, v, *tables, input_mask.to(torch.int8), seed, p)
+    return _Attention.apply(qkv.contiguous(), *tables, input_mask.view(torch.int8), seed, p)
 
 
-def expand_table(table_HSD: torch.Tensor, distance_slots: torch.Tensor, sign: int) -> torch.Tensor:
-    """Return one row per distance -W .. W - 1 times `sign`, contiguous [H, 2W, D].
-
-    distance_slots: int64 [2L - 1], from distance L - 1 down, as in `RelativePositions`.
-    Distances of padding repeat the last row.
-    """
-    length = (len(distance_slots) + 1) // 2
-    tile = get_launch_table(distance_slots.device).tile
+def list_tile_distances(length: int, device: torch.device) -> torch.Tensor:
+    """Return the distances of the rows of a table, int64 [2W], from -W up."""
+    tile = get_launch_table(device).tile
     width = triton.cdiv(length, tile) * tile
-    distances = torch.arange(-width, width, device=distance_slots.device).clamp(1 - length, length - 1)
-    return _Expand.apply(table_HSD, distance_slots[length - 1 - sign * distances])
-
-
-class _Expand(torch.autograd.Function):
-    """`table.index_select(1, slots)` with a deterministic gradient.
-
-    The gradient is a matmul with a one-hot matrix, whose order of summation is fixed.
-    """
-
-    @staticmethod
-    def forward(ctx, table_HSD, slots):
-        ctx.save_for_backward(slots)
-        ctx.rows = table_HSD.size(1)
-        return table_HSD.index_select(1, slots)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (slots,) = ctx.saved_tensors
-        one_hot = (slots == torch.arange(ctx.rows, device=slots.device)[:, None]).to(grad.dtype)
-        return one_hot @ grad, None
+    return torch.arange(-width, width, device=device)
 
 
 class _Attention(torch.autograd.Function):
     """Disentangled attention by the forward and backward kernels.
 
-    Saves q, k, v, the context, its softmax statistics, and the dropout mask as bits.
+    Saves its inputs, the context, its softmax statistics, and the dropout mask as bits.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, key_table, query_table, input_mask, seed, p):  # noqa: PLR0913  autograd's inputs
-        B, L, H, D = q.shape
-        is_strided_alike = q.stride() == k.stride() == v.stride() and q.stride(0) == L * q.stride(1)
-        if not is_strided_alike or q.stride(3) != 1:
-            q, k, v = (x.contiguous() for x in (q, k, v))
+    def forward(ctx, qkv, key_table, query_table, input_mask, seed, p):
+        B, L, _, H, D = qkv.shape
+        q, k, v = qkv.unbind(2)
         launches = get_launch_table(q.device)
         blocks = triton.cdiv(L, launches.tile)
         words = blocks * launches.tile // 32
@@ -90,28 +62,32 @@ class _Attention(torch.autograd.Function):
             )
         has_terms = (key_table is not None, query_table is not None)
         sizes = (H, q.stride(1), q.stride(2), 1 / (1 - p), L, D, words, p > 0, *has_terms, launches.tile)
-        inputs = (q, k, v, key_table, query_table, input_mask, keep_mask)
+        inputs = (key_table, query_table, input_mask, keep_mask)
         options = launches.forward._asdict()
-        kernels.forward_kernel[(blocks, B * H)](*inputs, out, lse, *sizes, **options)
-        ctx.save_for_backward(*inputs, out, lse)
+        kernels.forward_kernel[(blocks, B * H)](q, k, v, *inputs, out, lse, *sizes, **options)
+        ctx.save_for_backward(qkv, *inputs, out, lse)
         ctx.sizes = sizes
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        *inputs, out, lse = ctx.saved_tensors
-        q, k, _, key_table, query_table, *_ = inputs
+        qkv, *inputs, out, lse = ctx.saved_tensors
+        q, k, v = qkv.unbind(2)
+        key_table, query_table, *_ = inputs
         B, L, H, D = q.shape
         launches = get_launch_table(q.device)
         tile, blocks = launches.tile, triton.cdiv(L, launches.tile)
         grid = (blocks, B * H)
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
         kernels.delta_kernel[grid](out, grad_out, delta, H, L, D, tile)
-        grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
+        grad_qkv = torch.empty_like(qkv)
+        grad_q, grad_k, grad_v = grad_qkv.unbind(2)
         grad_scores = q.new_empty(B, H, blocks * tile, blocks * tile)
         outputs = (grad_k, grad_v, grad_scores)
         options = launches.key_gradient._asdict()
-        kernels.key_gradient_kernel[grid](*inputs, grad_out, lse, delta, *outputs, *ctx.sizes, **options)
+        kernels.key_gradient_kernel[grid](
+            q, k, v, *inputs, grad_out, lse, delta, *outputs, *ctx.sizes, **options
+        )
         strides = (H, q.stride(1), q.stride(2), L, D)
         options = launches.query_gradient._asdict()
         has_c2p = key_table is not None
@@ -129,7 +105,7 @@ class _Attention(torch.autograd.Function):
                 kernels.table_gradient_kernel[(2 * blocks, H, parts)](x, grad_scores, sums, *tail, **options)
                 grad_table = sums.sum(0).to(table.dtype)
             grad_tables.append(grad_table)
-        return grad_q, grad_k, grad_v, *grad_tables, None, None, None
+        return grad_qkv, *grad_tables, None, None, None
 
 
 def get_launch_table(device: torch.device) -> LaunchTable:

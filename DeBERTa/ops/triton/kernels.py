@@ -98,6 +98,14 @@ def load_rows(x_ptr, row, h, i, L, stride_row, stride_head, D: tl.constexpr):
 
 
 @triton.jit
+def store_rows(x_ptr, x, row, h, i, L, stride_row, stride_head, D: tl.constexpr):
+    """Store rows `i` of head `h`, [N, D], up to L; the counterpart of `load_rows`."""
+    offsets = (i * stride_row)[:, None] + tl.arange(0, D)[None, :]
+    first = x_ptr + row * stride_row + h * stride_head
+    tl.store(first + offsets, x.to(x_ptr.dtype.element_ty), mask=(i < L)[:, None])
+
+
+@triton.jit
 def load_table_block(table_ptr, h, t, BLOCKS: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
     """Load the rows of distances t * N .. t * N + N - 1, [N, D]."""
     first = table_ptr + (h * 2 * BLOCKS + BLOCKS + t) * (N * D)
@@ -234,14 +242,12 @@ def forward_kernel(
             probs = tl.where(load_keep_mask(keep_mask_ptr, head_row, i, j0, L, WORDS, N), probs, 0.0)
         out = tl.dot(probs.to(v.dtype), v, out * factor[:, None], input_precision="ieee")
         largest = new_largest
-    total = tl.where(total == 0, 1.0, total)
-    offsets = ((row + i) * H + h)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(
-        out_ptr + offsets,
-        (out * (scale / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=(i < L)[:, None],
-    )
-    tl.store(lse_ptr + head_row + i, largest + tl.log2(total), mask=i < L)
+    # Padded queries: no context, and with infinite statistics no gradients either.
+    is_real = tl.load(input_mask_ptr + b * L + i, mask=i < L, other=0) != 0
+    factor = tl.where(is_real, scale / total, 0.0)
+    store_rows(out_ptr, out * factor[:, None], row, h, i, L, H * D, D, D)
+    lse = tl.where(is_real, largest + tl.log2(total), float("inf"))
+    tl.store(lse_ptr + head_row + i, lse, mask=i < L)
 
 
 @triton.jit
@@ -332,9 +338,8 @@ def key_gradient_kernel(
             grad_k = tl.dot(select_triangle(z, zeros, N), block, grad_k, input_precision="ieee")
             block = load_table_block(query_table_ptr, h, t - 1, BLOCKS, N, D)
             grad_k = tl.dot(select_triangle(zeros, z, N), block, grad_k, input_precision="ieee")
-    offsets = ((row + j) * H + h)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(grad_k_ptr + offsets, grad_k.to(grad_k_ptr.dtype.element_ty), mask=(j < L)[:, None])
-    tl.store(grad_v_ptr + offsets, (grad_v * scale).to(grad_v_ptr.dtype.element_ty), mask=(j < L)[:, None])
+    store_rows(grad_k_ptr, grad_k, row, h, j, L, stride_row, stride_head, D)
+    store_rows(grad_v_ptr, grad_v * scale, row, h, j, L, stride_row, stride_head, D)
 
 
 @triton.jit
@@ -393,9 +398,7 @@ def query_gradient_kernel(
         z = load_by_distance(grad_scores_ptr, tl.program_id(1), a, a - BLOCKS, BLOCKS, N)
         block = load_table_block(key_table_ptr, h, a - BLOCKS, BLOCKS, N, D)
         grad_q = tl.dot(z, block, grad_q, input_precision="ieee")
-    i = a * N + tl.arange(0, N)
-    offsets = ((row + i) * H + h)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(grad_q_ptr + offsets, grad_q.to(grad_q_ptr.dtype.element_ty), mask=(i < L)[:, None])
+    store_rows(grad_q_ptr, grad_q, row, h, a * N + tl.arange(0, N), L, stride_row, stride_head, D)
 
 
 @triton.jit

@@ -4,7 +4,16 @@ import torch
 
 from DeBERTa.model.attention import RelativePositions
 from DeBERTa.ops.attention import SdpaSelfAttention
-from DeBERTa.ops.triton.attention import attend, expand_table
+from DeBERTa.ops.distances import ExpandingEncoder, expand_tables
+from DeBERTa.ops.triton.attention import attend, list_tile_distances
+
+
+class TritonEncoder(ExpandingEncoder):
+    """Encoder whose expanded tables have the rows that the kernels read."""
+
+    def list_distances(self, length: int, device: torch.device) -> torch.Tensor:
+        """Return the distances row - column of the rows of an expanded table, int64 [2W]."""
+        return list_tile_distances(length, device)
 
 
 class TritonSelfAttention(SdpaSelfAttention):
@@ -17,20 +26,18 @@ class TritonSelfAttention(SdpaSelfAttention):
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
         """Return the context [B, L, H * D] of `hidden_states` [B, L, h], zero at padding."""
-        split = (-1, (self.num_heads, self.head_size))
-        q = self.query_proj(hidden_states).unflatten(*split) * self.scale
-        k, v = (
-            self.key_proj(hidden_states).unflatten(*split),
-            self.value_proj(hidden_states).unflatten(*split),
-        )
-        key_table = query_table = None
-        if positions is not None:
-            key_table, query_table = self.project_positions(positions.table)
-            if key_table is not None:
-                key_table = expand_table(key_table, positions.distance_slots, 1)
-            if query_table is not None:
-                query_table = expand_table(query_table, positions.distance_slots, -1)
+        qkv, key_table, query_table = self.project_jointly(hidden_states, positions)
+        tables = expand_tables(positions, key_table, query_table)
         p = self.dropout.p if self.training else 0.0
-        seed = torch.randint(2**62, (1,), device=q.device)
-        context = attend(q, k, v, (key_table, query_table), input_mask, (p, seed))
-        return context.flatten(2).masked_fill(~input_mask[:, :, None], 0)
+        return self.run_kernels(qkv, tables, input_mask, p).flatten(2)
+
+    def run_kernels(
+        self,
+        qkv: torch.Tensor,
+        tables: tuple[torch.Tensor | None, torch.Tensor | None],
+        input_mask: torch.Tensor,
+        p: float,
+    ) -> torch.Tensor:
+        """Return the context [B, L, H, D] of [B, L, 3, H, D] and tables by distance [H, 2W, D]."""
+        seed = torch.randint(2**62, (1,), device=qkv.device)
+        return attend(qkv, tables, input_mask, (p, seed))
