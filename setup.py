@@ -47,5 +47,8 @@ setup(
         "safetensors>=0.5,<1",
         "tqdm>=4.66,<5",
     ],
-    extras_require={"onnx": ["onnx>=1.17", "onnxscript>=0.5"]},
+    extras_require={
+        "hub": ["huggingface_hub>=1.0,<3"],  # requirements-hub.txt pins it
+        "onnx": ["onnx>=1.17", "onnxscript>=0.5"],
+    },
 )

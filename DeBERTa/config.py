@@ -27,6 +27,15 @@ POSITION_TERMS = ("c2p", "p2c")
 SHARING = ("gdes", "es", "nes")
 ATTENTION = ("auto", "eager", "sdpa", "triton")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# Keys of a transformers config that do not change what a model here computes.
+HUB_KEYS = (
+    *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "_name_or_path"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "gradient_checkpointing"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "padding_idx", "tie_word_embeddings", "legacy"),
+    *("pooler_dropout", "pooler_hidden_act", "pooler_hidden_size"),
+    *("chunk_size_feed_forward", "is_encoder_decoder"),
+)
 
 
 # Keys of a transformers config that do not change what a model here computes.
@@ -396,9 +405,24 @@ class TrainConfig:
         group="model",
     )
     vocab_size: int = _flag(0, "size of the word table; 0: that of the model config", "rows", FROM_ZERO)
-    init_model: str = _flag("", "MLM: start from these weights (.bin or .safetensors)", rules=NODE)
-    init_generator: str = _flag("", "RTD: start the generator from these weights", rules=NODE)
-    init_discriminator: str = _flag("", "RTD: start the discriminator from these weights", rules=NODE)
+    init_model: str = _flag(
+        "",
+        "MLM: start from these weights: a .bin or .safetensors file, the directory of a model or a run, or "
+        "hf:OWNER/NAME[@REVISION]",
+        rules=NODE,
+    )
+    init_generator: str = _flag(
+        "",
+        "RTD: start the generator from these weights, as --init_model; from-discriminator: the first layers, "
+        "tables and LM head of the other file",
+        rules=NODE,
+    )
+    init_discriminator: str = _flag(
+        "", "RTD: start the discriminator from these weights, as --init_model", rules=NODE
+    )
+    fresh_head: bool = _flag(
+        False, "start a head or position table new that the file of --init_* does not have"
+    )
 
     data_dir: str = _flag(  # compared by content
         "",
@@ -547,6 +571,10 @@ class TrainConfig:
         _refuse(
             any(rtd_weights) and not all(rtd_weights),
             "--init_generator and --init_discriminator belong together: give both or neither",
+        )
+        _refuse(
+            self.fresh_head and not (self.init_model or any(rtd_weights)),
+            "--fresh_head is for the file of --init_*: a model without one starts new anyway",
         )
 
     @property

@@ -41,6 +41,10 @@ class DamagedStoreError(DataError):
     is_retryable = True
 
 
+class DownloadError(DataError):
+    """A file that cannot be fetched, or that is not the right one."""
+
+
 class VocabularyError(DebertaError, ValueError):
     """A vocabulary that cannot be read, or that does not match the data or the model."""
 

@@ -39,6 +39,7 @@ class Preset:
     Attributes:
         flags: values of `TrainConfig` fields that differ from the defaults.
         is_continued: whether training starts from the published weights of the same name.
+        has_generator: whether these weights include a generator.
     """
 
     task_name: str
@@ -47,6 +48,7 @@ class Preset:
     corpus: str = "wikitext-103"
     max_seq_length: int = 512
     is_continued: bool = False
+    has_generator: bool = True
 
 
 # The published scripts share these; other values than the flags' defaults are named below.
@@ -81,7 +83,9 @@ PRESETS = {
     # The public xsmall checkpoint is wider (384) than the model trained from scratch (256).
     "deberta-v3-xsmall-continue": Preset("RTD", "rtd_xsmall_continue.json", CONTINUE, is_continued=True),
     "deberta-v3-small-continue": Preset("RTD", "rtd_small.json", CONTINUE, is_continued=True),
-    "deberta-v3-base-continue": Preset("RTD", "rtd_base.json", CONTINUE, is_continued=True),
+    "deberta-v3-base-continue": Preset(
+        "RTD", "rtd_base.json", CONTINUE, is_continued=True, has_generator=False
+    ),
     "deberta-v3-large-continue": Preset("RTD", "rtd_large.json", CONTINUE, is_continued=True),
 }
 
@@ -111,16 +115,19 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
 
     `corpus` names the text to use in place of the preset's own. `given` has the flags that override the
     preset. The path of the prepared text follows from the corpus, `--max_seq_length` and `--vocab_path`.
-    Raises `UsageError` for an unknown preset, and for missing published weights.
+    Raises `UsageError` for an unknown preset, and for a published model without a generator.
     """
     preset = find_preset(name, given.get("task_name"))
-    has_weights = given.get("init_generator") and given.get("init_discriminator")
-    if preset.is_continued and given.get("do_train", True) and not has_weights:
-        raise UsageError(
-            f"{name} needs published weights: fetch pytorch_model.generator.bin and pytorch_model.bin of "
-            f"microsoft/{name.removesuffix('-continue')}, and pass them as --init_generator FILE "
-            "--init_discriminator FILE"
-        )
+    weights = {}
+    if preset.is_continued and given.get("do_train", True):
+        published = f"hf:microsoft/{name.removesuffix('-continue')}"
+        weights = {"init_generator": published, "init_discriminator": published}
+        if not preset.has_generator and "init_generator" not in given:
+            raise UsageError(
+                f"{published.removeprefix('hf:')} was published without its generator: give {name} "
+                "--init_generator from-discriminator, which starts one with the first half of the "
+                "discriminator's layers, or the file of a generator"
+            )
     values = {
         "task_name": preset.task_name,
         "tag": name,
@@ -128,6 +135,7 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
         "model_config": preset.model_config,
         "max_seq_length": preset.max_seq_length,
         **preset.flags,
+        **weights,
     }
     if "data_dir" not in given:
         values |= _locate(corpus or preset.corpus, given.get("max_seq_length", preset.max_seq_length), given)

@@ -39,7 +39,6 @@ from DeBERTa.errors import (
     describe_os_error,
 )
 from DeBERTa.flags import parse_flags
-from DeBERTa.hub.published import load_masked_lm, load_rtd
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import collect_environment, describe_code, format_banner
@@ -55,6 +54,7 @@ from DeBERTa.training.distributed import (
 )
 from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
 from DeBERTa.training.execution import set_execution
+from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
@@ -165,7 +165,9 @@ def run(config: TrainConfig, signals: Signals) -> None:
     texts |= {f"{split}_ids_sha256": part.store.fingerprint for split, part in evaluation.items()}
 
     torch.manual_seed(config.seed)
-    model = build_model(config, model_config).to(device)
+    model = build_model(model_config)
+    initial_weights = load_initial_weights(config, model)
+    model = model.to(device)
     execution = set_execution(model, config, device)
     outputs: Outputs
     if batches is not None:
@@ -185,7 +187,17 @@ def run(config: TrainConfig, signals: Signals) -> None:
         }
         check_same_on_all_ranks(settings | {"evaluation": texts})
         attention = execution["attention"]
-        this_run = Run(config, model, training, batches, evaluation, settings, Interval(device), attention)
+        this_run = Run(
+            config,
+            model,
+            training,
+            batches,
+            evaluation,
+            settings,
+            Interval(device),
+            attention,
+            initial_weights,
+        )
         train_and_save(this_run, signals, tokenizer.path)
         outputs = training.compute_outputs
     else:
@@ -347,17 +359,11 @@ def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     return math.ceil(config.num_train_epochs * len(batches.store) / config.train_batch_size)
 
 
-def build_model(config: TrainConfig, model_config: ModelConfig | RTDConfig) -> Model:
-    """Build the model with fresh weights, or those of the `--init_*` files."""
+def build_model(model_config: ModelConfig | RTDConfig) -> Model:
+    """Build the model with fresh weights."""
     if isinstance(model_config, ModelConfig):
-        model = MaskedLanguageModel(model_config)
-        if config.init_model:
-            load_masked_lm(model, config.init_model)
-        return model
-    rtd_model = RTDModel(model_config)
-    if config.init_generator:
-        load_rtd(rtd_model, config.init_generator, config.init_discriminator)
-    return rtd_model
+        return MaskedLanguageModel(model_config)
+    return RTDModel(model_config)
 
 
 def load_trained(config: TrainConfig, model: Model) -> None:
@@ -392,7 +398,7 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
         return model
     weights = gather_to_rank_zero(model.state_dict())
     if is_rank_zero():
-        model = RTDModel(model.config) if isinstance(model, RTDModel) else MaskedLanguageModel(model.config)
+        model = build_model(model.config)
         model.load_state_dict(weights, assign=True)
     return model
 
@@ -420,7 +426,7 @@ def start_or_resume(this_run: Run) -> int:
         try:
             # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
             fresh = config.fresh and os.environ.get(RESTART_COUNT, "0") == "0"
-            environment = collect_environment(device)
+            environment = collect_environment(device, this_run.initial_weights)
             step, this_run.lock = open_run_dir(config.run_dir, this_run.settings, environment, fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)

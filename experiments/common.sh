@@ -34,7 +34,7 @@ set_up_python() {
   PYTHON=$venv/bin/python
   imports_all "$PYTHON" "$@" && return
   say "installing into $venv (once)"
-  local arguments=() file
+  local arguments=(-r "$ROOT/requirements-hub.txt") file
   for file in "$@"; do arguments+=(-r "$file"); done
   "$PYTHON" -m pip install --disable-pip-version-check -q "${arguments[@]}" \
     || die "installing the requirements failed; run the same command again, or install them yourself and activate that Python"

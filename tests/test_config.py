@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from transformers import DebertaV2Config
 
 from DeBERTa import ModelConfig, RTDConfig, TrainConfig
 from DeBERTa.config import FREE_PER_NODE, FREE_TO_CHANGE, Bounds
@@ -72,6 +73,36 @@ def test_rtd_config(change, named):
         RTDConfig.from_dict(tiny_rtd() | change)
 
 
+def test_configs_of_the_hub(tmp_path):
+    """What transformers adds is dropped, lists of position terms are read; other unknown keys are refused."""
+    hub = TINY | {
+        "model_type": "deberta-v2", "architectures": ["DebertaV2Model"], "pad_token_id": 0, "legacy": True,
+        "pooler_hidden_size": 32, "transformers_version": "5.23.0", "torch_dtype": "float16",
+    }  # fmt: skip
+    for terms, expected in ((["p2c", "c2p"], "p2c|c2p"), (["c2p"], "c2p"), ([], "none"), (None, "none")):
+        (tmp_path / "config.json").write_text(json.dumps(hub | {"pos_att_type": terms}))
+        config = ModelConfig.from_json(tmp_path / "config.json")
+        assert config == ModelConfig.from_dict(TINY | {"pos_att_type": expected})
+    for change, named in (
+        ({"hiden_size": 3}, "hiden_size"),
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"model_type": ["bert"]}, "model_type is"),
+        ({"pos_att_type": [3]}, "pos_att_type must be str"),
+        ({"pos_att_type": {"c2p": 1}}, "pos_att_type must be str"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            ModelConfig.from_dict(hub | change)
+
+
+def test_a_config_that_transformers_wrote(tmp_path):
+    config = DebertaV2Config(
+        hidden_size=64, num_attention_heads=4, pos_att_type=["c2p"], relative_attention=True
+    )
+    config.save_pretrained(tmp_path)
+    read = ModelConfig.from_json(tmp_path / "config.json")
+    assert (read.hidden_size, read.position_terms, read.vocab_size) == (64, ("c2p",), 128100)
+
+
 def test_nes_allows_different_widths():
     RTDConfig.from_dict(tiny_rtd("nes") | {"generator": TINY | {"hidden_size": 64}})
 
@@ -98,6 +129,7 @@ def test_nes_allows_different_widths():
         ({"kernels": "off", "attention": "sdpa"}, "--kernels off"),
         ({"fresh": True, "do_train": False, "do_eval": True}, "--fresh"),
         ({"task_name": "RTD", "init_model": "x"}, "--init_model"),
+        ({"fresh_head": True}, "--fresh_head is for the file of --init_"),
     ],
 )
 def test_train_config(change, named):
@@ -152,7 +184,8 @@ def test_what_a_resumed_run_must_have_in_common():
     """All that determines the numbers, `kernels` too: auto and off draw different dropout masks."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - FREE_TO_CHANGE == {
-        "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "vocab_type",
+        "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "fresh_head",
+        "vocab_type",
         "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed",
         "num_training_steps", "num_train_epochs", "learning_rate", "discriminator_learning_rate", "warmup",
         "lr_schedule_ends",

@@ -1,5 +1,6 @@
 """The command prepare_data.py: what it prints, its flags, and its errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,12 +145,22 @@ def test_wrong_flags(arguments, capsys):
     assert "error: " in error
 
 
-def test_no_network(cache, monkeypatch, capsys):
-    monkeypatch.setattr(corpus.WIKITEXT_103, "urls", ("http://127.0.0.1:9/a.zip", "http://127.0.0.1:9/b.zip"))
-    monkeypatch.setattr(corpus.DEBERTA_V3_VOCABULARY, "urls", ("http://127.0.0.1:9/spm.model",))
-    assert prepare_data.main([]) == 1
-    errors = capsys.readouterr().err
-    for address in ("9/a.zip: ", "9/b.zip: ", "9/spm.model: "):
-        assert address in errors
+def test_no_network(cache, tmp_path):
+    code = (
+        "import sys; from DeBERTa.data import corpus; from DeBERTa.prepare_data import main;"
+        "corpus.WIKITEXT_103.urls = ('http://127.0.0.1:9/a.zip', 'http://127.0.0.1:9/b.zip');"
+        "sys.exit(main([]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    for failure in ("9/a.zip: ", "9/b.zip: ", "cannot fetch spm.model of hf:microsoft/deberta-v3-base: "):
+        assert failure in result.stderr
     for destination in ("wikitext-103/wikitext-103-v1.zip", "deberta-v3-base/spm.model"):
-        assert f"put the file at {cache / destination} by hand" in errors
+        assert f"put the file at {cache / destination} by hand" in result.stderr

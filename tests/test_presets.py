@@ -15,6 +15,7 @@ from DeBERTa.config import read_json
 from DeBERTa.data.files import open_partial
 from DeBERTa.errors import ConfigError
 from DeBERTa.flags import parse_flags
+from DeBERTa.hub.download import REVISIONS
 from DeBERTa.model.pretraining import count_backbone_parameters, count_embedding_parameters
 from DeBERTa.prepare_data import read_preset_flags
 from DeBERTa.presets import PRESETS
@@ -105,12 +106,27 @@ def test_a_preset_of_the_other_task():
     assert "bert-base is a preset for MLM" in result.stderr
 
 
-def test_continue_asks_for_weights():
+def test_a_model_without_published_generator():
     result = run_script("rtd.sh", "deberta-v3-base-continue")
     assert result.returncode == 2
-    assert "--init_generator" in result.stderr
-    assert "--init_discriminator" in result.stderr
-    assert "microsoft/deberta-v3-base, " in result.stderr
+    (error,) = result.stderr.splitlines()
+    assert "microsoft/deberta-v3-base was published without its generator" in error
+    assert "--init_generator from-discriminator" in error
+
+
+@pytest.mark.parametrize(
+    ("size", "generator"), [("xsmall", ""), ("large", ""), ("base", "from-discriminator")]
+)
+def test_continued_presets_start_from_the_hub(size, generator):
+    published = f"hf:microsoft/deberta-v3-{size}"
+    flags = ["--preset", f"deberta-v3-{size}-continue"]
+    config = parse_flags(flags + (["--init_generator", generator] if generator else []))
+    assert (config.init_generator, config.init_discriminator) == (generator or published, published)
+    assert published.removeprefix("hf:") in REVISIONS
+    config = parse_flags([*flags, "--init_generator", "g.bin", "--init_discriminator", "d.bin"])
+    assert (config.init_generator, config.init_discriminator) == ("g.bin", "d.bin")
+    config = parse_flags([*flags, "--do_train", "False", "--do_eval"])  # evaluates what was trained
+    assert (config.init_generator, config.init_discriminator) == ("", "")
 
 
 def test_wrong_flags_are_reported_before_anything_is_prepared(tmp_path):

@@ -30,16 +30,13 @@ from DeBERTa.data.files import (
     raise_storage_errors,
 )
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DataError, DebertaError
+from DeBERTa.errors import DataError, DebertaError, DownloadError
+from DeBERTa.hub.download import fetch_from_hub
 
 SPLITS = ("train", "valid", "test")
 USER_AGENT = "DeBERTa-pretraining/1.0"
 TIMEOUT_SECONDS = 30
 MAX_CONNECTIONS = 5  # per URL, as long as each connection receives data
-
-
-class DownloadError(DataError):
-    """A download that failed from every URL, or a file with the wrong content."""
 
 
 @dataclass
@@ -49,12 +46,12 @@ class Download:
     Attributes:
         name: the name of the file in messages.
         urls: the URLs to try, in order.
-        sha256: SHA-256 of the file in hexadecimal; None if it is not known.
+        sha256: SHA-256 of the file in hexadecimal.
     """
 
     name: str
     urls: tuple[str, ...]
-    sha256: str | None
+    sha256: str
 
 
 WIKITEXT_103 = Download(
@@ -66,23 +63,14 @@ WIKITEXT_103 = Download(
     ),
     sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
 )
-DEBERTA_V3_VOCABULARY = Download(
-    name="the DeBERTa-V3 vocabulary",
-    urls=(
-        (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        + "/microsoft/deberta-v3-base/resolve/main/spm.model",
-    ),
-    sha256=None,
-)
 SAMPLE = find_experiments() / "sample" / "state_of_the_union.txt.xz"
 SAMPLE_HELD_OUT = 10  # addresses in the test split, and as many before them in the validation split
 
 
-def fetch(download: Download, destination: Path, check: Callable[[Path], object] | None = None) -> Path:
+def fetch(download: Download, destination: Path) -> Path:
     """Download a file to `destination` unless it exists; return that path.
 
-    An interrupted download resumes from `destination` + `.part`. `check` reads the complete file and raises
-    `ValueError` if it is not the right one, for files whose SHA-256 is not known.
+    An interrupted download resumes from `destination` + `.part`.
 
     Raises `DownloadError`, naming every URL and its failure, if none served the file. Raises `DownloadError`
     also if another file is at `destination`. Raises `StorageError` if the file cannot be written.
@@ -94,7 +82,7 @@ def fetch(download: Download, destination: Path, check: Callable[[Path], object]
         if _is_fetched(download, destination):  # by the process that held the lock
             return destination
         for url in download.urls:
-            failure = _try_url(url, file, download, check)
+            failure = _try_url(url, file, download)
             if failure is None:
                 commit(file, destination)
                 return destination
@@ -105,20 +93,14 @@ def fetch(download: Download, destination: Path, check: Callable[[Path], object]
     )
 
 
-def _try_url(
-    url: str, file: BinaryIO, download: Download, check: Callable[[Path], object] | None
-) -> str | None:
+def _try_url(url: str, file: BinaryIO, download: Download) -> str | None:
     """Download a file from one URL.
 
     Returns None on success, else the reason of the failure.
     """
     try:
         _transfer(url, file, download)
-        if check is not None:
-            check(Path(file.name))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, ValueError):
-            file.truncate(0)
         return _explain(error)
     return None
 
@@ -126,7 +108,7 @@ def _try_url(
 def _is_fetched(download: Download, destination: Path) -> bool:
     if not destination.is_file():
         return False
-    if download.sha256 and hash_file(destination) != download.sha256:
+    if hash_file(destination) != download.sha256:
         raise DownloadError(
             f"{destination} is not {download.name}: its SHA-256 is not {download.sha256}; "
             "remove it to have it fetched, or put the right file there"
@@ -139,8 +121,6 @@ def _transfer(url: str, file: BinaryIO, download: Download) -> None:
 
     Raises `ValueError` if the SHA-256 of the file differs.
     """
-    if download.sha256 is None:
-        file.truncate(0)  # without a SHA-256, a mismatch of two halves is not detected
     earlier_bytes = _get_size(file)
     for connection in range(1, MAX_CONNECTIONS + 1):
         before = _get_size(file)
@@ -150,9 +130,9 @@ def _transfer(url: str, file: BinaryIO, download: Download) -> None:
         except urllib.error.HTTPError:
             raise
         except (OSError, http.client.HTTPException):
-            if _get_size(file) <= before or download.sha256 is None or connection == MAX_CONNECTIONS:
+            if _get_size(file) <= before or connection == MAX_CONNECTIONS:
                 raise
-    if download.sha256 is not None and hash_file(Path(file.name)) != download.sha256:
+    if hash_file(Path(file.name)) != download.sha256:
         file.truncate(0)
         if not earlier_bytes:
             raise ValueError("the file there has another SHA-256")
@@ -207,8 +187,19 @@ def _explain(error: Exception) -> str:
 
 
 def fetch_vocabulary() -> Path:
-    """Return the published vocabulary of 128,000 pieces; fetch it if needed."""
-    return fetch(DEBERTA_V3_VOCABULARY, get_cache_dir() / "deberta-v3-base" / "spm.model", check=Tokenizer)
+    """Return the published vocabulary of 128,000 pieces; fetch it if needed.
+
+    Raises `DownloadError` if it is not in the cache and cannot be fetched from the hub.
+    """
+    path = get_cache_dir() / "deberta-v3-base" / "spm.model"
+    if not path.is_file():
+        fetched = fetch_from_hub(
+            "hf:microsoft/deberta-v3-base", ("spm.model",), f"put the file at {path} by hand"
+        )
+        Tokenizer(fetched)
+        with fetched.open("rb") as source, open_atomic(path) as file:
+            shutil.copyfileobj(source, file)
+    return path
 
 
 def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:

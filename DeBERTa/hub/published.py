@@ -1,127 +1,323 @@
-"""Loading of published weights from `.bin` and `.safetensors` files.
+"""Loading of weights into a model, to start training from them.
 
-The names in published files differ slightly from those of a model. The file of a discriminator may hold the
-head of the generator. It holds the word embedding table as `weight`, as a residual `_weight` (GDES) or both,
-but no position table. All other names must match.
+Names of other code are converted (`names.py`). The file of a discriminator holds its word table as `weight`,
+as a residual to the generator's (`_weight`, GDES), or both. A head or a position table that a file does not
+have may start new; every other weight must be there, with the right shape.
 """
 
-import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from DeBERTa.config import ModelConfig
 from DeBERTa.errors import ConfigError
+from DeBERTa.hub.names import LM_HEAD, POSITION, WORD, convert_names, count_layers
+from DeBERTa.hub.weights import StateDict, check_finite, read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.model.sharing import OwnTable, ResidualTable
 
-TABLES = ("word_embeddings", "position_embeddings")
-HEADS = ("lm_predictions.", "mask_predictions.")
+FROM_DISCRIMINATOR = "from-discriminator"  # in place of a generator's file
+HEADS = {LM_HEAD: "LM head", "mask_predictions.": "RTD head", f"{POSITION}.": "position table"}
+ROWS_PER_CHUNK = 4096  # of a table, so that temporary tensors stay small
 
-StateDict = dict[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What a model received from a file.
+
+    Attributes:
+        path: the file.
+        loaded: number of tensors that were used.
+        new: parts of the model that the file does not have, which start new.
+        ignored: names in the file that the model has no use for.
+    """
+
+    path: str
+    loaded: int
+    new: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return one line for the banner."""
+        groups = sorted({".".join(name.split(".")[:2]) for name in self.ignored})
+        new = f"; new: {', '.join(self.new)}" if self.new else ""
+        ignored = f"; ignored: {', '.join(groups)}" if groups else ""
+        return f"{self.loaded} tensors of {self.path}{new}{ignored}"
 
 
-def load_masked_lm(model: MaskedLanguageModel, path: str | Path) -> None:
-    """Load an MLM model or a generator.
+@dataclass
+class WeightsFile:
+    """Tensors of a file under the names of a model, and the options to load them with.
+
+    Attributes:
+        role: "model", "generator" or "discriminator".
+        fresh_head: whether a missing head or position table may start new.
+    """
+
+    path: Path
+    role: str
+    config: ModelConfig
+    state: StateDict
+    fresh_head: bool
+
+    def describe_model(self) -> str:
+        """Return what the file is loaded into, for messages."""
+        return "--model_config" if self.role == "model" else f"the {self.role} of --model_config"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How files are read.
+
+    Attributes:
+        fresh_head: whether a missing head or position table may start new.
+        resize: converts the tensors to another vocabulary.
+    """
+
+    fresh_head: bool = False
+    resize: Callable[[StateDict, str | Path], StateDict] | None = None
+
+
+def open_weights(path: str | Path, role: str, config: ModelConfig, options: LoadOptions) -> WeightsFile:
+    """Read a file under the names of a model.
+
+    Raises `ConfigError` if it cannot be read.
+    """
+    state = convert_names(read_weights(path), config.num_attention_heads, role, path)
+    if options.resize:
+        state = options.resize(state, path)
+    return WeightsFile(Path(path), role, config, state, options.fresh_head)
+
+
+def load_masked_lm(
+    model: MaskedLanguageModel, path: str | Path, options: LoadOptions | None = None
+) -> LoadedWeights:
+    """Load an MLM model.
 
     Raises `ConfigError` if the file cannot be read or does not match the model.
     """
-    load_strictly(model, read_weights(path), path)
+    file = open_weights(path, "model", model.config, options or LoadOptions())
+    check_layers(file)
+    return copy_weights(model, file)
 
 
-def load_rtd(model: RTDModel, generator_path: str | Path, discriminator_path: str | Path) -> None:
-    """Load the published weights of generator and discriminator.
+def load_rtd(
+    model: RTDModel,
+    generator_path: str | Path,
+    discriminator_path: str | Path,
+    options: LoadOptions | None = None,
+) -> dict[str, LoadedWeights]:
+    """Load generator and discriminator.
 
-    With GDES and NES both models have their published weights, with ES they share the generator's tables.
-
-    GDES: the residual is the `weight` of the discriminator's file minus the generator's table, or else the
-    `_weight` of the file.
-    NES: the table is the `weight` of the file, or else the generator's table plus the `_weight` of the file.
-    ES: the only table is the generator's.
+    With GDES and NES the discriminator computes what the model in its file computes, with ES it has the
+    generator's tables. `generator_path` may be "from-discriminator": the generator then starts with the
+    discriminator's tables and its first layers.
 
     Raises `ConfigError` if a file cannot be read or does not match the model.
     """
-    load_masked_lm(model.generator, generator_path)
-    state = read_weights(discriminator_path)
-    generator, discriminator = model.generator.state_dict(), model.discriminator.state_dict()
-    sharing = model.config.embedding_sharing
-    for name in TABLES:
-        key, residual_key = f"deberta.embeddings.{name}.weight", f"deberta.embeddings.{name}._weight"
-        base, table, residual = generator[key], state.pop(key, None), state.pop(residual_key, None)
-        for tensor in (residual,) if sharing == "nes" else (table, residual):
-            if tensor is not None and tensor.shape != base.shape:
-                raise ConfigError(
-                    f"{discriminator_path} does not fit {generator_path}: {name} has shape "
-                    f"{list(tensor.shape)}, the generator's {list(base.shape)}; give files of one model"
-                )
-        if sharing == "gdes":
-            if table is not None:
-                residual = table - base
-            if residual is not None:
-                state[residual_key] = residual
-        elif sharing == "nes":
-            if table is None and residual is not None:
-                table = base + residual
-            if table is not None:
-                state[key] = table
-    # No published discriminator has a position table of its own: a new one keeps its initial values.
-    for key in (f"deberta.embeddings.{TABLES[1]}.weight", f"deberta.embeddings.{TABLES[1]}._weight"):
-        if key in discriminator:
-            state.setdefault(key, discriminator[key])
-    load_strictly(model.discriminator, state, discriminator_path)
+    config, options = model.config, options or LoadOptions()
+    discriminator = open_weights(discriminator_path, "discriminator", config.discriminator, options)
+    if str(generator_path) == FROM_DISCRIMINATOR:
+        generator = select_first_layers(discriminator, config.generator)
+    else:
+        generator = open_weights(generator_path, "generator", config.generator, options)
+        check_order(generator, discriminator)
+    check_layers(generator)
+    check_layers(discriminator)
+    loaded = {"generator": copy_weights(model.generator, generator)}
+    done, num_tables = load_tables(model, discriminator)
+    rest = copy_weights(model.discriminator, discriminator, skipped=done)
+    return loaded | {"discriminator": replace(rest, loaded=rest.loaded + num_tables)}
 
 
-def read_weights(path: str | Path) -> StateDict:
-    """Read the tensors of a `.bin` or `.safetensors` file.
+def select_first_layers(discriminator: WeightsFile, config: ModelConfig) -> WeightsFile:
+    """Return the discriminator's file as that of a generator with fewer layers.
 
-    Code in the file is not executed. Raises `ConfigError` if the file is missing or not of this format.
+    Its LM head and position table are used as far as the file has them. Raises `ConfigError` if the file has
+    residuals in place of a word table.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no weights file {path}: it does not exist; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+    if f"{WORD}.weight" not in discriminator.state:
         raise ConfigError(
-            f"cannot read the weights in {path}: it is {_guess_content(path)}; fetch it again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
-    return state
+            f"{discriminator.path} has no {WORD}.weight: --init_generator {FROM_DISCRIMINATOR} needs the "
+            "full table; give the file of its generator"
+        )
+    state = {}
+    for name, tensor in discriminator.state.items():
+        layer = re.match(r"deberta\.encoder\.layer\.(\d+)\.", name)
+        if not (layer and int(layer[1]) >= config.num_hidden_layers) and not name.endswith("._weight"):
+            state[name] = tensor
+    return WeightsFile(discriminator.path, "generator", config, state, fresh_head=True)
 
 
-def _guess_content(path: Path) -> str:
-    """Return a description of a file that does not hold weights."""
-    beginning = path.read_bytes()[:64].lstrip()
-    if beginning.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer"
-    return "a web page" if beginning.startswith(b"<") else "damaged or of another format"
+def check_order(generator: WeightsFile, discriminator: WeightsFile) -> None:
+    """Raise `ConfigError` if each file is that of the other model."""
+    layers = [count_layers(file.state) for file in (generator, discriminator)]
+    wanted = [file.config.num_hidden_layers for file in (generator, discriminator)]
+    has_rtd_head = [
+        any(name.startswith("mask_predictions.") for name in file.state)
+        for file in (generator, discriminator)
+    ]
+    if (layers != wanted and layers == wanted[::-1]) or has_rtd_head == [True, False]:
+        raise ConfigError(
+            f"the files are swapped: {generator.path} holds the discriminator and {discriminator.path} the "
+            "generator; exchange --init_generator and --init_discriminator"
+        )
 
 
-def load_strictly(model: nn.Module, state: StateDict, path: str | Path) -> None:
-    """Load a state dict whose names and shapes must match.
+def check_layers(file: WeightsFile) -> None:
+    """Raise `ConfigError` if the file has more or fewer layers than the model."""
+    layers, wanted = count_layers(file.state), file.config.num_hidden_layers
+    if layers != wanted:
+        hint = f", or --init_generator {FROM_DISCRIMINATOR}" if file.role == "generator" else ""
+        raise ConfigError(
+            f"{file.path} does not fit: its num_hidden_layers is {layers}, but that of "
+            f"{file.describe_model()} is {wanted}; give a file of this model{hint}"
+        )
 
-    Heads of other models are dropped. Raises `ConfigError` for any other difference.
+
+def load_tables(model: RTDModel, file: WeightsFile) -> tuple[list[str], int]:
+    """Load the discriminator's word and position tables.
+
+    The generator must have been loaded. A position table that neither the file has nor the model reads keeps
+    its initial values. Returns the names in the model that need no further loading, and how many of them the
+    file has.
     """
-    model.load_state_dict(select_weights(model, state, path), strict=True)
+    embeddings = model.discriminator.deberta.embeddings
+    done, loaded = [], 0
+    for prefix, base in zip((WORD, POSITION), model.generator.tables(), strict=True):
+        module = getattr(embeddings, prefix.rpartition(".")[2])
+        if not isinstance(module, OwnTable | ResidualTable):
+            continue  # ES: the generator's
+        (target,) = module.parameters()
+        table, residual = (file.state.pop(f"{prefix}.{key}", None) for key in ("weight", "_weight"))
+        for name, tensor in ((f"{prefix}.weight", table), (f"{prefix}._weight", residual)):
+            if tensor is not None:
+                check_tensor(name, tensor, target, file)
+        has_table = table is not None or residual is not None
+        if not has_table and prefix == WORD:
+            raise_misfit(file, [f"{WORD}.weight is missing"])
+        if isinstance(module, ResidualTable):
+            set_residual(target, base, table, residual)
+        else:
+            set_table(target, base, table, residual)
+        loaded += has_table
+        if has_table or not file.config.position_biased_input:
+            done.append(f"{prefix}.{'weight' if isinstance(module, OwnTable) else '_weight'}")
+    return done, loaded
+
+
+@torch.no_grad()
+def set_table(
+    target: torch.Tensor, base: torch.Tensor, table: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    """Set a table of its own: `table`, or else the generator's plus `residual`."""
+    if table is not None:
+        target.copy_(table)
+    elif residual is not None:
+        target.copy_(residual).add_(base)
+
+
+@torch.no_grad()
+def set_residual(
+    target: torch.Tensor, base: torch.Tensor, table: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    """Set a residual such that `base + residual` is bitwise `table`, where such a residual exists.
+
+    It exists for every table that was computed as such a sum. Without a table, the file's residual is used.
+    """
+    if table is None:
+        if residual is not None:
+            target.copy_(residual)
+        return
+    for first in range(0, len(target), ROWS_PER_CHUNK):
+        rows = slice(first, first + ROWS_PER_CHUNK)
+        wanted, base_rows = table[rows].to(target.dtype), base[rows]
+        difference = wanted - base_rows
+        # The rounded difference may miss by one unit in the last place.
+        for candidate in (
+            torch.nextafter(difference, torch.full((), torch.inf)),
+            torch.nextafter(difference, torch.full((), -torch.inf)),
+            None if residual is None else residual[rows].to(target.dtype),
+        ):
+            is_missed = base_rows + difference != wanted
+            if candidate is None or not is_missed.any():
+                break
+            difference = torch.where(is_missed & (base_rows + candidate == wanted), candidate, difference)
+        target[rows] = difference
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, file: WeightsFile, skipped: Iterable[str] = ()) -> LoadedWeights:
+    """Copy the file's tensors into the model, except to the names in `skipped`.
+
+    Raises `ConfigError` for weights that are missing, not part of the model, of another shape or not finite.
+    """
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in set(skipped)}
+    used = [name for name in file.state if name in expected]
+    ignored = [name for name in file.state if name not in expected]
+    unknown = [name for name in ignored if is_encoder_weight(name)]
+    if unknown:
+        raise_misfit(file, [f"{name} is not part of the model" for name in unknown])
+    missing = [name for name in expected if name not in file.state]
+    new = find_new_parts(missing, file)
+    for name in used:
+        check_tensor(name, file.state[name], expected[name], file)
+    for name in used:
+        expected[name].copy_(file.state[name])
+    return LoadedWeights(str(file.path), len(used), new, tuple(ignored))
+
+
+def is_encoder_weight(name: str) -> bool:
+    """Return whether a name is a weight of an encoder, not of a head, and not a buffer or shared table."""
+    is_table = name.startswith((f"{WORD}.", f"{POSITION}."))
+    is_other = is_table or name.endswith(".position_ids") or ".pooler." in name
+    return name.startswith("deberta.") and not is_other
+
+
+def find_new_parts(missing: list[str], file: WeightsFile) -> tuple[str, ...]:
+    """Return the parts of the model that start new, given the names that the file does not have.
+
+    Raises `ConfigError` for a missing part that must not start new.
+    """
+    body = [name for name in missing if not name.startswith(tuple(HEADS))]
+    if body:
+        raise_misfit(file, [f"{name} is missing" for name in body])
+    parts = [part for prefix, part in HEADS.items() if any(name.startswith(prefix) for name in missing)]
+    if parts and not file.fresh_head:
+        raise ConfigError(
+            f"{file.path} has no {' and no '.join(parts)} ({missing[0]} is missing); give --fresh_head to "
+            f"start {'it' if len(parts) == 1 else 'them'} new"
+        )
+    return tuple(parts)
+
+
+def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: WeightsFile) -> None:
+    """Raise `ConfigError` for a tensor of another shape, of another kind, or with values not finite."""
+    if tensor.shape != expected.shape:
+        raise_misfit(file, [f"{name} has shape {list(tensor.shape)}, the model needs {list(expected.shape)}"])
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise_misfit(file, [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"])
+    check_finite(tensor, name, file.path)
+
+
+def raise_misfit(file: WeightsFile, problems: list[str]) -> None:
+    """Raise `ConfigError` with the first problem and the number of the others."""
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    raise ConfigError(
+        f"{file.path} does not fit {file.describe_model()}: {problems[0]}{more}; give a file of this model"
+    )
 
 
 def select_weights(model: nn.Module, state: StateDict, path: str | Path) -> StateDict:
-    """Return the tensors that belong to the model.
+    """Return the tensors of a checkpoint, whose names and shapes must be the model's.
 
-    Heads of other models and buffers of older code are dropped. Raises `ConfigError` for weights that are
-    missing, not part of the model, or of another shape.
+    Raises `ConfigError` for the first difference.
     """
     expected = model.state_dict()
-    foreign = tuple(head for head in HEADS if not any(name.startswith(head) for name in expected))
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(foreign) and not name.endswith("position_ids")
-    }
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not part of the model" for name in state if name not in expected]
     problems += [

@@ -1,5 +1,6 @@
 """Summary that a run logs before it starts, and its `environment.json`."""
 
+import dataclasses
 import hashlib
 import platform
 import sys
@@ -11,6 +12,7 @@ import torch
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.files import hash_file
+from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.model.pretraining import (
     MaskedLanguageModel,
     RTDModel,
@@ -52,12 +54,14 @@ def format_banner(run: Run, first_step: int) -> str:
         "steps": f"{training.total_steps:,}, warm-up {warmup:,}"
         + (f"; resuming from step {first_step:,}" if first_step else ""),
         "parameters": f"{_describe_sizes(run.model)} (M = 2^20)",
+        **{f"from ({name})": str(loaded) for name, loaded in run.initial_weights.items()},
         "data": f"{config.data_dir}: {store.meta.num_tokens:,} tokens in {len(store):,} lines; "
         + (", ".join(splits) or "no validation split"),
     }
     if warnings := {model.describe_unusual_heads() for model in run.model.config.models} - {""}:
         rows["warning"] = "; ".join(sorted(warnings))
-    return "\n".join(f"{name:>10}  {value}" for name, value in rows.items())
+    width = max(map(len, rows))
+    return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
 
 
 def _describe_processes(config: TrainConfig) -> str:
@@ -92,8 +96,8 @@ def describe_code() -> dict[str, str]:
     return {"package_sha256": digest.hexdigest(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def collect_environment(device: torch.device) -> dict:
-    """Return a description of the environment: command, versions, machine."""
+def collect_environment(device: torch.device, initial_weights: dict[str, LoadedWeights]) -> dict:
+    """Return a description of the environment: command, versions, machine, weights of `--init_*`."""
     return {
         "command": sys.argv,
         "deberta": __version__,
@@ -106,6 +110,7 @@ def collect_environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "processes": get_world_size(),
         "nodes": get_num_nodes(),
+        "initial_weights": {name: dataclasses.asdict(loaded) for name, loaded in initial_weights.items()},
     }
 
 

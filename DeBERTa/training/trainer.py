@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +15,7 @@ from DeBERTa import __version__
 from DeBERTa.config import TrainConfig, read_json
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
 from DeBERTa.errors import NonFiniteError
+from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.page import update_report
 from DeBERTa.training.best import find_best, record_best
@@ -54,6 +55,7 @@ class Run:
     settings: dict  # as resolved: "train", "model", "data"
     interval: Interval
     attention: str  # in use
+    initial_weights: dict[str, LoadedWeights] = field(default_factory=dict)  # of --init_*, by model
     lock: RunLock | None = None  # of the run directory, held by rank 0
 
     @property

@@ -6,6 +6,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ import pytest
 from DeBERTa.data import corpus
 from DeBERTa.data.corpus import Download, DownloadError, extract_sample, fetch, fetch_wikitext
 from DeBERTa.errors import DataError
+from DeBERTa.hub.download import REVISIONS
+from tests.hub.server import Hub, run_hub
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "prepare"
@@ -78,8 +81,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def download(*urls: str, content: bytes | None = CONTENT) -> Download:
-    return Download("the file", urls, hashlib.sha256(content).hexdigest() if content is not None else None)
+def download(*urls: str, content: bytes = CONTENT) -> Download:
+    return Download("the file", urls, hashlib.sha256(content).hexdigest())
 
 
 def test_fetches_and_then_needs_no_network(server, tmp_path):
@@ -129,14 +132,6 @@ def test_a_wrong_file_is_removed(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_incomplete_file_without_known_hash_is_never_used(server, tmp_path):
-    with pytest.raises(DownloadError, match="ended after 2000000 of 5120000 bytes"):
-        fetch(download(server.address + "/incomplete", content=None), tmp_path / "file")
-    assert not (tmp_path / "file").exists()
-    fetch(download(server.address + "/plain", content=None), tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
 def test_a_wrong_file_at_the_destination_is_named_and_not_replaced(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(DownloadError, match="remove it") as error:
@@ -160,14 +155,39 @@ def test_the_error_names_every_address_and_the_destination(server, tmp_path):
     assert f"put the file at {tmp_path / 'file'}" in message
 
 
-def test_the_vocabulary_must_be_one(server, monkeypatch, cache):
-    monkeypatch.setattr(corpus.DEBERTA_V3_VOCABULARY, "urls", (server.address + "/plain",))
-    server.content = b"<html>please log in</html>"
-    with pytest.raises(DownloadError, match="not a SentencePiece model"):
-        corpus.fetch_vocabulary()
-    server.content = (GOLDEN / "spm.model").read_bytes()
-    assert corpus.fetch_vocabulary() == cache / "deberta-v3-base" / "spm.model"
-    assert corpus.fetch_vocabulary().read_bytes() == server.content
+def fetch_vocabulary(hub: Hub, tmp_path: Path) -> subprocess.CompletedProcess:
+    code = "from DeBERTa.data.corpus import fetch_vocabulary; print(fetch_vocabulary())"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | hub.environment(tmp_path / "hub"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_vocabulary_comes_from_the_hub(tmp_path, cache):
+    with run_hub() as hub:
+        repository = "microsoft/deberta-v3-base"
+        hub.repositories, hub.revisions = {repository}, {REVISIONS[repository]}
+        result = fetch_vocabulary(hub, tmp_path)
+        destination = cache / "deberta-v3-base" / "spm.model"
+        assert result.stderr.splitlines()[-1].endswith(
+            f"has no spm.model; put the file at {destination} by hand"
+        )
+        hub.files["spm.model"] = (GOLDEN / "spm.model").read_bytes()
+        for _ in range(2):
+            result = fetch_vocabulary(hub, tmp_path)
+            assert result.stdout.strip() == str(destination), result.stderr
+        assert destination.read_bytes() == hub.files["spm.model"]
+        assert [r[0] for r in hub.requests] == ["HEAD", "HEAD", "GET"]
+        destination.unlink()
+        hub.files["spm.model"] = b"not a vocabulary"
+        shutil.rmtree(tmp_path / "hub")
+        result = fetch_vocabulary(hub, tmp_path)
+        assert "is not a SentencePiece model" in result.stderr.splitlines()[-1]
+        assert not destination.exists()
 
 
 def archive(path: Path, **texts: str) -> Path:
@@ -263,21 +283,12 @@ def test_splits_of_the_sample():
 
 
 def test_addresses_come_from_the_environment():
-    mirrors = {
-        "DEBERTA_WIKITEXT_URL": "http://127.0.0.1:9/mirror.zip",
-        "HF_ENDPOINT": "http://127.0.0.1:9/hub/",
-    }
-    code = (
-        "from DeBERTa.data import corpus;"
-        "print(corpus.WIKITEXT_103.urls[0], *corpus.DEBERTA_V3_VOCABULARY.urls)"
-    )
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", "from DeBERTa.data import corpus; print(corpus.WIKITEXT_103.urls[0])"],
         cwd=ROOT,
-        env=os.environ | mirrors,
+        env=os.environ | {"DEBERTA_WIKITEXT_URL": "http://127.0.0.1:9/mirror.zip"},
         capture_output=True,
         text=True,
         check=True,
     )
-    hub = "http://127.0.0.1:9/hub/microsoft/deberta-v3-base/resolve/main/spm.model"
-    assert run.stdout.split() == ["http://127.0.0.1:9/mirror.zip", hub]
+    assert run.stdout.split() == ["http://127.0.0.1:9/mirror.zip"]

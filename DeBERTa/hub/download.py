@@ -1,0 +1,96 @@
+"""Files of the Hugging Face hub, fetched with the package `huggingface_hub` (the extra `hub`).
+
+That package caches (`HF_HOME`), resumes interrupted downloads, and reads `HF_ENDPOINT` and `HF_HUB_OFFLINE`.
+A model is named as `hf:OWNER/NAME`, or `hf:OWNER/NAME@REVISION` with a branch, tag or commit.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from DeBERTa.data.files import hash_file
+from DeBERTa.errors import DownloadError
+
+HUB = "hf:"
+# Commits of the published models: what is fetched today is fetched tomorrow.
+REVISIONS = {
+    "microsoft/deberta-v3-xsmall": "14809e4f1fe1895fcba8b258271a940c6ca45ec4",
+    "microsoft/deberta-v3-small": "a36c739020e01763fe789b4b85e2df55d6180012",
+    "microsoft/deberta-v3-base": "8ccc9b6f36199bec6961081d44eb72fb3f7353f3",
+    "microsoft/deberta-v3-large": "64a8c8eab3e352a784c658aef62be1662607476f",
+}
+
+
+def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
+    """Return the first of the files `names` that a model on the hub has, fetched if needed.
+
+    Raises `DownloadError`, which ends with `hint`, if it has none of them or cannot be reached.
+    """
+    failures = []
+    for name in names:
+        try:
+            path = find_on_hub(reference, name, hint)
+        except DownloadError as error:  # offline, the cache may still have the next one
+            failures.append(error)
+            continue
+        if path is not None:
+            return path
+    raise failures[0] if failures else DownloadError(f"{reference} has no {' and no '.join(names)}; {hint}")
+
+
+def find_on_hub(reference: str, name: str, hint: str) -> Path | None:
+    """Return a file of a model on the hub, fetched if needed, or None if the model does not have it.
+
+    Raises `DownloadError` if the hub or its cache cannot tell, or if the file is damaged.
+    """
+    repository, _, revision = reference.removeprefix(HUB).partition("@")
+    revision = revision or REVISIONS.get(repository, "main")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise DownloadError(
+            f"cannot fetch {name} of {reference}: the package huggingface_hub is missing; "
+            f"pip install huggingface_hub, or {hint}"
+        ) from None
+    try:
+        path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+    except errors.LocalEntryNotFoundError as error:  # no answer, and not in the cache
+        raise DownloadError(_describe(reference, name, error.__cause__ or error, hint)) from None
+    except errors.EntryNotFoundError:
+        return None
+    # Not OSError alone: the HTTP client, and so its errors, differ between versions of the package.
+    except Exception as error:
+        raise DownloadError(_describe(reference, name, error, hint)) from None
+    check_hash(path, f"{name} of {reference}")
+    return path
+
+
+def check_hash(path: Path, description: str) -> None:
+    """Raise `DownloadError` if a cached file does not have the SHA-256 that it is stored under.
+
+    Large files are; small ones have another hash as their name.
+    """
+    stored = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and hash_file(stored) != stored.name:
+        raise DownloadError(
+            f"{description} is damaged: the SHA-256 differs; remove {stored} to fetch it again"
+        )
+
+
+def _describe(reference: str, name: str, error: BaseException, hint: str) -> str:
+    """Return the message for an error of the hub's package."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        reason, advice = "it is not in the cache", "unset HF_HUB_OFFLINE once"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        reason, advice = "the model has no such revision", "check what follows the @"
+    elif isinstance(error, errors.GatedRepoError | errors.RepositoryNotFoundError):
+        reason, advice = "no such model, or not for you", "check the name, and HF_TOKEN if it is private"
+    elif isinstance(error, errors.HFValidationError):
+        reason, advice = "not the name of a model", "name it as hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
+    else:
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        advice = f"check the connection to {constants.ENDPOINT} (HF_ENDPOINT)"
+    return f"cannot fetch {name} of {reference}: {reason.rstrip('.')}; {advice}, or {hint}"

@@ -1,0 +1,89 @@
+"""Reading of weight files: `.bin` (a pickle, usually in a zip archive) and `.safetensors`.
+
+Code in a file is not executed. Tensors are mapped from the file, so that memory is used as they are read.
+"""
+
+import contextlib
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from DeBERTa.errors import ConfigError
+
+StateDict = dict[str, torch.Tensor]
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """Read the tensors of a `.bin` or `.safetensors` file.
+
+    Other entries of the state dict, such as `config`, are omitted. Raises `ConfigError` if the file is
+    missing, damaged, or not of this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no weights file {path}: it does not exist; check the path")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except ConfigError:
+        raise
+    # Every byte of a damaged file may be wrong: decoding it raises whatever the pickle of that moment does.
+    except Exception:
+        raise ConfigError(
+            f"cannot read the weights in {path}: it is {_guess_content(path)}; fetch it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
+    return tensors
+
+
+def _load_pickle(path: Path) -> object:
+    """Load a `.bin` file of either format; raise `ConfigError` for an archive that is not intact."""
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive:
+        _check_archive(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about details of the pickle
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise `ConfigError` unless the checksums of all entries match, which torch.load does not compare."""
+    problem = None
+    with contextlib.ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            if any(entry.flag_bits & 1 for entry in archive.infolist()):
+                problem = "encrypted; give it unencrypted"
+            elif not any(name.endswith("data.pkl") for name in archive.namelist()):
+                problem = "a zip archive without weights; give the file that torch.save wrote"
+            elif name := archive.testzip():
+                problem = f"damaged (checksum of {name!r}); fetch it again"
+        except Exception:  # see read_weights
+            problem = "a damaged zip archive; fetch it again"
+    if problem:
+        raise ConfigError(f"cannot read the weights in {path}: it is {problem}")
+
+
+def _guess_content(path: Path) -> str:
+    """Return a description of a file that does not hold weights."""
+    with path.open("rb") as file:
+        beginning = file.read(64).lstrip()
+    if beginning.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    return "a web page" if beginning.startswith(b"<") else "damaged or of another format"
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: str | Path) -> None:
+    """Raise `ConfigError` if a tensor that was read from `path` has NaN or infinite values."""
+    if tensor.numel() and not torch.linalg.vector_norm(tensor, ord=torch.inf).isfinite():
+        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ConfigError(
+            f"{path} cannot be trained from: {count} of {tensor.numel()} values of {name} are NaN or "
+            "infinite; give weights from before training diverged"
+        )

@@ -1,0 +1,136 @@
+"""Where a run starts from: the weights that `--init_*` names, and what was loaded from them.
+
+A reference is a file, the directory of a model or a run, or `hf:OWNER/NAME[@REVISION]`.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from DeBERTa.config import ModelConfig, TrainConfig, convert_hub_config, read_json
+from DeBERTa.errors import ConfigError, DownloadError
+from DeBERTa.hub.download import HUB, fetch_from_hub, find_on_hub
+from DeBERTa.hub.published import FROM_DISCRIMINATOR, LoadedWeights, LoadOptions, load_masked_lm, load_rtd
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path
+
+GENERATOR_FILE = "pytorch_model.generator.bin"
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+# Settings that change what a model computes, but not the shape of any weight.
+SILENT_SETTINGS = (
+    *("position_biased_input", "relative_attention", "pos_att_type", "share_att_key", "norm_rel_ebd"),
+    *("position_buckets", "max_relative_positions", "num_attention_heads"),
+    *("hidden_act", "conv_act", "layer_norm_eps"),
+)
+
+
+def load_initial_weights(
+    config: TrainConfig, model: MaskedLanguageModel | RTDModel
+) -> dict[str, LoadedWeights]:
+    """Load the weights of `--init_*`, if any, and return what was loaded by name of the model.
+
+    Raises `ConfigError` if they cannot be found or read, or do not match the model.
+    """
+    options = LoadOptions(config.fresh_head)
+    if isinstance(model, MaskedLanguageModel):
+        if not config.init_model:
+            return {}
+        path = find_weights(config.init_model, "model", model.config)
+        return {"model": load_masked_lm(model, path, options)}
+    if not config.init_generator:
+        return {}
+    generator: str | Path = config.init_generator
+    if generator != FROM_DISCRIMINATOR:
+        generator = find_weights(config.init_generator, "generator", model.config.generator)
+    discriminator = find_weights(config.init_discriminator, "discriminator", model.config.discriminator)
+    return load_rtd(model, generator, discriminator, options)
+
+
+def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
+    """Return the file that a flag names, fetched if needed.
+
+    Args:
+        reference: a file, a directory or `hf:OWNER/NAME[@REVISION]`.
+        role: "model", "generator" or "discriminator".
+        config: the model to load it into. Raises `ConfigError` if the `config.json` beside the file differs
+            in a setting that no shape would reveal.
+    """
+    if reference.startswith(HUB):
+        path = fetch_weights(reference, role)
+    else:
+        path = find_in_directory(Path(reference), role) if Path(reference).is_dir() else Path(reference)
+    check_silent_settings(path, config)
+    return path
+
+
+def fetch_weights(reference: str, role: str) -> Path:
+    """Fetch the weights of a model on the hub, and its config."""
+    if role == "generator":
+        hint = f"give --init_generator {FROM_DISCRIMINATOR}, or the file of a generator"
+        return fetch_from_hub(reference, (GENERATOR_FILE,), hint)
+    path = fetch_from_hub(reference, MODEL_FILES, "give a file")
+    with suppress(DownloadError):  # it is compared if there is one
+        find_on_hub(reference, "config.json", "give a file")
+    return path
+
+
+def find_in_directory(directory: Path, role: str) -> Path:
+    """Return the weights in the directory of a model or of a run.
+
+    Of a run, they are the final ones, or those of the newest valid checkpoint. Raises `ConfigError` if there
+    are none.
+    """
+    names = (GENERATOR_FILE, *MODEL_FILES) if role == "generator" else MODEL_FILES
+    for folder in (directory / role, directory / "model", directory):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    if role == "model" and (directory / "discriminator").is_dir():
+        raise ConfigError(
+            f"{directory} holds a generator and a discriminator: --init_model takes one; give "
+            f"{directory / 'generator'} or {directory / 'discriminator'}"
+        )
+    step, _ = find_newest_valid(directory)
+    if not step:
+        raise ConfigError(
+            f"{directory} holds no weights: neither {' nor '.join(names)} nor checkpoints; "
+            "give the directory of a model or of a run"
+        )
+    return get_checkpoint_path(directory, step) / "model.safetensors"
+
+
+def check_silent_settings(path: Path, config: ModelConfig) -> None:
+    """Raise `ConfigError` if the `config.json` beside a file differs in a setting that shapes do not show."""
+    config_path = path.with_name("config.json")
+    values = read_json(config_path) if config_path.is_file() else {}
+    if "model" in values:  # of a run
+        return
+    known = {k: v for k, v in convert_hub_config(values, str(config_path)).items() if k in SILENT_SETTINGS}
+    there = describe_computation(ModelConfig.from_dict(config.to_dict() | known, str(config_path)))
+    here = describe_computation(config)
+    differing = [
+        f"{name} ({there[name]} there, {here[name]} here)" for name in here if there[name] != here[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"{config_path} differs from --model_config in {', '.join(differing)}; "
+            "give the config of these weights"
+        )
+
+
+def describe_computation(config: ModelConfig) -> dict[str, object]:
+    """Return the settings that SILENT_SETTINGS amount to, those without effect omitted."""
+    described: dict[str, object] = {
+        "num_attention_heads": config.num_attention_heads,
+        "position_biased_input": config.position_biased_input,
+        "pos_att_type": "|".join(config.position_terms) or "none",
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "conv_act": config.conv_act if config.conv_kernel_size else "none",
+    }
+    relative = {
+        "share_att_key": config.share_att_key,
+        "norm_rel_ebd": config.norm_rel_ebd,
+        "position_buckets": config.position_span,
+        "max_relative_positions": config.max_distance,
+    }
+    return described | {name: value if config.position_terms else "none" for name, value in relative.items()}
