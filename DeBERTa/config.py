@@ -27,15 +27,6 @@ POSITION_TERMS = ("c2p", "p2c")
 SHARING = ("gdes", "es", "nes")
 ATTENTION = ("auto", "eager", "sdpa", "triton")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Keys of a transformers config that do not change what a model here computes.
-HUB_KEYS = (
-    *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
-    *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "_name_or_path"),
-    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "gradient_checkpointing"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "padding_idx", "tie_word_embeddings", "legacy"),
-    *("pooler_dropout", "pooler_hidden_act", "pooler_hidden_size"),
-    *("chunk_size_feed_forward", "is_encoder_decoder"),
-)
 
 
 # Keys of a transformers config that do not change what a model here computes.
