@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 import zipfile

@@ -127,8 +127,8 @@ def load_rtd(
         generator = open_weights(generator_path, "generator", config.generator, options)
         check_order(generator, discriminator)
     check_layers(generator)
-    check_layers(discriminator)
     loaded = {"generator": copy_weights(model.generator, generator)}
+    check_layers(discriminator)
     done, num_tables = load_tables(model, discriminator)
     rest = copy_weights(model.discriminator, discriminator, skipped=done)
     return loaded | {"discriminator": replace(rest, loaded=rest.loaded + num_tables)}
