@@ -26,6 +26,7 @@ ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
 SHARING = ("gdes", "es", "nes")
 ATTENTION = ("auto", "eager", "sdpa", "triton")
+SCHEDULES = ("linear", "cosine", "wsd", "constant")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -439,7 +440,7 @@ class TrainConfig:
         0, "length of the run; 0: by --num_train_epochs", "optimizer steps", FROM_ZERO, group="optimization"
     )
     num_train_epochs: float = _flag(
-        1.0, "passes over the data, when --num_training_steps is not given", "epochs", NOT_NEGATIVE
+        1.0, "passes over the data, when --num_training_steps is not given", "epochs", NOT_NEGATIVE, RESUME
     )
     learning_rate: float = _flag(1e-4, "peak learning rate", "", POSITIVE)
     discriminator_learning_rate: float = _flag(
@@ -447,6 +448,11 @@ class TrainConfig:
     )
     warmup: float = _flag(
         10000.0, "linear warm-up", "optimizer steps if >= 1, else proportion of all steps", NOT_NEGATIVE
+    )
+    lr_schedule: str = _flag(
+        "linear",
+        "after warm-up; linear, cosine: decay to the last step; wsd: decay over the last tenth of all steps",
+        choices=SCHEDULES,
     )
     lr_schedule_ends: float = _flag(0.0, "final learning rate", "proportion of the peak", PROPORTION)
     weight_decay: float = _flag(0.01, "AdamW weight decay (not of biases and LayerNorm)", "", NOT_NEGATIVE)
@@ -542,6 +548,10 @@ class TrainConfig:
         _refuse(
             not (self.num_training_steps or self.num_train_epochs),
             "--num_train_epochs must be above 0 when --num_training_steps is not given",
+        )
+        _refuse(
+            self.lr_schedule == "constant" and self.lr_schedule_ends,
+            "--lr_schedule_ends: --lr_schedule constant ends at the peak; give one of the two",
         )
         _refuse(
             self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"),

@@ -115,6 +115,7 @@ def test_nes_allows_different_widths():
         ({"train_batch_size": 0}, "--train_batch_size"),
         ({"accumulative_update": 3}, "--accumulative_update"),
         ({"lr_schedule_ends": 2.0}, "--lr_schedule_ends"),
+        ({"lr_schedule": "constant", "lr_schedule_ends": 0.1}, "--lr_schedule constant"),
         ({"max_seq_length": 2}, "--max_seq_length"),
         ({"learning_rate": 0.0}, "--learning_rate"),
         ({"warmup": -1.0}, "--warmup"),
@@ -187,8 +188,8 @@ def test_what_a_resumed_run_must_have_in_common():
         "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "fresh_head",
         "vocab_type",
         "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed",
-        "num_training_steps", "num_train_epochs", "learning_rate", "discriminator_learning_rate", "warmup",
-        "lr_schedule_ends",
+        "num_training_steps", "learning_rate", "discriminator_learning_rate", "warmup",
+        "lr_schedule", "lr_schedule_ends",
         "weight_decay", "adam_beta1", "adam_beta2", "epsilon", "max_grad_norm", "skip_spikes", "rtd_lambda",
         "decoupled_training", "precision", "kernels", "attention", "compile", "deterministic", "tf32",
     }  # fmt: skip

@@ -333,7 +333,7 @@ def test_evaluation_of_a_checkpoint_of_another_model(flags):
         (["--train_batchsize=8"], "did you mean --train_batch_size"),
         (["--task_name", "GPT"], "--task_name: invalid choice: 'GPT'"),
         (["--workers", "two"], "--workers: invalid int value: 'two'"),
-        (["--lr", "0.1"], "no flag --lr: did you mean --lr_schedule_ends; "),
+        (["--lr", "0.1"], "no flag --lr: did you mean --lr_schedule or --lr_schedule_ends; "),
         (["--max_seq", "3"], "no flag --max_seq: did you mean --max_seq_length"),
         (["--learning", "1"], "no flag --learning: did you mean --learning_rate"),
         (["--zero", "1"], "give --sharding zero2"),

@@ -21,7 +21,7 @@ from DeBERTa.model.pretraining import (
 )
 from DeBERTa.training.distributed import get_world_size
 from DeBERTa.training.execution import describe_kernels
-from DeBERTa.training.optimizer import count_warmup_steps
+from DeBERTa.training.optimizer import compute_lr_factor, describe_schedule
 from DeBERTa.training.trainer import Run
 from DeBERTa.training.worker import get_num_nodes
 
@@ -42,7 +42,6 @@ def format_banner(run: Run, first_step: int) -> str:
     if get_world_size() > 1:
         batch += f", {config.train_batch_size / get_world_size():g} per rank"
     tokens = config.train_batch_size * config.max_seq_length
-    warmup = count_warmup_steps(config, training.total_steps)
     splits = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
     kernels = describe_kernels(run.settings["train"]["kernels"], run.attention, training.device)
     rows = {
@@ -51,8 +50,8 @@ def format_banner(run: Run, first_step: int) -> str:
         "device": f"{get_device_name(training.device)}, precision {training.precision}, {kernels}",
         "processes": _describe_processes(config),
         "batch": f"{batch}: {tokens:,} tokens per step",
-        "steps": f"{training.total_steps:,}, warm-up {warmup:,}"
-        + (f"; resuming from step {first_step:,}" if first_step else ""),
+        "steps": f"{training.total_steps:,}, {describe_schedule(config, training.total_steps)}"
+        + (f"; {_describe_resume(run, first_step)}" if first_step else ""),
         "parameters": f"{_describe_sizes(run.model)} (M = 2^20)",
         **{f"from ({name})": str(loaded) for name, loaded in run.initial_weights.items()},
         "data": f"{config.data_dir}: {store.meta.num_tokens:,} tokens in {len(store):,} lines; "
@@ -62,6 +61,14 @@ def format_banner(run: Run, first_step: int) -> str:
         rows["warning"] = "; ".join(sorted(warnings))
     width = max(map(len, rows))
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
+
+
+def _describe_resume(run: Run, first_step: int) -> str:
+    total_steps = run.training.total_steps
+    if first_step == total_steps:
+        return f"resuming from step {first_step:,}, the last"
+    factor = compute_lr_factor(first_step + 1, total_steps, run.config)
+    return f"resuming from step {first_step:,} at {factor:.3g} of the peak learning rate"
 
 
 def _describe_processes(config: TrainConfig) -> str:

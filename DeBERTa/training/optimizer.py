@@ -7,6 +7,7 @@ from torch import nn
 
 from DeBERTa.config import TrainConfig
 
+WSD_DECAY_START = 0.9  # proportion of all updates
 LARGE = 2**20  # elements: PyTorch's norm of so many on a CPU is off by 1e-5, and by more for larger tensors
 
 
@@ -57,16 +58,38 @@ def count_warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return round(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
 
 
-def compute_lr_factor(update: int, total_steps: int, warmup: int, end: float) -> float:
+def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> float:
     """Return the factor on the peak learning rate for update number `update` (from 1).
 
-    It rises linearly to 1 at update `warmup`, then falls linearly to `end` at update `total_steps`.
+    It rises linearly to 1 at the end of warm-up, then decays to `lr_schedule_ends` at update `total_steps`:
+    along a line, half a cosine (Loshchilov and Hutter, SGDR, equation 5), or a line that starts after 90 % of
+    the updates (`wsd`: warm-up, stable, decay; Hu et al., MiniCPM, section 4). It depends on nothing else, so
+    that a resumed run, also one made longer, has the rates of an uninterrupted one.
     """
+    warmup, end = count_warmup_steps(config, total_steps), config.lr_schedule_ends
     if update < warmup:
         return update / warmup
-    if total_steps <= warmup:
+    start = max(warmup, round(WSD_DECAY_START * total_steps)) if config.lr_schedule == "wsd" else warmup
+    if config.lr_schedule == "constant" or update <= start or total_steps <= start:
         return 1.0
-    return 1 - (1 - end) * (update - warmup) / (total_steps - warmup)
+    if config.lr_schedule == "cosine":
+        return end + (1 - end) * (1 + math.cos(math.pi * (update - start) / (total_steps - start))) / 2
+    return 1 - (1 - end) * (update - start) / (total_steps - start)
+
+
+def describe_schedule(config: TrainConfig, total_steps: int) -> str:
+    """Return the schedule in words."""
+    kinds = {
+        "linear": "linear decay",
+        "cosine": "cosine decay",
+        "wsd": f"linear decay from step {round(WSD_DECAY_START * total_steps):,}",
+    }
+    end = (
+        f"{kinds[config.lr_schedule]} to {config.lr_schedule_ends:g}"
+        if config.lr_schedule in kinds
+        else "constant"
+    )
+    return f"warm-up {count_warmup_steps(config, total_steps):,}, {end}"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -49,7 +49,9 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
             move_previous_run(run_dir)
         step, damages = find_newest_valid(run_dir)
         if step:
-            check_same_run(read_json(get_checkpoint_path(run_dir, step) / "config.json"), settings, run_dir)
+            check_same_run(
+                read_json(get_checkpoint_path(run_dir, step) / "config.json"), settings, run_dir, step
+            )
         remove_unfinished(run_dir)
         for damage in damages:
             logger.warning("damaged checkpoint: %s", damage)
@@ -105,12 +107,13 @@ def remove_unfinished(run_dir: Path) -> None:
         remove(path)
 
 
-def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
-    """Raise `ConfigError` naming the settings that differ from the saved run's.
+def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> None:
+    """Raise `ConfigError` naming the settings that differ from those of the run saved after `step`.
 
-    Settings that another version of this package added or removed are not compared. Versions without
-    `--kernels` computed as `auto` does. Earlier versions recorded `attention_head_size` 0 for the usual one,
-    which follows from the other sizes. Other code and another validation split are warnings.
+    A run may be made longer. Settings that another version of this package added or removed are not compared.
+    Versions without `--kernels` computed as `auto` does. Earlier versions recorded `attention_head_size` 0
+    for the usual one, which follows from the other sizes. Other code and another validation split are
+    warnings.
     """
     differing: list[str] = []
     for section in ("train", "model", "data"):
@@ -121,7 +124,7 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
             )
         old, new = flatten(saved[section]), flatten(current[section])
         if section == "train":
-            old = {"kernels": "auto"} | old
+            old = omit_length({"kernels": "auto", "lr_schedule": "linear"} | old, new, step)
         old = {key: value for key, value in old.items() if value or not key.endswith("attention_head_size")}
         differing += list_differences(old, new, FREE_TO_CHANGE)
     if differing:
@@ -137,6 +140,24 @@ def check_same_run(saved: dict, current: dict, run_dir: Path) -> None:
             "one split, the newest; to keep the one that best.json names now, copy it",
             ", ".join(differing),
         )
+
+
+def omit_length(old: dict, new: dict, step: int) -> dict:
+    """Return the saved flags without those that a longer run may change.
+
+    These are the number of steps and, where warm-up is a proportion of it, a warm-up that is over at `step`.
+    """
+    steps, more = old.get("num_training_steps"), new.get("num_training_steps", 0)
+    if not isinstance(steps, int) or more <= steps:
+        return old
+    logger.info(
+        "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps",
+        steps,
+        step,
+        more,
+    )
+    is_warm = max(old["warmup"], new["warmup"]) <= step
+    return {k: v for k, v in old.items() if k != "num_training_steps" and not (is_warm and k == "warmup")}
 
 
 def list_differences(old: dict, new: dict, ignored: Collection[str] = ()) -> list[str]:

@@ -21,7 +21,6 @@ from DeBERTa.training.optimizer import (
     clip_gradients,
     compute_gradient_norm,
     compute_lr_factor,
-    count_warmup_steps,
     set_learning_rate,
 )
 from DeBERTa.training.parallel import (
@@ -95,8 +94,7 @@ class TrainingStep:
 
         Returns the factor on the peak learning rates.
         """
-        warmup = count_warmup_steps(self.config, self.total_steps)
-        factor = compute_lr_factor(update, self.total_steps, warmup, self.config.lr_schedule_ends)
+        factor = compute_lr_factor(update, self.total_steps, self.config)
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, factor)
         return factor

@@ -132,7 +132,8 @@ def test_loss_scaler():
 
 def test_schedule():
     """Linear up to 1 at the end of warm-up, linear from there to the end value at the last update."""
-    factors = [compute_lr_factor(update, 100, 10, 0.2) for update in range(1, 101)]
+    config = train_config(warmup=10.0, lr_schedule_ends=0.2)
+    factors = [compute_lr_factor(update, 100, config) for update in range(1, 101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == 1.0
     assert factors[54] == pytest.approx(0.6)
@@ -140,8 +141,25 @@ def test_schedule():
     rise = {round(b - a, 12) for a, b in pairwise(factors[:10])}
     fall = {round(b - a, 12) for a, b in pairwise(factors[9:])}
     assert len(rise) == len(fall) == 1
-    assert compute_lr_factor(1, 5, 0, 0.0) == pytest.approx(0.8)
-    assert compute_lr_factor(3, 5, 10, 0.0) == pytest.approx(0.3)
+    assert compute_lr_factor(1, 5, train_config(warmup=0.0)) == pytest.approx(0.8)
+    assert compute_lr_factor(3, 5, train_config(warmup=10.0)) == pytest.approx(0.3)
+
+
+def test_other_schedules():
+    """All rise as the linear one does; then half a cosine, a line over the last tenth, or nothing."""
+
+    def factors(schedule: str, end: float = 0.0) -> list[float]:
+        config = train_config(warmup=10.0, lr_schedule=schedule, lr_schedule_ends=end)
+        return [compute_lr_factor(update, 100, config) for update in range(1, 101)]
+
+    for schedule in ("cosine", "wsd", "constant"):
+        assert factors(schedule)[:10] == factors("linear")[:10]
+    cosine = factors("cosine", 0.2)
+    assert (cosine[54], cosine[99]) == pytest.approx((0.6, 0.2))
+    assert [a + b for a, b in zip(cosine[9:], cosine[:8:-1], strict=True)] == pytest.approx([1.2] * 91)
+    assert factors("wsd")[9:90] == [1.0] * 81
+    assert factors("wsd")[90:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert factors("constant")[9:] == [1.0] * 91
 
 
 def test_warmup_in_steps_or_as_a_proportion():
