@@ -6,11 +6,8 @@ The module reads top to bottom: flags, data, model, run.
 import logging
 import math
 import os
-import signal
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -26,14 +23,13 @@ from DeBERTa.config import (
     read_json,
 )
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches
+from DeBERTa.data.loader import translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import (
     ConfigError,
-    DamagedStoreError,
     DataError,
-    DataWorkerError,
     DebertaError,
     ReportedError,
     describe_os_error,
@@ -70,10 +66,6 @@ from DeBERTa.training.worker import RESTART_COUNT, exit_process, get_local_rank,
 
 Model = MaskedLanguageModel | RTDModel
 SPARE_ROWS = 127  # rows of a word embedding table beyond the tokens (128100 rows for 128001)
-WORKER_DIED = (
-    "a data worker died or was killed, perhaps because memory ran out (fewer --workers need less); "
-    "the same command resumes from the last checkpoint"
-)
 logger = logging.getLogger("DeBERTa.train")  # as a command, __name__ is "__main__"
 
 
@@ -120,32 +112,6 @@ def run_command() -> NoReturn:
     """Run the console command, and exit with its status."""
     secure_console()
     exit_process(main())
-
-
-@contextmanager
-def translate_worker_errors() -> Iterator[None]:
-    """Raise `DataWorkerError` when a data worker died.
-
-    A dead worker causes up to two exceptions. DataLoader raises a `RuntimeError` in the main thread when it
-    receives SIGCHLD. The transfer of a batch raises `ConnectionError` or `EOFError`, which have no other
-    source here. The `RuntimeError` would interrupt the handling of the other exception.
-    """
-    try:
-        yield
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # frees the DataLoader, which ends its workers
-        if isinstance(error, DamagedStoreError):  # raised in a data worker, it has a traceback as message
-            message = str(error).rstrip().rpartition("DamagedStoreError: ")[2]
-            raise DamagedStoreError(message) from None
-        if not isinstance(error, (RuntimeError, ConnectionError, EOFError)):
-            raise
-        is_from_loader = "DataLoader worker (pid" in str(error)
-        if isinstance(error, RuntimeError) and not is_from_loader:
-            raise
-        for _ in range(2):  # a pending handler runs in the first call, before it is replaced
-            with suppress(RuntimeError):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise DataWorkerError(WORKER_DIED) from error
 
 
 def run(config: TrainConfig, signals: Signals) -> None:

@@ -43,7 +43,8 @@ import torch  # noqa: E402
 from benchmarks.about import about  # noqa: E402
 from benchmarks.prepare_data import find_descendants  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
-from DeBERTa.data.dataset import BatchPlan, TrainingBatches, load_batches  # noqa: E402
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches  # noqa: E402
+from DeBERTa.data.loader import load_batches  # noqa: E402
 from DeBERTa.data.masking import Masker  # noqa: E402
 from DeBERTa.data.token_store import get_store_path  # noqa: E402
 from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer  # noqa: E402

@@ -3,6 +3,7 @@
 Shapes: B batch, L length, M masked tokens of the batch, P masked tokens of the sequence that has the most.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,11 +41,13 @@ class MaskedPositions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Masked sequences of one rank, int64 [B, L] unless stated otherwise.
+    """Masked sequences of one rank, [B, L] unless stated otherwise.
+
+    Ids are int32 as data workers make them, and int64 on the device of the model (`to`).
 
     Attributes:
         input_ids: the token ids, with masked tokens replaced.
-        input_mask: 1 for tokens, 0 for padding.
+        input_mask: bool, true for tokens, false for padding.
         labels: the original id where masked, 0 elsewhere.
         uniforms: float64 [B, L] in [0, 1), which draw the samples at masked positions.
         masked: the positions of the masked tokens.
@@ -79,16 +82,15 @@ class Batch(NamedTuple):
         return [Batch.from_tensors(*tensors) for tensors in zip(*chunks, strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to a device asynchronously (`non_blocking`)."""
+        """Copy the batch to a device asynchronously (`non_blocking`), with int64 ids."""
+        moved = self._apply(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved._replace(input_ids=moved.input_ids.long(), labels=moved.labels.long())
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pin_memory(self) -> "Batch":
+        """Copy the batch to pinned memory."""
+        return self._apply(torch.Tensor.pin_memory)
 
-        return Batch(
-            move(self.input_ids),
-            move(self.input_mask),
-            move(self.labels),
-            move(self.uniforms),
-            MaskedPositions(*map(move, self.masked)),
-            self.real_tokens,
-        )
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        input_ids, input_mask, labels, uniforms = map(function, self[:4])
+        masked = MaskedPositions(*map(function, self.masked))
+        return Batch(input_ids, input_mask, labels, uniforms, masked, self.real_tokens)

@@ -4,19 +4,16 @@ The same command always trains on the same data in the same order.
 Shapes: B sequences of this rank, L length.
 """
 
-import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.processes import STOP_SIGNALS, exit_with_parent
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this length: faster matmuls
 ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
@@ -31,6 +28,11 @@ class BatchPlan:
     max_seq_length: int
     rank: int = 0
     world_size: int = 1
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the tokens of a rank's largest batch, padding included."""
+        return -(-self.batch_size // self.world_size) * self.max_seq_length
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -142,37 +144,18 @@ def make_batch(
     max_seq_length = plan.max_seq_length
     longest = max(len(sequence) for sequence in sequences) + 2
     length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_seq_length)
-    ids = np.full((len(sequences), length), tokenizer.pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
+    ids = np.full((len(sequences), length), tokenizer.pad_id, dtype=np.int32)
+    mask = np.zeros(ids.shape, dtype=bool)
     ids[:, 0] = tokenizer.cls_id
     for row, sequence in enumerate(sequences):
         end = len(sequence) + 1
         ids[row, 1:end] = sequence
         ids[row, end] = tokenizer.sep_id
-        mask[row, : end + 1] = 1
+        mask[row, : end + 1] = True
     rows = len(sequences)
     masks = draw_uniforms(plan, MASKS, Masker.count_draws(max_seq_length), step, first_row, rows)
     samples = draw_uniforms(plan, SAMPLES, -(-max_seq_length // 4) * 4, step, first_row, rows)[:, :length]
     masked = masker(ids, masks)
-    arrays = (masked.input_ids, mask, masked.labels, np.ascontiguousarray(samples))
+    input_ids, labels = masked.input_ids.astype(np.int32), masked.labels.astype(np.int32)
+    arrays = (input_ids, mask, labels, np.ascontiguousarray(samples))
     return Batch.from_tensors(*map(torch.from_numpy, arrays))
-
-
-def load_batches(dataset: Dataset[Batch], indices: Sequence[int], workers: int) -> DataLoader:
-    """Load batches in order, prefetched by `workers` data workers."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=indices,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_set_up_worker,
-    )
-
-
-def _set_up_worker(_worker: int) -> None:
-    """Make a data worker ignore signals and exit with its rank."""
-    for number in (*STOP_SIGNALS, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    exit_with_parent(signal.SIGKILL)

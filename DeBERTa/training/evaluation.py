@@ -1,17 +1,17 @@
 """Evaluation on full splits: each line once, with the same masks every time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
-from DeBERTa.data.dataset import EvaluationBatches, load_batches
+from DeBERTa.data.dataset import EvaluationBatches
+from DeBERTa.data.loader import load_batches
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
@@ -53,7 +53,13 @@ def evaluate_splits(
         num_counted = len(range(rank, len(batches), world_size))
         num_rounds = math.ceil(len(batches) / world_size)
         indices = [min(rank + number * world_size, len(batches) - 1) for number in range(num_rounds)]
-        loader = load_batches(batches, indices, config.workers)
+        loader = tqdm(
+            load_batches(batches, indices, config.workers),
+            desc="evaluating",
+            total=num_rounds,
+            leave=False,
+            disable=None,
+        )
         results[split] = evaluate(model, outputs, loader, precision, device, num_counted)
         warn_of_undefined(results[split], split)
     return results
@@ -63,7 +69,7 @@ def evaluate_splits(
 def evaluate(
     model: nn.Module,
     outputs: Outputs,
-    batches: DataLoader,
+    batches: Iterable[Batch],
     precision: str,
     device: torch.device,
     num_counted: int,
@@ -78,7 +84,7 @@ def evaluate(
     scores, replaced = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
     was_training = model.training
     model.eval()
-    for number, batch in enumerate(tqdm(batches, desc="evaluating", leave=False, disable=None)):
+    for number, batch in enumerate(batches):
         batch = batch.to(device)
         with autocast(precision, device):
             masked, detected = outputs(batch)

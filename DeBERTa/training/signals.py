@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from DeBERTa.data.batch import Batch
 from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
 from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
 DUPLICATE_SECONDS = 1.0  # the same signal within this time was sent once and arrived twice
+WAIT_SECONDS = 5  # after a stop signal, for a batch to come
 GPU_STEPS_PER_EXCHANGE = 10  # the all-reduce of requests synchronizes a GPU with its host
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -46,12 +48,14 @@ class Signals:
         self.is_save_requested = False
         self._stop_time = 0.0  # monotonic clock
         self._is_deferred = False
+        self._is_waiting = False
         self._pid = os.getpid()
         self._previous_handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> "Signals":
         for number in list_handled_signals():
             self._previous_handlers[number] = signal.signal(number, self._receive)
+        self._previous_handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_wait)
         # The launcher starts its workers with SIGUSR1 blocked, so that it waits until here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         return self
@@ -77,6 +81,8 @@ class Signals:
             message = "finishing the step, then saving; a second signal exits at once"
             with contextlib.suppress(OSError):  # the terminal may be closed
                 os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+            if self._is_waiting:
+                signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
 
     def _is_duplicate(self, number: int) -> bool:
         return self.stop_signal == number and time.monotonic() - self._stop_time < DUPLICATE_SECONDS
@@ -103,6 +109,28 @@ class Signals:
             yield
         finally:
             self._is_deferred = True
+
+    def limit_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches inside `defer_stop`, and end a wait for one that does not come.
+
+        A stop signal raises `RunInterrupted` `WAIT_SECONDS` later, if the batch has not come then.
+        """
+        while True:
+            self._is_waiting = True
+            if self.stop_signal:
+                signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
+            try:
+                batch = next(batches, None)
+            finally:
+                self._is_waiting = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if batch is None:
+                return
+            yield batch
+
+    def _end_wait(self, _number: int, _frame: FrameType | None) -> None:
+        if self._is_waiting:
+            raise RunInterrupted(self.stop_signal)
 
     def exchange_requests(self, step: int, device: torch.device) -> tuple[int, bool]:
         """All-reduce the requests of all ranks after a step.

@@ -13,7 +13,8 @@ from torch import nn
 
 from DeBERTa import __version__
 from DeBERTa.config import TrainConfig, read_json
-from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed, load_batches
+from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed
+from DeBERTa.data.loader import load_batches
 from DeBERTa.errors import NonFiniteError
 from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
@@ -104,7 +105,7 @@ class Trainer:
             )
             interval.started = time.monotonic()
             run.model.train()
-            for step, batch in enumerate(batches, start=self.first_step + 1):
+            for step, batch in enumerate(self.signals.limit_waits(batches), start=self.first_step + 1):
                 torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
                 training.set_learning_rate(step)
                 interval.add(training(batch), batch.real_tokens, training.guard.has_finite_losses())

@@ -3,6 +3,7 @@
 A process without a launcher trains alone, as local rank 0 of one node.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -85,9 +86,11 @@ def exit_process(status: int) -> NoReturn:
     """Exit with `status`.
 
     Workers and launchers exit without Python's finalization, during which threads of the communication
-    libraries may abort the process although all its work is done.
+    libraries may abort the process although all its work is done. So does a process with data workers that
+    do not end: finalization would wait for them. They end with their parent.
     """
-    if is_worker() or any(thread.name == STORE_THREAD for thread in threading.enumerate()):
+    has_threads = any(thread.name == STORE_THREAD for thread in threading.enumerate())
+    if is_worker() or has_threads or multiprocessing.active_children():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -11,7 +11,6 @@ from DeBERTa.data.dataset import (
     EvaluationBatches,
     TrainingBatches,
     derive_step_seed,
-    load_batches,
 )
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
@@ -43,7 +42,7 @@ def test_layout(store, tokenizer, masker):
     for row, line in zip(originals(batch), batches.select_lines(3), strict=True):
         assert (row[0], row[63]) == (tokenizer.cls_id, tokenizer.sep_id)
         assert row[1:63].tolist() == store[line].tolist()
-    assert batch.input_ids.dtype == torch.int64
+    assert (batch.input_ids.dtype, batch.input_mask.dtype) == (torch.int32, torch.bool)
     assert batch.masked_tokens == (batch.labels > 0).sum()
     assert batch.real_tokens == batch.input_mask.sum() == 24 * 64
 
@@ -94,14 +93,6 @@ def test_uniforms_are_uniform_and_differ_by_step_and_row(store, tokenizer, maske
     assert uniforms.unique().numel() == uniforms.numel() == 25 * 24 * 64
     observed = torch.histc(uniforms, 20, 0, 1)
     assert ((observed - 1920) ** 2 / 1920).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
-
-
-def test_data_workers_change_nothing(store, tokenizer, masker):
-    batches = training(store, tokenizer, masker)
-    for alone, prepared in zip(
-        load_batches(batches, range(4, 10), 0), load_batches(batches, range(4, 10), 2), strict=True
-    ):
-        assert torch.equal(alone.input_ids, prepared.input_ids)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40, 64])

@@ -1,0 +1,180 @@
+"""Batches prefetched by data workers.
+
+A worker writes its batch to memory that it has shared with its rank since it was forked, and sends only where
+the tensors are. PyTorch's own transfer needs a file in /dev/shm and an open file per tensor. Where one of
+these runs out, it drops the batch, and the rank waits forever.
+"""
+
+import errno
+import mmap
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from DeBERTa.data.batch import Batch, MaskedPositions
+from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches
+from DeBERTa.errors import DataWorkerError, DebertaError, StorageError
+from DeBERTa.processes import STOP_SIGNALS, exit_with_parent
+
+FORK = multiprocessing.get_context("fork")
+PREFETCHED = 4  # batches per data worker
+ALIGNMENT = 64  # bytes
+BYTES_PER_TOKEN = 41  # of a batch in which every token is masked
+Batches = TrainingBatches | EvaluationBatches
+
+
+class Place(NamedTuple):
+    """A tensor in shared memory."""
+
+    first: int  # byte
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Stored(NamedTuple):
+    """A batch in a slot of shared memory."""
+
+    slot: int
+    places: list[Place]
+    real_tokens: int
+
+
+class SharedBatches(Dataset):
+    """Batches that data workers write to slots of memory, which they share with their rank.
+
+    There is one more slot than batches are prefetched: a slot is free again once the rank has read its batch.
+    """
+
+    def __init__(self, batches: Batches, indices: Sequence[int], slots: int) -> None:
+        self.batches, self.indices = batches, indices
+        size = batches.plan.max_tokens * BYTES_PER_TOKEN + 7 * ALIGNMENT
+        self.slots = [mmap.mmap(-1, size) for _ in range(slots)]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> Stored | DebertaError:
+        """Write a batch in a data worker, and return where it is, or why it cannot be prepared."""
+        try:
+            batch = self.batches[self.indices[number]]
+        except DebertaError as error:
+            return error
+        slot, first, places = number % len(self.slots), 0, []
+        for tensor in (*batch[:4], *batch.masked):
+            place = Place(first, tensor.shape, tensor.dtype)
+            self._view(slot, place).copy_(tensor)
+            places.append(place)
+            first += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return Stored(slot, places, batch.real_tokens)
+
+    def read(self, stored: Stored) -> Batch:
+        """Return a copy of a batch, in pinned memory if there is a GPU."""
+        tensors = [
+            torch.empty(place.shape, dtype=place.dtype, pin_memory=torch.cuda.is_available()).copy_(
+                self._view(stored.slot, place)
+            )
+            for place in stored.places
+        ]
+        input_ids, input_mask, labels, uniforms, *masked = tensors
+        return Batch(input_ids, input_mask, labels, uniforms, MaskedPositions(*masked), stored.real_tokens)
+
+    def _view(self, slot: int, place: Place) -> torch.Tensor:
+        count = place.shape.numel()
+        if not count:  # `frombuffer` refuses it
+            return torch.empty(place.shape, dtype=place.dtype)
+        values = torch.frombuffer(self.slots[slot], dtype=place.dtype, count=count, offset=place.first)
+        return values.view(place.shape)
+
+
+def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iterator[Batch]:
+    """Load batches in order, prefetched by `workers` data workers.
+
+    Raises the errors of the package that occur in a data worker, and `StorageError` if it cannot be started.
+    """
+    if not workers:
+        for index in indices:
+            batch = batches[index]
+            yield batch.pin_memory() if torch.cuda.is_available() else batch
+        return
+    others = set(FORK.active_children())
+    try:
+        _reserve_and_release(workers)
+        shared = SharedBatches(batches, indices, workers * PREFETCHED + 1)
+        items = iter(
+            DataLoader(
+                shared,
+                batch_size=None,
+                collate_fn=_keep,
+                num_workers=workers,
+                prefetch_factor=PREFETCHED,
+                worker_init_fn=_set_up_worker,
+                multiprocessing_context=FORK,
+            )
+        )
+    except OSError as error:
+        for process in set(FORK.active_children()) - others:
+            process.kill()
+        raise StorageError(_describe_failed_start(error)) from error
+    for item in items:
+        if isinstance(item, DebertaError):
+            raise item
+        yield shared.read(item)
+
+
+def _reserve_and_release(workers: int) -> None:
+    """Raise `OSError` unless there are the locks and open files that DataLoader needs for its workers.
+
+    It cannot be ended cleanly once it has been half started.
+    """
+    for queue in [FORK.SimpleQueue() for _ in range(2 * workers + 4)]:
+        queue.close()
+
+
+@contextmanager
+def translate_worker_errors() -> Iterator[None]:
+    """Raise `DataWorkerError` when a data worker died.
+
+    DataLoader raises a `RuntimeError` in the main thread when it receives SIGCHLD.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        for _ in range(2):  # another worker may have died: its handler runs in the first call
+            with suppress(RuntimeError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise DataWorkerError(
+            "a data worker died or was killed, perhaps because memory ran out (fewer --workers need less); "
+            "the same command resumes from the last checkpoint"
+        ) from error
+
+
+def _keep(item: Any) -> Any:
+    return item
+
+
+def _describe_failed_start(error: OSError) -> str:
+    """Return why data workers could not be started, and what to do."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "data workers need more open files than allowed: raise `ulimit -n`, or give fewer --workers"
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return f"data workers cannot be started: {error.strerror}; give fewer --workers, or --workers 0"
+    # Their locks are files there, of a page each.
+    return (
+        f"data workers cannot be started: {error.strerror}, for their locks in /dev/shm; enlarge it (for "
+        "Docker: --shm-size 1g), or give --workers 0"
+    )
+
+
+def _set_up_worker(_worker: int) -> None:
+    """Make a data worker ignore signals and exit with its rank."""
+    for number in (*STOP_SIGNALS, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    exit_with_parent(signal.SIGKILL)

@@ -1,0 +1,114 @@
+"""Data workers: they change nothing, their errors arrive as they are, and scarce memory loses nothing."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches
+from DeBERTa.data.loader import PREFETCHED, load_batches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.errors import DataError
+from tests.conftest import ROOT
+
+PLAN = BatchPlan(seed=7, batch_size=24, max_seq_length=64)
+
+
+@pytest.fixture(scope="module")
+def batches(prepared, tokenizer) -> TrainingBatches:
+    store = open_store(prepared / "train.txt", tokenizer, max_tokens=62)
+    return TrainingBatches(store, tokenizer, Masker(tokenizer, 3, always_mask=False), PLAN)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_workers_change_nothing(batches, workers):
+    """Also when the slots of shared memory are used a second and a third time."""
+    steps = range(4, 4 + 3 * workers * PREFETCHED)
+    found = list(load_batches(batches, steps, workers))
+    for alone, prepared in zip(load_batches(batches, steps, 0), found, strict=True):
+        for one, other in zip((*alone[:4], *alone.masked), (*prepared[:4], *prepared.masked), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+        assert alone.real_tokens == prepared.real_tokens
+
+
+def test_the_last_batch_of_an_evaluation_is_smaller(prepared, tokenizer):
+    store = open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
+    batches = EvaluationBatches(store, tokenizer, Masker(tokenizer, 1, always_mask=True), PLAN)
+    assert [len(batch.labels) for batch in load_batches(batches, [0, 1, 1], 2)] == [24, 16, 16]
+
+
+def test_a_batch_without_masked_tokens(batches, monkeypatch):
+    monkeypatch.setattr("DeBERTa.data.masking.MASKED_SHARE", 0.0)
+    (batch,) = load_batches(batches, [0], 1)
+    assert batch.masked_tokens == 0
+
+
+class DamagedBatches(TrainingBatches):
+    """Batches of which number 2 cannot be read."""
+
+    def __getitem__(self, step: int):
+        if step == 2:
+            raise DataError("train.ids is damaged: remove it")
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_data_worker_is_that_error(batches, workers):
+    damaged = DamagedBatches(batches.store, batches.tokenizer, batches.masker, PLAN)
+    loader = load_batches(damaged, range(5), workers)
+    next(loader)
+    next(loader)
+    with pytest.raises(DataError, match=r"^train.ids is damaged: remove it$"):
+        next(loader)
+
+
+LIMITED = """
+import resource, subprocess, sys
+from pathlib import Path
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches
+from DeBERTa.data.loader import load_batches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import StorageError
+
+def load(case, workers):
+    try:
+        rows = [len(batch.labels) for batch in load_batches(batches, range(3), workers)]
+        print(case, workers, sum(rows))
+    except StorageError as error:
+        print(case, workers, error)
+
+folder = Path(sys.argv[1])
+tokenizer = Tokenizer(folder / "spm.model")
+store = open_store(folder / "train.txt", tokenizer, max_tokens=62)
+batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, True), BatchPlan(7, 600, 64))
+for size in ("64k", "4k"):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+    load(size, 1)
+subprocess.run(["umount", "/dev/shm"], check=True)
+subprocess.run(["umount", "/dev/shm"], check=True)
+load("before", 2)
+for limit in (14, 20, 26, 28, 30, 33, 36):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+    load("files", 2)
+"""
+
+
+def test_little_shared_memory_and_few_open_files(prepared):
+    """A batch of 600 lines does not fit in 64 KB. No limit on open files makes a run hang."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small /dev/shm is not permitted here")
+    command = [shutil.which("unshare"), "-m", sys.executable, "-c", LIMITED, str(prepared)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    large, small, before, *limited = result.stdout.splitlines()
+    assert (large, before) == ("64k 1 1800", "before 2 1800")
+    for part in ("/dev/shm", "--shm-size", "--workers 0"):
+        assert part in small
+    few = "files 2 data workers need more open files than allowed: raise `ulimit -n`, or give fewer --workers"
+    assert set(limited) == {few, before.replace("before", "files")}
+    assert result.stderr == ""
