@@ -93,7 +93,7 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     model.eval()
     with torch.no_grad():
-        full = batches(store, tokenizer, False, 40)[0]
+        full = batches(store, tokenizer, False, 40)[0].to(torch.device("cpu"))
         out = model(full.input_ids, full.input_mask, full.labels)
     assert results[0]["loss"] == pytest.approx(F.cross_entropy(out.logits, out.labels).item(), rel=1e-5)
     assert results[0]["accuracy"] == pytest.approx(

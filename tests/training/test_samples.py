@@ -47,7 +47,7 @@ def test_they_are_what_the_model_computes(task, batches, tmp_path):
     assert (first["step"], second["step"]) == (2, 4)
     assert first["sentences"] == second["sentences"]
 
-    batch = make_sample_batch(batches)
+    batch = make_sample_batch(batches).to(torch.device("cpu"))
     lines = len(batches.store)
     pieces = batches.tokenizer.pieces
     model.eval()
