@@ -69,8 +69,9 @@ def build_charts(runs: list[RunRecord]) -> list[Chart]:
     for kind, keys in found.items():
         curves = []
         for style, (split, name) in enumerate(sorted(keys)):
-            is_alone = len({name for _, name in keys}) == 1
-            label = split if is_alone else f"{split} {name.replace('_', ' ')}"
+            splits, names = map(set, zip(*keys, strict=True))
+            words = [split] * (len(splits) > 1 or len(names) == 1) + name.split("_") * (len(names) > 1)
+            label = " ".join(words)
             for number, run in enumerate(runs):
                 if points := run.list_values(name, split):
                     color, dash, prefix = (number, style, f"{run.name}: ") if runs[1:] else (style, 0, "")
@@ -90,8 +91,9 @@ def thin_out(points: Points) -> Points:
 def choose_ticks(low: float, high: float, is_log: bool = False) -> list[float]:
     """Return a few round values from `low` to `high`."""
     if is_log and high / low > 20:
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        return [10.0**power for power in powers]
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        factors = (1, 2, 5) if len(powers) < 4 else (1,)
+        return [tick for power in powers for f in factors if low <= (tick := f * 10.0**power) <= high]
     spacing = 10.0 ** math.floor(math.log10((high - low) / 4))
     spacing *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * spacing) <= 5)
     return [i * spacing for i in range(math.ceil(low / spacing), math.floor(high / spacing) + 1)]
@@ -102,12 +104,14 @@ def draw_svg(kind: Kind, curves: list[Curve]) -> str:
     lines = [thin_out(curve.points) for curve in curves]
     values = [y for points in lines for _, y in points]
     low, high, last = min(values), max(values), max(max(points)[0] for points in lines)
-    is_log = kind.is_log and low > 0
+    is_log = kind.is_log and high > 0
+    if is_log:  # a value of 0 is at the bottom
+        low = min(value for value in values if value > 0)
     if high - low <= 1e-3 * abs(high):
         low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        bottom, top, value = (math.log(v) if is_log else v for v in (low, high, y))
+        bottom, top, value = (math.log(max(v, low)) if is_log else v for v in (low, high, y))
         across = LEFT + x / max(last, 1) * (WIDTH - LEFT - RIGHT)
         height = (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
         return round(across, 1), round(HEIGHT - BOTTOM - height, 1)

@@ -98,12 +98,11 @@ def format_sentence(tokens: list[dict]) -> str:
     """Return a sentence of `samples.jsonl`."""
     text = ""
     for token in tokens:
-        body, guess = (
-            escape(str(token.get(name, ""))).replace(WORD_MARK, " ") for name in ("token", "guess")
-        )
+        body, guess = (escape(str(token.get(name, ""))).lstrip(WORD_MARK) for name in ("token", "guess"))
         if "probability" in token:
-            body = f" <u><del>{body}</del>{guess} <small>{token['probability']:.0%}</small></u>"
-        text += f"<span style='--p:{token.get('replaced', 0)}'>{body}</span>"
+            body = f"<u><del>{body}</del> {guess} <small>{token['probability']:.0%}</small></u>"
+        space = " " if token["token"].startswith(WORD_MARK) else ""
+        text += f"{space}<span style='--p:{token.get('replaced', 0)}'>{body}</span>"
     return text
 
 

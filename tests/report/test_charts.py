@@ -33,6 +33,7 @@ def test_ticks(low, size):
 
 def test_logarithmic_ticks():
     assert choose_ticks(0.5, 2000.0, True) == [1.0, 10.0, 100.0, 1000.0]
+    assert choose_ticks(4.0, 90.0, True) == [5.0, 10.0, 20.0, 50.0]
 
 
 @pytest.mark.parametrize("number", [1, 2, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS + 7])
@@ -46,7 +47,9 @@ def test_long_curves_are_thinned_out(number):
 
 
 @pytest.mark.parametrize("kind", [LINEAR, LOG])
-@pytest.mark.parametrize("values", [[1.0], [0.0], [5.0, 5.0], [-1.0, 1.0], [1e-9, 1e9], [1e300, 1e-300]])
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.0], [5.0, 5.0], [-1.0, 1.0], [0.0, 3.0, 9.0], [1e-9, 1e9], [1e300, 1e-300]]
+)
 def test_curves_stay_inside(kind, values):
     curve = Curve("a & b", list(enumerate(values)), 0, 0)
     svg = draw_svg(kind, [curve])
