@@ -415,6 +415,12 @@ class TrainConfig:
     fresh_head: bool = _flag(
         False, "start a head or position table new that the file of --init_* does not have"
     )
+    resize_vocab: str = _flag(
+        "",
+        "the vocabulary of the weights of --init_*, if it is not --vocab_path (a file, a directory with "
+        "spm.model, or hf:OWNER/NAME): rows of common pieces are kept, others start at a mean",
+        rules=NODE,
+    )
 
     data_dir: str = _flag(  # compared by content
         "",
@@ -574,8 +580,8 @@ class TrainConfig:
             "--init_generator and --init_discriminator belong together: give both or neither",
         )
         _refuse(
-            self.fresh_head and not (self.init_model or any(rtd_weights)),
-            "--fresh_head is for the file of --init_*: a model without one starts new anyway",
+            (self.fresh_head or self.resize_vocab) and not (self.init_model or any(rtd_weights)),
+            "--fresh_head and --resize_vocab are for the weights of --init_*: give them, too",
         )
 
     @property

@@ -132,7 +132,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
 
     torch.manual_seed(config.seed)
     model = build_model(model_config)
-    initial_weights = load_initial_weights(config, model)
+    initial_weights = load_initial_weights(config, model, tokenizer)
     model = model.to(device)
     execution = set_execution(model, config, device)
     outputs: Outputs

@@ -130,7 +130,7 @@ def test_nes_allows_different_widths():
         ({"kernels": "off", "attention": "sdpa"}, "--kernels off"),
         ({"fresh": True, "do_train": False, "do_eval": True}, "--fresh"),
         ({"task_name": "RTD", "init_model": "x"}, "--init_model"),
-        ({"fresh_head": True}, "--fresh_head is for the file of --init_"),
+        ({"fresh_head": True}, "--fresh_head and --resize_vocab are for the weights"),
     ],
 )
 def test_train_config(change, named):
@@ -186,6 +186,7 @@ def test_what_a_resumed_run_must_have_in_common():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - FREE_TO_CHANGE == {
         "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "fresh_head",
+        "resize_vocab",
         "vocab_type",
         "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed",
         "num_training_steps", "learning_rate", "discriminator_learning_rate", "warmup",
@@ -195,5 +196,5 @@ def test_what_a_resumed_run_must_have_in_common():
     }  # fmt: skip
     assert {
         "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator",
-        "init_discriminator", "workers", "nproc_per_node", "log_level",
+        "init_discriminator", "resize_vocab", "workers", "nproc_per_node", "log_level",
     } == FREE_PER_NODE  # fmt: skip

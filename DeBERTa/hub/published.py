@@ -298,7 +298,10 @@ def find_new_parts(missing: list[str], file: WeightsFile) -> tuple[str, ...]:
 def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: WeightsFile) -> None:
     """Raise `ConfigError` for a tensor of another shape, of another kind, or with values not finite."""
     if tensor.shape != expected.shape:
-        raise_misfit(file, [f"{name} has shape {list(tensor.shape)}, the model needs {list(expected.shape)}"])
+        hint = " (--resize_vocab is for another vocabulary)" if name == f"{WORD}.weight" else ""
+        raise_misfit(
+            file, [f"{name} has shape {list(tensor.shape)}, the model needs {list(expected.shape)}{hint}"]
+        )
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         raise_misfit(file, [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"])
     check_finite(tensor, name, file.path)

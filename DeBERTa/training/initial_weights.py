@@ -3,17 +3,23 @@
 A reference is a file, the directory of a model or a run, or `hf:OWNER/NAME[@REVISION]`.
 """
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
 from DeBERTa.config import ModelConfig, TrainConfig, convert_hub_config, read_json
+from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, DownloadError
 from DeBERTa.hub.download import HUB, fetch_from_hub, find_on_hub
 from DeBERTa.hub.published import FROM_DISCRIMINATOR, LoadedWeights, LoadOptions, load_masked_lm, load_rtd
+from DeBERTa.hub.vocabulary import VocabularyMap
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path
 
+logger = logging.getLogger(__name__)
+
 GENERATOR_FILE = "pytorch_model.generator.bin"
+VOCABULARY_FILE = "spm.model"
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 # Settings that change what a model computes, but not the shape of any weight.
 SILENT_SETTINGS = (
@@ -24,13 +30,20 @@ SILENT_SETTINGS = (
 
 
 def load_initial_weights(
-    config: TrainConfig, model: MaskedLanguageModel | RTDModel
+    config: TrainConfig, model: MaskedLanguageModel | RTDModel, tokenizer: Tokenizer
 ) -> dict[str, LoadedWeights]:
     """Load the weights of `--init_*`, if any, and return what was loaded by name of the model.
 
     Raises `ConfigError` if they cannot be found or read, or do not match the model.
     """
-    options = LoadOptions(config.fresh_head)
+    resize = None
+    if config.resize_vocab:
+        models = [model.config] if isinstance(model, MaskedLanguageModel) else [model.config.generator]
+        old = Tokenizer(find_vocabulary(config.resize_vocab))
+        vocabulary = VocabularyMap(old, tokenizer, models[0].vocab_size)
+        logger.info("--resize_vocab: %d of %d pieces keep their rows", vocabulary.num_kept, len(tokenizer))
+        resize = vocabulary.convert
+    options = LoadOptions(config.fresh_head, resize)
     if isinstance(model, MaskedLanguageModel):
         if not config.init_model:
             return {}
@@ -43,6 +56,17 @@ def load_initial_weights(
         generator = find_weights(config.init_generator, "generator", model.config.generator)
     discriminator = find_weights(config.init_discriminator, "discriminator", model.config.discriminator)
     return load_rtd(model, generator, discriminator, options)
+
+
+def find_vocabulary(reference: str) -> Path:
+    """Return the vocabulary that `--resize_vocab` names, fetched if needed."""
+    if reference.startswith(HUB):
+        return fetch_from_hub(reference, (VOCABULARY_FILE,), "give a file")
+    path = Path(reference)
+    if path.is_dir():
+        folders = (path, path / "model", path / "discriminator")
+        path = next((f / VOCABULARY_FILE for f in folders if (f / VOCABULARY_FILE).is_file()), path)
+    return path
 
 
 def find_weights(reference: str, role: str, config: ModelConfig) -> Path:

@@ -1,0 +1,75 @@
+"""Weights for another vocabulary.
+
+Rows of pieces that both vocabularies have are kept. The row of another piece is the mean of the rows of the
+old pieces that it consists of. Shapes: V rows, E embedding width.
+"""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer
+from DeBERTa.errors import ConfigError
+from DeBERTa.hub.names import LM_HEAD, WORD
+from DeBERTa.hub.weights import StateDict
+
+TABLES = (f"{WORD}.weight", f"{WORD}._weight")
+BIAS = f"{LM_HEAD}bias"
+
+
+class VocabularyMap:
+    """The old rows that every row of a new table is the mean of.
+
+    Attributes:
+        num_kept: pieces that both vocabularies have.
+    """
+
+    def __init__(self, old: Tokenizer, new: Tokenizer, num_rows: int) -> None:
+        """Map the pieces of `new`; the rows from there to `num_rows` belong to no piece."""
+        self.old, self.num_rows = old, num_rows
+        rows = [split_piece(piece, old) for piece in new.pieces]
+        self.num_kept = sum(piece in old.piece_to_id for piece in new.pieces)
+        self.ids = torch.tensor([row for parts in rows for row in parts])
+        lengths = torch.tensor([len(parts) for parts in rows])
+        self.offsets = lengths.cumsum(0) - lengths
+
+    def convert(self, state: StateDict, path: str | Path) -> StateDict:
+        """Return the tensors with tables and bias of the LM head for the new vocabulary.
+
+        Rows that belong to no piece are 0, with the lowest bias. Raises `ConfigError` if a table has fewer
+        rows than the old vocabulary has pieces.
+        """
+        converted = dict(state)
+        for name in TABLES:
+            if name in state:
+                converted[name] = self._convert_rows(state[name], 0.0, name, path)
+        if BIAS in state:
+            bias = state[BIAS].unsqueeze(-1)
+            converted[BIAS] = self._convert_rows(bias, float(bias.min()), BIAS, path).squeeze(-1)
+        return converted
+
+    def _convert_rows(
+        self, table_VE: torch.Tensor, filler: float, name: str, path: str | Path
+    ) -> torch.Tensor:
+        if table_VE.dim() != 2 or len(table_VE) < len(self.old):
+            raise ConfigError(
+                f"{path} does not fit the vocabulary {self.old.path} of --resize_vocab, which has "
+                f"{len(self.old)} tokens: {name} has shape {list(table_VE.shape)}; give the vocabulary of these weights"
+            )
+        result = torch.full((self.num_rows, table_VE.size(1)), filler)
+        means = F.embedding_bag(self.ids, table_VE.float(), self.offsets, mode="mean")
+        result[: len(means)] = means
+        return result
+
+
+def split_piece(piece: str, old: Tokenizer) -> list[int]:
+    """Return the ids of the old pieces that a piece consists of: its own, if the old vocabulary has it."""
+    if piece in old.piece_to_id:
+        return [old.piece_to_id[piece]]
+    (ids,) = old.encode_lines([piece.replace(WORD_MARK, " ").strip()])
+    if not piece.startswith(WORD_MARK) and ids:
+        # Encoding marks the beginning of a word, which this piece does not have.
+        first = old.pieces[ids[0]].removeprefix(WORD_MARK)
+        ids = ([old.piece_to_id.get(first, ids[0])] if first else []) + list(ids[1:])
+    return list(ids) or [old.unk_id]
