@@ -5,13 +5,17 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
+from DeBERTa.data.check import check_text
+from DeBERTa.data.corpus import SPLITS, DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
+from DeBERTa.data.encode import Recipe
 from DeBERTa.data.files import get_cache_dir
-from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare
+from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare_outputs
+from DeBERTa.data.sources import Reading, find_sources
+from DeBERTa.data.token_store import get_part_name
 from DeBERTa.data.vocabulary import find_or_train_vocabulary
 from DeBERTa.errors import DataError, DebertaError, describe_os_error
 from DeBERTa.flags import FlagParser, build_config, read_flags
@@ -57,21 +61,57 @@ def prepare_all(argv: Sequence[str]) -> None:
             return
     arguments = parse_arguments(argv)
     texts, vocabulary = find_all(arguments)
-    folder = arguments.output or get_cache_dir() / arguments.corpus / str(arguments.max_seq_length)
-    results = [
-        prepare(
-            text,
-            arguments.output if arguments.input is not None else folder / f"{split}.txt",
-            vocabulary,
-            arguments.max_seq_length,
-            arguments.errors,
-            arguments.workers,
-        )
-        for split, text in texts.items()
-    ]
+    results = list(prepare_inputs(arguments, texts, vocabulary))
     for result in results:
         logger.info("%s", describe(result))
     logger.info("vocabulary: %s", vocabulary)
+
+
+def prepare_inputs(
+    arguments: argparse.Namespace, texts: dict[str, list[Path]], vocabulary: Path
+) -> Iterator[PreparedText]:
+    """Prepare the texts, or with `--check` log a report about them."""
+    length, workers = arguments.max_seq_length, arguments.workers
+    recipe = Recipe(vocabulary, get_reading(arguments), get_shares(arguments))
+    if arguments.check:
+        for text in texts.values():
+            logger.info("%s", check_text(text, recipe))
+    elif arguments.input is None:
+        folder = arguments.output or get_cache_dir() / arguments.corpus / str(length)
+        for split, text in texts.items():
+            yield from prepare_outputs(text, [folder / f"{split}.txt"], recipe, length, workers)
+    else:
+        outputs = [arguments.output]
+        if has_fractions(arguments):
+            outputs = [arguments.output / f"{split}.txt" for split in SPLITS]
+        (sources,) = texts.values()
+        if arguments.shard is not None:
+            number, count = arguments.shard
+            if count > len(sources):
+                raise DataError(
+                    f"cannot make {count} parts of {len(sources)} input files: a file is in one part; "
+                    "give more files, or fewer parts with --shard"
+                )
+            sources = sources[number::count]
+            outputs = [output / get_part_name(number, count) for output in outputs]
+        yield from prepare_outputs(sources, outputs, recipe, length, workers, arguments.shard is not None)
+
+
+def has_fractions(arguments: argparse.Namespace) -> bool:
+    """Return whether documents go to several splits."""
+    return bool(arguments.valid_fraction or arguments.test_fraction)
+
+
+def get_shares(arguments: argparse.Namespace) -> tuple[float, ...]:
+    """Return the shares of documents for validation and test."""
+    return (arguments.valid_fraction, arguments.test_fraction) if has_fractions(arguments) else ()
+
+
+def get_reading(arguments: argparse.Namespace) -> Reading:
+    """Return how the input is read."""
+    return Reading(
+        arguments.column, arguments.errors, has_documents=has_fractions(arguments) or arguments.check
+    )
 
 
 def read_preset_flags(argv: Sequence[str]) -> list[str]:
@@ -101,9 +141,44 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-i", "--input", type=Path, help="a text file in UTF-8, also .gz or .xz")
     parser.add_argument(
-        "-o", "--output", type=Path, help="the file to write for --input; with --corpus, the directory"
+        "-i",
+        "--input",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="files, directories, quoted patterns, or - for standard input: text in UTF-8, JSON lines or "
+        "Parquet, also compressed with gzip, xz, bzip2 or Zstandard, whatever their names",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="the file to write for --input; the directory with --corpus or --valid_fraction",
+    )
+    parser.add_argument(
+        "--column",
+        default="text",
+        metavar="NAME",
+        help="the field of JSON lines or column of Parquet with the text (default: text); '' reads JSON "
+        "lines as plain text",
+    )
+    for split in SPLITS[1:]:
+        parser.add_argument(
+            f"--{split}_fraction",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help=f"the share of documents that go to {split}.txt, by a hash of their text (default: 0)",
+        )
+    parser.add_argument(
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="prepare part I of N, from 0: every N-th input file, into a directory named as --output says",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; report how the vocabulary fits the text"
     )
     parser.add_argument(
         "--corpus", choices=CORPORA, help="what to prepare without --input (default: wikitext-103)"
@@ -150,11 +225,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     arguments = argparse.Namespace(**parser.read(argv))
     has_input, has_output, corpus = arguments.input, arguments.output, arguments.corpus
+    fractions = (arguments.valid_fraction, arguments.test_fraction)
     problems = {
         "--output needs --input, or --corpus": has_output and not has_input and not corpus,
-        "--input needs --output": has_input and not has_output,
+        "--input needs --output, or --check": has_input and not has_output and not arguments.check,
         "--input and --corpus exclude each other": has_input and corpus,
         "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
+        "--shard and fractions are for --input": not has_input and (arguments.shard or sum(fractions)),
+        "fractions must be at least 0, and below 1 together": min(fractions) < 0 or sum(fractions) >= 1,
         "--workers must be at least 1": arguments.workers is not None and arguments.workers < 1,
         "--character_coverage must be from 0.98 to 1": not 0.98 <= arguments.character_coverage <= 1,
         f"--max_seq_length must be at least {MIN_SEQ_LENGTH}": arguments.max_seq_length < MIN_SEQ_LENGTH,
@@ -166,34 +244,43 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def find_texts(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Return the input texts by name of the split.
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return number and count of `I/N`."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N-1, not {text!r}")
+    return int(number), int(count)
+
+
+def find_texts(arguments: argparse.Namespace) -> dict[str, list[Path]]:
+    """Return the files of text by name of the split.
 
     Raises `DataError` if a text is missing or cannot be downloaded.
     """
     if arguments.input is not None:
-        if not arguments.input.is_file():
-            raise DataError(f"no text file {arguments.input}")
-        return {arguments.output.name: arguments.input}
-    return extract_sample() if arguments.corpus == "sample" else fetch_wikitext(arguments.wikitext)
+        return {"input": find_sources(arguments.input)}
+    texts = extract_sample() if arguments.corpus == "sample" else fetch_wikitext(arguments.wikitext)
+    return {split: [text] for split, text in texts.items()}
 
 
-def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, Path]) -> Path:
+def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, list[Path]]) -> Path:
     """Return the vocabulary; fetch or train it if needed."""
     if arguments.train_vocab is None:
         return arguments.vocab_path or fetch_vocabulary()
-    folder = arguments.output.parent if arguments.input is not None else get_cache_dir() / arguments.corpus
-    path = arguments.vocab_path or folder / "spm.model"
+    folder = get_cache_dir() / arguments.corpus
+    if arguments.input is not None:
+        output = arguments.output or Path()
+        folder = output if has_fractions(arguments) else output.parent
     return find_or_train_vocabulary(
         next(iter(texts.values())),
         arguments.train_vocab,
-        path,
-        arguments.errors,
+        arguments.vocab_path or folder / "spm.model",
+        get_reading(arguments),
         arguments.character_coverage,
     )
 
 
-def find_all(arguments: argparse.Namespace) -> tuple[dict[str, Path], Path]:
+def find_all(arguments: argparse.Namespace) -> tuple[dict[str, list[Path]], Path]:
     """Return the texts and the vocabulary.
 
     Raises one `DownloadError` that names all missing downloads.

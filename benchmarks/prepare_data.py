@@ -115,7 +115,7 @@ def main() -> None:
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text, output = arguments.folder / "text.txt", arguments.folder / "prepared.txt"
-    vocabulary = find_or_train_vocabulary(SAMPLE, 8000, arguments.folder / "spm.model")
+    vocabulary = find_or_train_vocabulary([SAMPLE], 8000, arguments.folder / "spm.model")
     sample = lzma.decompress(SAMPLE.read_bytes())
     with text.open("wb") as file:
         while file.tell() < arguments.megabytes * 1_000_000:

@@ -214,7 +214,7 @@ def main() -> None:
     columns = ["tokens", "text, MB", "first start, s", "its peak, MB", *seconds, "memory, MB"]
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        vocabulary = find_or_train_vocabulary(SAMPLE, 8000, Path(folder) / "spm.model")
+        vocabulary = find_or_train_vocabulary([SAMPLE], 8000, Path(folder) / "spm.model")
         for tokens in arguments.tokens:
             result = measure(Path(folder) / str(tokens), tokens, Tokenizer(vocabulary), arguments.rounds)
             results.append(result)

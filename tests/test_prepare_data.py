@@ -1,6 +1,8 @@
 """The command prepare_data.py: what it prints, its flags, and its errors."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.conftest import strip_times
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "prepare"
 VOCABULARY = GOLDEN / "spm.model"
+TEXT = (GOLDEN / "input.txt").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +105,61 @@ def test_a_vocabulary_trained_next_to_the_output(tmp_path, capsys):
     assert (tmp_path / "spm.model").read_bytes() == VOCABULARY.read_bytes()
 
 
+def test_standard_input_into_splits(tmp_path):
+    """What a stream of documents is piped to; it is never up to date."""
+    records = "".join(json.dumps({"content": f"Number {n}. {TEXT[n : n + 80]}"}) + "\n" for n in range(300))
+    arguments = ("-i", "-", "-o", tmp_path, "--column", "content", "--valid_fraction", 0.1)
+    arguments += ("--test_fraction", 0.1, "--max_seq_length", 64, "--vocab_path", VOCABULARY)
+    for _ in range(2):
+        run = subprocess.run(command(*arguments), input=records, capture_output=True, text=True, check=True)
+        assert "MB/s" in run.stderr
+    names = [f"{split}.txt{end}" for split in sorted(corpus.SPLITS) for end in ("", ".ids")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    run = subprocess.run(
+        command(*arguments, "--train_vocab", 300), input=records, capture_output=True, text=True, check=False
+    )
+    assert "it can be read only once" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_parts_of_several_machines_train_as_one_text(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"This is text number {number}. {TEXT}")
+    arguments = ["-i", str(folder), "-o", str(tmp_path / "train.txt"), "--vocab_path", str(VOCABULARY)]
+    arguments += ["--workers", "1"]
+    for number in (2, 0, 1):
+        assert prepare_data.main([*arguments, "--shard", f"{number}/3"]) == 0
+    parts = sorted((tmp_path / "train.txt").glob("*.txt"))
+    assert [part.name for part in parts] == [f"{number:05}-of-00003.txt" for number in range(3)]
+    store = open_store(tmp_path / "train.txt", Tokenizer(VOCABULARY), 510)
+    assert len(store) == sum(len(part.read_text().splitlines()) for part in parts)
+    text = "".join(parts[1].read_text().split()).replace("▁", " ")
+    assert [number for number in range(5) if f"text number {number}." in text] == [1, 4]
+    assert prepare_data.main([*arguments, "--shard", "1/3"]) == 0
+    assert "up to date" in capsys.readouterr().err
+    assert prepare_data.main([*arguments, "--shard", "0/6"]) == 1
+    assert "cannot make 6 parts of 5 input files" in capsys.readouterr().err
+
+
+def test_check_reports_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("i.txt").write_text("Straße \u200bhidden\x07 ﬁne 漢 漢\n\n" + TEXT, encoding="utf-8")
+    assert prepare_data.main(["-i", "i.txt", "--check", "--vocab_path", str(VOCABULARY)]) == 0
+    report = capsys.readouterr().err
+    for line in (
+        r"vocabulary .*spm\.model: 2001 pieces",
+        r"text: \d+ documents, [\d,]+ words, [\d,]+ pieces, \d\.\d\d pieces per word",
+        r"\[UNK\]: \d+ \(\d\.\d+% of the pieces\): .*漢 \(2\)",
+        r"normalization removes: \d+: .*U\+200B ZERO WIDTH SPACE",
+        r"normalization changes: \d+: .*ﬁ to fi",
+        r" +\d+ to +\d+: \d+",
+    ):
+        assert re.search(line, report), line
+    assert [path.name for path in tmp_path.iterdir()] == ["i.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -137,6 +195,11 @@ def test_errors_are_one_message(tmp_path, monkeypatch, capsys, arguments, compla
         ["--corpus", "other"],
         ["--workers", "0"],
         ["--max_seq_length", "2"],
+        ["-i", "i", "-o", "o", "--shard", "3/3"],
+        ["-i", "i", "-o", "o", "--valid_fraction", "0.5", "--test_fraction", "0.5"],
+        ["--corpus", "sample", "--shard", "0/2"],
+        ["-i", "i", "-o", "o", "--character_coverage", "0.5"],
+        ["-i", "i", "-o", "o", "--vocab", "v"],
     ],
 )
 def test_wrong_flags(arguments, capsys):

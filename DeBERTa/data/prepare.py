@@ -1,41 +1,30 @@
-"""Encoding of raw text as lines of SentencePiece pieces.
+"""Writing of raw text as lines of SentencePiece pieces.
 
 Pieces are separated by single spaces. Every line of the input is encoded separately. The pieces of all lines
 are concatenated, then split into lines of exactly `max_seq_length - 2` pieces regardless of where the input's
 lines or documents end. Only the last line may be shorter.
-
-One process reads and writes, the others encode. Only a few blocks are in memory at any time, whatever the
-size of the input.
 """
 
 import contextlib
 import hashlib
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
+from DeBERTa.data.encode import EncodedBlock, EncodedText, Encoder, Recipe, encode_blocks
 from DeBERTa.data.files import commit, get_state, open_partial
+from DeBERTa.data.sources import BLOCK_BYTES, STDIN, Reading, SourceFile, describe_sources
 from DeBERTa.data.store_file import TokenStoreWriter, find_store, get_store_path, write_store
-from DeBERTa.data.text import BLOCK_BYTES, TextFile, decode_block, split_lines
-from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.data.text import Block
 from DeBERTa.errors import DataError, VocabularyError
 
-BLOCKS_AHEAD = 2  # blocks in flight per process, so that none waits for the writer
 WARN_UNKNOWN, MAX_UNKNOWN = 0.05, 0.2  # shares of [UNK]
 MIN_SEQ_LENGTH = 3  # [CLS], one piece, [SEP]
 
@@ -72,231 +61,195 @@ def prepare(
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> PreparedText:
-    """Write `output` and its token ids from the text `source` if needed.
+    """Write `output` and its token ids from the text `source` if needed; see `prepare_outputs`."""
+    recipe = Recipe(vocabulary, Reading(errors=errors, block_bytes=block_bytes))
+    return prepare_outputs([source], [output], recipe, max_seq_length, workers)[0]
+
+
+def prepare_outputs(
+    sources: Sequence[Path],
+    outputs: Sequence[Path],
+    recipe: Recipe,
+    max_seq_length: int = 512,
+    workers: int | None = None,
+    is_part: bool = False,
+) -> list[PreparedText]:
+    """Write the outputs and their token ids from the texts, one after the other, if needed.
 
     Args:
-        vocabulary: a SentencePiece model with DeBERTa's ids.
-        errors: how to treat invalid UTF-8, "strict" (raise) or "replace".
+        outputs: a file, and one for each of `recipe.shares`.
         workers: processes that encode, by default one per core; with 1, this process encodes.
-        block_bytes: bytes of input per block.
+        is_part: whether the outputs are parts of larger ones, which may be empty.
 
-    Raises `DataError`, `VocabularyError` or `StorageError`; `output` is then as it was before.
+    Raises `DataError`, `VocabularyError` or `StorageError`; every output is then as before, or complete.
     """
-    output = _check_paths(source, output, vocabulary)
+    outputs = [_check_paths(sources, output, recipe.vocabulary) for output in outputs]
     if max_seq_length < MIN_SEQ_LENGTH:
         raise DataError(
             f"--max_seq_length {max_seq_length} is too small: nothing fits between [CLS] and [SEP]; pass 512"
         )
-    text, encoder = TextFile(source), _Encoder(vocabulary)
-    recipe = _describe_source(source) | {"max_seq_length": max_seq_length, "errors": errors}
-    prepared = _find_prepared(output, recipe, encoder.tokenizer)
-    if prepared is not None:
+    files, encoder = [SourceFile(source) for source in sources], Encoder(recipe)
+    origin = _describe_origin(sources, recipe, max_seq_length)
+    prepared = _find_prepared(outputs, origin, encoder)
+    if prepared:
         return prepared
     start = time.perf_counter()
-    with open_partial(output) as file:
-        # Another process may have written it while this one waited for the lock.
-        prepared = _find_prepared(output, recipe, encoder.tokenizer)
-        if prepared is not None:
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_partial(output)) for output in outputs]
+        # Another process may have written them while this one waited for the lock.
+        prepared = _find_prepared(outputs, origin, encoder)
+        if prepared:
             return prepared
-        with write_store(get_store_path(output)) as store:
-            blocks = _encode_blocks(text, encoder, errors, workers or count_usable_cores(), block_bytes)
-            # Closing ends the processes and the progress bar if writing fails.
-            with contextlib.closing(_show_progress(blocks, text, f"preparing {output.name}")) as shown:
-                input_bytes, unknown = _write(shown, encoder, max_seq_length - 2, file, store)
-            _check_unknown(unknown, store.meta.num_tokens, source, vocabulary)
-            commit(file, output)
-            store.meta.text = get_state(output.stat())
-            store.meta.recipe = recipe | {
-                "input_bytes": input_bytes,
-                "vocabulary_path": str(vocabulary.resolve()),
-            }
-            store.commit()
-    meta = store.meta
-    return PreparedText(output, meta.lines, meta.num_tokens, input_bytes, time.perf_counter() - start)
+        stores = [stack.enter_context(write_store(get_store_path(output))) for output in outputs]
+        places = zip(outputs, opened, stores, strict=True)
+        writers = [_Writer(output, file, store, encoder, max_seq_length) for output, file, store in places]
+        blocks = encode_blocks(_read_files(files, recipe.reading), encoder, workers or count_usable_cores())
+        # Closing ends the processes and the progress bar if writing fails.
+        with contextlib.closing(_show_progress(blocks, files, f"preparing {outputs[0].name}")) as shown:
+            input_bytes = _write_blocks(shown, writers)
+        _check_outputs(writers, files, recipe.vocabulary, is_part)
+        for writer in writers:
+            writer.commit(origin | {"input_bytes": input_bytes})
+    seconds = time.perf_counter() - start
+    return [writer.describe(input_bytes, seconds) for writer in writers]
 
 
-def _check_paths(source: Path, output: Path, vocabulary: Path) -> Path:
+def _check_paths(sources: Sequence[Path], output: Path, vocabulary: Path) -> Path:
     """Return `output` with symbolic links resolved, so that links to it remain.
 
     Raises `DataError` if the output is also an input, or is not a regular file.
     """
-    for path, name in ((source, "input"), (vocabulary, "vocabulary")):
-        if output.exists() and path.exists() and output.samefile(path):
-            raise DataError(f"cannot write {output}: it is also the {name}; give another --output")
-    if output.exists() and not output.is_file():
-        raise DataError(f"cannot write {output}: it is a directory or a device; give a file name")
+    if output.exists():
+        for path, name in (*((source, "input") for source in sources), (vocabulary, "vocabulary")):
+            if path.exists() and output.samefile(path):
+                raise DataError(f"cannot write {output}: it is also the {name}; give another --output")
+        if not output.is_file():
+            raise DataError(f"cannot write {output}: it is a directory or a device; give a file name")
     return output.resolve()
 
 
-def _describe_source(source: Path) -> dict[str, Any]:
-    return {"input": str(source.resolve()), **get_state(source.stat())}
+def _describe_origin(sources: Sequence[Path], recipe: Recipe, max_seq_length: int) -> dict[str, Any]:
+    """Return what tells whether an output is up to date."""
+    reading = recipe.reading
+    return {
+        **describe_sources(sources),
+        "has_stdin": STDIN in sources,
+        "max_seq_length": max_seq_length,
+        "errors": reading.errors,
+        "column": reading.column,
+        "has_documents": reading.has_documents,
+        "shares": list(recipe.shares),
+        "vocabulary_path": str(recipe.vocabulary.resolve()),
+    }
 
 
-def _find_prepared(output: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> PreparedText | None:
-    store = find_store(output, tokenizer.fingerprint) if output.is_file() else None
-    if store is None or store.meta.recipe is None or not recipe.items() <= store.meta.recipe.items():
-        return None
-    meta = store.meta
-    return PreparedText(output, meta.lines, meta.num_tokens, store.meta.recipe["input_bytes"], None)
+def _find_prepared(outputs: Sequence[Path], origin: dict[str, Any], encoder: Encoder) -> list[PreparedText]:
+    """Return the outputs if all of them are up to date, else nothing."""
+    prepared: list[PreparedText] = []
+    wanted = {name: value for name, value in origin.items() if name != "vocabulary_path"}
+    for output in outputs:
+        store = find_store(output, encoder.tokenizer.fingerprint) if output.is_file() else None
+        if store is None or store.meta.recipe is None or not wanted.items() <= store.meta.recipe.items():
+            return []
+        meta = store.meta
+        prepared.append(
+            PreparedText(output, meta.lines, meta.num_tokens, store.meta.recipe["input_bytes"], None)
+        )
+    return [] if origin["has_stdin"] else prepared
 
 
-class _EncodedBlock(NamedTuple):
-    """An encoded block: bytes of input, ids int32 [n], and their pieces.
-
-    Each piece has one space before it.
-    """
-
-    input_bytes: int
-    ids: np.ndarray
-    pieces: bytes
-
-
-class _Encoder:
-    """Turns blocks of text into ids and pieces.
-
-    `piece_bytes`: int64 [pieces], the length of each piece in the output, including its space, in bytes.
-    """
-
-    def __init__(self, vocabulary: Path) -> None:
-        self.vocabulary = vocabulary
-        self.tokenizer = Tokenizer(vocabulary)
-        written = [b" " + piece.encode() for piece in self.tokenizer.pieces]
-        self.piece_bytes = np.array([len(piece) for piece in written])
-        self._written = np.array(written, dtype=object)
-
-    def encode(self, path: Path, offset: int, block: bytes, errors: str) -> _EncodedBlock:
-        """Encode a block that begins at byte `offset` of the file `path`."""
-        ids = self.tokenizer.encode_utf8(split_lines(decode_block(path, offset, block, errors)))
-        return _EncodedBlock(len(block), ids, b"".join(self._written[ids].tolist()))
-
-
-def _encode_blocks(
-    text: TextFile, encoder: _Encoder, errors: str, workers: int, block_bytes: int
-) -> Generator[_EncodedBlock, None, None]:
-    """Yield every block in order, encoded here or in `workers` processes."""
-    blocks = text.read_blocks(block_bytes)
-    first = list(islice(blocks, 2))
-    blocks = chain(first, blocks)
-    if workers == 1 or len(first) < 2:
-        for offset, block in blocks:
-            yield encoder.encode(text.path, offset, block, errors)
-    else:
-        yield from _encode_in_processes(blocks, text.path, encoder.vocabulary, errors, workers)
-
-
-def _encode_in_processes(
-    blocks: Iterable[tuple[int, bytes]], path: Path, vocabulary: Path, errors: str, workers: int
-) -> Generator[_EncodedBlock, None, None]:
-    """Yield every block in order, encoded in `workers` processes.
-
-    One thread per process starts it and sends it blocks.
-    """
-    context = multiprocessing.get_context("spawn")
-    processes: list[tuple[SpawnProcess, Connection]] = []
-    local = threading.local()
-
-    def start_process() -> None:
-        local.connection, remote = context.Pipe()
-        process = context.Process(target=_serve, args=(remote, path, vocabulary, errors), daemon=True)
-        process.start()
-        remote.close()  # so that reading fails once the process is dead, even in the middle of a result
-        processes.append((process, local.connection))
-
-    def encode(offset: int, block: bytes) -> _EncodedBlock:
-        try:
-            local.connection.send((offset, block))
-            result = local.connection.recv()
-        except (EOFError, OSError) as error:
-            raise DataError(
-                f"cannot encode {path}: a worker process died; pass fewer --workers if memory ran out"
-            ) from error
-        if isinstance(result, DataError):
-            raise result
-        return result
-
-    threads = ThreadPoolExecutor(workers, initializer=start_process)
-    pending: deque[Future[_EncodedBlock]] = deque()
-    try:
-        for offset, block in blocks:
-            pending.append(threads.submit(encode, offset, block))
-            if len(pending) == workers * BLOCKS_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        threads.shutdown(cancel_futures=True)
-        for process, connection in processes:
-            connection.close()
-            process.join()
-
-
-def _serve(connection: Connection, path: Path, vocabulary: Path, errors: str) -> None:
-    """Encode blocks until the parent process closes the connection or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
-    encoder = _Encoder(vocabulary)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            offset, block = connection.recv()
-            try:
-                result: _EncodedBlock | DataError = encoder.encode(path, offset, block, errors)
-            except DataError as error:
-                result = error
-            connection.send(result)
+def _read_files(files: Sequence[SourceFile], reading: Reading) -> Iterator[Block]:
+    for file in files:
+        yield from file.read_blocks(reading)
 
 
 def _show_progress(
-    blocks: Generator[_EncodedBlock, None, None], text: TextFile, label: str
-) -> Generator[_EncodedBlock, None, None]:
-    """Yield the blocks, with a progress bar over the bytes of the file."""
-    with (
-        tqdm(desc=label, total=text.bytes_on_disk, unit="B", unit_scale=True) as bar,
-        contextlib.closing(blocks),
-    ):
+    blocks: Generator[EncodedBlock], files: Sequence[SourceFile], label: str
+) -> Generator[EncodedBlock]:
+    """Yield the blocks, with a progress bar over the bytes of the files."""
+    total = sum(file.bytes_on_disk for file in files)
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True) as bar, contextlib.closing(blocks):
         for block in blocks:
             yield block
-            bar.update(text.position - bar.n)
+            bar.update(sum(file.position for file in files) - bar.n)
 
 
-def _write(
-    blocks: Iterable[_EncodedBlock], encoder: _Encoder, width: int, file: BinaryIO, store: TokenStoreWriter
-) -> tuple[int, int]:
-    """Write the blocks as lines of `width` pieces.
+def _write_blocks(blocks: Iterator[EncodedBlock], writers: Sequence["_Writer"]) -> int:
+    """Write the blocks; return the number of bytes of input."""
+    input_bytes = 0
+    for block in blocks:
+        input_bytes += block.input_bytes
+        for writer, text in zip(writers, block.texts, strict=True):
+            writer.write(text)
+    return input_bytes
 
-    Returns the number of bytes of input, and the number of [UNK] pieces.
-    """
-    digest, meta = hashlib.sha256(), store.meta
-    input_bytes = unknown = 0
 
-    def write(data: bytes | memoryview) -> None:
-        file.write(data)
-        digest.update(data)
+class _Writer:
+    """Writes one output: its pieces in lines of equal length, and its token ids."""
 
-    for block_bytes, ids, pieces in blocks:
-        start = meta.num_tokens
+    def __init__(
+        self, output: Path, file: BinaryIO, store: TokenStoreWriter, encoder: Encoder, max_seq_length: int
+    ) -> None:
+        self.output, self.meta, self.unknown = output, store.meta, 0
+        self._file, self._store, self._encoder = file, store, encoder
+        self._width = max_seq_length - 2
+        self._digest = hashlib.sha256()
+
+    def write(self, text: EncodedText) -> None:
+        """Append text."""
+        ids, start, width = text.ids, self.meta.num_tokens, self._width
+        if len(ids) == 0:
+            return
         line_starts = np.arange(-start % width, len(ids), width)
-        piece_bytes = encoder.piece_bytes[ids]
-        buffer = np.frombuffer(bytearray(pieces), np.uint8)
+        piece_bytes = self._encoder.piece_bytes[ids]
+        buffer = np.frombuffer(bytearray(text.pieces), np.uint8)
         buffer[(np.cumsum(piece_bytes) - piece_bytes)[line_starts]] = ord("\n")
-        write(buffer.data[1:] if start == 0 else buffer.data)
-        store.append(ids, np.arange(start // width + 1, (start + len(ids)) // width + 1) * width)
-        input_bytes += block_bytes
-        unknown += int(np.count_nonzero(ids == encoder.tokenizer.unk_id))
-    write(b"\n")
-    if meta.num_tokens % width:
-        store.append(np.empty(0, np.int32), np.array([meta.num_tokens]))
-    meta.text_sha256, meta.vocabulary_sha256 = digest.hexdigest(), encoder.tokenizer.fingerprint
-    meta.longest, meta.longest_line = min(meta.num_tokens, width), 1
-    return input_bytes, unknown
+        self._write(buffer.data[1:] if start == 0 else buffer.data)
+        self._store.append(ids, np.arange(start // width + 1, (start + len(ids)) // width + 1) * width)
+        self.unknown += int(np.count_nonzero(ids == self._encoder.tokenizer.unk_id))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def commit(self, origin: dict[str, Any]) -> None:
+        """Complete text and ids, and replace older ones."""
+        meta, width = self.meta, self._width
+        if meta.num_tokens:
+            self._write(b"\n")
+        if meta.num_tokens % width:
+            self._store.append(np.empty(0, np.int32), np.array([meta.num_tokens]))
+        meta.text_sha256 = self._digest.hexdigest()
+        meta.vocabulary_sha256 = self._encoder.tokenizer.fingerprint
+        meta.longest, meta.longest_line = min(meta.num_tokens, width), 1
+        commit(self._file, self.output)
+        meta.text, meta.recipe = get_state(self.output.stat()), origin
+        self._store.commit()
+
+    def describe(self, input_bytes: int, seconds: float) -> PreparedText:
+        """Return the counts."""
+        return PreparedText(self.output, self.meta.lines, self.meta.num_tokens, input_bytes, seconds)
 
 
-def _check_unknown(unknown: int, tokens: int, source: Path, vocabulary: Path) -> None:
-    """Check the share of [UNK]: warn above 5 %, raise above 20 %.
+def _check_outputs(
+    writers: Sequence[_Writer], files: Sequence[SourceFile], vocabulary: Path, is_part: bool
+) -> None:
+    """Check that there is text, and the share of [UNK]: warn above 5 %, raise above 20 %.
 
-    Raises `VocabularyError` above 20 % of at least 1,000 tokens, and `DataError` if there are no tokens.
+    Raises `VocabularyError` above 20 % of at least 1,000 tokens, and `DataError` if an output has no text.
     """
-    if tokens == 0:
-        raise DataError(f"{source} has no text: it is empty or blank; give another --input")
-    message = f"{vocabulary} does not fit {source}: {unknown / tokens:.1%} of the pieces are [UNK]"
+    name = f"{files[0].path}" if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
+    tokens = sum(writer.meta.num_tokens for writer in writers)
+    unknown = sum(writer.unknown for writer in writers)
+    if tokens == 0 and not is_part:
+        raise DataError(f"{name} has no text: it is empty or blank; give another --input")
+    empty = [writer.output.name for writer in writers if writer.meta.num_tokens == 0]
+    if empty and not is_part:
+        raise DataError(
+            f"no document of {name} is for {' or '.join(empty)}: there are too few; give more documents or "
+            "larger fractions"
+        )
+    message = f"{vocabulary} does not fit {name}: {unknown / max(tokens, 1):.1%} of the pieces are [UNK]"
     advice = "train a vocabulary on the text with --train_vocab"
     if tokens >= 1000 and unknown > MAX_UNKNOWN * tokens:
         raise VocabularyError(f"{message}; {advice}")

@@ -1,85 +1,60 @@
-"""Reading of raw text in blocks.
-
-The memory in use does not depend on the size of the file or of its lines.
-"""
+"""Blocks of raw text, and the documents and lines in them."""
 
 import codecs
-import gzip
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from io import BufferedIOBase
+import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from DeBERTa.data.tokenizer import find_character_boundary, split_at_spaces
 from DeBERTa.errors import DataError
 
-BLOCK_BYTES = 1 << 20
 # Longer lines are split: SentencePiece adds up scores in float32, and its memory grows with the line.
 MAX_LINE_BYTES = 64 << 10
-# A vocabulary is trained on at most this much, spread evenly over the text: SentencePiece takes 20 times the
-# memory.
-TRAINING_BYTES = 100 << 20
+# Kinds of blocks, by what a document is in them.
+TEXT, PARAGRAPHS, LINES, JSON_LINES, STRINGS = "text", "paragraphs", "lines", "JSON lines", "strings"
+BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n")
+BLANK_LINES = (b"\n\n", b"\n\r\n", b"\n \n")
+TAR_MARK = 257  # where a tar archive has "ustar"
+ARCHIVES = {
+    b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
+    b"\x04\x22\x4d\x18": "lz4 data", b"\x1f\x9d": "a .Z file", b"%PDF-": "a PDF document",
+}  # fmt: skip
+MAX_BAD_SHARE = 0.05  # of invalid bytes and control characters in text
 
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
+class Block(NamedTuple):
+    """A piece of a file that holds complete documents.
 
-class TextFile:
-    """A text file, also `.gz` or `.xz`, read once in blocks.
-
-    Raises `DataError` if the file does not exist.
+    Attributes:
+        offset: where the block begins in the decompressed file, in bytes.
+        kind: TEXT (not split into documents), PARAGRAPHS (a blank line ends a document), LINES, JSON_LINES,
+            or STRINGS.
+        data: bytes as in the file; with STRINGS, the documents.
     """
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise DataError(f"no text file {path}: it does not exist; check the path")
-        self.path = path
-        self.bytes_on_disk = path.stat().st_size
-        self.position = 0  # bytes of the file on disk that were read
+    path: Path
+    offset: int
+    kind: str
+    data: bytes | list[str]
 
-    def read_blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
-        """Yield blocks of at most `block_bytes`, each with its offset in the text.
-
-        A block ends with a line. If a line is longer than a block, the block ends at a space or else between
-        two characters. A byte order mark is skipped. Raises `DataError` for UTF-16 and damaged compressed
-        files.
-        """
-        opener = _OPENERS.get(self.path.suffix)
-        with self.path.open("rb") as raw:
-            text = raw if opener is None else opener(raw)
-            read = self._read(text, block_bytes)
-            is_last = len(read) < block_bytes
-            _refuse_utf16(self.path, read)
-            block = read.removeprefix(codecs.BOM_UTF8)
-            offset = len(read) - len(block)
-            while not is_last:
-                end = _find_block_end(block)
-                self.position = raw.tell()
-                yield offset, block[:end]
-                offset += end
-                wanted = block_bytes - len(block) + end
-                read = self._read(text, wanted)
-                is_last = len(read) < wanted
-                block = block[end:] + read
-        self.position = self.bytes_on_disk
-        if block:
-            yield offset, block
-
-    def _read(self, text: BufferedIOBase, size: int) -> bytes:
-        try:
-            return text.read(size)
-        except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise DataError(
-                f"{self.path} is not a complete {self.path.suffix} file: {error}; copy it again"
-            ) from error
+    def count_bytes(self) -> int:
+        """Return the number of bytes of text."""
+        return sum(map(len, self.data)) if isinstance(self.data, list) else len(self.data)
 
 
-def _find_block_end(block: bytes) -> int:
-    """Return the end of a block, as an offset in bytes.
+def find_block_end(block: bytes, kind: str) -> int:
+    """Return the end of a block, as an offset in bytes; 0 if it holds no complete JSON record.
 
-    A block ends after a line, else at a space, else between two characters.
+    A block ends after a document. If a document is longer, it ends after a line, else at a space, else
+    between two characters.
     """
+    if kind == JSON_LINES:
+        return block.rfind(b"\n") + 1
+    if kind == PARAGRAPHS:
+        end = max(block.rfind(mark) + len(mark) for mark in BLANK_LINES)
+        if end > max(map(len, BLANK_LINES)):
+            return end
     line_end = max(block.rfind(b"\n"), block.rfind(b"\r"))
     if line_end >= 0:
         return line_end + 1
@@ -91,11 +66,32 @@ def _find_block_end(block: bytes) -> int:
     return start if start > 0 else len(block)
 
 
-def _refuse_utf16(path: Path, beginning: bytes) -> None:
-    """Raise `DataError` for text that looks like UTF-16.
+def find_kind(beginning: bytes, column: str, has_documents: bool) -> str:
+    """Return the kind of the blocks of a file that is not Parquet.
 
-    It has the byte order mark of UTF-16, or many zeros among its even or odd bytes.
+    `beginning`: the first block, without byte order mark. With `column` "", JSON lines are plain text.
+    Without `has_documents`, text is not split into documents.
     """
+    first, end, _ = beginning.lstrip().partition(b"\n")
+    if column and first.startswith(b"{"):
+        try:
+            if isinstance(json.loads(first), dict):
+                return JSON_LINES
+        except ValueError:
+            if not end and first.startswith(b'{"'):  # a record that is longer than a block
+                return JSON_LINES
+    if not has_documents:
+        return TEXT
+    return PARAGRAPHS if BLANK_LINE.search(beginning) else LINES
+
+
+def refuse_binary(path: Path, beginning: bytes) -> None:
+    """Raise `DataError` for archives, UTF-16, and what else is not text."""
+    for mark, name in ARCHIVES.items():
+        if beginning.startswith(mark):
+            raise DataError(f"{path} is {name}, not text; extract the text")
+    if beginning[TAR_MARK : TAR_MARK + 5] == b"ustar":
+        raise DataError(f"{path} is a tar archive, not text; extract its files and give their directory")
     sample = beginning[:4096]
     zeros = max(sample[0::2].count(0), sample[1::2].count(0))
     has_mark = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -105,51 +101,82 @@ def _refuse_utf16(path: Path, beginning: bytes) -> None:
         )
 
 
-def decode_block(path: Path, offset: int, block: bytes, errors: str) -> bytes:
-    """Return a block as valid UTF-8.
+def decode_block(block: Block, errors: str) -> bytes:
+    """Return the bytes of a block as valid UTF-8.
 
     With `errors` "replace", invalid bytes become U+FFFD; with "strict", the first one raises `DataError`.
     """
+    data = block.data
+    assert isinstance(data, bytes)
     try:
-        block.decode()
+        data.decode()
     except UnicodeDecodeError as error:
         if errors == "replace":
-            return block.decode(errors="replace").encode()
+            return data.decode(errors="replace").encode()
+        around = data[max(error.start - 2048, 0) : error.start + 2048].decode(errors="replace")
+        bad = sum(char == "\ufffd" or (char < " " and char not in "\t\n\r\f\v") for char in around)
+        advice = "correct it, or pass --errors replace to read every invalid byte as U+FFFD"
+        if bad > MAX_BAD_SHARE * len(around):
+            advice = "it looks like binary data or another encoding: convert it, for example with iconv"
         raise DataError(
-            f"{path} is not valid UTF-8 at byte {offset + error.start}: {error.reason}; correct it, or pass "
-            "--errors replace to read every invalid byte as U+FFFD"
+            f"{block.path} is not valid UTF-8 at byte {block.offset + error.start}: {error.reason}; {advice}"
         ) from None
-    return block
+    return data
 
 
-def split_lines(block: bytes) -> list[bytes]:
+def read_documents(block: Block, column: str, errors: str) -> list[bytes]:
+    """Return the documents of a block as valid UTF-8; one of kind TEXT is returned as one document.
+
+    `column`: the field of JSON records that holds the text. Raises `DataError` for invalid UTF-8 and for
+    records without text.
+    """
+    if isinstance(block.data, list):
+        return [_encode(document, block, errors) for document in block.data]
+    data = decode_block(block, errors)
+    if block.kind == TEXT:
+        return [data]
+    if block.kind == JSON_LINES:
+        lines = [line for line in data.split(b"\n") if not line.isspace() and line]
+        return [_encode(_read_record(line, block, column), block, errors) for line in lines]
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return data.split(b"\n") if block.kind == LINES else BLANK_LINE.split(data)
+
+
+def _read_record(line: bytes, block: Block, column: str) -> str:
+    """Return the text of a JSON record; null is no text."""
+    place = f"{block.path}, behind byte {block.offset}"
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: a line is not JSON: {error}; correct it") from None
+    if not isinstance(record, dict) or not isinstance(record.get(column, 0), str | None):
+        fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none"
+        raise DataError(
+            f"{place}: a record has no text in the field {column!r} (fields: {fields[:200]}); pass --column"
+        )
+    return record[column] or ""
+
+
+def _encode(document: str, block: Block, errors: str) -> bytes:
+    try:
+        return document.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
+        if errors == "replace":
+            return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        raise DataError(
+            f"{block.path}, behind byte {block.offset}: a record has half of a surrogate pair; correct it, "
+            "or pass --errors replace to read it as U+FFFD"
+        ) from error
+
+
+def split_lines(text: bytes) -> list[bytes]:
     r"""Split valid UTF-8 at \n, \r\n or \r and nothing else.
 
     Lines longer than `MAX_LINE_BYTES` are split further; empty ones are dropped.
     """
-    if b"\r" in block:
-        block = block.replace(b"\r", b"\n")
-    lines = block.split(b"\n")
+    if b"\r" in text:
+        text = text.replace(b"\r", b"\n")
+    lines = text.split(b"\n")
     if len(max(lines, key=len)) > MAX_LINE_BYTES:
         lines = [piece for line in lines for piece in split_at_spaces(line, MAX_LINE_BYTES)]
     return [line for line in lines if line]
-
-
-def read_training_sentences(path: Path, errors: str) -> Iterator[str]:
-    """Yield the lines of a text that a vocabulary is trained on.
-
-    Of a text above 100 MB, only about 100 MB of blocks, spread evenly, are read. Raises `DataError` for text
-    that cannot be read.
-    """
-    file = TextFile(path)
-    total = file.bytes_on_disk
-    if path.suffix in _OPENERS:
-        total = sum(len(block) for _, block in TextFile(path).read_blocks())
-    share = min(1.0, TRAINING_BYTES / max(total, 1))
-    read = used = 0
-    for offset, block in file.read_blocks():
-        read += len(block)
-        if used < share * read:
-            used += len(block)
-            for line in split_lines(decode_block(path, offset, block, errors)):
-                yield line.decode()

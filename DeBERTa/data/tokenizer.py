@@ -111,6 +111,15 @@ class Tokenizer:
         encoded = zip(tried, self.encode_lines(tried), strict=True)
         return [character for character, ids in encoded if self.unk_id in ids]
 
+    def find_unknown(self, lines: list[str]) -> list[str]:
+        """Return the parts of the lines, after normalization, that become [UNK]."""
+        encoded = self._processor.encode(lines, out_type=str, num_threads=1)
+        return [piece for line in encoded for piece in line if piece not in self.piece_to_id]
+
+    def normalize(self, text: str) -> str:
+        """Return a text as the vocabulary normalizes it, without the mark that it adds at the beginning."""
+        return self._processor.normalize(text).removeprefix(WORD_MARK).replace(WORD_MARK, " ")
+
     @cached_property
     def piece_kinds(self) -> np.ndarray:
         """Return the kind of piece per id, int8 [ids].

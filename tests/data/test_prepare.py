@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import itertools
+import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 
 from DeBERTa.data import corpus
-from DeBERTa.data.prepare import prepare
+from DeBERTa.data.encode import Recipe
+from DeBERTa.data.prepare import prepare, prepare_outputs
+from DeBERTa.data.sources import Reading
 from DeBERTa.data.text import split_lines
 from DeBERTa.data.token_store import find_store, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer
@@ -357,3 +361,102 @@ def test_output_that_is_not_a_file_and_links(tmp_path):
     prepare(GOLDEN / "input.txt", tmp_path / "o.txt", VOCABULARY, 64)
     assert (tmp_path / "o.txt").is_symlink()
     assert (tmp_path / "elsewhere" / "o.txt").read_bytes() == (GOLDEN / "expected_64.txt").read_bytes()
+
+
+def write_inputs(folder: Path) -> list[Path]:
+    """Write 600 documents as text, JSON lines and compressed text."""
+    lines = [line for line in (GOLDEN / "input.txt").read_text().split("\n") if line.strip()]
+    documents = [f"Number {number}. {lines[number % len(lines)][:200].strip()}" for number in range(600)]
+    folder.mkdir(exist_ok=True)
+    (folder / "a.txt").write_text("\n".join(documents[:200]))
+    (folder / "b.txt").write_bytes(gzip.compress("\n\n".join(documents[200:400]).encode()))
+    records = "".join(json.dumps({"text": document}) + "\n" for document in documents[400:])
+    (folder / "c.jsonl").write_text(records)
+    return sorted(folder.iterdir())
+
+
+def read_pieces(*texts: Path) -> list[str]:
+    return [piece for text in texts for piece in text.read_text().split()]
+
+
+@pytest.mark.parametrize("shares", [(), (0.1, 0.05)])
+def test_several_inputs_give_the_same_bytes_for_any_number_of_workers(tmp_path, shares):
+    sources = write_inputs(tmp_path / "in")
+    hashes = set()
+    for workers, block_bytes in ((1, 1 << 20), (2, 2000), (3, 5000)):
+        outputs = [
+            tmp_path / f"{name}-{workers}.txt" for name in ("train", "valid", "test")[: 1 + len(shares)]
+        ]
+        reading = Reading(has_documents=bool(shares), block_bytes=block_bytes)
+        results = prepare_outputs(sources, outputs, Recipe(VOCABULARY, reading, shares), 64, workers)
+        hashes.add(tuple(hashlib.sha256(output.read_bytes()).hexdigest() for output in outputs))
+        assert [result.lines for result in results] == [
+            len(open_store(output, TOKENIZER, 62)) for output in outputs
+        ]
+    assert len(hashes) == 1
+    if not shares:
+        texts = []
+        for source in sources:
+            prepare(source, tmp_path / source.name, VOCABULARY, 64, workers=1)
+            texts.append(tmp_path / source.name)
+        assert read_pieces(outputs[0]) == read_pieces(*texts)
+
+
+def test_documents_stay_in_their_split(tmp_path):
+    """With more input, in another order and format, and with other fractions for the other splits."""
+    sources = write_inputs(tmp_path / "in")
+
+    def split(sources: list[Path], *shares: float) -> list[set[str]]:
+        outputs = [tmp_path / f"{name}.txt" for name in ("train", "valid", "test")]
+        recipe = Recipe(VOCABULARY, Reading(has_documents=True), shares)
+        prepare_outputs(sources, outputs, recipe, 64, 1)
+        texts = ["".join(read_pieces(output)).replace("▁", " ") for output in outputs]
+        return [set(re.findall(r"Number (\d+)\.", text)) for text in texts]
+
+    train, valid, test = split(sources, 0.1, 0.05)
+    assert len(train) + len(valid) + len(test) == 600
+    assert 30 < len(valid) < 90
+    assert 10 < len(test) < 60
+    fewer = split([sources[2], sources[0]], 0.1, 0.05)
+    assert all(some < every for some, every in zip(fewer, (train, valid, test), strict=True))
+    more = split(sources, 0.1, 0.2)
+    assert more[1] == valid
+    assert more[2] > test
+    records = [json.dumps({"text": line}) for line in sources[0].read_text().split("\n")]
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(reversed(records)))
+    assert split([tmp_path / "in" / "a.jsonl"], 0.1, 0.05) == split([sources[0]], 0.1, 0.05)
+    with pytest.raises(DataError, match=r"no document of .* is for valid\.txt"):
+        split(sources, 0.0, 0.05)
+
+
+def run_on_small_disk(kilobytes: int, *arguments: object) -> subprocess.CompletedProcess:
+    """Run the command in the folder /mnt of its own, a disk of this size."""
+    script = (
+        f"mount -t tmpfs -o size={kilobytes}k tmpfs /mnt && cd /mnt && "
+        f"{' '.join(command(*arguments))}; status=$?; ls -A /mnt; exit $status"
+    )
+    run = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False)
+    if "unshare" in run.stderr or "mount:" in run.stderr:
+        pytest.skip("a small disk needs the rights to mount one")
+    return run
+
+
+def test_full_disks_of_many_sizes(tmp_path):
+    """One sentence with file and space, and nothing left; or the complete output."""
+    text = tmp_path / "i"
+    text.write_bytes((GOLDEN / "input.txt").read_bytes() * 8)  # 230 kB of pieces, 150 kB of ids
+    arguments = ("-i", text, "-o", "train.txt", "--vocab_path", VOCABULARY, "--workers", 1)
+    statuses = []
+    for kilobytes in (20, 100, 200, 240, 260, 340, 380, 420, 480):
+        run = run_on_small_disk(kilobytes, *arguments)
+        statuses.append(run.returncode)
+        if run.returncode:
+            message = run.stderr.splitlines()[-1]
+            assert re.search(
+                r"error: cannot write /mnt/train\.txt(\.ids)?: No space left on device \([\d.]+ MB", message
+            )
+            assert run.stdout.split() in ([], ["train.txt"])
+        else:
+            assert run.stdout.split() == ["train.txt", "train.txt.ids"]
+    assert statuses[0] == 1
+    assert statuses[-1] == 0

@@ -15,23 +15,23 @@ TEXT = (Path(__file__).parents[1] / "golden" / "prepare" / "input.txt").read_tex
 def test_characters_left_out_are_named(tmp_path, capsys):
     set_up_logging()
     (tmp_path / "i").write_text(TEXT + "".join(map(chr, range(0x4E00, 0x4E1A))))
-    find_or_train_vocabulary(tmp_path / "i", 400, tmp_path / "all.model")
+    find_or_train_vocabulary([tmp_path / "i"], 400, tmp_path / "all.model")
     assert "warning" not in capsys.readouterr().err
-    find_or_train_vocabulary(tmp_path / "i", 400, tmp_path / "most.model", character_coverage=0.998)
+    find_or_train_vocabulary([tmp_path / "i"], 400, tmp_path / "most.model", character_coverage=0.998)
     errors = capsys.readouterr().err
     assert "left out of the vocabulary become [UNK]: " in errors
     assert " 一 (U+4E00) 丁 (U+4E01) " in errors
     assert errors.endswith(" and 15 more\n")
     with pytest.raises(VocabularyError, match=r"400 pieces and character coverage 1\.0 on"):
-        find_or_train_vocabulary(tmp_path / "i", 400, tmp_path / "most.model")
+        find_or_train_vocabulary([tmp_path / "i"], 400, tmp_path / "most.model")
 
 
 def test_a_vocabulary_of_characters_is_reported(tmp_path, capsys):
     set_up_logging()
     (tmp_path / "i").write_text(TEXT + "".join(map(chr, range(0x4E00, 0x4F00))))
-    find_or_train_vocabulary(tmp_path / "i", 700, tmp_path / "m")
+    find_or_train_vocabulary([tmp_path / "i"], 700, tmp_path / "m")
     assert "pieces of" in capsys.readouterr().err
     assert len(Tokenizer(tmp_path / "m")) == 701
     with pytest.raises(VocabularyError, match=r"different characters; .*--character_coverage"):
-        find_or_train_vocabulary(tmp_path / "i", 200, tmp_path / "n")
+        find_or_train_vocabulary([tmp_path / "i"], 200, tmp_path / "n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "m", "m.json"]

@@ -1,0 +1,247 @@
+"""Raw text as people have it: formats, compression, directories, patterns, damage."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from DeBERTa.data.sources import Reading, SourceFile, find_sources, sample_lines
+from DeBERTa.data.text import STRINGS, read_documents
+from DeBERTa.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "prepare"
+TEXT = (GOLDEN / "input.txt").read_text()
+DOCUMENTS = [line[:300].strip() for line in TEXT.split("\n") if line[:300].strip()]  # shorter than a block
+COMPRESSIONS = {"gzip": gzip.compress, "xz": lzma.compress, "bzip2": bz2.compress, "plain": bytes}
+
+
+def compress_zstandard(data: bytes) -> bytes:
+    """In two frames, as parallel compressors write."""
+    pyarrow = pytest.importorskip("pyarrow", reason="Zstandard is not tested: pyarrow is missing")
+    half = len(data) // 2
+    parts = (pyarrow.compress(part, codec="zstd", asbytes=True) for part in (data[:half], data[half:]))
+    return b"".join(parts)
+
+
+def write_parquet(documents: list[str | None], **options) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is not tested: pyarrow is missing")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    table = pyarrow.table({"id": list(range(len(documents))), "text": documents})
+    parquet.write_table(table, file, **options)
+    return file.getvalue()
+
+
+def read(path: Path, **options) -> list[str]:
+    """Return the documents of a file."""
+    reading = Reading(**{"has_documents": True, "block_bytes": 1000} | options)
+    blocks = SourceFile(path).read_blocks(reading)
+    documents = [text for block in blocks for text in read_documents(block, reading.column, reading.errors)]
+    return [document.decode().strip() for document in documents if document.strip()]
+
+
+def test_blocks_hold_all_text_and_end_well(tmp_path):
+    content = (
+        "Zeile mit Straße\r\n" * 50 + "漢字" * 400 + "\r" + "wort " * 500 + "x" * 900 + "\n\nend"
+    ).encode()
+    (tmp_path / "i").write_bytes(content)
+    for block_bytes in (7, 64, 1000, len(content), len(content) + 1):
+        for has_documents in (False, True):
+            reading = Reading(block_bytes=block_bytes, has_documents=has_documents)
+            blocks = list(SourceFile(tmp_path / "i").read_blocks(reading))
+            datas = [block.data for block in blocks]
+            assert b"".join(datas) == content
+            assert all(0 < len(data) <= block_bytes for data in datas)
+            assert [block.offset for block in blocks] == [
+                sum(map(len, datas[:index])) for index in range(len(datas))
+            ]
+            for data in datas:
+                data.decode()
+
+
+def test_vocabularies_of_large_texts_see_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("DeBERTa.data.sources.SAMPLE_BYTES", 2 << 20)
+    text = b"".join(b"%07d.\n" % number for number in range(1_000_000))
+    for name, content in (("i", text), ("i.gz", gzip.compress(text, 1))):
+        (tmp_path / name).write_bytes(content)
+        lines = sample_lines([tmp_path / name], Reading(block_bytes=64 << 10))
+        numbers = [int(line[:7]) for line in lines]
+        assert 1e6 < 9 * len(numbers) <= 2 << 20  # at least half of what is allowed
+        assert min(numbers) < 200_000
+        assert max(numbers) > 900_000
+        assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("compression", [*COMPRESSIONS, "zstd"])
+@pytest.mark.parametrize("form", ["text", "JSON lines", "Parquet"])
+def test_formats_and_compressions_by_content(tmp_path, compression, form):
+    """Under a name that says nothing, and under one that says something else."""
+    contents = {
+        "text": lambda: "\n".join(DOCUMENTS).encode(),
+        "JSON lines": lambda: "".join(json.dumps({"id": 7, "text": d}) + "\n" for d in DOCUMENTS).encode(),
+        "Parquet": lambda: write_parquet(DOCUMENTS, row_group_size=10),
+    }
+    pack = compress_zstandard if compression == "zstd" else COMPRESSIONS[compression]
+    packed = pack(contents[form]())
+    for name in ("data", "data.xz", "data.txt"):
+        (tmp_path / name).write_bytes(packed)
+        assert read(tmp_path / name) == DOCUMENTS
+    if compression != "plain":
+        (tmp_path / "damaged").write_bytes(packed[: len(packed) * 2 // 3])
+        with pytest.raises(DataError, match=r"damaged is not a complete \w+ file"):
+            read(tmp_path / "damaged")
+
+
+def test_documents_of_records(tmp_path):
+    """Line ends within, no text, a long record, a byte order mark, and no line end at the end."""
+    long = "word " * 5000
+    records = [{"text": "a\nb"}, {"text": None}, {"text": ""}, {"text": long}, {"text": "\u2028 ü"}]
+    lines = "\n\n".join(
+        json.dumps(record, ensure_ascii=number % 2 == 0) for number, record in enumerate(records)
+    )
+    (tmp_path / "i").write_text("\ufeff" + lines)
+    assert read(tmp_path / "i") == ["a\nb", long.strip(), "\u2028 ü".strip()]
+    (tmp_path / "p").write_bytes(write_parquet([record["text"] for record in records]))
+    assert read(tmp_path / "p") == ["a\nb", long.strip(), "\u2028 ü".strip()]
+    assert read(tmp_path / "i", column="", has_documents=False)[0].startswith('{"text": "a')
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("one\ntwo\n\nthree\n \t\n\n four \n", ["one\ntwo", "three", "four"]),
+        ("one\r\ntwo\r\n\r\nthree\r\n", ["one\ntwo", "three"]),
+        ("one\ntwo\nthree", ["one", "two", "three"]),
+        ('{"not": "text"} is how JSON looks\n{\n', ['{"not": "text"} is how JSON looks', "{"]),
+        ("", []),
+    ],
+)
+def test_documents_of_text(tmp_path, text, documents):
+    (tmp_path / "i").write_bytes(text.encode())
+    assert read(tmp_path / "i") == documents
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'{"text": "a"}\n{"text": 7}\n', r"no text in the field 'text' \(fields: text\); pass --column"),
+        (b'{"body": "a"}\n', r"no text in the field 'text' \(fields: body\); pass --column"),
+        (b'{"text": "a"}\n{"text": "a\n', "is not JSON"),
+        (b'{"text": "a"}\n[1]\n', "no text in the field"),
+        (b'{"text": "\\ud800"}\n', "surrogate"),
+    ],
+)
+def test_records_that_are_refused(tmp_path, content, complaint):
+    (tmp_path / "i").write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        read(tmp_path / "i")
+
+
+def test_a_parquet_file_without_the_column(tmp_path):
+    (tmp_path / "i").write_bytes(write_parquet(["a"]))
+    with pytest.raises(DataError, match=r"\(columns: id \(int64\), text \(string\)\); pass --column"):
+        read(tmp_path / "i", column="body")
+
+
+def make_tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        archive.add(GOLDEN / "input.txt", "input.txt")
+    return file.getvalue()
+
+
+def make_zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("input.txt", TEXT)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_zip,
+        make_tar,
+        lambda: random.Random(0).randbytes(5000),
+        lambda: b"some words, then\n" + random.Random(0).randbytes(5000),
+        lambda: (GOLDEN / "spm.model").read_bytes(),
+        lambda: "Русский текст в старой кодировке\n".encode("cp1251") * 50,
+        lambda: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n",
+    ],
+)
+def test_binary_data_is_never_to_be_replaced(tmp_path, make: Callable[[], bytes]):
+    (tmp_path / "i").write_bytes(make())
+    with pytest.raises(DataError) as error:
+        read(tmp_path / "i")
+    assert "--errors" not in str(error.value)
+
+
+def test_a_few_bad_bytes_may_be_replaced(tmp_path):
+    (tmp_path / "i").write_bytes(TEXT.encode() + b"\nna\xefve\n")
+    with pytest.raises(DataError, match=r"at byte \d+: .*--errors replace"):
+        read(tmp_path / "i")
+    assert read(tmp_path / "i", errors="replace")[-1].endswith("\nna\ufffdve")
+
+
+def test_directories_and_patterns_are_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "b/2.txt",
+        "b/10.txt",
+        "b/.hidden",
+        "b/_SUCCESS",
+        "b/c/.d/x",
+        "b/c/3.txt",
+        "a.txt",
+        "x.jsonl",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    found = find_sources([Path("x.jsonl"), Path("b"), Path("*.txt"), Path("**/3.txt"), Path("-")])
+    assert list(map(str, found)) == ["x.jsonl", "b/10.txt", "b/2.txt", "b/c/3.txt", "a.txt", "b/c/3.txt", "-"]
+    Path("b[1]").mkdir()
+    Path("b[1]/y").touch()
+    assert find_sources([Path("b[1]")]) == [Path("b[1]/y")]
+    Path("empty").mkdir()
+    for missing in ("empty", "nothing", "*.gz"):
+        with pytest.raises(DataError, match="no text file"):
+            find_sources([Path(missing)])
+    with pytest.raises(DataError, match="standard input twice"):
+        find_sources([Path("-"), Path("-")])
+
+
+def test_without_pyarrow_one_sentence_says_what_is_missing(tmp_path):
+    (tmp_path / "i").write_bytes(b"PAR1" + bytes(100))
+    code = (
+        "import sys; sys.modules['pyarrow'] = None; import prepare_data;"
+        "sys.exit(prepare_data.main(sys.argv[1:]))"
+    )
+    arguments = ["-i", tmp_path / "i", "-o", tmp_path / "o", "--vocab_path", GOLDEN / "spm.model"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "Parquet needs the package pyarrow; install it with pip install pyarrow" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_blocks_of_parquet_are_small(tmp_path):
+    (tmp_path / "i").write_bytes(write_parquet(DOCUMENTS * 100))
+    blocks = list(SourceFile(tmp_path / "i").read_blocks(Reading(block_bytes=10_000)))
+    assert len(blocks) > 5
+    assert all(block.kind == STRINGS and block.count_bytes() < 30_000 for block in blocks)
