@@ -49,6 +49,7 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface_hub>=1.0,<3"],  # requirements-hub.txt pins it
+        "data": ["pyarrow>=17"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5"],
     },
 )

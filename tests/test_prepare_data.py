@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import prepare_data
+from DeBERTa import prepare_data
 from DeBERTa.data import corpus
 from DeBERTa.data.files import open_partial
 from DeBERTa.data.prepare import prepare

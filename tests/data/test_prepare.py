@@ -170,7 +170,7 @@ def test_long_lines_are_split_where_pieces_end(tmp_path):
 
 MEASURED = """
 import re, resource, sys
-import prepare_data
+from DeBERTa import prepare_data
 status = prepare_data.main(sys.argv[1:])
 # Not RUSAGE_SELF: that begins with the size of the process that started this one.
 own = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

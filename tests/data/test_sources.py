@@ -224,7 +224,7 @@ def test_directories_and_patterns_are_in_order(tmp_path, monkeypatch):
 def test_without_pyarrow_one_sentence_says_what_is_missing(tmp_path):
     (tmp_path / "i").write_bytes(b"PAR1" + bytes(100))
     code = (
-        "import sys; sys.modules['pyarrow'] = None; import prepare_data;"
+        "import sys; sys.modules['pyarrow'] = None; from DeBERTa import prepare_data;"
         "sys.exit(prepare_data.main(sys.argv[1:]))"
     )
     arguments = ["-i", tmp_path / "i", "-o", tmp_path / "o", "--vocab_path", GOLDEN / "spm.model"]
