@@ -60,13 +60,13 @@ def test_blocks_hold_all_text_and_end_well(tmp_path):
         for has_documents in (False, True):
             reading = Reading(block_bytes=block_bytes, has_documents=has_documents)
             blocks = list(SourceFile(tmp_path / "i").read_blocks(reading))
-            datas = [block.data for block in blocks]
-            assert b"".join(datas) == content
-            assert all(0 < len(data) <= block_bytes for data in datas)
+            parts = [block.data for block in blocks]
+            assert b"".join(parts) == content
+            assert all(0 < len(data) <= block_bytes for data in parts)
             assert [block.offset for block in blocks] == [
-                sum(map(len, datas[:index])) for index in range(len(datas))
+                sum(map(len, parts[:index])) for index in range(len(parts))
             ]
-            for data in datas:
+            for data in parts:
                 data.decode()
 
 
