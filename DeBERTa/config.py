@@ -396,7 +396,9 @@ class TrainConfig:
         rules=REQUIRED | RESUME | NODE,
         group="model",
     )
-    vocab_size: int = _flag(0, "size of the word table; 0: that of the model config", "rows", FROM_ZERO)
+    vocab_size: int = _flag(  # compared by content, with the model config
+        0, "size of the word table; 0: by the model config, or the vocabulary", "rows", FROM_ZERO, RESUME
+    )
     init_model: str = _flag(
         "",
         "MLM: start from these weights: a .bin or .safetensors file, the directory of a model or a run, or "

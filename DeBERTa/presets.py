@@ -18,16 +18,14 @@ class Corpus:
     Attributes:
         vocabulary: path of the vocabulary, relative to the cache directory.
         train_vocab: number of pieces of a vocabulary trained on the text; 0: fetch the published one.
-        vocab_size: rows of the word embedding table; 0: those of the model config.
     """
 
     vocabulary: str
     train_vocab: int = 0
-    vocab_size: int = 0
 
 
 CORPORA = {
-    "sample": Corpus("sample/spm.model", train_vocab=8000, vocab_size=8064),
+    "sample": Corpus("sample/spm.model", train_vocab=8000),
     "wikitext-103": Corpus("deberta-v3-base/spm.model"),
 }
 
@@ -148,12 +146,10 @@ def _locate(corpus: str, max_seq_length: int, given: Mapping[str, Any]) -> dict[
     if "vocab_path" in given:  # another vocabulary gives another text
         fingerprint = hash_file(Path(given["vocab_path"]))[:8]
         return {"data_dir": str(folder / f"{max_seq_length}-{fingerprint}")}
-    values = {
+    return {
         "data_dir": str(folder / str(max_seq_length)),
         "vocab_path": str(get_cache_dir() / CORPORA[corpus].vocabulary),
     }
-    vocab_size = CORPORA[corpus].vocab_size
-    return values | ({"vocab_size": vocab_size} if vocab_size else {})
 
 
 def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]:

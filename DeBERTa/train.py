@@ -19,8 +19,6 @@ from DeBERTa.config import (
     ModelConfig,
     RTDConfig,
     TrainConfig,
-    find_experiments,
-    read_json,
 )
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches
 from DeBERTa.data.loader import translate_worker_errors
@@ -55,9 +53,10 @@ from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
+from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
-from DeBERTa.training.precision import resolve_precision
+from DeBERTa.training.precision import describe_replaced_precision, resolve_precision
 from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
@@ -65,7 +64,6 @@ from DeBERTa.training.trainer import Run, Trainer, resume
 from DeBERTa.training.worker import RESTART_COUNT, exit_process, get_local_rank, is_worker, log_rank
 
 Model = MaskedLanguageModel | RTDModel
-SPARE_ROWS = 127  # rows of a word embedding table beyond the tokens (128100 rows for 128001)
 logger = logging.getLogger("DeBERTa.train")  # as a command, __name__ is "__main__"
 
 
@@ -121,7 +119,10 @@ def run(config: TrainConfig, signals: Signals) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
-    model_config = load_model_config(config, tokenizer)
+    model_config, notes = load_model_config(config, tokenizer)
+    notes += describe_replaced_precision(config, precision)
+    for note in notes:
+        logger.warning("%s", note)
     is_rtd = config.task_name == "RTD"
     masker = Masker(tokenizer, 1 if is_rtd else config.max_ngram, is_rtd)
     batches = open_training(config, tokenizer, masker) if config.do_train else None
@@ -163,6 +164,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
             Interval(device),
             attention,
             initial_weights,
+            notes,
         )
         train_and_save(this_run, signals, tokenizer.path)
         outputs = training.compute_outputs
@@ -236,44 +238,6 @@ def check_same_on_all_ranks(settings: dict) -> None:
             )
 
 
-def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig | RTDConfig:
-    """Read the model config and apply `--vocab_size`.
-
-    Raises `ConfigError` if it is invalid, or does not match the vocabulary or `--max_seq_length`.
-    """
-    path = Path(config.model_config)
-    shipped = find_experiments() / "language_model" / path
-    if not path.exists() and shipped.exists():
-        path = shipped
-    values = read_json(path)
-    if "train" in values and isinstance(values.get("model"), dict):  # the config.json of a run
-        values = values["model"]
-    sections = [values]
-    if config.task_name == "RTD":
-        sections = [s for name in ("generator", "discriminator") if isinstance(s := values.get(name), dict)]
-    if config.vocab_size:
-        for section in sections:
-            section["vocab_size"] = config.vocab_size
-    kind = RTDConfig if config.task_name == "RTD" else ModelConfig
-    model_config = kind.from_dict(values, str(path))
-    models = model_config.models
-    for warning in {model.describe_unusual_heads() for model in models} - {""}:
-        logger.warning("%s: %s", path, warning)
-    rows = models[0].vocab_size
-    if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
-        fitting = -(-len(tokenizer) // 8) * 8
-        raise ConfigError(
-            f"the vocabulary {tokenizer.path} has {len(tokenizer)} tokens, but the model config {path} has "
-            f"vocab_size {rows}; give the right --vocab_path, or --vocab_size {fitting} for a new model"
-        )
-    positions = min(model.max_position_embeddings for model in models)
-    if config.max_seq_length > positions:
-        raise ConfigError(
-            f"--max_seq_length {config.max_seq_length} exceeds max_position_embeddings {positions} of {path}"
-        )
-    return model_config
-
-
 def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenStore:
     """Open the tokens of one split.
 
@@ -307,7 +271,9 @@ def open_evaluation(
     there = [split for split in wanted if (Path(config.data_dir) / f"{split}.txt").exists()]
     if config.do_eval and not there:
         raise DataError(
-            f"--do_eval: {config.data_dir} has neither valid.txt nor test.txt; prepare_data.py makes them"
+            f"--do_eval: {config.data_dir} has neither valid.txt nor test.txt; omit --do_eval, or prepare a "
+            f"held-out text: python prepare_data.py -i TEXT -o {Path(config.data_dir) / 'valid.txt'} "
+            f"--vocab_path {config.vocab_path} --max_seq_length {config.max_seq_length}"
         )
     return {
         split: EvaluationBatches(open_split(config, split, tokenizer), tokenizer, masker, plan)

@@ -185,8 +185,7 @@ def test_what_a_resumed_run_must_have_in_common():
     """All that determines the numbers, `kernels` too: auto and off draw different dropout masks."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - FREE_TO_CHANGE == {
-        "task_name", "vocab_size", "init_model", "init_generator", "init_discriminator", "fresh_head",
-        "resize_vocab",
+        "task_name", "init_model", "init_generator", "init_discriminator", "fresh_head", "resize_vocab",
         "vocab_type",
         "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed",
         "num_training_steps", "learning_rate", "discriminator_learning_rate", "warmup",

@@ -11,7 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, __version__
+from DeBERTa import (
+    MaskedLanguageModel,
+    ModelConfig,
+    ReplacedTokenDetectionModel,
+    __version__,
+)
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.train import main
@@ -215,27 +220,29 @@ def test_runs_with_and_without_kernels_are_not_mixed(flags):
     assert_refused(result, "kernels (off there, auto here)")
 
 
-def test_wrong_vocabulary_size(flags):
-    values = tiny_rtd()
-    for part in ("generator", "discriminator"):
-        values[part]["vocab_size"] = 128100
-    flags["model_config"].write_text(json.dumps(values))
-    assert_refused(train(*command(flags)), "2001 tokens", "vocab_size 128100", "--vocab_size 2008")
-    assert train(*command(flags), "--vocab_size", 2008, "--num_training_steps", 1).returncode == 0
-    shutil.rmtree(flags["output_dir"])
-    assert_refused(train(*command(flags), "--vocab_size", 2000), "2001 tokens", "vocab_size 2000")
-
-
-def test_heads_wider_than_the_model_are_reported(flags, tmp_path):
-    """In the log and in the banner; the published field still works."""
-    values = tiny_model() | {"hidden_size": 96, "num_attention_heads": 3, "attention_head_size": 64}
-    flags |= {"task_name": "MLM", "model_config": tmp_path / "mlm.json", "num_training_steps": 1}
-    flags["model_config"].write_text(json.dumps(values))
-    result = train(*command(flags))
+def test_fp16_says_what_it_trains_in(flags):
+    """On this device that is bfloat16 or float32, unless it is an older GPU."""
+    del flags["precision"]
+    result = train(*command(flags), "--fp16", "True", "--num_training_steps", 1)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("attention_head_size 64 makes 3 heads 192 wide, but hidden_size is 96") == 2
-    query = "deberta.encoder.layer.0.attention.self.query_proj.weight"
-    assert load_file(flags["output_dir"] / "model" / "model.safetensors")[query].shape == (192, 96)
+    precision = json.loads((flags["output_dir"] / "config.json").read_text())["train"]["precision"]
+    name = {"bf16": "bfloat16", "fp32": "float32"}.get(precision)
+    assert (f"--fp16 True trains in {name}" in result.stderr) == (name is not None)
+
+
+def test_the_advice_for_a_missing_validation_split_works(flags, tmp_path):
+    """The command of the message, run as it stands, with a text."""
+    flags["data_dir"] = shutil.copytree(flags["data_dir"], tmp_path / "data")
+    for name in ("valid", "test"):
+        for path in flags["data_dir"].glob(f"{name}.txt*"):
+            path.unlink()
+    result = train(*command(flags), "--do_eval")
+    assert_refused(result, "neither valid.txt nor test.txt", "prepare_data.py")
+    advice = result.stderr.strip().rpartition(": python ")[2].replace(" TEXT ", f" {tmp_path / 'text'} ")
+    (tmp_path / "text").write_text("We the people of the United States. " * 40)
+    subprocess.run([sys.executable, *advice.split()], cwd=ROOT, check=True)
+    result = train(*command(flags), "--do_eval", "--num_training_steps", 1)
+    assert result.returncode == 0, result.stderr
 
 
 def test_unknown_config_key(flags):
@@ -248,7 +255,6 @@ def test_unknown_config_key(flags):
     [
         ({"data_dir": "no/such/folder"}, ("no/such/folder", "prepare_data.py")),
         ({"vocab_path": "no.model"}, ("no.model",)),
-        ({"model_config": "no.json"}, ("no.json",)),
         ({"max_seq_length": 32}, ("train.txt", "62", "--max_seq_length 32")),
         ({"max_seq_length": 65}, ("--max_seq_length 65", "max_position_embeddings 64")),
         ({"init_generator": "no.bin", "init_discriminator": "no.bin"}, ("no.bin",)),

@@ -57,8 +57,8 @@ def format_banner(run: Run, first_step: int) -> str:
         "data": f"{config.data_dir}: {store.meta.num_tokens:,} tokens in {len(store):,} lines; "
         + (", ".join(splits) or "no validation split"),
     }
-    if warnings := {model.describe_unusual_heads() for model in run.model.config.models} - {""}:
-        rows["warning"] = "; ".join(sorted(warnings))
+    if run.notes:
+        rows["note"] = "; ".join(run.notes)
     width = max(map(len, rows))
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
 

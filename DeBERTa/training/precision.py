@@ -30,6 +30,14 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     return config.precision
 
 
+def describe_replaced_precision(config: TrainConfig, precision: str) -> list[str]:
+    """Return a note if `--fp16 True` does not mean float16 on this hardware."""
+    if not config.fp16 or precision == "fp16":
+        return []
+    name = {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    return [f"--fp16 True trains in {name} on this device; --precision fp16 selects float16"]
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Return whether bfloat16 arithmetic is native.
 

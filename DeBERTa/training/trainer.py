@@ -57,6 +57,7 @@ class Run:
     interval: Interval
     attention: str  # in use
     initial_weights: dict[str, LoadedWeights] = field(default_factory=dict)  # of --init_*, by model
+    notes: list[str] = field(default_factory=list)  # on settings that are not what one may expect
     lock: RunLock | None = None  # of the run directory, held by rank 0
 
     @property
