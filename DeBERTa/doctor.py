@@ -10,7 +10,6 @@ import platform
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import chain
@@ -19,7 +18,8 @@ from urllib.parse import urlsplit
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.corpus import WIKITEXT_103
-from DeBERTa.data.files import get_cache_dir
+from DeBERTa.data.files import get_cache_dir, open_partial
+from DeBERTa.errors import StorageError
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 CONNECT_SECONDS = 5
@@ -71,18 +71,12 @@ def check_machine() -> Iterator[Check]:
     yield "shared memory", f"{shared:.2f} GB", advice if shared < LITTLE_SHARED else ""
     cache = get_cache_dir()
     advice = "it cannot be written: name another directory in DEBERTA_CACHE"
-    yield "cache", str(cache), "" if is_writable(cache) else advice
+    with contextlib.suppress(StorageError), open_partial(cache / "doctor"):
+        advice = ""
+    yield "cache", str(cache), advice
     free = shutil.disk_usage(".").free / 1e9
     advice = "make room, or give --output_dir on another disk: a checkpoint of a base model takes 4 GB"
     yield "disk", f"{free:.1f} GB free here", advice if free < LITTLE_DISK else ""
-
-
-def is_writable(folder: Path) -> bool:
-    """Return whether files can be written to a directory, which need not exist."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=there):
-        return True
-    return False
 
 
 def check_network() -> Iterator[Check]:
