@@ -61,6 +61,10 @@ class NonFiniteError(DebertaError):
     """Losses, gradients or weights became NaN or infinite, and stayed NaN or infinite."""
 
 
+class MemoryLimitError(DebertaError):
+    """The memory of the device or of the host is too small for what the settings need."""
+
+
 class LaunchError(DebertaError):
     """The nodes of a run cannot start together, or a rank of the run failed."""
 

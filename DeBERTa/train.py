@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -51,7 +52,7 @@ from DeBERTa.training.execution import set_execution
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
-from DeBERTa.training.memory import keep_freed_memory
+from DeBERTa.training.memory import keep_freed_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps
@@ -81,17 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = find_job(config)
         if job is not None:
             return launch(job, config, argv)
-        with Signals() as signals:
+        with Signals() as signals, ExitStack() as stack:
             if is_worker():
-                with (
-                    log_rank(config.run_dir),
-                    join_process_group(config.dist_timeout),
-                    translate_worker_errors(),
-                ):
-                    run(config, signals)
-            else:
-                with translate_worker_errors():
-                    run(config, signals)
+                stack.enter_context(log_rank(config.run_dir))
+                stack.enter_context(join_process_group(config.dist_timeout))
+            with translate_worker_errors(), translate_memory_errors():
+                run(config, signals)
     except ReportedError as error:
         return error.exit_status
     except DebertaError as error:

@@ -1,10 +1,21 @@
-"""Memory of large temporary tensors on a CPU."""
+"""Memory: large temporary tensors on a CPU, and what to do when it runs out."""
 
 import ctypes
+import errno
 import os
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from DeBERTa.errors import MemoryLimitError
+
+# PyTorch has a class for this error on a GPU only. The texts are of its CPU allocator, CUDA and cuBLAS.
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc")
+REQUEST = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 # Parameters of glibc's mallopt, from its malloc.h; advice of Linux's madvise, from its mman.h.
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4
 MADV_HUGEPAGE = 14
@@ -42,6 +53,25 @@ def keep_freed_memory() -> None:
     if block:
         libc.madvise(-(-block // page) * page, size - page, MADV_HUGEPAGE)
         libc.free(block)
+
+
+@contextmanager
+def translate_memory_errors() -> Iterator[None]:
+    """Raise `MemoryLimitError` when the memory of the device or of the host ran out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if isinstance(error, OSError):
+            is_known = error.errno == errno.ENOMEM
+        if not is_known and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+            raise
+        request = REQUEST.search(str(error))
+        raise MemoryLimitError(
+            f"out of memory{f' ({request[0].lower()})' if request else ''}: the micro-batches are too large; "
+            "give a larger --accumulative_update, a smaller --train_batch_size (in evaluation: "
+            "--eval_batch_size), or --gradient_checkpointing"
+        ) from error
 
 
 def read_memory_limits() -> list[int]:

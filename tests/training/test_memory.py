@@ -1,12 +1,17 @@
-"""Memory limits of control groups, which may be absent."""
+"""Memory limits of control groups, which may be absent, and errors when memory runs out."""
 
+import errno
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from DeBERTa.training.memory import read_memory_limits
-from tests.conftest import ROOT
+from DeBERTa.errors import MemoryLimitError
+from DeBERTa.training.memory import read_memory_limits, translate_memory_errors
+from tests.conftest import ROOT, strip_times
+from tests.runs import PATIENCE, command, tiny_flags
 
 # In a process of its own: the configuration of the heap lasts as long as the process.
 CODE = """
@@ -14,6 +19,43 @@ from DeBERTa.training import memory
 memory.read_memory_limits = lambda: {}
 memory.keep_freed_memory()
 """
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_translated"),
+    [
+        (MemoryError("Unable to allocate 3 GiB for an array"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_errors_of_memory_are_one_sentence(limit, is_translated):
+    with (
+        pytest.raises(MemoryLimitError if is_translated else type(limit)) as error,
+        translate_memory_errors(),
+    ):
+        raise limit
+    if is_translated:
+        assert str(error.value).startswith("out of memory")
+
+
+def test_a_batch_that_is_too_large(tmp_path, prepared):
+    """A real limit of the process, as of a batch system."""
+    flags = tiny_flags(tmp_path, prepared) | {"train_batch_size": 40_000, "workers": 1}
+    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
+    script = f"ulimit -v 4000000; exec {line}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    last = strip_times(done.stderr).splitlines()[-1]
+    assert last.startswith("error: out of memory (tried to allocate "), done.stderr
+    for flag in ("--accumulative_update", "--train_batch_size", "--gradient_checkpointing"):
+        assert flag in last
 
 
 def test_limits_are_bytes():
