@@ -229,7 +229,7 @@ def verify(folder: Path) -> None:
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is missing") from None
     except OSError as error:
-        raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from None
+        raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read") from None
 

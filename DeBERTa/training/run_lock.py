@@ -47,11 +47,17 @@ class RunLock:
         return f"another process ({holder}) is training in {self.run_dir}: stop it, or give another --tag"
 
     def is_held(self) -> bool:
-        """Return whether the locked file is still that of the run directory."""
+        """Return whether the locked file is still that of the run directory.
+
+        Some network file systems change the inode numbers of files. A file with the time of our last write is
+        ours, too.
+        """
+        ours = os.fstat(self._file.fileno())
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), (self.run_dir / LOCK).stat())
+            found = (self.run_dir / LOCK).stat()
         except OSError:
             return False
+        return os.path.samestat(ours, found) or ours.st_mtime_ns == found.st_mtime_ns
 
     def check(self) -> None:
         """Raise `StorageError` if the run directory may be another run's."""

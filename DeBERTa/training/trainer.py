@@ -15,7 +15,7 @@ from DeBERTa import __version__
 from DeBERTa.config import TrainConfig, read_json
 from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step_seed
 from DeBERTa.data.loader import load_batches
-from DeBERTa.errors import NonFiniteError
+from DeBERTa.errors import DamagedCheckpointError, NonFiniteError
 from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.page import update_report
@@ -262,8 +262,15 @@ def resume(run: Run, step: int) -> None:
         weights = read_model(run.run_dir, step, run.model)
         state = read_training(run.run_dir, step)
     load_full_weights(run.model, weights)
-    run.training.load_state_dict(state["training"])
-    run.interval.load_state_dict(broadcast_object(state["interval"]))
+    try:
+        run.training.load_state_dict(state["training"])
+        run.interval.load_state_dict(broadcast_object(state["interval"]))
+    except (LookupError, TypeError, AttributeError) as error:
+        path = get_checkpoint_path(run.run_dir, step) / "optimizer.pt"
+        raise DamagedCheckpointError(
+            f"{path} has another content than this version writes ({type(error).__name__}: {error}); "
+            "resume with the version that wrote it"
+        ) from error
 
 
 def take_snapshot(run: Run, step: int) -> Snapshot | None:

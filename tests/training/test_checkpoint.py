@@ -400,6 +400,31 @@ def test_nothing_in_a_checkpoint_is_executed(copied, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+CHANGES = {
+    "no moments": lambda state: state.pop("training"),
+    "no sums": lambda state: state.pop("interval"),
+    "no optimizer": lambda state: state["training"]["optimizers"].clear(),
+    "a list": lambda state: state.update(training=[]),
+    "no counts": lambda state: state["training"]["stability"].clear(),
+    "a number": lambda state: state.update(interval=3),
+    "text": lambda state: state["training"]["optimizers"]["generator"]["state"].update({0: "moments"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_training_state_of_another_shape_is_one_error(copied, change):
+    remove_after(copied["output_dir"], 4)
+    path = get_checkpoint_path(copied["output_dir"], 4) / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    CHANGES[change](state)
+    torch.save(state, path)
+    write_manifest(path.parent, 4)
+    status, output = run(copied)
+    assert status == 1
+    assert "Traceback" not in output, output
+    assert f"error: {path} has another content than this version writes (" in output
+
+
 def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
     state = {"training": training.state_dict()}
     return Snapshot(step, gather_to_rank_zero(training.model.state_dict()), state, {"step": step}, {})

@@ -52,6 +52,15 @@ def test_a_lock_that_is_no_longer_the_directorys_is_noticed(tmp_path, change):
     lock.close()
 
 
+def test_a_file_system_that_changes_inode_numbers(tmp_path):
+    """A network file system may: the same file seems to be another one, with the same times."""
+    lock = RunLock(tmp_path)
+    shutil.copy2(tmp_path / LOCK, tmp_path / "copy")
+    (tmp_path / "copy").replace(tmp_path / LOCK)
+    lock.check()
+    lock.close()
+
+
 def test_a_directory_that_returns_is_locked_again(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()

@@ -10,7 +10,7 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
 from DeBERTa.errors import NonFiniteError
-from DeBERTa.training.checkpoint import get_checkpoint_path, write_manifest
+from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.trainer import check_finite_weights
 from tests.commands import free_port, metrics
 from tests.conftest import tiny_model
@@ -45,25 +45,6 @@ def test_metrics_continue_across_a_resume(tmp_path, prepared):
             assert line["discriminator_learning_rate"] == pytest.approx(line["learning_rate"] / 2)
             assert 0.05 < line["peak_memory_gb"] < 100
     assert lines[2]["elapsed_seconds"] > before
-
-
-def test_a_checkpoint_without_the_new_values_resumes(tmp_path, prepared):
-    """As version 0.1.0 of November 2026 wrote them: the counts start at zero."""
-    flags = tiny_flags(tmp_path, prepared, "MLM")
-    assert run(flags)[0] == 0
-    remove_after(flags["output_dir"], 4)
-    directory = get_checkpoint_path(flags["output_dir"], 4)
-    state = torch.load(directory / "optimizer.pt", weights_only=True)
-    del state["interval"]["tokens_seen"]
-    torch.save(state, directory / "optimizer.pt")
-    values = json.loads((directory / "state.json").read_text())
-    del values["elapsed_seconds"]
-    (directory / "state.json").write_text(json.dumps(values))
-    write_manifest(directory, 4)
-    status, output = run(flags)
-    assert status == 0, output
-    assert "resuming from step 4" in output
-    assert metrics(flags["output_dir"])[-2]["tokens_seen"] == 2 * TOKENS_PER_STEP
 
 
 def test_only_rank_0_writes_to_the_console(tmp_path, prepared):
