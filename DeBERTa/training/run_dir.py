@@ -101,8 +101,8 @@ def move_previous_run(run_dir: Path) -> None:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove checkpoints that a killed process has not fully written or removed."""
-    for path in (run_dir / "checkpoints").glob("step-*.tmp"):
+    """Remove checkpoints and files that a killed process has not fully written or removed."""
+    for path in (*run_dir.glob("checkpoints/step-*.tmp"), *run_dir.glob("*.part")):
         logger.info("removing %s, which a killed run left unfinished", path)
         remove(path)
 

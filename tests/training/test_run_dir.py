@@ -130,11 +130,13 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
         open_run_dir(tmp_path / "file" / "run", settings(), {}, fresh=False)
 
 
-def test_unfinished_checkpoints_are_removed(tmp_path):
+def test_unfinished_files_are_removed(tmp_path):
     unfinished = tmp_path / "checkpoints" / "step-00000002.tmp"
     unfinished.mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    (tmp_path / "report.html.part").touch()
     remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
