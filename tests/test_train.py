@@ -19,9 +19,10 @@ from DeBERTa import (
 )
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.train import main
+from DeBERTa.train import get_full_model, main
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
+from tests.training.batches import train_config
 
 
 def train(*flags, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
@@ -430,3 +431,10 @@ def test_token_ids_that_change_end_the_run_in_one_sentence(flags, prepared, tmp_
     assert not store.exists()
     result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero2", "fsdp"])
+def test_a_model_of_one_process_is_full(sharding):
+    """It is not built a second time."""
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    assert get_full_model(train_config(sharding=sharding), model) is model

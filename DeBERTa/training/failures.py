@@ -6,7 +6,7 @@ A rank records its failure in a file. Its launcher reads it and publishes it to 
 import json
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from DeBERTa.errors import DebertaError
@@ -47,14 +47,18 @@ class Failure:
             name = signal.Signals(-code).name if is_named else f"signal {-code}"
             return Failure(f"killed by {name}", is_retryable=True)
         try:
-            return Failure.from_json(record.read_text(encoding="utf-8") if record else "")
-        except (OSError, ValueError):
-            return Failure(f"exited with status {code}", is_retryable=True)
+            text = record.read_bytes() if record else b""
+        except OSError:
+            text = b""
+        return _parse(text) or Failure(f"exited with status {code}", is_retryable=True)
 
     @staticmethod
     def from_json(text: str | bytes) -> "Failure":
-        """Read a failure that `to_json` wrote."""
-        return Failure(**json.loads(text))
+        """Read a failure that `to_json` wrote, on this machine or another one.
+
+        Anything else, for example one with status 0, is a failure, too.
+        """
+        return _parse(text) or Failure("another node reported a failure that cannot be read")
 
     def to_json(self) -> str:
         """Return all fields as one line of JSON."""
@@ -69,6 +73,16 @@ class Failure:
     def order(self) -> tuple[int, float]:
         """Return the sort key: causes before stops before consequences, then by time."""
         return (2 if self.is_consequence else 1 if self.is_stop else 0), self.time
+
+
+def _parse(text: str | bytes) -> Failure | None:
+    """Return the failure that `to_json` wrote, or None for any other text."""
+    try:
+        failure = Failure(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    are_valid = all(type(getattr(failure, item.name)) is item.type for item in fields(Failure))
+    return failure if are_valid and 0 < failure.exit_status < 256 else None
 
 
 def get_stop_signal(code: int) -> int:

@@ -127,8 +127,12 @@ class MetricsLog:
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
-        """Flush all lines to the disk."""
-        os.fsync(self._file.fileno())
+        """Flush all lines to the disk.
+
+        Raises `StorageError`.
+        """
+        with raise_storage_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

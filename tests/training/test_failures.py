@@ -37,6 +37,26 @@ def test_a_rank_without_a_readable_record(tmp_path, text):
     assert failure.is_retryable
 
 
+VALID = Failure("a disk is full", exit_status=1, is_explained=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "[]", "{}", "3", "[" * 100_000, b"\xff", '{"message": 3}', '{"message": "m", "rank": 0}',
+        *(f'{{"message": "m", "exit_status": {status}}}' for status in (0, -1, 256, '"1"', "true", "1.0")),
+        VALID.to_json().replace("false", "0"),
+    ],
+)  # fmt: skip
+def test_a_failure_of_another_shape_is_a_failure(tmp_path, text):
+    """Another machine may have sent it: it never ends a run with status 0."""
+    assert Failure.from_json(text).message == "another node reported a failure that cannot be read"
+    assert Failure.from_json(text).exit_status == 1
+    (tmp_path / "0.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert Failure.from_exit_code(3, tmp_path / "0.json").message == "exited with status 3"
+    assert Failure.from_json(VALID.to_json()) == VALID
+
+
 def test_a_killed_rank_may_be_started_again(tmp_path):
     failure = Failure.from_exit_code(-signal.SIGKILL, tmp_path / "0.json")
     assert failure.message == "killed by SIGKILL"
