@@ -102,9 +102,10 @@ def move_previous_run(run_dir: Path) -> None:
 
 def remove_unfinished(run_dir: Path) -> None:
     """Remove checkpoints and files that a killed process has not fully written or removed."""
-    for path in (*run_dir.glob("checkpoints/step-*.tmp"), *run_dir.glob("*.part")):
-        logger.info("removing %s, which a killed run left unfinished", path)
-        remove(path)
+    for pattern in ("checkpoints/step-*.tmp", "checkpoints/*.part", "*.part"):
+        for path in run_dir.glob(pattern):
+            logger.info("removing %s, which a killed run left unfinished", path)
+            remove(path)
 
 
 def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> None:

@@ -135,8 +135,11 @@ def test_unfinished_files_are_removed(tmp_path):
     unfinished.mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000001").mkdir()
     (tmp_path / "report.html.part").touch()
+    (tmp_path / "thesis.tex").write_text("text")
+    (tmp_path / "checkpoints" / "best.json.part").symlink_to(tmp_path / "thesis.tex")
     remove_unfinished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "thesis.tex"]
+    assert (tmp_path / "thesis.tex").read_text() == "text"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
