@@ -89,14 +89,19 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def read_lines(path: Path) -> list[dict]:
     """Return the JSON objects with a step in a file of one per line, without other lines."""
-    lines = []
     with contextlib.suppress(OSError):
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    lines.append(line)
-    return lines
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for text in texts if (line := parse_line(text))]
+    return []
+
+
+def parse_line(text: str) -> dict | None:
+    """Return the values of a line, or None if it has no step, because a crash truncated it."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def measure_pause(before: dict, row: dict) -> float:

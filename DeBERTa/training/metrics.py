@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
 from DeBERTa.errors import StorageError
+from DeBERTa.report.read import parse_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,15 +138,6 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def parse_line(line: str) -> dict | None:
-    """Return the values of a metrics line, or None if it has no step, because a crash truncated it."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def select_evaluations(lines: list[dict], validation: str | None) -> dict[int, dict]:
