@@ -11,12 +11,18 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+QUIET_SECONDS = 60.0  # without a message, after which the log says what is going on
 # Control characters other than the line end, and those that change the direction of text.
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -58,8 +64,11 @@ def secure_console() -> None:
 class StderrHandler(logging.Handler):
     """Write records to stderr, above the progress bar if there is one."""
 
+    last_time = 0.0  # of the last message, monotonic clock
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
+        StderrHandler.last_time = time.monotonic()
         tqdm.write(self.format(record), file=sys.stderr)
         sys.stderr.flush()
 
@@ -91,3 +100,27 @@ def set_up_logging(level: str = "info") -> None:
         handler = StderrHandler()
         handler.setFormatter(LineFormatter())
         logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def log_regularly(describe: Callable[[], str], seconds: float = QUIET_SECONDS) -> Iterator[None]:
+    """Log what `describe` returns whenever there was no other message for `seconds`.
+
+    This is for work that takes long. On a terminal, its progress bar shows that it continues.
+    """
+    is_over = threading.Event()
+    thread = threading.Thread(target=_log_until, args=(is_over, describe, seconds), daemon=True)
+    if not sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def _log_until(is_over: threading.Event, describe: Callable[[], str], seconds: float) -> None:
+    started = time.monotonic()
+    while not is_over.wait(max(started, StderrHandler.last_time) + seconds - time.monotonic()):
+        if time.monotonic() - max(started, StderrHandler.last_time) >= seconds:
+            started = time.monotonic()
+            logger.info("%s", describe())

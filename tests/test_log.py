@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from DeBERTa.log import open_output, set_up_logging
+from DeBERTa.log import log_regularly, open_output, set_up_logging
 
 logger = logging.getLogger("DeBERTa.test")
 
@@ -98,6 +98,18 @@ def test_what_can_be_written_is_written(tmp_path):
         with open_output(tmp_path / "log", "a") as output:
             print("a\udcff", file=output)
     assert (tmp_path / "log").read_text() == "a\\udcff\n" * 2
+
+
+def test_long_work_is_reported_unless_there_are_other_messages(capsys):
+    set_up_logging("info")
+    with log_regularly(lambda: "half done", seconds=0.01):
+        text = ""
+        while text.count("half done") < 3:
+            text += capsys.readouterr().err
+    assert text.splitlines()[0][20:] == "half done"
+    with log_regularly(lambda: "half done", seconds=60.0):
+        logger.info("done")
+    assert [line[20:] for line in capsys.readouterr().err.splitlines()] == ["done"]
 
 
 def test_control_characters_of_others_are_escaped(capsys):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches
 from DeBERTa.data.loader import load_batches
+from DeBERTa.log import log_regularly
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
@@ -60,7 +62,8 @@ def evaluate_splits(
             leave=False,
             disable=None,
         )
-        results[split] = evaluate(model, outputs, loader, precision, device, num_counted)
+        with log_regularly(partial("evaluating {}: {} batches".format, split, len(batches))):
+            results[split] = evaluate(model, outputs, loader, precision, device, num_counted)
         warn_of_undefined(results[split], split)
     return results
 

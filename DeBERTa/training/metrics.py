@@ -159,6 +159,7 @@ class Progress:
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self.first_step, self.total_steps = first_step, total_steps
+        self.step = first_step  # completed
         is_hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: hidden unless on a terminal
         steps = {"total": total_steps, "initial": first_step, "unit": "step"}
         self.bar = tqdm(**steps, desc="training", disable=is_hidden, dynamic_ncols=True)
@@ -166,6 +167,7 @@ class Progress:
 
     def advance(self) -> None:
         """Count one step."""
+        self.step += 1
         self.bar.update()
 
     def show(self, step: int, metrics: Metrics) -> None:
@@ -177,6 +179,10 @@ class Progress:
         seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
         time_left = tqdm.format_interval(seconds_per_step * (self.total_steps - step))
         logger.info("step %d/%d  %s  %s to go", step, self.total_steps, text, time_left)
+
+    def describe(self) -> str:
+        """Return the number of completed steps."""
+        return f"step {self.step}/{self.total_steps} is done"
 
     def close(self) -> None:
         """Remove the bar."""

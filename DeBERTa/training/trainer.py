@@ -17,6 +17,7 @@ from DeBERTa.data.dataset import EvaluationBatches, TrainingBatches, derive_step
 from DeBERTa.data.loader import load_batches
 from DeBERTa.errors import DamagedCheckpointError, NonFiniteError
 from DeBERTa.hub.published import LoadedWeights
+from DeBERTa.log import log_regularly
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.page import update_report
 from DeBERTa.training.best import find_best, record_best
@@ -99,7 +100,13 @@ class Trainer:
         `RunInterrupted` after a signal; the checkpoints on disk stay valid.
         """
         run, config, training, interval = self.run, self.run.config, self.run.training, self.run.interval
-        with self.signals.defer_stop(), closing(self.log), closing(self.progress), closing(self.saver):
+        with (
+            self.signals.defer_stop(),
+            closing(self.log),
+            closing(self.progress),
+            closing(self.saver),
+            log_regularly(self.progress.describe),
+        ):
             self.evaluate_if_missed()
             batches = load_batches(
                 run.train_batches, range(self.first_step, self.total_steps), config.workers
