@@ -14,7 +14,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, StorageError, describe_os_error
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models, write_model, write_published
-from DeBERTa.hub.model_card import RunRecord
+from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, list_steps, read_model, verify
 
@@ -63,14 +63,14 @@ def export(arguments: argparse.Namespace) -> None:
     model = load_checkpoint(run_dir, step, settings)
     tokenizer = find_vocabulary(run_dir, settings)
     output: Path = arguments.output or run_dir / "export" / f"step-{step:08d}"
-    record = RunRecord(settings, RunRecord.read(run_dir, step).metrics)
+    run = read_record(run_dir, step)
     try:
         if arguments.published_format:
             write_published(model, output, tokenizer.path)
             logger.info("published format: %s", output)
             return
         for exported in list_models(model):
-            write_model(exported, output / exported.name, tokenizer, record, arguments.onnx)
+            write_model(exported, output / exported.name, tokenizer, run, arguments.onnx)
             logger.info("%s: %s", exported.name, output / exported.name)
     except OSError as error:
         raise StorageError(

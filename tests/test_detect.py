@@ -9,7 +9,6 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.detect import format_lines, format_page, main
 from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.hub.inference import TokenProbability
-from DeBERTa.hub.model_card import RunRecord
 from tests.hub.exported import VOCABULARY, build_model
 
 TOKENS = [TokenProbability("\u2581a", 0.0), TokenProbability("<b>", 0.5), TokenProbability("\u2581c", 1.0)]
@@ -18,7 +17,7 @@ TOKENS = [TokenProbability("\u2581a", 0.0), TokenProbability("<b>", 0.5), TokenP
 @pytest.fixture(scope="module")
 def discriminator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "discriminator"
-    write_model(list_models(build_model("deberta-v3"))[1], folder, Tokenizer(VOCABULARY), RunRecord())
+    write_model(list_models(build_model("deberta-v3"))[1], folder, Tokenizer(VOCABULARY), None)
     return folder
 
 

@@ -12,7 +12,8 @@ from DeBERTa.export import main
 from DeBERTa.hub.published import load_rtd
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.checkpoint import get_checkpoint_path, write_manifest
-from tests.conftest import read_equal_metrics
+from tests.conftest import ROOT, read_equal_metrics
+from tests.hub.exported import read_sentences
 from tests.runs import copy_run, run, tiny_flags
 
 
@@ -33,15 +34,12 @@ def fails(capsys, *arguments: object) -> tuple[int, str]:
 
 
 def test_newest_checkpoint_is_the_final_model(finished, tmp_path):
+    """The end of a run writes the same directories, byte for byte."""
     assert main([str(finished), "--output", str(tmp_path / "out")]) == 0
     for name in ("generator", "discriminator"):
-        ours = load_file(tmp_path / "out" / name / "model.safetensors")
-        final = load_file(finished / name / "model.safetensors")
-        assert ours.keys() == final.keys()
-        assert all(torch.equal(ours[key], final[key]) for key in ours)
-        assert (tmp_path / "out" / name / "spm.model").read_bytes() == (
-            finished / name / "spm.model"
-        ).read_bytes()
+        final = {path.name: path.read_bytes() for path in (finished / name).iterdir()}
+        assert "tokenizer.json" in final
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out" / name).iterdir()} == final
 
 
 def test_another_step(finished, tmp_path):
@@ -55,9 +53,9 @@ def test_another_step(finished, tmp_path):
     card = (directory / "README.md").read_text()
     (line,) = [line for line in read_equal_metrics(run_dir) if (line["step"], line["kind"]) == (4, "valid")]
     assert "## Validation at step 4\n" in card
-    assert f"| generator_loss | {line['generator_loss']:.6g} |" in card
+    assert f"| generator_loss | {line['generator_loss']:.5g} |" in card
     assert "| learning_rate | 0.001 |" in card
-    assert (directory / "curves.svg").read_text().count("<polyline") == 2
+    assert (directory / "curves.svg").read_text().count("<polyline") == 4
 
 
 def test_published_format_out_and_in_again(finished, tmp_path):
@@ -74,6 +72,9 @@ def test_published_format_out_and_in_again(finished, tmp_path):
         assert state.keys() == final.keys()
         for key, tensor in state.items():
             assert torch.equal(tensor, final[key]), key
+    saved = load_file(get_checkpoint_path(finished, 6) / "model.safetensors")
+    residual = "discriminator.deberta.embeddings.word_embeddings._weight"
+    assert torch.equal(model.state_dict()[residual], saved[residual])
 
 
 def test_errors(finished, tmp_path, capsys):
@@ -113,3 +114,33 @@ def test_vocabulary_of_the_run(finished, tmp_path, capsys):
     status, error = fails(capsys, run_dir, "--output", tmp_path / "out")
     assert status == 1
     assert error.startswith(f"the vocabulary of {run_dir} is missing: /missing/spm.model")
+
+
+def test_classifier_of_the_readme(finished):
+    """Its ten lines, on a run's final model: sentences with one of two words."""
+    (block,) = [
+        part.partition("```")[0]
+        for part in (ROOT / "README.md").read_text().split("```python\n")
+        if "AutoModelForSequenceClassification" in part.partition("```")[0]
+    ]
+    assert len([line for line in block.splitlines() if line]) == 10
+    sentences = [
+        (s, "has" in s.split())
+        for s in read_sentences(20_000)
+        if len({"has", "should"} & set(s.split())) == 1
+    ]
+    ones = [s for s, is_one in sentences if is_one and len(s) < 150][:160]
+    zeros = [s for s, is_one in sentences if not is_one and len(s) < 150][:160]
+    texts = [text for pair in zip(ones, zeros, strict=True) for text in pair]
+    labels = torch.tensor([1, 0] * len(ones))
+    batches = [(texts[i : i + 16], labels[i : i + 16]) for i in range(0, 288, 16)] * 3
+    torch.manual_seed(0)
+    names = {"batches": batches}
+    folder = str(finished / "discriminator")
+    exec(block.replace('"output/deberta-v3-tiny/discriminator"', repr(folder)), names)
+    assert names["folder"] == folder
+    inputs = names["tokenizer"](texts[288:], padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = names["model"].eval()(**inputs).logits.argmax(-1)
+    accuracy = (predicted == labels[288:]).float().mean().item()
+    assert accuracy > 0.8

@@ -4,7 +4,6 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.fill_mask import main
 from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.hub.inference import fill_masks, open_masked_lm
-from DeBERTa.hub.model_card import RunRecord
 from tests.hub.exported import VOCABULARY, build_model
 
 TEXT = "The [MASK] of the [MASK]."
@@ -13,7 +12,7 @@ TEXT = "The [MASK] of the [MASK]."
 def test_predictions(tmp_path, capsys):
     """A block per mask, a line per token: probability and text."""
     (generator, _) = list_models(build_model("deberta-v3"))
-    write_model(generator, tmp_path / "generator", Tokenizer(VOCABULARY), RunRecord())
+    write_model(generator, tmp_path / "generator", Tokenizer(VOCABULARY), None)
     assert main([str(tmp_path / "generator"), TEXT, "--top_k", "2"]) == 0
     output = capsys.readouterr().out
     blocks = [block.splitlines() for block in output.strip("\n").split("\n\n")]

@@ -10,11 +10,14 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
 
 from DeBERTa.errors import DataError, StorageError
 
@@ -57,6 +60,25 @@ def raise_storage_errors(path: Path) -> Iterator[None]:
             f"cannot write {name}: {error.strerror or error}{space}; "
             "free space there, or choose a directory that can be written"
         ) from error
+
+
+@contextlib.contextmanager
+def name_file(path: Path) -> Iterator[Path]:
+    """Raise `OSError` with the name of the file in place of any error of writing it.
+
+    The libraries that write tensors hide the system's error: one in the text, one in the context.
+    """
+    try:
+        yield path
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno:
+            number = cause.errno
+        else:
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else 0
+        reason = os.strerror(number) if number else str(error).partition("\n")[0]
+        raise OSError(number or errno.EIO, reason, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -165,6 +187,17 @@ def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
         while chunk := file.read(chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a directory with its content, a file or a link, if there is one.
+
+    What a link points to remains.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

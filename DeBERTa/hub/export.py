@@ -12,6 +12,7 @@ It is written under a temporary name, synced to disk, and renamed.
 """
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,19 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.data.files import sync
+from DeBERTa.data.files import name_file, remove, sync
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
-from DeBERTa.hub.model_card import RunRecord, draw_curves, format_card
+from DeBERTa.hub.model_card import draw_curves, format_card
 from DeBERTa.hub.onnx import write_encoder
 from DeBERTa.hub.tokenizer_json import build_tokenizer_config, build_tokenizer_json
+from DeBERTa.hub.weights import StateDict, write_tensors
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.report.read import RunRecord
 
-StateDict = dict[str, torch.Tensor]
 MODELING = Path(__file__).parent / "modeling"
+OPTIONAL_FILES = {"curves.svg", "model.onnx", "model.onnx.data"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def build_config(model: ExportedModel) -> dict[str, Any]:
 
 
 def write_model(
-    model: ExportedModel, directory: Path, tokenizer: Tokenizer, record: RunRecord, has_onnx: bool = False
+    model: ExportedModel, directory: Path, tokenizer: Tokenizer, run: RunRecord | None, has_onnx: bool = False
 ) -> None:
     """Write a model directory, with a card that describes its run.
 
@@ -107,17 +109,28 @@ def write_model(
         "tokenizer.json": json.dumps(tokenizer_json, ensure_ascii=False),
         "tokenizer_config.json": _to_json(build_tokenizer_config(max_length)),
         f"{model.module}.py": (MODELING / f"{model.module}.py").read_text(),
-        "README.md": format_card(model.name, config, record),
-        "curves.svg": draw_curves(record.metrics),
+        "README.md": format_card(model.name, config, run),
     }
+    if run:
+        texts["curves.svg"] = draw_curves(run)
     with replace_directory(directory) as temporary:
-        write_weights(model.weights, temporary / "model.safetensors")
-        shutil.copyfile(tokenizer.path, temporary / "spm.model")
-        for name, text in texts.items():
-            if text:
-                (temporary / name).write_text(text, encoding="utf-8")
+        _write_files(temporary, model, tokenizer.path, texts)
         if has_onnx:
             write_encoder(model.weights, model.config, temporary / "model.onnx")
+
+
+def write_plain_model(model: ExportedModel, directory: Path, vocabulary: Path) -> None:
+    """Write a model that transformers does not have: weights, config and vocabulary for this package."""
+    with replace_directory(directory) as temporary:
+        _write_files(temporary, model, vocabulary, {"config.json": _to_json(model.config.to_dict())})
+
+
+def _write_files(folder: Path, model: ExportedModel, vocabulary: Path, texts: dict[str, str]) -> None:
+    write_tensors(_to_host(model.weights), folder / "model.safetensors")
+    shutil.copyfile(vocabulary, folder / "spm.model")
+    for name, text in texts.items():
+        with name_file(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 def write_published(model: MaskedLanguageModel | RTDModel, directory: Path, vocabulary: Path) -> None:
@@ -126,23 +139,18 @@ def write_published(model: MaskedLanguageModel | RTDModel, directory: Path, voca
     `pytorch_model.bin` and, for RTD, `pytorch_model.generator.bin`. A discriminator that adds residuals to
     the generator's tables (GDES) has both `weight`, the sum, and `_weight`, the residual.
     """
+    models = {"pytorch_model.bin": model.state_dict()}
+    if isinstance(model, RTDModel):
+        models = {
+            "pytorch_model.generator.bin": model.generator.state_dict(),
+            "pytorch_model.bin": model.merge_discriminator() | model.discriminator.state_dict(),
+        }
     with replace_directory(directory) as temporary:
-        if isinstance(model, RTDModel):
-            weights = model.merge_discriminator() | model.discriminator.state_dict()
-            torch.save(_to_host(model.generator.state_dict()), temporary / "pytorch_model.generator.bin")
-        else:
-            weights = model.state_dict()
-        torch.save(_to_host(weights), temporary / "pytorch_model.bin")
+        for name, weights in models.items():
+            with name_file(temporary / name) as path:
+                torch.save(_to_host(weights), path)
         (temporary / "model_config.json").write_text(_to_json(model.config.to_dict()))
         shutil.copyfile(vocabulary, temporary / "spm.model")
-
-
-def write_weights(weights: StateDict, path: Path) -> None:
-    """Write a safetensors file that transformers accepts."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(_to_host(weights), path, metadata={"format": "pt"})
-    path.chmod(mode)  # save_file writes files that only their owner can read
 
 
 def _to_host(weights: StateDict) -> StateDict:
@@ -161,28 +169,27 @@ def replace_directory(path: Path) -> Iterator[Path]:
     now; other files there are not removed: `OSError` is raised.
     """
     temporary, previous = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _check_is_replaceable(path, temporary)
+        check_is_replaceable(path, {file.name for file in temporary.iterdir()} | OPTIONAL_FILES)
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        shutil.rmtree(previous, ignore_errors=True)
+        remove(previous)
         if path.exists():
             path.rename(previous)
         temporary.rename(path)
         sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(temporary)
+    remove(previous)
 
 
-def _check_is_replaceable(path: Path, temporary: Path) -> None:
-    if not path.exists():
-        return
-    known = {file.name for file in temporary.iterdir()} | {"model.onnx", "model.onnx.data"}
-    others = sorted(file.name for file in path.iterdir() if file.name not in known)
+def check_is_replaceable(path: Path, known: set[str]) -> None:
+    """Raise `OSError` if `path` is there and has other files than the `known` ones."""
+    others = sorted(file.name for file in path.iterdir() if file.name not in known) if path.exists() else []
     if others:
-        raise FileExistsError(17, f"it has other files ({', '.join(others[:3])})", str(path))
+        raise FileExistsError(errno.EEXIST, f"other files are there ({', '.join(others[:3])})", str(path))

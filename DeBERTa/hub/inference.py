@@ -11,7 +11,8 @@ from torch import nn
 from DeBERTa.config import ModelConfig
 from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
 from DeBERTa.errors import ConfigError
-from DeBERTa.hub.published import read_weights, select_weights
+from DeBERTa.hub.published import select_weights
+from DeBERTa.hub.weights import read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 
 SPECIAL = re.compile("|".join(map(re.escape, (*SPECIAL_PIECES, MASK_PIECE))))

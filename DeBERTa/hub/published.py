@@ -227,7 +227,8 @@ def set_residual(
 ) -> None:
     """Set a residual such that `base + residual` is bitwise `table`, where such a residual exists.
 
-    It exists for every table that was computed as such a sum. Without a table, the file's residual is used.
+    It exists for every table that was computed as such a sum. The file's residual is used where it gives this
+    sum, and without a table.
     """
     if table is None:
         if residual is not None:
@@ -237,14 +238,14 @@ def set_residual(
         rows = slice(first, first + ROWS_PER_CHUNK)
         wanted, base_rows = table[rows].to(target.dtype), base[rows]
         difference = wanted - base_rows
+        neighbors = [torch.nextafter(difference, torch.full((), end)) for end in (torch.inf, -torch.inf)]
+        if residual is not None:
+            own = residual[rows].to(target.dtype)
+            difference = torch.where(base_rows + own == wanted, own, difference)
         # The rounded difference may miss by one unit in the last place.
-        for candidate in (
-            torch.nextafter(difference, torch.full((), torch.inf)),
-            torch.nextafter(difference, torch.full((), -torch.inf)),
-            None if residual is None else residual[rows].to(target.dtype),
-        ):
+        for candidate in neighbors:
             is_missed = base_rows + difference != wanted
-            if candidate is None or not is_missed.any():
+            if not is_missed.any():
                 break
             difference = torch.where(is_missed & (base_rows + candidate == wanted), candidate, difference)
         target[rows] = difference

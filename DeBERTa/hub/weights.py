@@ -1,4 +1,4 @@
-"""Reading of weight files: `.bin` (a pickle, usually in a zip archive) and `.safetensors`.
+"""Reading and writing of weight files: `.bin` (a pickle, usually in a zip archive) and `.safetensors`.
 
 Code in a file is not executed. Tensors are mapped from the file, so that memory is used as they are read.
 """
@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from DeBERTa.data.files import name_file
 from DeBERTa.errors import ConfigError
 
 StateDict = dict[str, torch.Tensor]
@@ -87,3 +88,15 @@ def check_finite(tensor: torch.Tensor, name: str, path: str | Path) -> None:
             f"{path} cannot be trained from: {count} of {tensor.numel()} values of {name} are NaN or "
             "infinite; give weights from before training diverged"
         )
+
+
+def write_tensors(tensors: StateDict, path: Path) -> None:
+    """Write a safetensors file that transformers accepts.
+
+    Its mode follows the umask, as that of any new file. Raises `OSError` with the name of the file.
+    """
+    with name_file(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # save_file replaces the file by one that only its owner can read

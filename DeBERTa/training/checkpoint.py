@@ -13,25 +13,29 @@ number generator is saved.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
-import shutil
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from DeBERTa.data.files import describe_free_space, find_unused_path, hash_file, open_atomic, sync
+from DeBERTa.data.files import (
+    describe_free_space,
+    find_unused_path,
+    hash_file,
+    name_file,
+    open_atomic,
+    remove,
+    sync,
+)
 from DeBERTa.errors import DamagedCheckpointError, StorageError, describe_os_error
-from DeBERTa.hub.published import read_weights, select_weights
+from DeBERTa.hub.published import select_weights
+from DeBERTa.hub.weights import read_weights, write_tensors
 from DeBERTa.training.run_lock import RunLock
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json")
@@ -112,48 +116,6 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
             sync(path)
     write_manifest(folder, snapshot.step)
     sync(folder)
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file.
-
-    Its mode follows the umask, as that of any new file. Raises `OSError` with the name of the file.
-    """
-    with name_file(path):
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, path)  # replaces the file by one that only its owner can read
-        path.chmod(mode)
-
-
-@contextlib.contextmanager
-def name_file(path: Path) -> Iterator[Path]:
-    """Raise `OSError` with the name of the file in place of any error of writing it.
-
-    The libraries that write tensors hide the system's error: one in the text, one in the context.
-    """
-    try:
-        yield path
-    except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.errno:
-            number = cause.errno
-        else:
-            found = re.search(r"os error (\d+)", str(error))
-            number = int(found[1]) if found else 0
-        reason = os.strerror(number) if number else str(error).partition("\n")[0]
-        raise OSError(number or errno.EIO, reason, str(path)) from error
-
-
-def remove(path: Path) -> None:
-    """Remove a directory with its content, a file or a link, if there is one.
-
-    What a link points to remains.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, step: int) -> None:

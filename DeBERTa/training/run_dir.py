@@ -1,9 +1,6 @@
 """The run directory: opening it, resuming or starting over, and the final models.
 
-model/ (MLM), or generator/ and discriminator/ (RTD):
-                          model.safetensors   weights under the published names, with full tables
-                          config.json         model config
-                          spm.model           vocabulary
+Final models are model/ (MLM), or generator/ and discriminator/ (RTD), as hub/export.py writes them.
 """
 
 import logging
@@ -15,19 +12,27 @@ from pathlib import Path
 
 from torch import nn
 
-from DeBERTa.config import FREE_TO_CHANGE, ModelConfig, read_json
-from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
-from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError, describe_os_error
+from DeBERTa.config import FREE_TO_CHANGE, read_json
+from DeBERTa.data.files import find_unused_path, raise_storage_errors, remove
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import (
+    ConfigError,
+    DamagedCheckpointError,
+    StorageError,
+    VocabularyError,
+    describe_os_error,
+)
+from DeBERTa.hub.export import ExportedModel, list_models, write_model, write_plain_model
+from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.report.read import RunRecord
 from DeBERTa.training.checkpoint import (
     find_newest_valid,
     format_megabytes,
     get_checkpoint_path,
     list_steps,
-    remove,
     rename_damaged,
     write_json,
-    write_tensors,
 )
 from DeBERTa.training.run_lock import LOCK, RunLock
 from DeBERTa.training.worker import LOGS
@@ -208,33 +213,32 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
 
 
 def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary: Path) -> list[Path]:
-    """Write the trained models with config and vocabulary, and return their paths.
+    """Write the trained models as transformers opens them, and return their directories.
 
-    Raises `StorageError` when the disk is full; the same command then writes them again.
+    What transformers does not have is written for this package alone, with a warning. Raises `StorageError`
+    when the disk is full; the same command then writes them again.
     """
-    models: dict[str, tuple[dict, ModelConfig]]
-    if isinstance(model, RTDModel):
-        models = {
-            "generator": (model.generator.state_dict(), model.config.generator),
-            "discriminator": (model.merge_discriminator(), model.config.discriminator),
-        }
-    else:
-        models = {"model": (model.state_dict(), model.config)}
-    for name, (state, config) in models.items():
-        directory = run_dir / name
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    models, tokenizer, run = list_models(model), Tokenizer(vocabulary), read_record(run_dir)
+    for exported in models:
+        directory = run_dir / exported.name
         try:
             with raise_storage_errors(directory):
-                directory.mkdir(exist_ok=True)
-                with open_atomic(directory / "model.safetensors") as file:
-                    write_tensors(tensors, Path(file.name))
-                write_json(directory / "config.json", config.to_dict())
-                with open_atomic(directory / "spm.model") as file:
-                    file.write(vocabulary.read_bytes())
+                write_final_model(exported, directory, tokenizer, run)
         except StorageError as error:
             reason = str(error).removeprefix("cannot write ").rpartition(";")[0]
             raise StorageError(
                 f"cannot write the final model: {reason}; make room there, then the same command writes it "
                 "without training again"
             ) from error
-    return [run_dir / name for name in models]
+    return [run_dir / exported.name for exported in models]
+
+
+def write_final_model(
+    model: ExportedModel, directory: Path, tokenizer: Tokenizer, run: RunRecord | None
+) -> None:
+    """Write one model, in the simple form where transformers has no such model or vocabulary."""
+    try:
+        write_model(model, directory, tokenizer, run)
+    except (ConfigError, VocabularyError) as error:
+        logger.warning("%s; %s is for this package alone", error, directory)
+        write_plain_model(model, directory, tokenizer.path)

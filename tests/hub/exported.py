@@ -15,8 +15,7 @@ from DeBERTa import MaskedLanguageModel, RTDConfig, RTDModel
 from DeBERTa.data.batch import MaskedPositions
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.hub.export import list_models, write_model
-from DeBERTa.hub.inference import PromptEncoder, fill_masks
-from DeBERTa.hub.model_card import RunRecord
+from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_detector
 from tests.conftest import GOLDEN, ROOT
 
 VOCABULARY = GOLDEN / "prepare" / "spm.model"
@@ -141,7 +140,7 @@ def write_variant(variant: str, folder: Path) -> None:
     """Write both models of a variant, and `reference.pt` with the input and our results."""
     model, tokenizer = build_model(variant), Tokenizer(VOCABULARY)
     for exported in list_models(model):
-        write_model(exported, folder / exported.name, tokenizer, RunRecord())
+        write_model(exported, folder / exported.name, tokenizer, None)
     # The encoder alone takes token types; heads are trained without.
     batch, without = make_batch(bool(model.config.generator.type_vocab_size)), make_batch(has_types=False)
     arguments = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
@@ -162,7 +161,9 @@ def write_predictions(folder: Path) -> None:
     model, tokenizer = build_model("deberta-v3"), Tokenizer(VOCABULARY)
     encoder = PromptEncoder(tokenizer)
     filled = {text: fill_masks(model.generator, encoder, text, 5) for text in PROMPTS}
-    (folder / "predictions.json").write_text(json.dumps({"filled": filled}))
+    detector, _ = open_detector(folder / "deberta-v3" / "discriminator")
+    detected = {text: [p for _, p in detect_replaced(detector, encoder, text)] for text in PROMPTS}
+    (folder / "predictions.json").write_text(json.dumps({"filled": filled, "detected": detected}))
     (folder / "texts.json").write_text(
         json.dumps({"texts": list_texts(), "ids": tokenizer.encode_lines(list_texts())})
     )

@@ -70,10 +70,11 @@ def compare_tokenizers(folder: Path, directory: Path) -> dict:
     }
 
 
-def compare_predictions(folder: Path, directory: Path) -> dict:
-    """Return the largest distance of the probabilities of a pipeline, and the tokens that it names."""
-    filled = json.loads((folder / "predictions.json").read_text())["filled"]
-    fill = pipeline("fill-mask", str(directory), trust_remote_code=True)
+@torch.no_grad()
+def compare_predictions(folder: Path, variant: Path) -> dict:
+    """Return the largest distances of probabilities, and whether a pipeline names the same tokens."""
+    filled, detected = json.loads((folder / "predictions.json").read_text()).values()
+    fill = pipeline("fill-mask", str(variant / "generator"), trust_remote_code=True)
     distances, tokens = [], True
     for text, expected in filled.items():
         actual = fill(text, top_k=5)
@@ -82,6 +83,11 @@ def compare_predictions(folder: Path, directory: Path) -> dict:
             distances += [abs(p - answer["score"]) for (_, p), answer in zip(ours, theirs, strict=True)]
             named = fill.tokenizer.convert_ids_to_tokens([answer["token"] for answer in theirs])
             tokens &= [piece for piece, _ in ours] == named
+    tokenizer = AutoTokenizer.from_pretrained(variant / "discriminator")
+    detector, _ = load(AutoModelForPreTraining, variant / "discriminator", trust_remote_code=True)
+    for text, expected in detected.items():
+        probabilities = detector(**tokenizer(text, return_tensors="pt")).logits[0, 1:-1].sigmoid()
+        distances.append(distance(probabilities, torch.tensor(expected)))
     return {"distance": max(distances), "same_tokens": tokens, "class": type(fill.model).__name__}
 
 
@@ -95,7 +101,7 @@ if __name__ == "__main__":
                 "version": transformers.__version__,
                 "variants": results,
                 "tokenizer": compare_tokenizers(folder, folder / variants[0] / "generator"),
-                "predictions": compare_predictions(folder, folder / "deberta-v3" / "generator"),
+                "predictions": compare_predictions(folder, folder / "deberta-v3"),
             }
         )
     )

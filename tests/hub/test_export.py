@@ -15,7 +15,6 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionMode
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, VocabularyError
 from DeBERTa.hub.export import list_models, write_model, write_published
-from DeBERTa.hub.model_card import RunRecord
 from tests.conftest import tiny_model, tiny_rtd
 from tests.hub.exported import VOCABULARY
 from tests.kill_at_call.sitecustomize import kill_at_call
@@ -41,7 +40,7 @@ def write_discriminator(directory: Path, seed: int = 1) -> None:
     model = build_rtd()
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.discriminator.mask_predictions.dense.weight)
-    write_model(list_models(model)[1], directory, Tokenizer(VOCABULARY), RunRecord())
+    write_model(list_models(model)[1], directory, Tokenizer(VOCABULARY), None)
 
 
 def read_all(directory: Path) -> dict[str, bytes]:
@@ -54,7 +53,7 @@ def test_this_package_reads_a_directory(tmp_path, sharing):
     model, tokenizer = build_rtd(sharing), Tokenizer(VOCABULARY)
     generator, discriminator = list_models(model)
     for exported in (generator, discriminator):
-        write_model(exported, tmp_path / exported.name, tokenizer, RunRecord())
+        write_model(exported, tmp_path / exported.name, tokenizer, None)
     config = ModelConfig.from_json(tmp_path / "generator" / "config.json")
     assert (config.head_size, config.embedding_size, config.max_relative_positions) == (16, 32, 64)
     masked_lm = MaskedLanguageModel(config)
@@ -128,7 +127,7 @@ def test_head_sizes_that_transformers_lacks(tmp_path):
     config = ModelConfig.from_dict(tiny_model() | {"attention_head_size": 64})
     (exported,) = list_models(MaskedLanguageModel(config))
     with pytest.raises(ConfigError, match=r"cannot export .*attention_head_size 64 makes 2 heads 128 wide"):
-        write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), RunRecord())
+        write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), None)
     assert not [*tmp_path.iterdir()]
 
 
@@ -169,4 +168,4 @@ def test_vocabularies_that_the_format_cannot_express(tmp_path):
         path.write_bytes(VOCABULARY.read_bytes() + appended)
         (exported,) = list_models(MaskedLanguageModel(ModelConfig.from_dict(tiny_model())))
         with pytest.raises(VocabularyError, match=reason):
-            write_model(exported, tmp_path / "model", Tokenizer(path), RunRecord())
+            write_model(exported, tmp_path / "model", Tokenizer(path), None)

@@ -7,7 +7,6 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_detector, open_masked_lm
-from DeBERTa.hub.model_card import RunRecord
 from tests.hub.exported import VOCABULARY, build_model
 
 TEXT = "The state of the [MASK] is strong."
@@ -18,7 +17,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     model = build_model("deberta-v3")
     for each in list_models(model):
-        write_model(each, folder / each.name, Tokenizer(VOCABULARY), RunRecord())
+        write_model(each, folder / each.name, Tokenizer(VOCABULARY), None)
     return folder, model
 
 

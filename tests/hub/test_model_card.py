@@ -1,12 +1,15 @@
 """Model cards and the picture of the losses."""
 
+import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig
 from DeBERTa.hub.export import build_config, list_models
-from DeBERTa.hub.model_card import RunRecord, draw_curves, format_card
+from DeBERTa.hub.model_card import draw_curves, format_card, read_record
+from DeBERTa.report.read import RunRecord
 from tests.conftest import tiny_model
 
 METRICS = [
@@ -28,9 +31,18 @@ def get_config() -> dict:
     return build_config(model)
 
 
-def test_card():
+def read_made_run(run_dir: Path, step: float = 1e9) -> RunRecord:
+    """Write the files of a run, and read them."""
+    (run_dir / "config.json").write_text(json.dumps(SETTINGS))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+    run = read_record(run_dir, step)
+    assert run is not None
+    return run
+
+
+def test_card(tmp_path):
     """Recipe, data and results of the run; no paths of the machine, no times."""
-    card = format_card("model", get_config(), RunRecord(SETTINGS, METRICS))
+    card = format_card("model", get_config(), read_made_run(tmp_path))
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
     for line in ("# my-run: model", "| learning_rate | 0.0001 |", "| train_lines | 600 |"):
         assert f"\n{line}\n" in card
@@ -41,29 +53,26 @@ def test_card():
     assert "elapsed" not in card
 
 
-def test_card_without_a_run():
-    card = format_card("model", get_config(), RunRecord())
+def test_card_up_to_a_step(tmp_path):
+    card = format_card("model", get_config(), read_made_run(tmp_path, step=4))
+    assert "## Recipe, up to step 4\n" in card
+    assert "Validation" not in card
+
+
+def test_card_without_a_run(tmp_path):
+    assert read_record(tmp_path) is None
+    card = format_card("model", get_config(), None)
     assert "# DeBERTa: model" in card
     assert "##" not in card
     assert "svg" not in card
 
 
-def test_picture():
-    """A plot per loss with a line of the training losses and a circle per validation; well-formed XML."""
-    picture = ET.fromstring(draw_curves(METRICS))
+def test_picture(tmp_path):
+    """A chart of the loss: a curve of the training, one of the validation; well-formed XML."""
+    picture = ET.fromstring(draw_curves(read_made_run(tmp_path)))
     namespace = "{http://www.w3.org/2000/svg}"
-    (line,) = picture.iter(f"{namespace}polyline")
-    assert line.get("points") == "50.0,25.0 590.0,175.0"
-    (circle,) = picture.iter(f"{namespace}circle")
-    assert (circle.get("cx"), circle.get("cy")) == ("590.0", "137.5")
-    assert draw_curves(METRICS[:1]) == ""
-    assert draw_curves([{"step": s, "kind": "train", "loss": 3.0} for s in (1, 2)])  # a flat line
-
-
-def test_reading_a_run(tmp_path):
-    assert RunRecord.read(tmp_path) == RunRecord({}, [])
-    (tmp_path / "config.json").write_text('{"train": {"tag": "x"}}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n')
-    record = RunRecord.read(tmp_path, step=1)
-    assert record.settings["train"]["tag"] == "x"
-    assert [line["step"] for line in record.metrics] == [1]
+    train, valid = picture.iter(f"{namespace}polyline")
+    assert train.get("points").split()[-1] == "390.0,186.0"  # the last step, the lowest loss
+    assert valid.get("class") == "curve c1"
+    texts = ["".join(text.itertext()) for text in picture.iter(f"{namespace}text")]
+    assert texts[:2] == ["Loss on masked tokens (nats per token) by step", "train valid"]

@@ -252,7 +252,7 @@ def test_modes_follow_the_umask(tmp_path, umask):
     finally:
         os.umask(before)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 8
+    assert len(written) == 12
     assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
 
 

@@ -1,5 +1,6 @@
 """The run directory: what may change on resume, what is moved, and disks that are too small."""
 
+import logging
 import shlex
 import subprocess
 import sys
@@ -169,3 +170,18 @@ def test_a_final_model_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "model").touch()
     with pytest.raises(StorageError, match="cannot write the final model"):
         save_models(tmp_path, MaskedLanguageModel(ModelConfig.from_dict(tiny_model())), VOCABULARY)
+
+
+def test_a_final_model_that_transformers_lacks(tmp_path, caplog, monkeypatch):
+    """It is written for this package alone, with a warning."""
+    monkeypatch.setattr(logging.getLogger("DeBERTa"), "propagate", True)  # commands turn it off
+    config = ModelConfig.from_dict(tiny_model() | {"attention_head_size": 64})
+    model = MaskedLanguageModel(config)
+    with caplog.at_level("WARNING", "DeBERTa"):
+        (directory,) = save_models(tmp_path, model, VOCABULARY)
+    assert "attention_head_size 64 makes 2 heads 128 wide" in caplog.text
+    assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors", "spm.model"}
+    assert ModelConfig.from_json(directory / "config.json") == config
+    assert "model_type" not in (directory / "config.json").read_text()
+    loaded = MaskedLanguageModel(config)
+    loaded.load_state_dict(load_file(directory / "model.safetensors"), strict=True)
