@@ -108,7 +108,7 @@ def draw_svg(kind: Kind, curves: list[Curve]) -> str:
     if is_log:  # a value of 0 is at the bottom
         low = min(value for value in values if value > 0)
     if high - low <= 1e-3 * abs(high):
-        low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
+        low, high = low - 0.05 * abs(low), high + 0.05 * (abs(high) or 1)
 
     def place(x: float, y: float) -> tuple[float, float]:
         bottom, top, value = (math.log(max(v, low)) if is_log else v for v in (low, high, y))

@@ -34,8 +34,9 @@ def update_report(run_dir: Path) -> None:
 
 def write_report(runs: list[RunRecord], path: Path) -> None:
     """Write the page about one run, or the comparison of several."""
-    with open_atomic(path) as file:
-        file.write(format_page(runs).encode())
+    page = format_page(runs).encode()
+    with open_atomic(path) as file:  # locked no longer than needed: training writes here, too
+        file.write(page)
 
 
 def format_page(runs: list[RunRecord]) -> str:
@@ -117,8 +118,8 @@ def format_events(run: RunRecord) -> str:
 def format_recipe(runs: list[RunRecord]) -> str:
     """Return the settings that are not the defaults; of several runs, those that differ."""
     default = TrainConfig().to_dict()
-    usual = default if len(runs) == 1 else runs[0].train
-    names = (name for name in default if any(run.train.get(name) != usual.get(name) for run in runs))
+    usual = default if len(runs) == 1 else default | runs[0].train
+    names = (name for name in default if any(run.train.get(name, usual[name]) != usual[name] for run in runs))
     return f"<h2>Recipe</h2>{compare([run.train for run in runs], names)}"
 
 

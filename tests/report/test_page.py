@@ -82,6 +82,7 @@ def test_comparison(rtd, tmp_path):
     other.mkdir()
     settings = json.loads((rtd / "config.json").read_text())
     settings["train"]["learning_rate"] = 0.5
+    del settings["train"]["adam_beta1"]  # a version without it
     (other / "config.json").write_text(json.dumps(settings))
     (other / "metrics.jsonl").write_text((rtd / "metrics.jsonl").read_text())
     write_report([read_run(rtd), read_run(other)], tmp_path / "comparison.html")
@@ -89,6 +90,7 @@ def test_comparison(rtd, tmp_path):
     assert {"run", "other <b>&", "Recipe"} <= set(check(page))
     assert re.findall(r"<tr><th>learning_rate<td>(\S+?)<td>(\S+?)<", page) == [("0.001", "0.5")]
     assert "<th>warmup" not in page
+    assert "<th>adam_beta1" not in page
 
 
 @pytest.mark.parametrize("value", [None, 0, 0.0, -1.5, 1e300, 1e-300, True, "text", [1], {}])
