@@ -51,5 +51,7 @@ setup(
         "hub": ["huggingface_hub>=1.0,<3"],  # requirements-hub.txt pins it
         "data": ["pyarrow>=17"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5"],
+        "png": ["matplotlib>=3.8"],
+        **{tracker: [tracker] for tracker in ("tensorboard", "wandb", "trackio")},
     },
 )
