@@ -30,6 +30,7 @@ from DeBERTa.errors import (
     ConfigError,
     DataError,
     DebertaError,
+    LaunchError,
     ReportedError,
     describe_os_error,
 )
@@ -39,8 +40,8 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.banner import collect_environment, describe_code, format_banner
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
-    broadcast_object,
-    gather_objects,
+    broadcast_value,
+    gather_values,
     get_rank,
     get_world_size,
     is_distributed,
@@ -217,7 +218,7 @@ def check_same_on_all_ranks(settings: dict) -> None:
     The message names the settings that differ. Flags that may differ per node are not compared: paths are
     compared by the content that is read from them.
     """
-    everywhere = gather_objects(
+    everywhere = gather_values(
         {name: value for section in settings.values() for name, value in flatten(section).items()}
     )
     for number, values in enumerate(everywhere):
@@ -309,7 +310,7 @@ def load_trained(config: TrainConfig, model: Model) -> None:
         if step:
             weights = read_model(config.run_dir, step, model)
             logger.info("evaluating %s", get_checkpoint_path(config.run_dir, step))
-    if not broadcast_object(weights is not None):
+    if not broadcast_value(weights is not None):
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
@@ -360,9 +361,9 @@ def start_or_resume(this_run: Run) -> int:
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
         except DebertaError as error:
             problem = error
-    step, problem = broadcast_object((step, problem))
-    if problem:
-        raise problem
+    step, message = broadcast_value((step, str(problem) if problem else ""))
+    if message:
+        raise problem or LaunchError(message)
     if step:
         resume(this_run, step)
     return step

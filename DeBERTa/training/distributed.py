@@ -4,6 +4,7 @@ Without a process group every function returns the result for a single process, 
 special case.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from DeBERTa.errors import PeerLostError
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.worker import LAUNCHER_PID, RESTART_COUNT, get_local_rank, is_worker
 
+MAX_ELEMENTS = 2**31  # of a vector that another rank announces
 ENDING_SECONDS = 15  # for a rank that lost its peers to end, and for the launchers to end all others
 
 
@@ -122,19 +124,57 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_objects(value: object) -> list:
-    """Return the picklable `value` of every rank, in order of ranks."""
+def gather_values(value: object) -> list:
+    """Return the `value` of every rank, in order of ranks.
+
+    It is sent as JSON: what other machines send is data, never code.
+    """
     if not is_distributed():
         return [value]
-    values = [None] * get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return [_decode(received) for received in gather_vectors(_encode(value))]
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return rank 0's picklable `value` on every rank."""
+def broadcast_value(value: Any) -> Any:
+    """Return rank 0's `value` on every rank.
+
+    Other ranks receive what JSON has: lists for tensors and tuples, text for keys.
+    """
     if not is_distributed():
         return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-    return values[0]
+    sent = _encode(value)
+    length = torch.tensor(len(sent))
+    dist.broadcast(length, src=0)
+    received = sent if is_rank_zero() else torch.empty(_check_length(int(length)), dtype=torch.uint8)
+    dist.broadcast(received, src=0)
+    return value if is_rank_zero() else _decode(received)
+
+
+def gather_vectors(vector: torch.Tensor) -> list[torch.Tensor]:
+    """Return every rank's [N], in host memory. The dtype is the same on all ranks, N may differ."""
+    if not is_distributed():
+        return [vector]
+    lengths = [torch.tensor(0) for _ in range(get_world_size())]
+    dist.all_gather(lengths, torch.tensor(len(vector)))
+    longest = _check_length(max(map(int, lengths)))
+    padded = vector.new_zeros(longest)
+    padded[: len(vector)] = vector
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    return [values[: int(length)] for values, length in zip(gathered, lengths, strict=True)]
+
+
+def _check_length(length: int) -> int:
+    if not 0 <= length <= MAX_ELEMENTS:
+        raise PeerLostError(
+            f"another rank announced {length} values: not a rank of this run; use a network of your own"
+        )
+    return length
+
+
+def _encode(value: object) -> torch.Tensor:
+    text = json.dumps(value, default=torch.Tensor.tolist)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _decode(received: torch.Tensor) -> Any:
+    return json.loads(received.numpy().tobytes())

@@ -16,7 +16,7 @@ from DeBERTa.data.loader import load_batches
 from DeBERTa.log import log_regularly
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
-from DeBERTa.training.distributed import all_reduce_sums, gather_objects, get_rank, get_world_size
+from DeBERTa.training.distributed import all_reduce_sums, gather_vectors, get_rank, get_world_size
 from DeBERTa.training.metrics import Metrics, Sums, add, average_losses, warn_of_undefined
 from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import make_scalar, sum_masked_lm
@@ -109,9 +109,8 @@ def evaluate(
             perplexity = None if loss is None else math.exp(min(loss, MAX_LOG_PERPLEXITY))
             metrics[name.replace("loss", "perplexity")] = perplexity
     if "discriminator_loss" in metrics:
-        gathered = gather_objects((np.concatenate(scores), np.concatenate(replaced)))
-        all_scores, all_replaced = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
-        metrics |= compute_detection_metrics(all_scores, all_replaced)
+        ours = (torch.from_numpy(np.concatenate(arrays)) for arrays in (scores, replaced))
+        metrics |= compute_detection_metrics(*(torch.cat(gather_vectors(each)).numpy() for each in ours))
     return metrics
 
 

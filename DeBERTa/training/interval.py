@@ -74,10 +74,12 @@ class Interval:
 
         With another number of ranks than before, rank 0 takes the sum of all rows.
         """
-        table = state["sums"].to(self.device)
+        table = torch.as_tensor(state["sums"], dtype=torch.float64, device=self.device)
         if len(table) != get_world_size():
             others = table.new_zeros(get_world_size() - 1, table.size(1))
             table = torch.cat([table.sum(0, keepdim=True), others])
         self.sums = dict(zip(state["names"], table[get_rank()], strict=True))
-        self.norms = {name: norm.to(self.device) for name, norm in state["norms"].items()}
+        self.norms = {
+            name: torch.as_tensor(norm, device=self.device) for name, norm in state["norms"].items()
+        }
         self.tokens_seen = state.get("tokens_seen", 0)  # older checkpoints lack it

@@ -216,6 +216,9 @@ class Supervisor:
         job, environment = self.job, dict(os.environ)
         interface = find_interface(job.address)
         if interface:
+            if job.nodes == 1:  # the loopback interface, whatever is set for runs on several nodes
+                environment["GLOO_SOCKET_IFNAME"] = interface
+                environment.setdefault("NCCL_SOCKET_IFNAME", interface)
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         threads = ""
         if job.processes > 1 and "OMP_NUM_THREADS" not in environment:

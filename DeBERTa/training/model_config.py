@@ -7,7 +7,7 @@ from typing import Any
 from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig, find_experiments, read_json
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
-from DeBERTa.training.distributed import broadcast_object, is_rank_zero
+from DeBERTa.training.distributed import broadcast_value, is_rank_zero
 
 SPARE_ROWS = 127  # rows of a word embedding table beyond the tokens (128100 rows for 128001)
 ROW_MULTIPLE = 64  # of a table that follows from the vocabulary: fast matmuls
@@ -87,7 +87,7 @@ def find_trained_rows(config: TrainConfig) -> int | None:
         model = read_json(path).get("model")
         if isinstance(model, dict):
             rows = model.get("generator", model).get("vocab_size")
-    return broadcast_object(rows)
+    return broadcast_value(rows)
 
 
 def _set_vocab_size(values: dict[str, Any], rows: int) -> None:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -25,6 +25,11 @@ from DeBERTa.training.worker import STORE_THREAD
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5  # for workers to end after a failure, and for nodes to read it
+LONGEST_MESSAGE = 2000
+FOREIGN = (
+    "the store of node 0 holds what no node of a run writes: another program uses MASTER_PORT; export an "
+    "unused one, on a network of your own"
+)
 Result = TypeVar("Result")
 
 
@@ -48,6 +53,22 @@ class Member:
     processes: int
     token: str  # differs between nodes with the same RANK
 
+    @staticmethod
+    def from_json(text: bytes) -> "Member":
+        """Read what a node published.
+
+        Raises `LaunchError` for anything else.
+        """
+        try:
+            values = json.loads(text)
+            member = Member(str(values["host"]), values["nodes"], values["processes"], str(values["token"]))
+            is_valid = all(isinstance(n, int) and 0 < n < 2**20 for n in (member.nodes, member.processes))
+        except (ValueError, TypeError, KeyError):
+            is_valid = False
+        if not is_valid:
+            raise LaunchError(FOREIGN)
+        return replace(member, host=_shorten(member.host))
+
 
 class Coordinator:
     """One node's access to the store of node 0, for one attempt at a time."""
@@ -55,7 +76,8 @@ class Coordinator:
     def __init__(self, job: Job, timeout: int) -> None:
         """Serve the store, or connect to it.
 
-        Raises `LaunchError` if the port is taken, or unreachable for `timeout` seconds.
+        The store of a run on one node listens on the loopback interface alone. Raises `LaunchError` if the
+        port is taken, or unreachable for `timeout` seconds.
         """
         self.job, self.timeout, self.port = job, timeout, job.port
         self._is_answering = True
@@ -66,10 +88,18 @@ class Coordinator:
         self._enter_attempt()
 
     def _serve(self) -> dist.TCPStore:
-        address, port = self.job.address, self.job.port
+        address, port, listener = self.job.address, self.job.port, None
+        if self.job.nodes == 1:
+            listener = socket.create_server((address, port))
+            port = listener.getsockname()[1]
         try:
             store = dist.TCPStore(
-                address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
+                address,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=self.timeout),
+                master_listen_fd=listener.detach() if listener else None,
             )
         except dist.DistNetworkError as error:
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -105,7 +135,10 @@ class Coordinator:
         return dist.TCPStore(self.job.address, self.port, timeout=timedelta(seconds=self.timeout))
 
     def _enter_attempt(self) -> None:
-        self.attempt = int(self._root.get("attempt"))
+        attempt = self._root.get("attempt")
+        if not attempt.isdigit():
+            raise LaunchError(FOREIGN)
+        self.attempt = int(attempt)
         self._store = dist.PrefixStore(f"attempt-{self.attempt}", self._root)
         self._members: dict[int, Member] = {}  # by node
         self.remote_failure: Failure | None = None  # published by another node
@@ -118,7 +151,7 @@ class Coordinator:
         """
         own = Member(socket.gethostname(), self.job.nodes, self.job.processes, uuid.uuid4().hex)
         first = self._store.compare_set(f"node-{self.job.node}", "", json.dumps(asdict(own)))
-        registered = Member(**json.loads(first))
+        registered = Member.from_json(first)
         if registered != own:
             self._refuse(f"two nodes have RANK {self.job.node}: {registered.host} and {own.host}")
         if not wait_until(self._is_complete, self.timeout):
@@ -141,14 +174,14 @@ class Coordinator:
         job = self.job
         for node in range(job.nodes):
             if node not in self._members and self._store.check([f"node-{node}"]):
-                member = self._members[node] = Member(**json.loads(self._store.get(f"node-{node}")))
+                member = self._members[node] = Member.from_json(self._store.get(f"node-{node}"))
                 if member.nodes != job.nodes:
                     self._refuse(
                         f"WORLD_SIZE is {member.nodes} on node {node} and {job.nodes} on node {job.node}"
                     )
         if self._store.check(["failure"]):
             self.leave()
-            raise LaunchError(Failure.from_json(self._store.get("failure")).message)
+            raise LaunchError(read_failure(self._store.get("failure")).message)
         return len(self._members) == job.nodes
 
     def _refuse(self, message: str) -> NoReturn:
@@ -170,7 +203,7 @@ class Coordinator:
             store = dist.PrefixStore(f"attempt-{self.attempt}", self._connect())
             while not self._is_over.wait(POLL_SECONDS):
                 if store.check(["failure"]):
-                    self.remote_failure = Failure.from_json(store.get("failure"))
+                    self.remote_failure = read_failure(store.get("failure"))
                     return
         except dist.DistError:
             # Node 0 leaves first at the end of a run, too. This node's own end counts then.
@@ -196,7 +229,7 @@ class Coordinator:
         Returns `failure` itself if node 0 does not respond.
         """
         stored = self._call(lambda: self._store.compare_set("failure", "", failure.to_json()))
-        return failure if stored is None else Failure.from_json(stored)
+        return failure if stored is None else read_failure(stored)
 
     def wait_for_success(self) -> Failure | None:
         """Wait until the workers of all nodes have succeeded.
@@ -252,6 +285,17 @@ class Coordinator:
             thread.join(seconds)
             self._is_answering = not thread.is_alive()
         return results[0] if results else None
+
+
+def read_failure(text: bytes) -> Failure:
+    """Return a published failure with a message of one line."""
+    failure = Failure.from_json(text)
+    return replace(failure, message=_shorten(failure.message))
+
+
+def _shorten(text: str) -> str:
+    """Return at most `LONGEST_MESSAGE` characters of what another machine sent, as one line."""
+    return " ".join(text.split())[:LONGEST_MESSAGE]
 
 
 def describe_loss(job: Job) -> str:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from DeBERTa.config import TrainConfig
 from DeBERTa.errors import DamagedCheckpointError
 from DeBERTa.model.encoder import Layer
-from DeBERTa.training.distributed import broadcast_object, get_world_size, is_distributed, is_rank_zero
+from DeBERTa.training.distributed import broadcast_value, get_world_size, is_distributed, is_rank_zero
 
 # PyTorch 2.13 renames the second to the first, and warns of the old name.
 all_gather_into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -132,16 +132,20 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict | No
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     full = {} if state is None else state["state"]
     _check_shapes(full, parameters)
-    # Scalars are sent as they are; None stands for a tensor of the parameter's shape.
-    scalars = {
-        index: {name: None if value.dim() else value for name, value in values.items()}
+    # Scalars are sent as numbers; None stands for a tensor of the parameter's shape.
+    scalars = [
+        (index, {name: None if value.dim() else value for name, value in values.items()})
         for index, values in full.items()
-    }
-    loaded = broadcast_object(scalars)
-    for index, values in loaded.items():
-        for name in [name for name, value in values.items() if value is None]:
-            values[name] = torch.empty_like(parameters[index], requires_grad=False)
-            _load_tensor(values[name], None if state is None else full[index][name])
+    ]
+    loaded: dict[int, dict[str, torch.Tensor]] = {}
+    for index, values in broadcast_value(scalars):
+        loaded[index] = {}
+        for name, value in values.items():
+            if value is not None:
+                loaded[index][name] = torch.as_tensor(value)
+                continue
+            loaded[index][name] = torch.empty_like(parameters[index], requires_grad=False)
+            _load_tensor(loaded[index][name], None if state is None else full[index][name])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
 
 

@@ -12,7 +12,7 @@ from DeBERTa.data.batch import Batch
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.model.sharing import SharedTables
-from DeBERTa.training.distributed import all_reduce_sum, broadcast_object, get_world_size
+from DeBERTa.training.distributed import all_reduce_sum, broadcast_value, get_world_size
 from DeBERTa.training.guard import UpdateGuard
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.objectives import DiscriminatorObjective, GeneratorObjective, MaskedLMObjective
@@ -85,7 +85,7 @@ class TrainingStep:
         for name, optimizer in self.optimizers.items():
             load_full_optimizer_state(optimizer, state["optimizers"][name] if state else None)
         others = {name: state[name] for name in ("scaler", "stability")} if state else None
-        others = broadcast_object(others)
+        others = broadcast_value(others)
         self.scaler.load_state_dict(others["scaler"])
         self.guard.load_state_dict(others["stability"])
 

@@ -22,7 +22,7 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.page import update_report
 from DeBERTa.training.best import find_best, record_best
 from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_model, read_training
-from DeBERTa.training.distributed import barrier, broadcast_object, get_world_size, is_any_rank, is_rank_zero
+from DeBERTa.training.distributed import barrier, broadcast_value, get_world_size, is_any_rank, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import (
@@ -271,7 +271,7 @@ def resume(run: Run, step: int) -> None:
     load_full_weights(run.model, weights)
     try:
         run.training.load_state_dict(state["training"])
-        run.interval.load_state_dict(broadcast_object(state["interval"]))
+        run.interval.load_state_dict(broadcast_value(state["interval"]))
     except (LookupError, TypeError, AttributeError) as error:
         path = get_checkpoint_path(run.run_dir, step) / "optimizer.pt"
         raise DamagedCheckpointError(

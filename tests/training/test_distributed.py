@@ -1,7 +1,9 @@
 """N ranks compute what one does on the same global batch: gradients, weights, evaluation, checkpoints."""
 
+import ast
 import functools
 import gc
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +26,9 @@ from DeBERTa.model.encoder import Layer
 from DeBERTa.training import optimizer as optimizers
 from DeBERTa.training.distributed import (
     all_reduce_sums,
-    gather_objects,
+    broadcast_value,
+    gather_values,
+    gather_vectors,
     get_rank,
     is_rank_zero,
     translate_peer_errors,
@@ -32,7 +36,7 @@ from DeBERTa.training.distributed import (
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.metrics import average_losses
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.training.batches import random_batch
 from tests.training.ranks import CASES, make_step, run_ranks, select_rows
 
@@ -302,7 +306,7 @@ def measure_memory_all(folder: Path) -> None:
         load_full_weights(model, weights if is_rank_zero() else None)
         training.load_state_dict(state if is_rank_zero() else None)
         loaded = read_memory("VmHWM") - read_memory("VmRSS")
-        growth = gather_objects((gathered, loaded))
+        growth = gather_values((gathered, loaded))
         if is_rank_zero():
             torch.save(growth, folder / f"memory-{mode}.pt")
 
@@ -382,6 +386,30 @@ def test_evaluation_is_the_same_for_any_number_of_ranks(prepared, tmp_path):
             assert many == pytest.approx(one, rel=1e-6)
             if "discriminator_auc" in one:
                 assert many["discriminator_auc"] == pytest.approx(one["discriminator_auc"], abs=1e-9)
+
+
+def exchange_values() -> None:
+    rank = get_rank()
+    value = {"rank": rank, "text": "\x1b ü", "numbers": [0.1, float("inf"), 10**15], "none": None}
+    assert gather_values(value) == [value | {"rank": 0}, value | {"rank": 1}]
+    assert broadcast_value(value) == value | {"rank": 0}
+    assert torch.as_tensor(broadcast_value(torch.tensor([[0.5]]))).tolist() == [[0.5]]
+    vectors = gather_vectors(torch.arange(3 * rank, dtype=torch.float32))
+    assert [vector.tolist() for vector in vectors] == [[], [0.0, 1.0, 2.0]]
+    with pytest.raises(TypeError):
+        gather_values(object())
+
+
+def test_values_of_ranks(tmp_path):
+    run_ranks(2, tmp_path, exchange_values)
+
+
+def test_nothing_from_the_network_is_unpickled():
+    """Collectives of objects unpickle what other machines send, which may be code."""
+    for path in (ROOT / "DeBERTa").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not any(re.search("(gather|broadcast|scatter|send|recv)_object", name) for name in names), path
 
 
 def wait_for_a_silent_peer() -> None:

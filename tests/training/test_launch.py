@@ -10,13 +10,16 @@ import socket
 import socketserver
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from DeBERTa.errors import ConfigError
+from DeBERTa.training.failures import Failure
 from DeBERTa.training.launch import find_job
 from DeBERTa.training.network import find_interface
 from tests.commands import (
@@ -269,6 +272,38 @@ def test_a_run_of_two_processes(flags):
     assert (kinds.count("train"), kinds.count("valid")) == (5, 3)
     assert json.loads((run.run_dir / "checkpoints" / "best.json").read_text())["step"] in (2, 4, 6)
     assert (run.run_dir / "generator" / "model.safetensors").exists()
+
+
+def list_listeners(processes: list[int]) -> set[str]:
+    """Return the addresses on which processes listen, in hexadecimal as the kernel has them."""
+    sockets = set()
+    for process in processes:
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                sockets.add(str(file.readlink()))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.add(fields[1].split(":")[0])
+    return found
+
+
+def test_one_node_listens_on_loopback_and_no_stranger_ends_it_well(endless):
+    """Another user of the machine writes a failure of status 0, with escape codes, to the store."""
+    run = Command(endless, GLOO_SOCKET_IFNAME="eth0")
+    run.wait_for(saved_something(run))
+    workers = list(run.workers().values())
+    assert list_listeners([run.process.pid, *workers]) == {"0100007F"}
+    environment = Path(f"/proc/{workers[0]}/environ").read_text().split("\0")
+    (port,) = [int(line.split("=")[1]) for line in environment if line.startswith("MASTER_PORT=")]
+    store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=PATIENCE))
+    failure = Failure("all\x1b[31m is\nwell").to_json().replace('"exit_status": 1', '"exit_status": 0')
+    store.set("attempt-0/failure", failure)
+    assert "another node reported a failure that cannot be read" in run.error()
+    assert "\x1b" not in run.printed.read_text()
+    assert not run.workers()
 
 
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
