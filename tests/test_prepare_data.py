@@ -12,10 +12,10 @@ import pytest
 from DeBERTa import prepare_data
 from DeBERTa.data import corpus
 from DeBERTa.data.files import open_partial
-from DeBERTa.data.prepare import prepare
 from DeBERTa.data.token_store import get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from tests.conftest import strip_times
+from tests.data.texts import prepare
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "prepare"

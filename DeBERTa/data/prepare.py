@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from DeBERTa.data.encode import EncodedBlock, EncodedText, Encoder, Recipe, encode_blocks
 from DeBERTa.data.files import commit, get_state, open_partial
-from DeBERTa.data.sources import BLOCK_BYTES, STDIN, Reading, SourceFile, describe_sources
+from DeBERTa.data.sources import STDIN, Reading, SourceFile, describe_sources
 from DeBERTa.data.store_file import TokenStoreWriter, find_store, get_store_path, write_store
 from DeBERTa.data.text import Block
 from DeBERTa.errors import DataError, VocabularyError
@@ -50,20 +50,6 @@ def count_usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def prepare(
-    source: Path,
-    output: Path,
-    vocabulary: Path,
-    max_seq_length: int = 512,
-    errors: str = "strict",
-    workers: int | None = None,
-    block_bytes: int = BLOCK_BYTES,
-) -> PreparedText:
-    """Write `output` and its token ids from the text `source` if needed; see `prepare_outputs`."""
-    recipe = Recipe(vocabulary, Reading(errors=errors, block_bytes=block_bytes))
-    return prepare_outputs([source], [output], recipe, max_seq_length, workers)[0]
 
 
 def prepare_outputs(
@@ -168,10 +154,14 @@ def _show_progress(
 ) -> Generator[EncodedBlock]:
     """Yield the blocks, with a progress bar over the bytes of the files."""
     total = sum(file.bytes_on_disk for file in files)
+    current = read_before = 0  # the file that is being read, and the bytes of those before it
     with tqdm(desc=label, total=total, unit="B", unit_scale=True) as bar, contextlib.closing(blocks):
         for block in blocks:
             yield block
-            bar.update(sum(file.position for file in files) - bar.n)
+            while current < len(files) - 1 and files[current].position == files[current].bytes_on_disk:
+                read_before += files[current].bytes_on_disk
+                current += 1
+            bar.update(read_before + files[current].position - bar.n)
 
 
 def _write_blocks(blocks: Iterator[EncodedBlock], writers: Sequence["_Writer"]) -> int:

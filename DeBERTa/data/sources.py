@@ -14,10 +14,11 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from DeBERTa.data.files import get_state, raise_data_errors
+from DeBERTa.data.files import get_cache_dir, get_state, raise_data_errors, raise_storage_errors
 from DeBERTa.data.formats import HEAD_BYTES, PARQUET, open_compressed, read_parquet
 from DeBERTa.data.text import (
     STRINGS,
@@ -114,11 +115,7 @@ class SourceFile:
 
         A byte order mark is skipped. Raises `DataError` for what is not text, and damaged compressed files.
         """
-        with (
-            raise_data_errors(self.path),
-            self._open_raw() as raw,
-            tempfile.TemporaryFile() as copy,
-        ):
+        with raise_data_errors(self.path), self._open_raw() as raw:
             beginning = raw.read(HEAD_BYTES)
             text, name = open_compressed(self.path, beginning, raw)
             first = self._read(text, name, reading.block_bytes)
@@ -127,10 +124,9 @@ class SourceFile:
                 yield from self._cut(raw, text, name, first, reading)
             elif raw.seekable() and not name:
                 yield from self._read_rows(raw, reading)
-            else:  # its end is read first
-                copy.write(first)
-                copy.writelines(iter(lambda: self._read(text, name, BLOCK_BYTES), b""))
-                yield from self._read_rows(copy, reading)
+            else:
+                rest = iter(lambda: self._read(text, name, BLOCK_BYTES), b"")
+                yield from self._read_copy(chain([first], rest), reading)
         self.position = self.bytes_on_disk
 
     def _open_raw(self) -> IO[bytes]:
@@ -166,6 +162,15 @@ class SourceFile:
             data = data[end:] + read
         if data:
             yield Block(self.path, offset, kind, data)
+
+    def _read_copy(self, contents: Iterable[bytes], reading: Reading) -> Iterator[Block]:
+        """Yield the documents of a Parquet file that cannot be read from its end: it is copied first."""
+        cache = get_cache_dir()
+        with raise_storage_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=cache) as copy:
+                copy.writelines(contents)
+                yield from self._read_rows(copy, reading)
 
     def _read_rows(self, file: IO[bytes], reading: Reading) -> Iterator[Block]:
         """Yield the documents of a Parquet file."""

@@ -18,13 +18,14 @@ import pytest
 
 from DeBERTa.data import corpus
 from DeBERTa.data.encode import Recipe
-from DeBERTa.data.prepare import prepare, prepare_outputs
+from DeBERTa.data.prepare import prepare_outputs
 from DeBERTa.data.sources import Reading
 from DeBERTa.data.text import split_lines
 from DeBERTa.data.token_store import find_store, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
 from DeBERTa.log import set_up_logging
+from tests.data.texts import prepare
 from tests.processes import children, is_running
 
 ROOT = Path(__file__).parents[2]

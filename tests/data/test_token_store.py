@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from DeBERTa.data.prepare import prepare
 from DeBERTa.data.token_store import TokenStore, find_store, get_part_name, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import DamagedStoreError, DataError, VocabularyError
 from DeBERTa.log import set_up_logging
+from tests.data.texts import prepare
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 TOKENIZER = Tokenizer(GOLDEN / "spm.model")

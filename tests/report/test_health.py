@@ -7,11 +7,11 @@ import string
 
 import pytest
 
-from DeBERTa.data.prepare import prepare
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.report.health import NOTE, PROBLEM, USUAL, examine
 from DeBERTa.report.read import RunRecord, read_run
 from tests.conftest import GOLDEN
+from tests.data.texts import prepare
 from tests.report.runs import STEPS, train, write_text
 
 
