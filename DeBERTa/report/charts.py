@@ -59,14 +59,12 @@ Chart = tuple[Kind, list[Curve]]
 
 def build_charts(runs: list[RunRecord]) -> list[Chart]:
     """Return the charts for which the runs have metrics."""
-    found: dict[Kind, dict[tuple[str, str], None]] = {kind: {} for kind in KINDS}  # (split, metric), in order
-    for run in runs:
-        for row in run.rows:
-            for name in row.keys() - NOT_DRAWN if row["kind"] != "spike" else ():
-                kind = next(kind for kind in KINDS if re.fullmatch(kind.pattern, name))
-                found[kind][row["kind"], name] = None
+    rows = [row for run in runs for row in run.rows if row["kind"] != "spike"]
+    left = {(row["kind"], name) for row in rows for name in row.keys() - NOT_DRAWN}  # split and metric
     charts = []
-    for kind, keys in found.items():
+    for kind in KINDS:
+        keys = {key for key in left if re.fullmatch(kind.pattern, key[1])}
+        left -= keys
         curves = []
         for style, (split, name) in enumerate(sorted(keys)):
             splits, names = map(set, zip(*keys, strict=True))
