@@ -430,6 +430,15 @@ class TrainConfig:
         rules=REQUIRED | RESUME | NODE,
         group="data",
     )
+    replay: str = _flag(  # compared by content
+        "",
+        "directory with train.txt and valid.txt of what the model was trained on before, to mix in and to "
+        "watch for forgetting",
+        rules=RESUME | NODE,
+    )
+    replay_share: float = _flag(
+        0.2, "proportion of --replay in the training sequences", "", Bounds(0.0, 1.0, True, True)
+    )
     vocab_path: str = _flag("", "SentencePiece model of the data", rules=REQUIRED | RESUME | NODE)
     vocab_type: str = _flag("spm", "kind of vocabulary", rules=HIDDEN, choices=("spm",))
     max_seq_length: int = _flag(512, "sequence length, [CLS] and [SEP] included", "tokens", Bounds(3))

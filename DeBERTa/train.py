@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,7 @@ from DeBERTa.config import (
     RTDConfig,
     TrainConfig,
 )
-from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, TrainingBatches
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, Replay, TrainingBatches
 from DeBERTa.data.loader import translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
@@ -235,31 +236,36 @@ def check_same_on_all_ranks(settings: dict) -> None:
             )
 
 
-def open_split(config: TrainConfig, split: str, tokenizer: Tokenizer) -> TokenStore:
+def open_split(config: TrainConfig, directory: str, split: str, tokenizer: Tokenizer) -> TokenStore:
     """Open the tokens of one split.
 
     Raises `DataError` when it is missing, empty, or has lines that are too long.
     """
-    if not Path(config.data_dir).is_dir():
-        raise DataError(f"--data_dir {config.data_dir}: no such directory; prepare_data.py makes one")
-    text = Path(config.data_dir) / f"{split}.txt"
+    if not Path(directory).is_dir():
+        flag = "--data_dir" if directory == config.data_dir else "--replay"
+        raise DataError(f"{flag} {directory}: no such directory; prepare_data.py makes one")
+    text = Path(directory) / f"{split}.txt"
     return open_store(text, tokenizer, config.max_seq_length - 2, progress=get_local_rank() == 0)
 
 
 def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> TrainingBatches:
     """Return this rank's batches of the training split."""
     check_batch_size(config)
-    store = open_split(config, "train", tokenizer)
+    store = open_split(config, config.data_dir, "train", tokenizer)
     plan = BatchPlan(
         config.seed, config.train_batch_size, config.max_seq_length, get_rank(), get_world_size()
     )
-    return TrainingBatches(store, tokenizer, masker, plan)
+    replay = None
+    if config.replay:
+        share = Fraction(config.replay_share).limit_denominator(10_000)
+        replay = Replay(open_split(config, config.replay, "train", tokenizer), share)
+    return TrainingBatches(store, tokenizer, masker, plan, replay)
 
 
 def open_evaluation(
     config: TrainConfig, tokenizer: Tokenizer, masker: Masker
 ) -> dict[str, EvaluationBatches]:
-    """Open the validation split, and with `--do_eval` the test split.
+    """Open the validation split, and with `--do_eval` the test split; as "replay", that of `--replay`.
 
     Splits that the data directory does not have are omitted. Raises `DataError` if `--do_eval` has no split.
     """
@@ -272,10 +278,10 @@ def open_evaluation(
             f"held-out text: python prepare_data.py -i TEXT -o {Path(config.data_dir) / 'valid.txt'} "
             f"--vocab_path {config.vocab_path} --max_seq_length {config.max_seq_length}"
         )
-    return {
-        split: EvaluationBatches(open_split(config, split, tokenizer), tokenizer, masker, plan)
-        for split in there
-    }
+    stores = {split: open_split(config, config.data_dir, split, tokenizer) for split in there}
+    if config.replay:
+        stores["replay"] = open_split(config, config.replay, "valid", tokenizer)
+    return {split: EvaluationBatches(store, tokenizer, masker, plan) for split, store in stores.items()}
 
 
 def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
@@ -285,7 +291,8 @@ def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     """
     if config.num_training_steps:
         return config.num_training_steps
-    return math.ceil(config.num_train_epochs * len(batches.store) / config.train_batch_size)
+    lines_per_step = config.train_batch_size * (1 - batches.replay.share)
+    return math.ceil(config.num_train_epochs * len(batches.store) / lines_per_step)
 
 
 def build_model(model_config: ModelConfig | RTDConfig) -> Model:
@@ -334,8 +341,9 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
 
 def describe_data(batches: TrainingBatches) -> dict:
     """Return the SHA-256 of text and token ids, lines and tokens of the training split."""
-    store = batches.store
+    store, replay = batches.store, batches.replay
     return {
+        "replay_sha256": replay.store.meta.text_sha256 if replay.share else None,
         "train_sha256": store.meta.text_sha256,
         "train_ids_sha256": store.fingerprint,
         "train_lines": len(store),

@@ -186,6 +186,7 @@ def test_what_a_resumed_run_must_have_in_common():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names - FREE_TO_CHANGE == {
         "task_name", "init_model", "init_generator", "init_discriminator", "fresh_head", "resize_vocab",
+        "replay_share",
         "vocab_type",
         "max_seq_length", "max_ngram", "train_batch_size", "accumulative_update", "seed",
         "num_training_steps", "learning_rate", "discriminator_learning_rate", "warmup",
@@ -195,5 +196,5 @@ def test_what_a_resumed_run_must_have_in_common():
     }  # fmt: skip
     assert {
         "data_dir", "vocab_path", "model_config", "output_dir", "init_model", "init_generator",
-        "init_discriminator", "resize_vocab", "workers", "nproc_per_node", "log_level",
+        "init_discriminator", "resize_vocab", "replay", "workers", "nproc_per_node", "log_level",
     } == FREE_PER_NODE  # fmt: skip

@@ -5,6 +5,8 @@ Shapes: B sequences of this rank, L length.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this length: faster matmuls
-ORDER, MASKS, SAMPLES = 0, 1, 2  # independent streams of random numbers under one seed
+ORDER, MASKS, SAMPLES, REPLAY_ORDER = 0, 1, 2, 3  # independent streams of random numbers under one seed
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,14 @@ class BatchPlan:
         return -(-self.batch_size // self.world_size) * self.max_seq_length
 
 
-class TrainingBatches(Dataset[Batch]):
-    """This rank's batch of every optimizer step, from step 0 without limit.
+class LineOrder:
+    """The lines of a text in random order, epoch after epoch, without limit.
 
-    An epoch is one pass over all lines in random order. A batch may hold the end of one epoch and the start
-    of the next, so that no line is skipped or repeated.
+    An epoch is one pass over all lines.
     """
 
-    def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
-        self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
+    def __init__(self, num_lines: int, seed: int, stream: int) -> None:
+        self.num_lines, self.seed, self.stream = num_lines, seed, stream
         self._orders: dict[int, np.ndarray] = {}
 
     def _get_epoch_order(self, epoch: int) -> np.ndarray:
@@ -53,23 +54,77 @@ class TrainingBatches(Dataset[Batch]):
         """
         if epoch not in self._orders:
             generator = np.random.Generator(
-                np.random.Philox(key=[self.plan.seed, ORDER], counter=[0, 0, epoch, 0])
+                np.random.Philox(key=[self.seed, self.stream], counter=[0, 0, epoch, 0])
             )
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
-            self._orders[epoch] = generator.permutation(np.arange(len(self.store), dtype=np.int32))
+            self._orders[epoch] = generator.permutation(np.arange(self.num_lines, dtype=np.int32))
         return self._orders[epoch]
 
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the lines at int64 `positions` of the endless order, int64 of the same shape."""
+        epochs, offsets = np.divmod(positions, self.num_lines)
+        lines = [self._get_epoch_order(int(e))[i] for e, i in zip(epochs, offsets, strict=True)]
+        return np.array(lines, dtype=np.int64)
+
+
+class Replay(NamedTuple):
+    """A second text, of which training batches have a share.
+
+    Of the first n rows of all batches, floor(n * share) are its lines, for every n.
+    """
+
+    store: TokenStore
+    share: Fraction
+
+    def count_rows(self, num_rows: np.ndarray) -> np.ndarray:
+        """Return how many of the first `num_rows` rows are of this text, int64."""
+        return num_rows * self.share.numerator // self.share.denominator
+
+
+class TrainingBatches(Dataset[Batch]):
+    """This rank's batch of every optimizer step, from step 0 without limit.
+
+    A batch may hold the end of one epoch and the start of the next, so that no line is skipped or repeated.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        masker: Masker,
+        plan: BatchPlan,
+        replay: Replay | None = None,
+    ) -> None:
+        self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
+        self.replay = replay or Replay(store, Fraction(0))
+        self._order = LineOrder(len(store), plan.seed, ORDER)
+        self._replay_order = LineOrder(len(self.replay.store), plan.seed, REPLAY_ORDER)
+
     def select_lines(self, step: int) -> np.ndarray:
-        """Return the lines of this rank's batch of `step`, int64 [B]."""
+        """Return the lines of this rank's batch of `step`, int64 [B].
+
+        Those of the replayed text are indices of its own lines (`is_replayed`).
+        """
         return self._select(step, self._get_rows())
 
     def select_global_lines(self, step: int) -> np.ndarray:
-        """Return the lines of the global batch of `step`, int64 [batch_size]."""
-        return self._select(step, np.arange(self.plan.batch_size))
+        """Return the lines of the global batch of `step` without those replayed, int64 [rows]."""
+        rows = np.arange(self.plan.batch_size)
+        return self._select(step, rows)[~self.is_replayed(step, rows)]
+
+    def is_replayed(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Return which rows of the global batch of `step` are of the replayed text, bool [rows]."""
+        numbers = step * self.plan.batch_size + rows
+        return self.replay.count_rows(numbers + 1) > self.replay.count_rows(numbers)
 
     def _select(self, step: int, rows: np.ndarray) -> np.ndarray:
-        epochs, offsets = np.divmod(step * self.plan.batch_size + rows, len(self.store))
-        return np.array([self._get_epoch_order(int(e))[i] for e, i in zip(epochs, offsets, strict=True)])
+        numbers = step * self.plan.batch_size + rows
+        replayed_before = self.replay.count_rows(numbers)
+        is_replayed = self.is_replayed(step, rows)
+        lines = np.empty(len(rows), dtype=np.int64)
+        lines[is_replayed] = self._replay_order[replayed_before[is_replayed]]
+        lines[~is_replayed] = self._order[(numbers - replayed_before)[~is_replayed]]
+        return lines
 
     def _get_rows(self) -> np.ndarray:
         """Return the rows of the global batch that belong to this rank, int64 [B]."""
@@ -79,8 +134,12 @@ class TrainingBatches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """Return this rank's batch of a step."""
-        sequences = [self.store[line] for line in self.select_lines(step)]
-        return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(self._get_rows()[0]))
+        rows = self._get_rows()
+        sequences = [
+            (self.replay.store if is_replayed else self.store)[line]
+            for line, is_replayed in zip(self.select_lines(step), self.is_replayed(step, rows), strict=True)
+        ]
+        return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(rows[0]))
 
 
 class EvaluationBatches(Dataset[Batch]):

@@ -86,6 +86,7 @@ class MetricsLog:
         self._path, self._validation = path, validation
         self._started = time.monotonic() - elapsed_seconds
         self.evaluations: dict[int, dict] = {}  # on the validation split, by step
+        self.first_replay: dict = {}  # the first evaluation on the text of --replay
         if not is_writer:
             self._path = Path(os.devnull)
         elif path.exists() and not path.is_file():  # reading a pipe or a device might never end
@@ -107,6 +108,7 @@ class MetricsLog:
         with open_atomic(self._path) as file:
             file.writelines(f"{line}\n".encode() for line, _ in valid)
         self.evaluations = select_evaluations([values for _, values in valid], self._validation)
+        self.first_replay = next((values for _, values in valid if values.get("kind") == "replay"), {})
 
     @property
     def elapsed_seconds(self) -> float:
@@ -124,6 +126,8 @@ class MetricsLog:
         if kind == "valid":
             self.evaluations[step] = finite
             line["text_sha256"] = self._validation
+        if kind == "replay":
+            self.first_replay = self.first_replay or finite
         with raise_storage_errors(self._path):
             self._file.write(json.dumps(line) + "\n")
 

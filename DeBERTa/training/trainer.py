@@ -26,6 +26,7 @@ from DeBERTa.training.distributed import barrier, broadcast_value, get_world_siz
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import (
+    Metrics,
     MetricsLog,
     Progress,
     format_metrics,
@@ -41,6 +42,7 @@ from DeBERTa.training.steps import TrainingStep
 
 logger = logging.getLogger(__name__)
 
+MAX_FORGETTING = 0.05  # relative increase of a loss on the text of --replay that is reported
 MAX_LINES_SHOWN = 16  # of a batch whose update was skipped
 START_OVER = "start over with a lower --learning_rate or a longer --warmup under another --tag"
 
@@ -203,12 +205,12 @@ class Trainer:
         raise RunInterrupted(signal_number)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate on the validation split, if any.
+        """Evaluate on the validation split and on the text of `--replay`, if any.
 
         A stop signal interrupts the evaluation at once.
         """
         run, training = self.run, self.run.training
-        splits = {"valid": run.evaluation["valid"]} if "valid" in run.evaluation else {}
+        splits = {name: part for name, part in run.evaluation.items() if name in ("valid", "replay")}
         with self.signals.allow_stop():
             results = evaluate_splits(
                 run.model, training.compute_outputs, splits, run.config, training.precision, training.device
@@ -217,7 +219,9 @@ class Trainer:
         for split, metrics in results.items():
             self.log.write(step, split, metrics)
             logger.info("step %d: %s  %s", step, split, format_metrics(metrics))
-        if splits:
+        if "replay" in results:
+            warn_of_forgetting(step, self.log.first_replay, results["replay"])
+        if "valid" in splits:
             samples = run.run_dir / "samples.jsonl"
             write_samples(samples, step, run.model, training, splits["valid"])
         if is_rank_zero():
@@ -225,14 +229,31 @@ class Trainer:
         run.interval.started = time.monotonic()
 
     def evaluate_if_missed(self) -> None:
-        """Evaluate the resumed checkpoint if the run stopped before its evaluation."""
+        """Evaluate the resumed checkpoint if the run stopped before its evaluation.
+
+        With `--replay`, evaluate also before the first step, to compare with later.
+        """
         step, run = self.first_step, self.run
+        if not step and "replay" in run.evaluation:
+            self.evaluate(0)
         is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
         is_missing = is_rank_zero() and step not in self.log.evaluations
         if is_due and is_any_rank(is_missing, run.training.device):
             self.evaluate(step)
         if is_rank_zero():
             record_best(run.run_dir, self.log.evaluations)
+
+
+def warn_of_forgetting(step: int, before: Metrics, now: Metrics) -> None:
+    """Log a warning if a loss on the text of `--replay` is above that of the first evaluation."""
+    for name in ("loss", "generator_loss", "discriminator_loss"):
+        first, last = before.get(name), now.get(name)
+        if first and last and last > (1 + MAX_FORGETTING) * first:
+            logger.warning(
+                "step %d: %s on the text of --replay is %.4f, %.0f %% above the %.4f it was at first: the "
+                "model forgets; a larger --replay_share or a lower --learning_rate may help",
+                step, name, last, 100 * (last / first - 1), first,
+            )  # fmt: skip
 
 
 def get_learning_rates(training: TrainingStep) -> dict[str, float]:

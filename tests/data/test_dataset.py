@@ -1,6 +1,7 @@
 """Batches: a pure function of (seed, step, rank); every line once per epoch."""
 
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from DeBERTa.data.dataset import (
     BatchPlan,
     EvaluationBatches,
+    Replay,
     TrainingBatches,
     derive_step_seed,
 )
@@ -122,3 +124,40 @@ def test_seeds_of_steps_differ():
         derive_step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)
     }
     assert len(seeds) == 1000
+
+
+@pytest.mark.parametrize("share", ["1/5", "1/3", "9/10", "1/100"])
+def test_replay_mixes_exactly(store, tokenizer, masker, prepared, share):
+    """Of any number of first rows, the share is replayed; each text is in its own order, epoch by epoch."""
+    other = open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
+    share = Fraction(share)
+    mixed = TrainingBatches(store, tokenizer, masker, PLAN, Replay(other, share))
+    is_replayed = np.concatenate([mixed.is_replayed(step, np.arange(24)) for step in range(60)])
+    assert all(is_replayed[:n].sum() == n * share // 1 for n in range(len(is_replayed) + 1))
+    lines = np.concatenate([mixed.select_lines(step) for step in range(60)])
+    plain = np.concatenate([training(store, tokenizer, masker).select_lines(step) for step in range(60)])
+    own, old = lines[~is_replayed], lines[is_replayed]
+    assert np.array_equal(own, plain[: len(own)])
+    for first in range(0, len(old) - 40, 40):
+        assert sorted(old[first : first + 40]) == list(range(40))
+    # What the batches hold, in any order of steps and sharded over ranks.
+    for step in (7, 0):
+        batch = mixed[step]
+        rows = mixed.is_replayed(step, np.arange(24))
+        for row, line, is_old in zip(originals(batch), mixed.select_lines(step), rows, strict=True):
+            assert row[1:63].tolist() == (other if is_old else store)[line].tolist()
+        shards = [
+            TrainingBatches(
+                store, tokenizer, masker, dataclasses.replace(PLAN, rank=rank, world_size=3), mixed.replay
+            )
+            for rank in range(3)
+        ]
+        assert torch.equal(torch.cat([shard[step].input_ids for shard in shards]), batch.input_ids)
+        own = sorted(mixed.select_lines(step)[~rows])
+        assert sorted(mixed.select_global_lines(step)) == own
+
+
+def test_without_replay_nothing_is_replayed(store, tokenizer, masker):
+    batches = training(store, tokenizer, masker)
+    assert not batches.is_replayed(5, np.arange(24)).any()
+    assert len(batches.select_global_lines(5)) == 24

@@ -1,0 +1,69 @@
+"""Domain adaptation: old text mixed in, both domains evaluated, a warning when the old one is forgotten."""
+
+import logging
+import shutil
+
+import pytest
+
+from DeBERTa.training.trainer import warn_of_forgetting
+from tests.test_train import flags, read_metrics  # noqa: F401
+from tests.training.test_initial_weights import run_here  # noqa: F401
+
+
+@pytest.fixture
+def adapted(flags, tmp_path, prepared):  # noqa: F811
+    """Return flags of a run on other text than it replays: the same pieces over and over."""
+    (tmp_path / "new").mkdir()
+    for split in ("train", "valid"):
+        lines = (prepared / f"{split}.txt").read_text().splitlines()[:30]
+        text = "".join(" ".join(line.split()[:20] * 3) + "\n" for line in lines)
+        (tmp_path / "new" / f"{split}.txt").write_text(text)
+    return flags | {"data_dir": tmp_path / "new", "replay": prepared, "replay_share": 0.25}
+
+
+def select(lines: list[dict], kind: str) -> list[dict]:
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_both_domains_are_evaluated_and_a_resumed_run_equals_another(adapted, run_here):  # noqa: F811
+    status, printed = run_here(adapted)
+    assert status == 0, printed
+    lines = read_metrics(adapted["output_dir"])
+    for kind in ("valid", "replay"):
+        assert [line["step"] for line in select(lines, kind)] == [0, 3, 6]
+    # Stopped after step 3, and resumed.
+    second = adapted | {"output_dir": adapted["output_dir"].with_name("second")}
+    assert run_here(second)[0] == 0
+    shutil.rmtree(second["output_dir"] / "checkpoints" / "step-00000006")
+    assert run_here(second)[0] == 0
+    resumed = read_metrics(second["output_dir"])
+    for kind in ("valid", "replay"):
+        losses = [
+            [(line["step"], line["generator_loss"], line["discriminator_loss"]) for line in select(run, kind)]
+            for run in (lines, resumed)
+        ]
+        assert losses[0] == losses[1]
+    status, printed = run_here(second | {"replay_share": 0.5})
+    assert status == 1
+    assert "replay_share (0.25 there, 0.5 here)" in printed
+
+
+def test_replay_needs_both_splits(adapted, run_here, tmp_path):  # noqa: F811
+    status, printed = run_here(adapted | {"replay": tmp_path / "none"})
+    assert status == 1
+    assert f"--replay {tmp_path / 'none'}: no such directory" in printed
+
+
+def test_warnings(caplog):
+    first = {"generator_loss": 2.0, "discriminator_loss": 0.2, "generator_accuracy": 0.5}
+    with caplog.at_level(logging.WARNING):
+        warn_of_forgetting(5, first, {"generator_loss": 2.09, "discriminator_loss": 0.1})
+        warn_of_forgetting(5, first, {"generator_loss": None, "discriminator_loss": 0.2})
+        warn_of_forgetting(5, {}, {"generator_loss": 9.0})
+        assert not caplog.records
+        warn_of_forgetting(5, first, {"generator_loss": 2.5, "discriminator_loss": 0.2})
+    (record,) = caplog.records
+    assert (
+        "step 5: generator_loss on the text of --replay is 2.5000, 25 % above the 2.0000"
+        in record.getMessage()
+    )
