@@ -55,8 +55,8 @@ class VocabularyMap:
         if table_VE.dim() != 2 or len(table_VE) < len(self.old):
             raise ConfigError(
                 f"{path} does not fit the vocabulary {self.old.path} of --resize_vocab, which has "
-                f"{len(self.old)} tokens: {name} has shape {list(table_VE.shape)}; give the vocabulary of these "
-                "weights"
+                f"{len(self.old)} tokens: {name} has shape {list(table_VE.shape)}; "
+                "give the vocabulary of these weights"
             )
         result = torch.full((self.num_rows, table_VE.size(1)), filler)
         means = F.embedding_bag(self.ids, table_VE.float(), self.offsets, mode="mean")
