@@ -1,7 +1,6 @@
 """`metrics.jsonl`, and what is computed for it."""
 
 import json
-import logging
 import math
 import os
 import random
