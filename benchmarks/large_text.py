@@ -57,12 +57,13 @@ def read_anonymous_memory() -> float:
 def run_part(folder: Path) -> None:
     """Open the text, shuffle it and make a batch; print seconds and memory as JSON."""
     tokenizer = Tokenizer(folder / "spm.model")
-    results: dict[str, tuple[float, float]] = {}
+    results: dict[str, tuple[float, float, float]] = {}
 
     def run(name: str, function: Callable[[], object]) -> None:
-        before, start = read_anonymous_memory(), time.perf_counter()
+        before, start, cpu_start = read_anonymous_memory(), time.perf_counter(), time.process_time()
         function()
-        results[name] = time.perf_counter() - start, read_anonymous_memory() - before
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        results[name] = seconds, cpu_seconds, read_anonymous_memory() - before
 
     stores: list[TokenStore] = []
     is_missing = not get_store_path(folder / "train.txt").exists()
@@ -98,14 +99,15 @@ def main() -> None:
     command = [sys.executable, str(ROOT / "prepare_data.py"), "-i", str(text), "-o", str(output)]
     prepared = measure([*command, "--vocab_path", str(vocabulary)])
     print(f"{lines:,} lines, {text.stat().st_size / 1e6:,.0f} MB\n")
-    print("| | seconds | memory, MB |\n| --- | --- | --- |")
-    print(f"| prepare | {prepared.seconds:.1f} | {prepared.peak_bytes / 1e6:.0f} |", flush=True)
+    print("| | seconds | CPU seconds | memory, MB |\n| --- | --- | --- | --- |")
+    peak = prepared.peak_bytes / 1e6
+    print(f"| prepare | {prepared.seconds:.1f} | {prepared.cpu_seconds:.1f} | {peak:.0f} |", flush=True)
     get_store_path(output).unlink()
     for _ in range(2):
         part = [sys.executable, __file__, "--part", "--folder", str(folder)]
         done = subprocess.run(part, capture_output=True, text=True, check=True)
-        for name, (seconds, memory) in json.loads(done.stdout).items():
-            print(f"| {name} | {seconds:.2f} | {memory:.0f} |", flush=True)
+        for name, (seconds, cpu_seconds, memory) in json.loads(done.stdout).items():
+            print(f"| {name} | {seconds:.2f} | {cpu_seconds:.2f} | {memory:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from DeBERTa.errors import ConfigError, DataError
 HEAD_BYTES = 512
 PARQUET = b"PAR1"
 ROWS = 64  # of Parquet, per batch
+TEXT_TYPES = re.compile(r"(large_)?string|dictionary<values=(large_)?string")
 
 
 def open_compressed(path: Path, beginning: bytes, rest: IO[bytes]) -> tuple[IO[bytes], str]:
@@ -61,7 +63,7 @@ def read_parquet(file: IO[bytes], path: Path, column: str) -> Iterator[tuple[int
     try:
         table = pyarrow.parquet.ParquetFile(file)
         fields = {field.name: str(field.type) for field in table.schema_arrow}
-        if fields.get(column) not in ("string", "large_string"):
+        if not TEXT_TYPES.match(fields.get(column, "")):
             shown = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
             raise DataError(f"{path} has no text in the column {column!r} (columns: {shown}); pass --column")
         row = 0

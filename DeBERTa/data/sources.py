@@ -147,7 +147,7 @@ class SourceFile:
         size, is_last = reading.block_bytes, len(first) < reading.block_bytes
         data = first.removeprefix(codecs.BOM_UTF8)
         offset = len(first) - len(data)
-        kind = find_kind(data, reading.column, reading.has_documents)
+        kind = find_kind(self.path, data, reading.column, reading.has_documents)
         while not is_last:
             end = find_block_end(data, kind)
             if end:

@@ -15,6 +15,7 @@ MAX_LINE_BYTES = 64 << 10
 TEXT, PARAGRAPHS, LINES, JSON_LINES, STRINGS = "text", "paragraphs", "lines", "JSON lines", "strings"
 BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n")
 BLANK_LINES = (b"\n\n", b"\n\r\n", b"\n \n")
+JSON_VALUE = re.compile(rb'\s*(\[\s*\{\s*"|\{\s*\n\s*")')  # an array of objects, an object over several lines
 TAR_MARK = 257  # where a tar archive has "ustar"
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
@@ -66,12 +67,18 @@ def find_block_end(block: bytes, kind: str) -> int:
     return start if start > 0 else len(block)
 
 
-def find_kind(beginning: bytes, column: str, has_documents: bool) -> str:
+def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) -> str:
     """Return the kind of the blocks of a file that is not Parquet.
 
     `beginning`: the first block, without byte order mark. With `column` "", JSON lines are plain text.
-    Without `has_documents`, text is not split into documents.
+    Without `has_documents`, text is not split into documents. Raises `DataError` for one JSON value that goes
+    over several lines.
     """
+    if column and JSON_VALUE.match(beginning):
+        raise DataError(
+            f"{path} is one JSON value, not one per line; convert it, for example with jq -c '.[]', or pass "
+            "--column '' to read it as plain text"
+        )
     first, end, _ = beginning.lstrip().partition(b"\n")
     if column and first.startswith(b"{"):
         try:

@@ -140,12 +140,22 @@ def test_documents_of_text(tmp_path, text, documents):
         (b'{"text": "a"}\n{"text": "a\n', "is not JSON"),
         (b'{"text": "a"}\n[1]\n', "no text in the field"),
         (b'{"text": "\\ud800"}\n', "surrogate"),
+        (b'[{"text": "a"},\n {"text": "b"}]\n', "is one JSON value, .*--column ''"),
+        (b'{\n "text": "a"\n}\n', "is one JSON value, .*--column ''"),
     ],
 )
 def test_records_that_are_refused(tmp_path, content, complaint):
     (tmp_path / "i").write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         read(tmp_path / "i")
+
+
+def test_parquet_columns_of_repeated_text(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is not tested: pyarrow is missing")
+    pyarrow = pytest.importorskip("pyarrow")
+    column = pyarrow.array(["one", "two", "one", None]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "i")
+    assert read(tmp_path / "i") == ["one", "two", "one"]
 
 
 def test_a_parquet_file_without_the_column(tmp_path):
