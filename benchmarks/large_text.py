@@ -96,6 +96,7 @@ def main() -> None:
     vocabulary = find_or_train_vocabulary([SAMPLE], 8000, folder / "spm.model")
     lines = write_text(folder / "text.txt", arguments.megabytes)
     text, output = folder / "text.txt", folder / "train.txt"
+    output.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "prepare_data.py"), "-i", str(text), "-o", str(output)]
     prepared = measure([*command, "--vocab_path", str(vocabulary)])
     print(f"{lines:,} lines, {text.stat().st_size / 1e6:,.0f} MB\n")

@@ -64,10 +64,8 @@ class StoreFile:
         self.path = path
         data = np.memmap(path, np.uint8, "r")
         length = int.from_bytes(data[-8:].tobytes(), "little")
-        arrays, encoded = (
-            data[: -TRAILER_BYTES - length],
-            data[-TRAILER_BYTES - length : -TRAILER_BYTES].tobytes(),
-        )
+        arrays = data[: -TRAILER_BYTES - length]
+        encoded = data[-TRAILER_BYTES - length : -TRAILER_BYTES].tobytes()
         self.meta = StoreMeta(**json.loads(encoded))
         blocks = _count_blocks(self.meta.num_tokens)
         ends = np.cumsum([-(-self.meta.num_tokens // 2) * 8, 8 * (self.meta.lines + 1), 4 * blocks])
@@ -82,8 +80,6 @@ class StoreFile:
         self.offsets = arrays[ends[0] : ends[1]].view(np.int64)
         self._checksums = arrays[ends[1] :].view(np.uint32)
         self._is_verified = np.zeros(blocks, bool)
-        if not all(map(self._verify, range(min(blocks, VERIFIED_AT_OPEN)))):
-            raise ValueError("token ids were changed")
 
     def __len__(self) -> int:
         """Return the number of lines."""
@@ -102,6 +98,10 @@ class StoreFile:
                 f"{self.path} is damaged: its token ids were changed; the same command builds it again"
             )
         return self.tokens[start:end]
+
+    def has_valid_ids(self) -> bool:
+        """Return whether the ids are those that were written, up to `VERIFIED_AT_OPEN` blocks."""
+        return all(map(self._verify, range(min(len(self._checksums), VERIFIED_AT_OPEN))))
 
     def _verify(self, block: int) -> bool:
         """Return whether a block of ids has its checksum."""
@@ -138,7 +138,7 @@ def find_store(text: Path, vocabulary_sha256: str | None = None) -> StoreFile | 
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError):  # missing or damaged
             store = StoreFile(path)
             is_fitting = vocabulary_sha256 in (None, store.meta.vocabulary_sha256)
-            if is_fitting and store.meta.text == get_state(text.stat()):
+            if is_fitting and store.meta.text == get_state(text.stat()) and store.has_valid_ids():
                 return store
     return None
 

@@ -18,6 +18,10 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from DeBERTa.data.files import get_state
+from DeBERTa.data.store_file import get_store_path, write_store
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.training.failures import Failure
 from DeBERTa.training.launch import find_job
@@ -223,6 +227,24 @@ def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared)
         assert "data_dir" not in error
         assert "workers" not in error
     assert port_is_free(port)
+
+
+def test_token_ids_that_differ_are_named(flags, tmp_path, prepared):
+    """The recorded hash of the text is the same: what is compared is what is trained on."""
+    port = free_port()
+    other = shutil.copytree(prepared, tmp_path / "other")
+    for split in ("train", "valid"):
+        text = other / f"{split}.txt"
+        with write_store(get_store_path(text)) as writer:
+            store = open_store(prepared / f"{split}.txt", Tokenizer(prepared / "spm.model"), 62).files[0]
+            vars(writer.meta).update(vars(store.meta), lines=0, num_tokens=0, text=get_state(text.stat()))
+            writer.append(store.tokens[::-1], store.offsets[1:])
+            writer.commit()
+    for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, {"data_dir": other}):
+        error = run.error()
+        assert "train_ids_sha256" in error
+        assert "valid_ids_sha256" in error
+        assert "train_sha256" not in error
 
 
 def test_validation_texts_that_differ_are_named(flags, tmp_path, prepared):
