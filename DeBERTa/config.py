@@ -510,7 +510,11 @@ class TrainConfig:
     )
     deterministic: bool = _flag(False, "on a GPU: the same bits in every run, at some cost in speed")
     tf32: bool = _flag(True, "on a GPU: multiply float32 matrices in TF32")
-    compile: bool = _flag(False, "torch.compile the encoder's layers; on CPUs this needs a C++ compiler")
+    compile: bool | None = _flag(  # compared on resume as resolved
+        None,
+        "torch.compile the encoder's layers, and on a GPU the LM head's passes over logits; by default on GPUs "
+        "where the package triton is installed; on CPUs this needs a C++ compiler",
+    )
 
     nproc_per_node: int = _flag(
         0, "ranks on this node; 0: one per GPU, or one", "processes", FROM_ZERO, RESUME | NODE, group="ranks"

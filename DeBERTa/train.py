@@ -50,7 +50,7 @@ from DeBERTa.training.distributed import (
     join_process_group,
 )
 from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
-from DeBERTa.training.execution import set_execution
+from DeBERTa.training.execution import resolve_compile, set_execution
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
@@ -140,7 +140,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         training = build_step(config, model, precision, device, total_steps)
         warmup = count_warmup_steps(config, total_steps)
         resolved = {"num_training_steps": total_steps, "warmup": warmup, "precision": precision}
-        resolved["kernels"] = execution["kernels"]
+        resolved |= {"kernels": execution["kernels"], "compile": resolve_compile(config, device)}
         if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
             resolved["attention"] = execution["attention"]
         settings = {

@@ -6,7 +6,9 @@ Parameters and their names stay. Nothing else imports this package, and deleting
 | device | attention                                   | everything else      |
 | ------ | ------------------------------------------- | -------------------- |
 | CPU    | blocked (cpu/attention.py)                  | C++ kernels (cpu/)   |
-| CUDA   | triton (triton/), else sdpa (attention.py)  | plain PyTorch        |
+| CUDA   | triton (triton/), else sdpa (attention.py)  | losses.py, and       |
+|        |                                             | autocast.py or       |
+|        |                                             | compiled layers      |
 """
 
 import torch

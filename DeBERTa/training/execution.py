@@ -25,17 +25,30 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
     Parameters and their names do not change. Returns the resolved values of `--kernels` and `--attention`.
     Raises ConfigError where `--compile` has no compiler.
     """
-    if config.compile:
+    is_compiled = resolve_compile(config, device)
+    if is_compiled:
         check_compiler(device)
     if device.type == "cuda":
         set_matmul_precision(config)
     resolved = select_kernels(model, config, device)
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
         encoder.gradient_checkpointing = config.gradient_checkpointing
-        if config.compile:
+        if is_compiled:
             for layer in encoder.layer:
                 layer.compile()  # one graph serves all layers of a shape
     return resolved
+
+
+def resolve_compile(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether `--compile` applies: by default on a GPU with Triton, unless `--kernels off`."""
+    if config.compile is not None:
+        return config.compile
+    return device.type == "cuda" and config.kernels == "auto" and has_triton()
+
+
+def has_triton() -> bool:
+    """Return whether the package triton is installed, with which torch.compile works on a GPU."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def set_matmul_precision(config: TrainConfig) -> None:
@@ -64,7 +77,7 @@ def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) 
         return plain
     from DeBERTa.ops import select_implementations  # optional
 
-    attention = select_implementations(model, device, config.attention, is_compiled=config.compile)
+    attention = select_implementations(model, device, config.attention, resolve_compile(config, device))
     return {"kernels": "auto", "attention": attention}
 
 
@@ -74,7 +87,7 @@ def check_compiler(device: torch.device) -> None:
     That is Triton on a GPU and a C++ compiler on a CPU.
     """
     if device.type != "cpu":
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Layer
-from DeBERTa.training.execution import check_compiler, select_kernels, set_execution
+from DeBERTa.training.execution import check_compiler, resolve_compile, select_kernels, set_execution
 from tests.conftest import PATHS, TINY
 from tests.training.batches import random_batch, train_config
 
@@ -166,6 +166,27 @@ def test_compiled_dropout_is_drawn_again_by_checkpointing():
     without = losses_and_gradients(small_model("MLM", NO_DROPOUT))
     assert_close(again, first)
     assert not torch.allclose(first["loss"], without["loss"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "has_triton", "expected"),
+    [
+        ("cuda", {}, True, True),
+        ("cuda", {}, False, False),
+        ("cuda", {"kernels": "off"}, True, False),
+        ("cuda", {"compile": False}, True, False),
+        ("cuda", {"compile": True, "kernels": "off"}, True, True),
+        ("cpu", {}, True, False),
+        ("cpu", {"compile": True}, True, True),
+    ],
+)
+def test_compiled_by_default(device, flags, has_triton, expected, monkeypatch, tmp_path):
+    """On GPUs where triton is installed."""
+    if has_triton:
+        (tmp_path / "triton.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    assert resolve_compile(train_config(**flags), torch.device(device)) == expected
 
 
 def test_flag_compiles_every_layer_in_place():
