@@ -9,8 +9,8 @@ MASKED = 0.15  # share of the tokens
 DECODER_PASSES = 2  # of the enhanced mask decoder, over the masked positions
 
 
-def _layer(model: dict, length: int) -> dict[str, float]:
-    """FLOPs per token of one layer, forward."""
+def _count_layer(model: dict, length: int) -> dict[str, float]:
+    """Return FLOPs per token of one layer, forward."""
     width, inner = model["hidden_size"], model["intermediate_size"]
     rows = min(length, 2 * model["position_buckets"])
     return {
@@ -20,13 +20,13 @@ def _layer(model: dict, length: int) -> dict[str, float]:
     }
 
 
-def flops_per_token(config: dict, length: int) -> float:
-    """Of an RTD config, forward and backward of generator and discriminator."""
+def count_flops_per_token(config: dict, length: int) -> float:
+    """Return FLOPs per token of an RTD config, forward and backward of generator and discriminator."""
     generator, discriminator = config["generator"], config["discriminator"]
     width, inner = generator["hidden_size"], generator["intermediate_size"]
     rows = min(length, 2 * generator["position_buckets"])
-    forward = discriminator["num_hidden_layers"] * sum(_layer(discriminator, length).values())
-    forward += (generator["num_hidden_layers"] - 1) * sum(_layer(generator, length).values())
+    forward = discriminator["num_hidden_layers"] * sum(_count_layer(discriminator, length).values())
+    forward += (generator["num_hidden_layers"] - 1) * sum(_count_layer(generator, length).values())
     # The generator's last layer: keys, values and p2c everywhere; queries, output and feed-forward where
     # masked.
     forward += 4 * width * width + 2 * rows * width

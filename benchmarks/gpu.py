@@ -1,260 +1,263 @@
 """What only a GPU can show: correctness, reproducibility, speed (see benchmarks/gpu.sh).
 
-    python -m benchmarks.gpu OUT [--parts golden runs steps ...] [--toy]
+    python -m benchmarks.gpu OUT [--parts correctness runs steps ...] [--toy]
 
-Each part is a process of its own with a time limit; its output goes to OUT/PART.log. `--toy` takes small
-sizes, and the
-CPU where there is no GPU: a dry run of the script itself.
+Each part is a process of its own with a time limit, and its output goes to OUT/PART.log. OUT/results.json has
+the figures, OUT.tar.gz all of it. A part that fails does not stop the others. `--toy` takes small sizes, and
+the CPU where there is no GPU: a dry run of the script itself.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.flops import flops_per_token
-from benchmarks.training_step import make_batch, ours, theirs
+from benchmarks.about import about
+from benchmarks.training_step import (
+    CONFIGS,
+    ROOT,
+    Case,
+    build_ours,
+    format_row,
+    make_batch,
+    measure_in_process,
+    read_head_config,
+    summarize,
+    synchronize,
+)
 from DeBERTa.config import read_json
+from DeBERTa.ops.triton import HAS_TRITON
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "experiments" / "language_model"
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the vendor's data sheets
-# Config, sequences, who, flags of the training command.
-STEPS = [
-    ("rtd_base.json", 32, "ours", {"attention": "triton"}),
-    ("rtd_base.json", 32, "ours", {"attention": "triton", "compile": True}),
-    ("rtd_base.json", 32, "ours", {"attention": "sdpa", "compile": True}),
-    ("rtd_base.json", 32, "theirs", {}),
-    ("rtd_base.json", 128, "ours", {"attention": "triton", "compile": True}),
-    ("rtd_xsmall_continue.json", 64, "ours", {"attention": "triton", "compile": True}),
-    ("rtd_xsmall_continue.json", 256, "ours", {"attention": "triton", "compile": True}),
-    ("rtd_xsmall_continue.json", 64, "theirs", {}),
-    ("rtd_large.json", 32, "ours", {"attention": "triton", "compile": True}),
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILED, NOT_COMPILED = {"compile": True}, {"compile": False}
+XSMALL = "rtd_xsmall_continue.json"
+STEPS = [  # what matters most comes first
+    Case("rtd_base.json", 32, flags=NOT_COMPILED),
+    Case("rtd_base.json", 32, flags=COMPILED),
+    Case("rtd_base.json", 128, flags=COMPILED),
+    Case("rtd_base.json", 128, flags=NOT_COMPILED),
+    Case("rtd_base.json", 128, who="composed"),
+    Case(XSMALL, 256, flags=COMPILED),
+    Case(XSMALL, 256, flags=NOT_COMPILED),
+    Case(XSMALL, 256, who="composed"),
+    Case("rtd_base.json", 32, flags={"attention": "sdpa"} | NOT_COMPILED),
+    Case("rtd_base.json", 32, flags={"attention": "sdpa"} | COMPILED),
+    Case("rtd_base.json", 32, who="eager"),
+    Case("rtd_large.json", 32, flags=COMPILED),
 ]
-TOY_STEPS = [("rtd_tiny.json", 2, "ours", {"attention": name}) for name in ("eager", "sdpa")]
-PARTS = {"golden": 60, "runs": 150, "steps": 260, "synchronization": 40, "profile": 60}  # seconds at most
+TOY_STEPS = [
+    Case("rtd_tiny.json", 2, 64, flags={"attention": "sdpa"} | NOT_COMPILED),
+    Case("rtd_tiny.json", 2, 64, who="composed"),
+]
+RUNS = {  # flags of pairs of runs; the first of each is also resumed
+    "default": [],
+    "deterministic": ["--deterministic", "True"],
+    "deterministic, not compiled": ["--deterministic", "True", "--compile", "False"],
+    "sdpa": ["--attention", "sdpa", "--compile", "False"],
+    "fp16": ["--precision", "fp16", "--compile", "False"],
+}
+TOY_RUNS = {"eager": ["--attention", "eager"]}
+PARTS = {
+    "correctness": 90,
+    "runs": 120,
+    "steps": 210,
+    "synchronization": 25,
+    "profile": 30,
+}  # seconds at most
+LARGEST_ARCHIVE = 16 * 2**20
 
 
-def has_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-def device_name() -> str:
-    return "cuda" if has_gpu() else "cpu"
-
-
-def run_golden(_out: Path, _toy: bool) -> dict:
-    """Compare with the golden figures, in float32 with TF32 off."""
+def run_correctness(_out: Path, is_toy: bool) -> dict:
+    """Run tests/gpu: golden figures in float32 with TF32 off, with kernels, and kernels against float64."""
+    if is_toy:  # the tests would be skipped, or take minutes of compilation
+        return {"passed": None}
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/gpu"]
     if importlib.util.find_spec("xdist"):  # most of the time is compilation
         command += ["-n", "8"]
     return {"passed": subprocess.run(command, check=False, cwd=ROOT).returncode == 0}
 
 
-def train_tiny(folder: Path, cache: Path, *flags: str) -> subprocess.Popen:
-    """Start a run of the tiny preset."""
+def start_tiny(run_dir: Path, cache: Path, steps: int, flags: list[str]) -> subprocess.Popen:
+    """Start or resume a run of the tiny preset with dropout."""
     data = cache / "sample" / "128"
-    config = cache / "rtd_tiny_dropout.json"
+    values: dict[str, object] = {
+        "task_name": "RTD",
+        "model_config": cache / "rtd_tiny_dropout.json",
+        "data_dir": data,
+        "vocab_path": cache / "sample" / "spm.model",
+        "vocab_size": 8064,
+        "max_seq_length": 128,
+        "train_batch_size": 48 if steps > 4 else 4,
+        "learning_rate": 2e-3,
+        "warmup": 5,
+        "num_training_steps": steps,
+        "dump_interval": steps // 2,
+        "log_interval": steps // 4,
+        "output_dir": run_dir,
+    }
+    command = [sys.executable, "-m", "DeBERTa.train", "--do_train", *flags]
+    for name, value in values.items():
+        command += [f"--{name}", str(value)]
+    with run_dir.with_name(f"{run_dir.name}.log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def run_runs(out: Path, is_toy: bool) -> dict:
+    """Compare the bits of two runs of the tiny preset, and of one resumed from its middle."""
+    cache, runs = out / "cache", out / "runs"
+    runs.mkdir()
+    os.environ["DEBERTA_CACHE"] = str(cache)
+    prepare = ["--corpus", "sample", "--train_vocab", "8000", "--max_seq_length", "128"]
+    subprocess.run([sys.executable, "prepare_data.py", *prepare], check=True, cwd=ROOT)
     values = read_json(CONFIGS / "rtd_tiny.json")
     for part in ("generator", "discriminator"):
         values[part] |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config.write_text(json.dumps(values))
-    command = [
-        sys.executable,
-        "-m",
-        "DeBERTa.train",
-        "--task_name",
-        "RTD",
-        "--model_config",
-        str(config),
-        "--do_train",
-    ]
-    command += [
-        "--data_dir",
-        str(data),
-        "--vocab_path",
-        str(cache / "sample" / "spm.model"),
-        "--vocab_size",
-        "8064",
-    ]
-    command += [
-        "--max_seq_length",
-        "128",
-        "--train_batch_size",
-        "48",
-        "--learning_rate",
-        "2e-3",
-        "--warmup",
-        "5",
-    ]
-    command += [
-        "--num_training_steps",
-        "20",
-        "--dump_interval",
-        "10",
-        "--log_interval",
-        "5",
-        "--output_dir",
-        str(folder),
-    ]
-    return subprocess.Popen([*command, *flags], cwd=ROOT)
+    (cache / "rtd_tiny_dropout.json").write_text(json.dumps(values))
+    kinds, steps = (TOY_RUNS, 4) if is_toy else (RUNS, 20)
+    last = Path("checkpoints", f"step-{steps:08}")
 
+    started = [start_tiny(runs / f"{kind}-{n}", cache, steps, kinds[kind]) for kind in kinds for n in (1, 2)]
+    for process in started:
+        process.wait()
+    for kind in kinds:
+        shutil.copytree(runs / f"{kind}-1", runs / f"{kind}-resumed")
+        shutil.rmtree(runs / f"{kind}-resumed" / last, ignore_errors=True)
+    started = [start_tiny(runs / f"{kind}-resumed", cache, steps, kinds[kind]) for kind in kinds]
+    for process in started:
+        process.wait()
 
-def run_runs(out: Path, toy: bool) -> dict:
-    """Compare the bits of two runs of the tiny preset, and of one resumed from its middle."""
-    cache = out / "cache"
-    os.environ["DEBERTA_CACHE"] = str(cache)
-    prepare = [
-        sys.executable,
-        "prepare_data.py",
-        "--corpus",
-        "sample",
-        "--train_vocab",
-        "8000",
-        "--max_seq_length",
-        "128",
-    ]
-    subprocess.run(prepare, check=True, cwd=ROOT)
-    runs = {}
-    kinds = [["--attention", "triton"], ["--attention", "triton", "--deterministic", "True"]]
-    kinds += [["--attention", "sdpa"], ["--attention", "triton", "--precision", "fp16"]]
-    kinds = [["--attention", "eager"]] if toy else kinds
-    for flags in kinds:
-        name = "-".join(flag for flag in flags if not flag.startswith("--"))
-        runs[name] = [(out / "runs" / f"{name}-{number}", flags) for number in (1, 2)]
-    for attempt in (1, 2):  # the first run is resumed from its middle in the second round
-        started = []
-        for pair in runs.values():
-            for folder, flags in (
-                pair if attempt == 1 else [(pair[0][0].with_name(pair[0][0].name + "-resumed"), pair[0][1])]
-            ):
-                if attempt == 2:
-                    subprocess.run(["cp", "-r", str(pair[0][0]), str(folder)], check=True)
-                    subprocess.run(["rm", "-r", str(folder / "checkpoints" / "step-00000020")], check=True)
-                started.append(train_tiny(folder, cache, *flags))
-        for process in started:
-            process.wait()
     result = {}
-    for name, pair in runs.items():
-        weights = [folder / "checkpoints" / "step-00000020" / "model.safetensors" for folder, _ in pair]
-        resumed = (
-            pair[0][0].with_name(pair[0][0].name + "-resumed")
-            / "checkpoints"
-            / "step-00000020"
-            / "model.safetensors"
-        )
-        contents = [path.read_bytes() if path.exists() else None for path in (*weights, resumed)]
-        result[name] = {
-            "twice_the_same_bits": contents[0] is not None and contents[0] == contents[1],
-            "resumed_the_same_bits": contents[0] is not None and contents[0] == contents[2],
-            "last_line": (pair[0][0] / "metrics.jsonl").read_text().splitlines()[-1:],
+    for kind in kinds:
+        contents = []
+        for name in ("1", "2", "resumed"):
+            weights = runs / f"{kind}-{name}" / last / "model.safetensors"
+            contents.append(weights.read_bytes() if weights.exists() else name.encode())
+        result[kind] = {
+            "twice_same_bits": contents[0] == contents[1],
+            "resumed_same_bits": contents[0] == contents[2],
         }
     return result
 
 
-def measure_step(config_name: str, sequences: int, who: str, flags: dict, length: int = 512) -> dict:
-    """Median seconds of ten steps after three, by synchronized clock; peak memory; MFU."""
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = True  # for both
-    device, started = device_name(), time.perf_counter()
-    step = (
-        ours(config_name, "bf16", device, **flags) if who == "ours" else theirs(config_name, "bf16", device)
-    )
-    values = read_json(CONFIGS / config_name)
-    vocab = values["generator"]["vocab_size"]
-    batches = [make_batch(sequences, length, number, vocab) for number in range(4)]
-    if who == "theirs":
-        batches = [batch.to(torch.device(device)) for batch in batches]
-    seconds = []
-    for number in range(13):
-        if has_gpu():
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        step(batches[number % 4])
-        if has_gpu():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        if number > 4 and time.perf_counter() - started > 60:
-            break
-    median = sorted(seconds[3:])[len(seconds[3:]) // 2]
-    rate = sequences * length / median
-    result = {"seconds": median, "range": [min(seconds[3:]), max(seconds[3:])], "tokens_per_second": rate}
-    if has_gpu():
-        name = torch.cuda.get_device_name()
-        peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if peak:
-            result["mfu"] = rate * flops_per_token(values, length) / peak
-    return result
-
-
-def run_steps(out: Path, toy: bool) -> dict:
+def run_steps(out: Path, is_toy: bool) -> dict:
     """Measure one step of each case, in a process of its own."""
-    results = []
-    for config_name, sequences, who, flags in TOY_STEPS if toy else STEPS:
-        case = {"config": config_name, "sequences": sequences, "who": who, **flags}
-        code = "import json, sys; from benchmarks.gpu import measure_step as m; a = json.loads(sys.argv[1])\n"
-        code += "print(json.dumps(m(*a)))"
-        arguments = json.dumps([config_name, sequences, who, flags, 64 if toy else 512])
-        done = subprocess.run(
-            [sys.executable, "-c", code, arguments], capture_output=True, text=True, cwd=ROOT, check=False
-        )
-        if done.returncode:
-            case["error"] = done.stderr.strip().splitlines()[-1]
-            print(done.stderr, file=sys.stderr)
-        else:
-            case |= json.loads(done.stdout.splitlines()[-1])
-        results.append(case)
-        print(json.dumps(case), flush=True)
-        (out / "steps.json").write_text(json.dumps(results, indent=1))  # what there is when time is up
-    return {"cases": results}
+    rows = []
+    for case in TOY_STEPS if is_toy else STEPS:
+        case = case._replace(device=DEVICE, steps=2 if is_toy else 10)
+        row = case._asdict()
+        try:
+            result = measure_in_process(case, timeout=90)
+            row |= result | summarize([result], None)
+        except subprocess.CalledProcessError as error:
+            row["error"] = error.stderr.strip().splitlines()[-1]
+            print(error.stderr, file=sys.stderr)
+        except subprocess.TimeoutExpired:
+            row["error"] = "out of time"
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        (out / "steps.result.json").write_text(json.dumps(rows, indent=1))  # what there is when time is up
+    return {"cases": rows}
 
 
-def run_synchronization(_out: Path, toy: bool) -> dict:
+def build_probe(is_toy: bool, sequences: int) -> tuple:
+    """Return a step and a function that makes batches for it."""
+    config_name = "rtd_tiny.json" if is_toy else "rtd_base.json"
+    size, length = (2, 64) if is_toy else (sequences, 512)
+    vocabulary = read_head_config(config_name)["vocab_size"]
+    step = build_ours(config_name, "bf16", DEVICE, compile=False)
+    return step, lambda number: make_batch(size, length, number, vocabulary)
+
+
+def run_synchronization(_out: Path, is_toy: bool) -> dict:
     """Name the places at which one step waits for the device."""
-    import warnings
-
-    step = ours("rtd_tiny.json" if toy else "rtd_base.json", "bf16", device_name(), attention="auto")
-    vocab = 8064 if toy else 128100
-    batches = [make_batch(2 if toy else 8, 64 if toy else 512, number, vocab) for number in range(2)]
-    step(batches[0])
-    if not has_gpu():
+    step, make = build_probe(is_toy, 8)
+    step(make(0))
+    if DEVICE == "cpu":
         return {"places": None}
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        step(batches[1])
+        step(make(1))
     torch.cuda.set_sync_debug_mode("default")
     return {"places": sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught}), "times": len(caught)}
 
 
-def run_profile(out: Path, toy: bool) -> dict:
-    """Time on the device by kernel, for one step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    step = ours("rtd_tiny.json" if toy else "rtd_base.json", "bf16", device_name(), attention="auto")
-    vocab = 8064 if toy else 128100
-    batches = [make_batch(2 if toy else 32, 64 if toy else 512, number, vocab) for number in range(4)]
-    for batch in batches[:3]:
-        step(batch)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu() else [])]
+def run_profile(out: Path, is_toy: bool) -> dict:
+    """Write the time of one step by kernel to OUT/profile.txt."""
+    step, make = build_probe(is_toy, 32)
+    for number in range(3):
+        step(make(number))
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]
     with profile(activities=activities) as profiler:
-        step(batches[3])
-        if has_gpu():
-            torch.cuda.synchronize()
-    order = "self_cuda_time_total" if has_gpu() else "self_cpu_time_total"
+        step(make(3))
+        synchronize(DEVICE)
+    order = f"self_{DEVICE}_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
     (out / "profile.txt").write_text(table)
     return {"table": "profile.txt"}
 
 
+def run_part(part: str, out: Path, is_toy: bool) -> dict:
+    """Run one part in a process of its own, and return its status and what there is of its result."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.gpu", str(out), "--one", "--parts", part]
+    command += ["--toy"] * is_toy
+    limit = PARTS[part] * (5 if is_toy else 1)  # on a CPU that others may use
+    status: int | str = "out of time"
+    with (out / f"{part}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the processes that the part started, too
+            process.wait()
+    file = out / f"{part}.result.json"
+    result = json.loads(file.read_text()) if file.exists() else {}
+    if isinstance(result, list):
+        result = {"cases": result}
+    return result | {"status": status, "part_seconds": round(time.perf_counter() - started, 1)}
+
+
+def write_archive(out: Path) -> Path:
+    """Write OUT.tar.gz: logs, figures and metrics, without checkpoints and data."""
+    patterns = ("*.log", "*.json", "*.txt", "runs/*.log", "runs/*/metrics.jsonl")
+    files = [path for pattern in patterns for path in out.glob(pattern)]
+    archive = out.with_name(f"{out.name}.tar.gz")
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in sorted(files):
+            if path.stat().st_size < LARGEST_ARCHIVE // 4:
+                tar.add(path, str(path.relative_to(out.parent)))
+    assert archive.stat().st_size < LARGEST_ARCHIVE
+    return archive
+
+
+def print_table(results: dict) -> None:
+    """Print the device and a short table."""
+    print(f"\n{results['device']}, torch {results['versions']['torch']}, commit {results['commit']}")
+    for part, result in results["parts"].items():
+        figures = {key: value for key, value in result.items() if key not in ("cases", "part_seconds")}
+        print(f"{part} ({result['part_seconds']} s): {json.dumps(figures)}")
+    columns = f"{'ms/step':>10}{'tokens/s':>11}{'peak GB':>9}{'GFLOP':>10}{'MFU':>8}"
+    print(f"{'':<60}{columns}")
+    for case in results["parts"].get("steps", {}).get("cases", []):
+        flags = " ".join(f"{name}={value}" for name, value in case["flags"].items())
+        name = f"{case['config']:<26}{case['sequences']:>4}x{case['length']:<4} {case['who']:<9}{flags}"
+        print(f"{name:<60}" + (case["error"][:80] if "error" in case else format_row(case)))
+
+
 def main() -> None:
+    """Run all parts, write results and archive, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -264,52 +267,20 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     if arguments.one:
         (part,) = arguments.parts
         result = globals()[f"run_{part}"](out, arguments.toy)
         (out / f"{part}.result.json").write_text(json.dumps(result))
         return
-    results = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if has_gpu() else "cpu"}
+    out.mkdir(parents=True)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
+    results: dict = about() | {"device": device, "has_triton": HAS_TRITON, "parts": {}}
     for part in arguments.parts:
-        started = time.perf_counter()
-        command = [sys.executable, "-m", "benchmarks.gpu", str(out), "--one", "--parts", part]
-        command += ["--toy"] * arguments.toy
-        with (out / f"{part}.log").open("w") as log:
-            try:
-                status = subprocess.run(
-                    command, stdout=log, stderr=log, timeout=PARTS[part], cwd=ROOT, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = "out of time"
-        file = out / f"{part}.result.json"
-        partial = out / "steps.json"
-        result = json.loads(file.read_text()) if file.exists() else {}
-        if part == "steps" and not result and partial.exists():
-            result = {"cases": json.loads(partial.read_text())}
-        results[part] = {"status": status, "seconds": round(time.perf_counter() - started, 1), **result}
-        print(f"{part}: status {status}, {results[part]['seconds']} s", flush=True)
+        results["parts"][part] = run_part(part, out, arguments.toy)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(part, results["parts"][part]["status"], flush=True)
+    print(write_archive(out))
     print_table(results)
-
-
-def print_table(results: dict) -> None:
-    print(f"\n{results['device']}, torch {results['torch']}")
-    for part in ("golden", "runs", "synchronization"):
-        if part in results:
-            print(
-                part, json.dumps({k: v for k, v in results[part].items() if k not in ("status", "seconds")})
-            )
-    for case in results.get("steps", {}).get("cases", []):
-        flags = " ".join(f"{k}={v}" for k, v in case.items() if k in ("attention", "compile", "kernels"))
-        name = f"{case['config']:<26}{case['sequences']:>4}x512 {case['who']:<7}{flags:<30}"
-        if "error" in case:
-            print(name, case["error"][:80])
-        else:
-            memory = f"{case['peak_gb']:.1f} GB" if "peak_gb" in case else ""
-            mfu = f"MFU {case['mfu']:.1%}" if "mfu" in case else ""
-            rate = f"{case['tokens_per_second']:>10,.0f} tokens/s"
-            print(f"{name}{case['seconds'] * 1e3:>9.1f} ms {rate} {mfu} {memory}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.about import about, scripts_environment  # noqa: E402
-from benchmarks.training_step import CASES, measure  # noqa: E402
+from benchmarks.training_step import Case, measure  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 
 CONFIG = ROOT / "experiments" / "language_model" / "rtd_xsmall_continue.json"
@@ -41,8 +41,7 @@ def measure_shape(size: int, length: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / CONFIG.name
         config.write_text(json.dumps(values))
-        CASES["shape"] = (str(config), size, length)
-        return measure("shape", "ours", "bf16", steps)
+        return measure(Case(str(config), size, length, steps=steps))
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def main() -> None:
             env = scripts_environment()
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
             runs[shape].append(json.loads(output))
-    rates = [result["product_rate"] for results in runs.values() for result in results]
+    rates = [result["matmul_rate"] for results in runs.values() for result in results]
     rate = statistics.median(rates)
     print(f"large products: {rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
     rows = {shape: summary(*shape, results, rate) for shape, results in runs.items()}
@@ -80,7 +79,7 @@ def main() -> None:
                 f"{row['flops'] / 1e9:>8.0f}{row['share_of_floor']:>10.0%}{row['peak_gb']:>9.2f}"
             )
     if arguments.json:
-        figures = {"product_rates": rates, "shapes": list(rows.values())}
+        figures = {"matmul_rates": rates, "shapes": list(rows.values())}
         arguments.json.write_text(json.dumps(about() | figures, indent=1) + "\n")
 
 

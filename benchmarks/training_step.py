@@ -1,20 +1,23 @@
-"""Time, memory and share of the GEMM roofline of one training step, against `transformers`.
+"""Time, memory and share of the peak of one training step, against its peers.
 
-    python benchmarks/training_step.py --json results.json [--cases rtd-xsmall mlm-bert-base ...] [--rounds 3]
+    python -m benchmarks.training_step [--device cuda] [--cases rtd-xsmall ...] [--json results.json]
 
-Every measurement is a process of its own (peak memory is its high-water mark), ours and theirs in turns; the
-median step of each process after two warm-up steps, and the median of these over the rounds. Dropout is on.
-The peers:
+Every measurement is a process of its own, in turns; the median step of each process after two warm-up steps,
+and the median of these over the rounds. Dropout is on. Time is taken when the device has finished. Memory is
+the process's high-water mark on a CPU, and `torch.cuda.max_memory_allocated` on a GPU.
 
-- RTD: generator and discriminator are `DebertaV2Model`; the enhanced mask decoder is two more passes of the
-  last layer over all positions, the head reads masked positions only, samples come from softmax and
-  `multinomial`, the GDES table is summed each step; AdamW (fused with bfloat16), autocast for bfloat16.
-- MLM: `BertForMaskedLM` and `DebertaV2ForMaskedLM` with logits at all positions, as the library's example
-  script.
+- ours: as the training command runs it. On a CPU, with the environment that `mlm.sh` and `rtd.sh` set.
+- composed, RTD: generator and discriminator are `DebertaV2Model` of `transformers`; the enhanced mask decoder
+  is two more passes of the last layer over all positions, the head reads masked positions only, samples come
+  from softmax and `multinomial`, the GDES table is summed each step; AdamW (fused with bfloat16), autocast.
+- composed, MLM: `BertForMaskedLM` and `DebertaV2ForMaskedLM` with logits at all positions, as the library's
+  example script.
+- eager: our plain PyTorch model, whose attention gathers scores by slot as the published code does, without
+  kernels and compiler. It leaves out work that the published code does: the decoder reads masked positions.
 
-Ours runs with the environment that `mlm.sh` and `rtd.sh` set. FLOPs are those of all matmuls of the plain
-model, without what is recomputed. The roofline is these FLOPs at the rate of large matmuls in the same
-precision, the median of all processes of the case.
+FLOPs: of RTD by the formula of `flops.py`, of MLM counted; without what is recomputed. Their share is of the
+rate of large matmuls in the same precision on a CPU (the median of all processes of the case), and of the
+vendor's dense bfloat16 peak on a GPU (MFU).
 """
 
 import argparse
@@ -24,33 +27,54 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.about import about, scripts_environment
+from benchmarks.flops import count_flops_per_token
+from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig
+from DeBERTa.config import read_json
+from DeBERTa.data.batch import Batch
+from DeBERTa.training.execution import set_execution
+from DeBERTa.training.memory import keep_freed_memory
+from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.about import about, scripts_environment  # noqa: E402
-from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig  # noqa: E402
-from DeBERTa.config import read_json  # noqa: E402
-from DeBERTa.data.batch import Batch  # noqa: E402
-from DeBERTa.training.execution import set_execution  # noqa: E402
-from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
-from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep  # noqa: E402
-
+CONFIGS = ROOT / "experiments" / "language_model"
+# Model config, sequences on a CPU and on a GPU, length.
 CASES = {
-    "rtd-xsmall": ("rtd_xsmall_continue.json", 4, 512),
-    "rtd-base": ("rtd_base.json", 1, 512),
-    "mlm-bert-base": ("bert_base.json", 2, 512),
-    "mlm-deberta-base": ("deberta_base.json", 2, 512),
+    "rtd-xsmall": ("rtd_xsmall_continue.json", 4, 256, 512),
+    "rtd-base": ("rtd_base.json", 1, 128, 512),
+    "rtd-large": ("rtd_large.json", 1, 32, 512),
+    "mlm-bert-base": ("bert_base.json", 2, 64, 512),
+    "mlm-deberta-base": ("deberta_base.json", 2, 64, 512),
 }
-MASK_ID = 128000
+PEERS = ("ours", "composed", "eager")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the vendor's data sheets
 
 
-def make_batch(size: int, length: int, seed: int, vocabulary: int = MASK_ID + 100) -> Batch:
+class Case(NamedTuple):
+    """What one process measures.
+
+    who: one of PEERS. flags: of the training command, for ours.
+    """
+
+    config: str
+    sequences: int
+    length: int = 512
+    who: str = "ours"
+    precision: str = "bf16"
+    device: str = "cpu"
+    flags: dict[str, object] = {}  # noqa: RUF012  never written to
+    steps: int = 3
+
+
+def make_batch(size: int, length: int, seed: int, vocabulary: int) -> Batch:
     """Random tokens, exactly 15 % of each line masked."""
     generator = torch.Generator().manual_seed(seed)
     mask_id = vocabulary - 100
@@ -65,11 +89,11 @@ def make_batch(size: int, length: int, seed: int, vocabulary: int = MASK_ID + 10
     )
 
 
-def ours(config_name: str, precision: str, device: str = "cpu", **flags: object):
-    """Our training step, as `python -m DeBERTa.train` runs it with `flags`."""
+def build_ours(config_name: str, precision: str, device: str = "cpu", **flags: object):
+    """Return our training step, as `python -m DeBERTa.train` runs it with `flags`."""
     if device == "cpu":
         keep_freed_memory()
-    values = read_json(ROOT / "experiments" / "language_model" / config_name)
+    values = read_json(CONFIGS / config_name)
     rtd = "generator" in values
     config = TrainConfig(task_name="RTD" if rtd else "MLM", **flags)
     place = torch.device(device)
@@ -193,8 +217,9 @@ class LibraryMLM:
         self.optimizer.zero_grad()
 
 
-def theirs(config_name: str, precision: str, device: str = "cpu"):
-    values = read_json(ROOT / "experiments" / "language_model" / config_name)
+def build_composed(config_name: str, precision: str, device: str = "cpu"):
+    """Return the peer's training step."""
+    values = read_json(CONFIGS / config_name)
     with torch.device(device):
         peer = (ComposedRTD if "generator" in values else LibraryMLM)(values, precision, device)
     for model in vars(peer).values():
@@ -203,46 +228,132 @@ def theirs(config_name: str, precision: str, device: str = "cpu"):
     return peer
 
 
-def product_rate(precision: str) -> float:
-    """FLOP/s of large matrix products over two seconds: single ones vary by a factor of three."""
+def measure_matmul_rate(precision: str) -> float:
+    """Return FLOP/s of large matmuls on the CPU over two seconds: single ones vary by a factor of three."""
     size = 3072
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     a @ b
-    products, started = 0, time.perf_counter()
+    matmuls, started = 0, time.perf_counter()
     while time.perf_counter() - started < 2:
         a @ b
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - started)
+        matmuls += 1
+    return 2 * size**3 * matmuls / (time.perf_counter() - started)
 
 
 def count_flops(config_name: str, precision: str, batch: Batch) -> int:
-    """Count the FLOPs of matmuls in one step of plain PyTorch, without recomputed logits."""
-    step = ours(config_name, precision, kernels="off")
+    """Count the FLOPs of matmuls in one step of plain PyTorch on a CPU, without recomputed logits."""
+    step = build_ours(config_name, precision, kernels="off")
     with FlopCounterMode(display=False) as counter:
         step(batch)
-    values = read_json(ROOT / "experiments" / "language_model" / config_name)
-    head = values.get("generator", values)
+    head = read_head_config(config_name)
     return counter.get_total_flops() - 2 * batch.masked_tokens * head["vocab_size"] * head["hidden_size"]
 
 
-def measure(case: str, who: str, precision: str, steps: int) -> dict:
-    """In this process: seconds a step, peak memory, FLOPs (ours), rate of products."""
-    config_name, size, length = CASES[case]
+def read_head_config(config_name: str) -> dict:
+    """Return the model config of the LM head's model."""
+    values = read_json(CONFIGS / config_name)
+    return values.get("generator", values)
+
+
+def synchronize(device: str) -> None:
+    """Wait until `device` has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(case: Case, limit: float = 60) -> list[float]:
+    """Return seconds of each step, two warm-up steps included; no new step starts after `limit` seconds."""
     torch.manual_seed(0)
-    step = (ours if who == "ours" else theirs)(config_name, precision)
-    seconds = []
-    for number in range(steps + 2):
-        batch = make_batch(size, length, number)
-        started = time.perf_counter()
+    torch.backends.cuda.matmul.allow_tf32 = True  # for all
+    started = time.perf_counter()
+    if case.who == "composed":
+        step = build_composed(case.config, case.precision, case.device)
+    else:
+        flags = {"kernels": "off", "compile": False} if case.who == "eager" else case.flags
+        step = build_ours(case.config, case.precision, case.device, **flags)
+    vocabulary = read_head_config(case.config)["vocab_size"]
+    seconds: list[float] = []
+    for number in range(case.steps + 2):
+        if number > 2 and time.perf_counter() - started > limit:
+            break
+        batch = make_batch(case.sequences, case.length, number, vocabulary)
+        if case.who == "composed":
+            batch = batch.to(torch.device(case.device))
+        synchronize(case.device)
+        begin = time.perf_counter()
         step(batch)
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    result = {"seconds": statistics.median(seconds[2:]), "all_seconds": seconds, "peak_gb": peak}
-    if who == "ours":
-        result["flops"] = count_flops(config_name, precision, batch)
-    result["product_rate"] = product_rate(precision)
+        synchronize(case.device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure(case: Case) -> dict:
+    """Return seconds per step, tokens/s, peak memory, FLOPs, and their share of the peak, of this process."""
+    all_seconds = time_steps(case)
+    seconds = statistics.median(all_seconds[2:])
+    tokens = case.sequences * case.length
+    result: dict = {"seconds": seconds, "all_seconds": all_seconds, "tokens_per_second": tokens / seconds}
+    values = read_json(CONFIGS / case.config)
+    if case.device == "cuda":
+        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        name = torch.cuda.get_device_name()
+        peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+    else:
+        result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = result["matmul_rate"] = measure_matmul_rate(case.precision)
+    if "generator" in values:
+        result["flops"] = tokens * count_flops_per_token(values, case.length)
+    else:
+        batch = make_batch(1, case.length, 0, values["vocab_size"])
+        result["flops"] = case.sequences * count_flops(case.config, case.precision, batch)
+    if peak:
+        result["share"] = result["flops"] / seconds / peak
     return result
+
+
+def measure_in_process(case: Case, timeout: float | None = None) -> dict:
+    """Return what `measure` returns in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.training_step", "--one", json.dumps(case._asdict())]
+    env = scripts_environment() if case.who == "ours" and case.device == "cpu" else None
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=env, cwd=ROOT, timeout=timeout
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def summarize(results: list[dict], rate: float | None) -> dict:
+    """Return medians over the processes of one peer; `rate` in FLOP/s replaces the peak of each."""
+    row = {"spread": [min(r["seconds"] for r in results), max(r["seconds"] for r in results)]}
+    for name in ("seconds", "tokens_per_second", "peak_gb", "flops"):
+        row[name] = statistics.median(r[name] for r in results)
+    if rate is not None:
+        row["share"] = row["flops"] / rate / row["seconds"]
+    elif "share" in results[0]:
+        row["share"] = statistics.median(r["share"] for r in results)
+    return row
+
+
+def compare_peers(
+    build_case: Callable[[str, str], Case], precisions: list[str], peers: list[str], rounds: int
+) -> dict:
+    """Measure one case `rounds` times in turns, and return a row per precision and peer."""
+    runs: dict[tuple[str, str], list[dict]] = {(p, who): [] for p in precisions for who in peers}
+    for _ in range(rounds):
+        for (precision, who), results in runs.items():
+            results.append(measure_in_process(build_case(precision, who)))
+    rows: dict = {}
+    for (precision, who), results in runs.items():
+        rates = [r["matmul_rate"] for peer in peers for r in runs[precision, peer] if "matmul_rate" in r]
+        rows.setdefault(precision, {})[who] = summarize(results, statistics.median(rates) if rates else None)
+    return rows
+
+
+def format_row(row: dict) -> str:
+    """Return the columns of one row of the table."""
+    share = f"{row['share']:>8.1%}" if "share" in row else f"{'':>8}"
+    columns = f"{row['seconds'] * 1e3:>10.1f}{row['tokens_per_second']:>11,.0f}{row['peak_gb']:>9.2f}"
+    return f"{columns}{row['flops'] / 1e9:>10,.0f}{share}"
 
 
 def main() -> None:
@@ -250,74 +361,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["ours", "composed"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--sequences", type=int, help="in place of those of the cases")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind, in turns")
     parser.add_argument("--steps", type=int, default=3, help="steps measured in each process")
-    parser.add_argument("--one", nargs=3, metavar=("CASE", "WHO", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="CASE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(*arguments.one, arguments.steps)))
+        print(json.dumps(measure(Case(**json.loads(arguments.one)))))
         return
 
     table = {}
-    columns = f"{'s/step':>9}{'tokens/s':>10}{'peak GB':>9}{'GFLOP':>8}{'roofline':>9}"
-    print(f"{'case':<18}{'precision':<10}{'':<8}{columns}")
-    for case in arguments.cases:
-        runs: dict[tuple[str, str], list[dict]] = {}
-        for _ in range(arguments.rounds):
-            for precision in arguments.precisions:
-                for who in ("ours", "theirs"):
-                    command = [
-                        sys.executable,
-                        __file__,
-                        "--steps",
-                        str(arguments.steps),
-                        "--one",
-                        case,
-                        who,
-                        precision,
-                    ]
-                    env = scripts_environment() if who == "ours" else None
-                    output = subprocess.run(
-                        command, check=True, capture_output=True, text=True, env=env
-                    ).stdout
-                    runs.setdefault((precision, who), []).append(json.loads(output))
-        _, size, length = CASES[case]
-        for (precision, who), results in runs.items():
-            flops = runs[precision, "ours"][0]["flops"]
-            seconds = statistics.median(result["seconds"] for result in results)
-            rate = statistics.median(
-                r["product_rate"] for who in ("ours", "theirs") for r in runs[precision, who]
-            )
-            row = {
-                "seconds": seconds,
-                "spread": [min(r["seconds"] for r in results), max(r["seconds"] for r in results)],
-                "tokens_per_second": size * length / seconds,
-                "peak_gb": statistics.median(result["peak_gb"] for result in results),
-                "flops": flops,
-                "product_rate": rate,
-                "share_of_floor": flops / rate / seconds,
-            }
-            table.setdefault(case, {}).setdefault(precision, {})[who] = row
-            print(
-                f"{case:<18}{precision:<10}{who:<8}{seconds:>9.2f}{row['tokens_per_second']:>10.0f}"
-                f"{row['peak_gb']:>9.2f}{flops / 1e9:>8.0f}{row['share_of_floor']:>9.0%}",
-                flush=True,
-            )
-        for ratio, (a, b) in {
-            "fp32 over bf16": ("fp32", "bf16"),
-            "fp32 over fp32": ("fp32", "fp32"),
-            "bf16 over bf16": ("bf16", "bf16"),
-        }.items():  # fmt: skip
-            if {a, b} <= set(table[case]):
-                them, us = table[case][a]["theirs"], table[case][b]["ours"]
-                figures = {"time": them["seconds"] / us["seconds"], "memory": us["peak_gb"] / them["peak_gb"]}
-                table[case].setdefault("ratios", {})[ratio] = figures
-                print(
-                    f"{'':<18}theirs {ratio} ours: "
-                    f"{figures['time']:.2f} times, memory {figures['memory']:.0%}"
-                )
+    columns = f"{'ms/step':>10}{'tokens/s':>11}{'peak GB':>9}{'GFLOP':>10}{'share':>8}"
+    print(f"{'case':<18}{'precision':<10}{'':<10}{columns}")
+    for name in arguments.cases:
+        config, on_cpu, on_gpu, length = CASES[name]
+        sequences = arguments.sequences or (on_gpu if arguments.device == "cuda" else on_cpu)
+
+        def build_case(precision: str, who: str, head: tuple = (config, sequences, length)) -> Case:
+            return Case(*head, who, precision, arguments.device, steps=arguments.steps)
+
+        table[name] = compare_peers(build_case, arguments.precisions, arguments.peers, arguments.rounds)
+        for precision, rows in table[name].items():
+            for who, row in rows.items():
+                print(f"{name:<18}{precision:<10}{who:<10}{format_row(row)}", flush=True)
+            for who in set(rows) - {"ours"} if "ours" in rows else ():
+                times = rows[who]["seconds"] / rows["ours"]["seconds"]
+                memory = rows["ours"]["peak_gb"] / rows[who]["peak_gb"]
+                print(f"{'':<18}{who} over ours: {times:.2f} times, memory {memory:.0%}")
     if arguments.json:
         arguments.json.write_text(json.dumps(about() | {"cases": table}, indent=1) + "\n")
 

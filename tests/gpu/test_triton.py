@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from DeBERTa import RTDConfig, RTDModel
+from DeBERTa.training.execution import set_execution
 from tests.conftest import tiny_rtd
 from tests.ops.triton_cases import compare
-from tests.training.batches import random_batch
+from tests.training.batches import random_batch, train_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
@@ -29,10 +30,9 @@ def test_agrees_with_float64(dtype, terms, shape):
     assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
-def test_whole_model(monkeypatch):
-    """Losses and gradients of an RTD model in float32 agree with plain PyTorch's."""
-    from DeBERTa.ops import select_implementations
-
+@pytest.mark.parametrize("flags", [{"compile": False}, {"compile": True}, {"attention": "sdpa"}])
+def test_whole_model(monkeypatch, flags):
+    """Losses and gradients of an RTD model in float32 agree with plain PyTorch's, compiled or not."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     values = tiny_rtd()
     for part in ("generator", "discriminator"):
@@ -40,7 +40,8 @@ def test_whole_model(monkeypatch):
     torch.manual_seed(0)
     plain = RTDModel(RTDConfig.from_dict(values)).cuda()
     fast = copy.deepcopy(plain)
-    assert select_implementations(fast, torch.device("cuda"), "auto", False) == "triton"
+    config = train_config(tf32=False, **flags)
+    assert set_execution(fast, config, torch.device("cuda"))["attention"] == flags.get("attention", "triton")
     batch = random_batch(length=40).to(torch.device("cuda"))
     results = []
     for model in (plain, fast):

@@ -1,0 +1,52 @@
+"""A dry run of benchmarks/gpu.sh on a CPU, and FLOPs by formula against the counter."""
+
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the package transformers is not installed")
+pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
+
+from benchmarks.flops import count_flops_per_token
+from benchmarks.training_step import CONFIGS, count_flops, make_batch
+from DeBERTa.config import read_json
+from tests.conftest import ROOT
+
+
+def test_formula_agrees_with_the_counter():
+    """To 3 %: the formula takes exactly 15 % masked positions, and as many table rows as tokens."""
+    values = read_json(CONFIGS / "rtd_tiny.json")
+    batch = make_batch(4, 128, 0, values["generator"]["vocab_size"])
+    counted = count_flops("rtd_tiny.json", "fp32", batch)
+    assert count_flops_per_token(values, 128) * 4 * 128 == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, run benchmarks/gpu.sh itself")
+def test_dry_run(tmp_path):
+    """All parts at toy sizes: each leaves its result, an archive is written, the table comes last."""
+    out = tmp_path / "out"
+    process = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", str(out), "--toy"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{sys.exec_prefix}/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+    )
+    results = json.loads((out / "results.json").read_text())["parts"]
+    assert {part: result["status"] for part, result in results.items()} == dict.fromkeys(results, 0)
+    assert (
+        results["runs"] | {"eager": {"twice_same_bits": True, "resumed_same_bits": True}} == results["runs"]
+    )
+    assert [case["who"] for case in results["steps"]["cases"]] == ["ours", "composed"]
+    assert all(case["tokens_per_second"] > 0 for case in results["steps"]["cases"])
+    last = process.stdout.splitlines()[-1]
+    assert last.startswith("rtd_tiny.json")
+    assert "composed" in last
+    with tarfile.open(tmp_path / "out.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"out/results.json", "out/profile.txt", "out/runs/eager-1/metrics.jsonl"} <= set(names)
