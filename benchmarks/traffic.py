@@ -269,7 +269,7 @@ def count_micro_batch(
         return generated[0].masked.loss.sum()
 
     def detect() -> torch.Tensor:
-        return model.detection_loss(generated[0].corrupted_ids, batch.input_mask, batch.labels).loss
+        return model.compute_detection_loss(generated[0].corrupted_ids, batch.input_mask, batch.labels).loss
 
     return count_passes(model, counter, generate, detect), counter
 

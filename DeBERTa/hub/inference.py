@@ -132,7 +132,8 @@ def detect_replaced(
     `[CLS]` and `[SEP]` at the ends are omitted. Raises `ConfigError` for a text that is too long.
     """
     input_ids = _encode_batch(encoder, text, model.config)
-    probabilities = model.logits(input_ids, torch.ones_like(input_ids), None)[0].sigmoid().tolist()
+    logits = model.compute_logits(input_ids, torch.ones_like(input_ids), None)
+    probabilities = logits[0].sigmoid().tolist()
     pieces = [encoder.tokenizer.pieces[i] for i in input_ids[0].tolist()]
     return [TokenProbability(*pair) for pair in zip(pieces, probabilities, strict=True)][1:-1]
 

@@ -44,7 +44,7 @@ class OnnxEncoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the last hidden state [B, L, h] of two int64 [B, L]."""
-        return self.deberta.last_hidden_state(input_ids, attention_mask)
+        return self.deberta.compute_last_hidden_state(input_ids, attention_mask)
 
 
 def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:

@@ -188,7 +188,7 @@ def load_tables(model: RTDModel, file: WeightsFile) -> tuple[list[str], int]:
     """
     embeddings = model.discriminator.deberta.embeddings
     done, loaded = [], 0
-    for prefix, base in zip((WORD, POSITION), model.generator.tables(), strict=True):
+    for prefix, base in zip((WORD, POSITION), model.generator.get_tables(), strict=True):
         module = getattr(embeddings, prefix.rpartition(".")[2])
         if not isinstance(module, OwnTable | ResidualTable):
             continue  # ES: the generator's

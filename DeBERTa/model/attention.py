@@ -134,7 +134,7 @@ class DisentangledSelfAttention(nn.Module):
             return Keys(k, v, input_mask, None, None, None)
         slots = positions.slots if query_positions is None else positions.slots[query_positions]
         key_table, query_table = self.project_positions(positions.table)
-        scores = None if query_table is None else self.position_to_content(k, query_table, slots)
+        scores = None if query_table is None else self.compute_position_to_content(k, query_table, slots)
         return Keys(k, v, input_mask, slots, key_table, scores)
 
     def project_positions(self, table: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -151,13 +151,13 @@ class DisentangledSelfAttention(nn.Module):
             query_table = self.split_heads(projection(table)) * self.scale
         return key_table, query_table
 
-    def content_to_position(
+    def compute_content_to_position(
         self, q: torch.Tensor, key_table: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """Return `q_i K_R[slot(i, j)]`, [B, H, M, L]."""
         return self.gather_scores(q @ key_table.transpose(1, 2), slots)
 
-    def position_to_content(
+    def compute_position_to_content(
         self, k: torch.Tensor, query_table: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """Return `k_j Q_R[slot(i, j)]`, [B, H, M, L]."""
@@ -172,7 +172,7 @@ class DisentangledSelfAttention(nn.Module):
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
         scores = q @ keys.k.transpose(2, 3)
         if keys.key_table is not None and keys.slots is not None:
-            scores = scores + self.content_to_position(q, keys.key_table, keys.slots)
+            scores = scores + self.compute_content_to_position(q, keys.key_table, keys.slots)
         if keys.position_to_content is not None:
             scores = scores + keys.position_to_content
         scores = scores.masked_fill(~keys.input_mask[:, None, None], torch.finfo(scores.dtype).min)

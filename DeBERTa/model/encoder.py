@@ -77,7 +77,7 @@ class Embeddings(nn.Module):
         """Return [B, L, h] of `words` [B, L, E], the word embeddings of `input_ids`."""
         x = words
         if self.position_biased_input:
-            x = x + self.position_embeddings(self.position_ids(input_ids), position_base)
+            x = x + self.position_embeddings(self.make_position_ids(input_ids), position_base)
         if self.has_types:
             x = x + self.token_type_embeddings(
                 torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -85,7 +85,7 @@ class Embeddings(nn.Module):
         x = self.LayerNorm(self.embed_proj(x))
         return self.dropout(x * input_mask.unsqueeze(-1).to(x.dtype))
 
-    def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def make_position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the positions int64 [1, L].
 
         Raises ValueError when the table has fewer rows than L.
@@ -293,7 +293,7 @@ class Deberta(nn.Module):
         layers = self.encoder.iterate_layers(embeddings, is_real, len(self.encoder.layer))
         return EncoderOutput(tuple(layers), embeddings)
 
-    def last_hidden_state(
+    def compute_last_hidden_state(
         self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None = None
     ) -> torch.Tensor:
         """Return the last layer's output [B, L, h] alone, as training needs it."""

@@ -11,7 +11,7 @@ from torch import nn
 from DeBERTa.config import ModelConfig
 from DeBERTa.data.batch import MaskedPositions
 from DeBERTa.model.encoder import ACTIVATION, Deberta, Layer
-from DeBERTa.model.losses import ChunkOperations, MaskedLoss, vocabulary_loss
+from DeBERTa.model.losses import ChunkOperations, MaskedLoss, compute_vocabulary_loss
 
 
 class LMHead(nn.Module):
@@ -46,7 +46,7 @@ class LMHead(nn.Module):
         With `uniforms_M`, a sample per masked position is returned, too.
         """
         x_ME = self.transform(hidden_Mh)
-        return vocabulary_loss(x_ME, word_table_VE, self.bias, targets_M, uniforms_M, self.operations)
+        return compute_vocabulary_loss(x_ME, word_table_VE, self.bias, targets_M, uniforms_M, self.operations)
 
 
 class EnhancedMaskDecoder(nn.Module):
@@ -82,7 +82,7 @@ class EnhancedMaskDecoder(nn.Module):
         queries = hidden_states.gather(1, masked.positions[:, :, None].expand(-1, -1, hidden_states.size(2)))
         passes = 1
         if not self.position_biased_input:
-            absolute = embeddings.position_embeddings(embeddings.position_ids(input_ids))
+            absolute = embeddings.position_embeddings(embeddings.make_position_ids(input_ids))
             # Not an index: on a CPU its backward pass adds rows of equal positions in the order of threads.
             queries = queries + nn.functional.embedding(masked.positions, embeddings.embed_proj(absolute)[0])
             passes = 2

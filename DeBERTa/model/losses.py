@@ -91,7 +91,7 @@ class ChunkOperations:
         return grad_MC @ table_CE.to(grad_MC.dtype)
 
 
-def vocabulary_loss(
+def compute_vocabulary_loss(
     x_ME: torch.Tensor,
     table_VE: torch.Tensor,
     bias_V: torch.Tensor,

@@ -94,16 +94,16 @@ class MaskedLanguageModel(nn.Module):
         masked = MaskedPositions.from_labels(labels)
         words = self.deberta.embeddings.word_embeddings(input_ids)
         hidden = self.lm_predictions.decode(self.deberta, words, input_ids, input_mask, masked)
-        logits = self.lm_predictions.lm_head(hidden, self.tables().word)
+        logits = self.lm_predictions.lm_head(hidden, self.get_tables().word)
         targets = labels.flatten()[masked.flat_index]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
-    def masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
+    def compute_masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
         """Return the results of `forward` that training needs, without the logits.
 
         sample: draw a token per masked position from the predicted distribution.
         """
-        words, table = TiedLookup.apply(self.tables().word, batch.input_ids)
+        words, table = TiedLookup.apply(self.get_tables().word, batch.input_ids)
         masked = batch.masked
         hidden = self.lm_predictions.decode(self.deberta, words, batch.input_ids, batch.input_mask, masked)
         targets = batch.labels.flatten()[masked.flat_index]
@@ -112,11 +112,11 @@ class MaskedLanguageModel(nn.Module):
 
     def generate(self, batch: Batch) -> Generated:
         """Predict the masked tokens, and replace them by samples of the prediction."""
-        masked = self.masked_loss(batch, sample=True)
+        masked = self.compute_masked_loss(batch, sample=True)
         assert masked.samples is not None
         return Generated(masked, batch.input_ids.masked_scatter(batch.labels > 0, masked.samples))
 
-    def tables(self) -> SharedTables:
+    def get_tables(self) -> SharedTables:
         """Return the embedding tables that a discriminator may share."""
         embeddings = self.deberta.embeddings
         tables = (embeddings.word_embeddings, embeddings.position_embeddings)
@@ -149,13 +149,13 @@ class ReplacedTokenDetectionModel(nn.Module):
         position counts as replaced where the sample differs from the original. `shared`: the generator's
         tables, under GDES and ES.
         """
-        logits = self.logits(input_ids, input_mask, shared)
+        logits = self.compute_logits(input_ids, input_mask, shared)
         is_real = input_mask > 0
         labels = is_replaced(input_ids, labels)[is_real].float()
         loss = F.binary_cross_entropy_with_logits(logits[is_real].float(), labels, reduction="none")
         return ReplacedTokenOutput(loss, logits, labels)
 
-    def detection_loss(
+    def compute_detection_loss(
         self,
         input_ids: torch.Tensor,
         input_mask: torch.Tensor,
@@ -166,17 +166,17 @@ class ReplacedTokenDetectionModel(nn.Module):
 
         Padding has weight 0.
         """
-        logits = self.logits(input_ids, input_mask, shared).float()
+        logits = self.compute_logits(input_ids, input_mask, shared).float()
         is_real, replaced = input_mask > 0, is_replaced(input_ids, labels)
         weight = is_real.float()
         loss = F.binary_cross_entropy_with_logits(logits, replaced.float(), weight=weight, reduction="sum")
         return DetectionLoss(loss, (((logits > 0) == replaced) & is_real).sum())
 
-    def logits(
+    def compute_logits(
         self, input_ids: torch.Tensor, input_mask: torch.Tensor, shared: SharedTables | None
     ) -> torch.Tensor:
         """Return logits [B, L], above 0 for tokens predicted as replaced."""
-        return self.mask_predictions(self.deberta.last_hidden_state(input_ids, input_mask, shared))
+        return self.mask_predictions(self.deberta.compute_last_hidden_state(input_ids, input_mask, shared))
 
 
 class RTDModel(nn.Module):
@@ -196,24 +196,26 @@ class RTDModel(nn.Module):
         per_token: return the discriminator's loss of every position instead of their sum.
         """
         generated = self.generator.generate(batch)
-        discriminate = self.discriminate if per_token else self.detection_loss
+        discriminate = self.discriminate if per_token else self.compute_detection_loss
         return generated, discriminate(generated.corrupted_ids, batch.input_mask, batch.labels)
 
-    def shared_tables(self) -> SharedTables | None:
+    def get_shared_tables(self) -> SharedTables | None:
         """Return the generator's tables for the discriminator, or None under NES."""
-        return None if self.config.embedding_sharing == "nes" else self.generator.tables()
+        return None if self.config.embedding_sharing == "nes" else self.generator.get_tables()
 
     def discriminate(
         self, corrupted_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> ReplacedTokenOutput:
         """Run the discriminator with the generator's current tables."""
-        return self.discriminator(corrupted_ids, input_mask, labels, self.shared_tables())
+        return self.discriminator(corrupted_ids, input_mask, labels, self.get_shared_tables())
 
-    def detection_loss(
+    def compute_detection_loss(
         self, corrupted_ids: torch.Tensor, input_mask: torch.Tensor, labels: torch.Tensor
     ) -> DetectionLoss:
         """Return the sums of `discriminate` that training needs."""
-        return self.discriminator.detection_loss(corrupted_ids, input_mask, labels, self.shared_tables())
+        return self.discriminator.compute_detection_loss(
+            corrupted_ids, input_mask, labels, self.get_shared_tables()
+        )
 
     @torch.no_grad()
     def merge_discriminator(self) -> dict[str, torch.Tensor]:
@@ -221,11 +223,11 @@ class RTDModel(nn.Module):
         state = {
             k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")
         }
-        embeddings, shared = self.discriminator.deberta.embeddings, self.shared_tables()
+        embeddings, shared = self.discriminator.deberta.embeddings, self.get_shared_tables()
         for name, base in zip(
             ("word_embeddings", "position_embeddings"), shared or (None, None), strict=True
         ):
-            state[f"deberta.embeddings.{name}.weight"] = getattr(embeddings, name).full(base)
+            state[f"deberta.embeddings.{name}.weight"] = getattr(embeddings, name).compute_full(base)
         return state
 
 

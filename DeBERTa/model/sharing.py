@@ -5,11 +5,11 @@ Source: DeBERTaV3, section 3.3.
 Sharing is explicit: the discriminator's forward pass receives the generator's tables as tensors, and each
 kind of table uses them in its own way. Shapes: V rows, E embedding width.
 
-| sharing | the discriminator's table is           | kind of table   | gradient of the RTD loss goes to |
-| ------- | -------------------------------------- | --------------- | -------------------------------- |
-| gdes    | stop_gradient(generator's) + residual  | `ResidualTable` | the residual                     |
-| es      | the generator's                        | `BorrowedTable` | the generator's table            |
-| nes     | its own                                | `OwnTable`      | its own table                    |
+| sharing | the discriminator's table is           | kind of table    | gradient of the RTD loss goes to |
+| ------- | -------------------------------------- | ---------------- | -------------------------------- |
+| gdes    | stop_gradient(generator's) + residual  | `ResidualTable`  | the residual                     |
+| es      | the generator's                        | `GeneratorTable` | the generator's table            |
+| nes     | its own                                | `OwnTable`       | its own table                    |
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class OwnTable(nn.Embedding):
         """Return the rows [..., E] of int64 `ids` [...], without using `base`."""
         return super().forward(ids)
 
-    def full(self, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+    def compute_full(self, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
         """Return the effective table [V, E]."""
         return self.weight
 
@@ -70,28 +70,28 @@ class ResidualTable(nn.Module):
         """Return `base[ids] + residual[ids]` [..., E] without adding full tables."""
         return F.embedding(ids, base.detach()) + F.embedding(ids, self._weight)
 
-    def full(self, base: torch.Tensor) -> torch.Tensor:
+    def compute_full(self, base: torch.Tensor) -> torch.Tensor:
         """Return the effective table [V, E]."""
         return base.detach() + self._weight
 
 
-class BorrowedTable(nn.Module):
+class GeneratorTable(nn.Module):
     """ES table: another model's, which receives the gradients of both losses."""
 
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the rows [..., E] of int64 `ids` [...]."""
         return F.embedding(ids, base)
 
-    def full(self, base: torch.Tensor) -> torch.Tensor:
+    def compute_full(self, base: torch.Tensor) -> torch.Tensor:
         """Return the effective table [V, E]."""
         return base
 
 
-EmbeddingTable = OwnTable | ResidualTable | BorrowedTable
+EmbeddingTable = OwnTable | ResidualTable | GeneratorTable
 
 
 def make_table(sharing: str, rows: int, width: int) -> EmbeddingTable:
     """Create the discriminator's table for "gdes", "es" or "nes"."""
     if sharing == "es":
-        return BorrowedTable()
+        return GeneratorTable()
     return ResidualTable(rows, width) if sharing == "gdes" else OwnTable(rows, width)

@@ -91,7 +91,7 @@ class SdpaSelfAttention(JointSelfAttention):
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
         bias = keys.position_to_content
         if keys.key_table is not None and keys.slots is not None:
-            c2p = self.content_to_position(q, keys.key_table, keys.slots)
+            c2p = self.compute_content_to_position(q, keys.key_table, keys.slots)
             bias = c2p if bias is None else c2p + bias
         bias = mask_keys(q.new_zeros(()) if bias is None else bias, keys.input_mask)
         return self.attend_with_bias(q, keys.k, keys.v, bias)

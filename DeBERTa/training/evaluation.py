@@ -30,7 +30,7 @@ def compute_outputs(
 ) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
     """Return losses and logits of a model that every rank holds in full."""
     if isinstance(model, MaskedLanguageModel):
-        return model.masked_loss(batch, sample=False), None
+        return model.compute_masked_loss(batch, sample=False), None
     generated, detected = model(batch, per_token=True)
     return generated.masked, detected
 

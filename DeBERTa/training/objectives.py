@@ -27,7 +27,7 @@ class MaskedLMObjective(nn.Module):
 
     def forward(self, batch: Batch) -> MaskedLoss:
         """Return the losses at the masked positions, in evaluation with samples."""
-        return self.model.masked_loss(batch, sample=not self.model.training)
+        return self.model.compute_masked_loss(batch, sample=not self.model.training)
 
 
 class GeneratorObjective(nn.Module):
@@ -56,5 +56,5 @@ class DiscriminatorObjective(nn.Module):
 
         `shared` receives no gradient.
         """
-        compute = self.model if per_token else self.model.detection_loss
+        compute = self.model if per_token else self.model.compute_detection_loss
         return compute(corrupted_ids, batch.input_mask, batch.labels, shared)

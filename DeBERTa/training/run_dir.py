@@ -192,7 +192,7 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     final = weights  # full tables of a discriminator are as large as its residuals; under ES it has none
     if isinstance(model, RTDModel) and model.config.embedding_sharing == "es":
-        final += sum(table.nbytes for table in model.generator.tables())
+        final += sum(table.nbytes for table in model.generator.get_tables())
     checkpoint, free = weights + moments, shutil.disk_usage(run_dir).free
     if free < checkpoint + final:
         raise StorageError(

@@ -258,7 +258,7 @@ class ReplacedTokenStep(TrainingStep):
 
         Collective: every rank calls it.
         """
-        shared = self.model.shared_tables()
+        shared = self.model.get_shared_tables()
         return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 
     def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:

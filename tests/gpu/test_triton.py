@@ -45,8 +45,8 @@ def test_whole_model(monkeypatch, flags):
     batch = random_batch(length=40).to(torch.device("cuda"))
     results = []
     for model in (plain, fast):
-        masked = model.generator.masked_loss(batch, sample=False)
-        found = model.detection_loss(batch.input_ids, batch.input_mask, batch.labels)
+        masked = model.generator.compute_masked_loss(batch, sample=False)
+        found = model.compute_detection_loss(batch.input_ids, batch.input_mask, batch.labels)
         (masked.loss.sum() + found.loss).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([masked.loss.detach(), found.loss.detach(), *gradients])

@@ -132,7 +132,7 @@ def compute_lm_logits(model: MaskedLanguageModel, batch: dict[str, torch.Tensor]
     masked = MaskedPositions.from_labels(is_real)
     words = model.deberta.embeddings.word_embeddings(batch["input_ids"])
     hidden = model.lm_predictions.decode(model.deberta, words, batch["input_ids"], is_real, masked)
-    return model.lm_predictions.lm_head(hidden, model.tables().word)
+    return model.lm_predictions.lm_head(hidden, model.get_tables().word)
 
 
 @torch.no_grad()

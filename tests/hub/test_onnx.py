@@ -27,8 +27,8 @@ def test_encoder(tmp_path, variant):
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
         actual = torch.from_numpy(session.run(["last_hidden_state"], inputs)[0])
         with torch.no_grad():
-            expected = model.discriminator.deberta.last_hidden_state(
-                input_ids, mask, model.generator.tables()
+            expected = model.discriminator.deberta.compute_last_hidden_state(
+                input_ids, mask, model.generator.get_tables()
             )
         assert actual.shape == expected.shape
         torch.testing.assert_close(actual[mask > 0], expected[mask > 0], atol=1e-4, rtol=0)

@@ -42,7 +42,7 @@ def published(tmp_path):
     discriminator = disturb(ReplacedTokenDetectionModel(model.config.discriminator))
     torch.save(model.generator.state_dict(), tmp_path / "pytorch_model.generator.bin")
     residuals = {}
-    for name, base in zip((WORD, POSITION), model.generator.tables(), strict=True):
+    for name, base in zip((WORD, POSITION), model.generator.get_tables(), strict=True):
         residuals[name] = 0.05 * torch.randn_like(base)
         discriminator.get_parameter(f"{name}.weight").data = (base + residuals[name]).detach()
     return tmp_path, discriminator, residuals

@@ -95,7 +95,7 @@ def check_masked_language_model(name: str, device: torch.device, flags: dict) ->
     # The path that training takes.
     model.zero_grad()
     inputs = [tensor.cpu() for tensor in (input_ids, input_mask, labels, torch.rand(labels.shape))]
-    trained = model.masked_loss(Batch.from_tensors(*inputs).to(device), sample=False)
+    trained = model.compute_masked_loss(Batch.from_tensors(*inputs).to(device), sample=False)
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
     trained.loss.mean().backward()
@@ -129,7 +129,7 @@ def check_replaced_token_detection(device: torch.device, flags: dict) -> None:
 
     # The path that training takes.
     model.zero_grad()
-    trained = model.detection_loss(golden["in/corrupted_ids"], input_mask, labels)
+    trained = model.compute_detection_loss(golden["in/corrupted_ids"], input_mask, labels)
     assert_forward(trained.loss / real.sum(), golden["out/rtd_loss"])
     assert trained.correct == ((golden["out/rtd_logits"] > 0)[real] == (golden["out/rtd_labels"] > 0)).sum()
     (trained.loss / real.sum()).backward()

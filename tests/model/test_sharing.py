@@ -68,12 +68,12 @@ def test_gdes_starts_at_the_generators_table_and_follows_it():
     model = make("gdes")
     word = model.discriminator.deberta.embeddings.word_embeddings
     ids = torch.arange(10)
-    base = model.shared_tables().word
+    base = model.get_shared_tables().word
     assert torch.equal(word(ids, base), base[:10])
     with torch.no_grad():
         word.get_parameter("_weight")[3] += 1.0
         base[5] += 2.0
-    assert torch.equal(word(ids, base), word.full(base)[:10])
+    assert torch.equal(word(ids, base), word.compute_full(base)[:10])
     assert torch.equal(word(ids, base)[3], base[3] + 1.0)
 
 

@@ -48,11 +48,14 @@ def test_scores_are_not_saved():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ours = attention.content_to_position(q, table, slots), attention.position_to_content(q, table, slots)
+        ours = (
+            attention.compute_content_to_position(q, table, slots),
+            attention.compute_position_to_content(q, table, slots),
+        )
     plain = DisentangledSelfAttention
     theirs = (
-        plain.content_to_position(attention, q, table, slots),
-        plain.position_to_content(attention, q, table, slots),
+        plain.compute_content_to_position(attention, q, table, slots),
+        plain.compute_position_to_content(attention, q, table, slots),
     )
     assert saved
     assert (2, 2, 40, 32) not in saved

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from DeBERTa.model.losses import ChunkOperations, vocabulary_loss
+from DeBERTa.model.losses import ChunkOperations, compute_vocabulary_loss
 from DeBERTa.ops.losses import CompiledChunkOperations
 
 # Rounding of sums over 1300 tokens; of bfloat16, the gradient of the bias, which plain PyTorch rounds.
@@ -24,7 +24,7 @@ def test_compiled_chunks_compute_the_same(dtype):
         targets, uniforms = torch.randint(0, 1300, (rows,)), torch.rand(rows).double()
         results = []
         for operations in (CompiledChunkOperations(512), ChunkOperations(512)):
-            masked = vocabulary_loss(x, table, bias, targets, uniforms, operations)
+            masked = compute_vocabulary_loss(x, table, bias, targets, uniforms, operations)
             gradients = torch.autograd.grad((masked.loss * weights).sum(), (x, table, bias))
             assert masked.correct.dtype == torch.bool
             results.append((masked.loss.detach(), masked.correct, masked.samples, *gradients))

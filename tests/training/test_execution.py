@@ -41,11 +41,11 @@ def losses_and_gradients(model: nn.Module, length: int = 32) -> dict[str, torch.
         # Rounding may change a sample: the discriminator reads given tokens.
         given = torch.arange(len(out.samples)) * 7 % 190 + 4
         ids = batch.input_ids.masked_scatter(batch.labels > 0, given)
-        detected = model.detection_loss(ids, batch.input_mask, batch.labels)
+        detected = model.compute_detection_loss(ids, batch.input_mask, batch.labels)
         loss = out.loss.sum() / batch.masked_tokens + 10 * detected.loss / batch.real_tokens
         losses = {"generator": out.loss, "discriminator": detected.loss, "samples": out.samples}
     else:
-        out = model.masked_loss(batch, sample=False)
+        out = model.compute_masked_loss(batch, sample=False)
         loss, losses = out.loss.mean(), {"loss": out.loss}
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -90,7 +90,9 @@ def test_checkpointing_keeps_less(path):
         config = train_config(**PATHS[path], gradient_checkpointing=gradient_checkpointing)
         set_execution(model, config, CPU)
         parameters = sum(p.nbytes for p in model.parameters())
-        kept.append(saved_bytes(lambda model=model: model.masked_loss(batch, sample=False)) - parameters)
+        kept.append(
+            saved_bytes(lambda model=model: model.compute_masked_loss(batch, sample=False)) - parameters
+        )
     assert 0 < kept[1] < kept[0] / 4
 
 
@@ -99,7 +101,7 @@ def test_evaluation_stores_no_checkpoints(monkeypatch):
     set_execution(model, train_config(gradient_checkpointing=True), CPU)
     monkeypatch.setattr("DeBERTa.model.encoder.checkpoint", None)  # calling it would raise
     with torch.no_grad():
-        model.masked_loss(random_batch(vocabulary=200), sample=False)
+        model.compute_masked_loss(random_batch(vocabulary=200), sample=False)
 
 
 def require_compiler() -> None:

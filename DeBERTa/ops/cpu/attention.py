@@ -143,7 +143,7 @@ class _Blocks:
             self.buffer = table.new_empty(sum(sizes))
             self.blocks = [b.view(shape) for b, shape in zip(self.buffer.split(sizes), shapes, strict=True)]
 
-    def views(self) -> Iterator[tuple[slice, torch.Tensor]]:
+    def iterate_views(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the rows of each block and their scores, [H, T, L]."""
         return (
             (rows, view_distances(b, int(b.storage_offset())))
@@ -225,9 +225,9 @@ def _probabilities(
         threshold = compute_threshold(bits.p)
         kernel(scores, kept, c2p.buffer, p2c.buffer, mask, *sizes, bits.seed, bits.first, threshold)
         return
-    for rows, term in c2p.views():
+    for rows, term in c2p.iterate_views():
         scores[:, rows] += term
-    for rows, term in p2c.views():
+    for rows, term in p2c.iterate_views():
         scores[:, :, rows] += term.transpose(1, 2).contiguous()  # adding the view takes three times as long
     scores.masked_fill_(~input_mask, torch.finfo(scores.dtype).min)
     torch.softmax(scores, dim=-1, out=kept).mul_(input_mask[:, None])
@@ -258,9 +258,9 @@ def _score_gradients(
         return
     torch.clamp(kept, min=0, out=dropped)
     gradients.mul_(dropped).sub_(kept.abs().mul_(inner[:, :, None]))
-    for rows, term in c2p.views():
+    for rows, term in c2p.iterate_views():
         term.copy_(gradients[:, rows])
-    for rows, term in p2c.views():
+    for rows, term in p2c.iterate_views():
         term.copy_(gradients[:, :, rows].transpose(1, 2))
 
 

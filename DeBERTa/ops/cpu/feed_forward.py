@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from DeBERTa.ops.cpu import library
-from DeBERTa.ops.cpu.linear import affine, affine_gradients, find_tile_kernel
+from DeBERTa.ops.cpu.linear import apply_affine, differentiate_affine, find_tile_kernel
 
 
 class FeedForward(torch.autograd.Function):
@@ -34,7 +34,9 @@ class FeedForward(torch.autograd.Function):
             kernel = find_tile_kernel("feed_forward", x, *zip(weights, shapes, strict=True))
         ctx.is_tiled = kernel is not None
         if kernel is None:
-            return affine(activation(affine(x, inner_weight, inner_bias)), outer_weight, outer_bias)
+            return apply_affine(
+                activation(apply_affine(x, inner_weight, inner_bias)), outer_weight, outer_bias
+            )
         y = x.new_empty(x.shape)
         kernel(x.contiguous(), *weights, y, x.numel() // size, size, width)
         return y
@@ -53,11 +55,11 @@ class FeedForward(torch.autograd.Function):
             kernel = library.find_kernel("feed_forward_gradients", x, inner_weight)
             kernel(x.contiguous(), *weights, grad_x, *gradients, x.numel() // size, size, width)
             return grad_x.to(x_dtype), *gradients, None
-        hidden = affine(x, inner_weight, inner_bias)
+        hidden = apply_affine(x, inner_weight, inner_bias)
         grad_activated = grad @ outer_weight.to(x.dtype)
         activated, grad_hidden = _differentiate_activation(ctx.activation, hidden, grad_activated)
-        grad_x, *inner = affine_gradients(grad_hidden, x, inner_weight)
-        _, *outer = affine_gradients(grad, activated, outer_weight, needs_input=False)
+        grad_x, *inner = differentiate_affine(grad_hidden, x, inner_weight)
+        _, *outer = differentiate_affine(grad, activated, outer_weight, needs_input=False)
         return grad_x.to(x_dtype), *(gradient.to(parameter_dtype) for gradient in (*inner, *outer)), None
 
 

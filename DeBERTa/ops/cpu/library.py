@@ -71,14 +71,6 @@ TILE_KERNELS = (
     "feed_forward_gradients",
 )
 
-_is_enabled = True
-
-
-def enable(is_enabled: bool) -> None:
-    """Turn all kernels on or off, for comparisons with PyTorch's operations."""
-    global _is_enabled
-    _is_enabled = is_enabled
-
 
 def find_kernel(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
     """Return kernel `name` for the dtypes of these CPU tensors, or None.
@@ -86,29 +78,27 @@ def find_kernel(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
     It takes contiguous tensors, or None for some, and numbers, and writes into its output arguments. It
     raises TypeError for tensors of another dtype, device or layout.
     """
-    if not _is_enabled:
-        return None
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.is_cpu for tensor in typed):
         return None
-    return _find(name, tuple(tensor.dtype for tensor in typed))
+    library, _ = load_library()
+    return None if library is None else _find(library, name, tuple(tensor.dtype for tensor in typed))
 
 
 def find_obstacle() -> str | None:
     """Return why there are no kernels, or None if there are."""
-    return _library()[1]
+    return load_library()[1]
 
 
-@functools.cache
 def has_tiles() -> bool:
     """Return whether the processor has AMX and the system permits it."""
-    library = _library()[0]
+    library, _ = load_library()
     return library is not None and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
 
 
 @functools.cache
-def _find(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
+def _find(library: ctypes.CDLL, name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None] | None:
     symbol = "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
-    function = getattr(_library()[0], symbol, None)
+    function = getattr(library, symbol, None)
     if function is None or (name in TILE_KERNELS and not has_tiles()):
         return None
     expected = [dtypes[kind] if isinstance(kind, int) else kind for kind in SIGNATURES[name]]
@@ -132,7 +122,7 @@ def _find(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None] | N
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str | None]:
+def load_library() -> tuple[ctypes.CDLL | None, str | None]:
     """Return the compiled kernels, or None and the reason."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     name = shlex.join(compiler)

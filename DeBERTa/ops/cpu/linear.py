@@ -46,7 +46,7 @@ def find_tile_kernel(
     return library.find_kernel(name, x, parameters[0][0])
 
 
-def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def apply_affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return `x weight^T + bias` [..., N], in the dtype of `x` [..., K].
 
     weight: [N, K]. bias: [N].
@@ -61,7 +61,7 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     return y
 
 
-def affine_gradients(
+def differentiate_affine(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -94,7 +94,7 @@ def affine_gradients(
     return grad_x, out, grad_bias
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def apply_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return `F.linear(x, weight, bias)`, under autocast in the autocast dtype."""
     if not torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
         rounded = x.to(dtype)
         ctx.save_for_backward(rounded, weight)
         ctx.dtype = x.dtype
-        return affine(rounded, weight, bias)
+        return apply_affine(rounded, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -115,6 +115,6 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if not any(ctx.needs_input_grad[1:3]):
             return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None, None
-        grad_x, *parameters = affine_gradients(grad, x, weight, needs_input=ctx.needs_input_grad[0])
+        grad_x, *parameters = differentiate_affine(grad, x, weight, needs_input=ctx.needs_input_grad[0])
         grad_x = grad_x.to(ctx.dtype) if grad_x is not None else None
         return grad_x, *(gradient.to(weight.dtype) for gradient in parameters), None

@@ -4,7 +4,7 @@ import torch
 
 from DeBERTa.model.losses import GROUP, ChunkOperations
 from DeBERTa.ops.cpu import library
-from DeBERTa.ops.cpu.linear import affine, affine_gradients
+from DeBERTa.ops.cpu.linear import apply_affine, differentiate_affine
 
 
 class CpuChunkOperations(ChunkOperations):
@@ -17,7 +17,7 @@ class CpuChunkOperations(ChunkOperations):
         self, x_ME: torch.Tensor, table_CE: torch.Tensor, bias_C: torch.Tensor
     ) -> torch.Tensor:
         """Return logits [M, C] in the dtype of `x_ME`."""
-        return affine(x_ME, table_CE, bias_C)
+        return apply_affine(x_ME, table_CE, bias_C)
 
     def sum_exponentials(self, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the largest logit [M] and sums of exp(logit - largest) by group [M, S]."""
@@ -51,6 +51,6 @@ class CpuChunkOperations(ChunkOperations):
         self, grad_MC: torch.Tensor, x_ME: torch.Tensor, table_CE: torch.Tensor, out_CE: torch.Tensor
     ) -> torch.Tensor:
         """Return the gradient of `x_ME`, and write that of the table to `out_CE`."""
-        grad_x_ME, *_ = affine_gradients(grad_MC, x_ME, table_CE, needs_bias=False, out=out_CE)
+        grad_x_ME, *_ = differentiate_affine(grad_MC, x_ME, table_CE, needs_bias=False, out=out_CE)
         assert grad_x_ME is not None
         return grad_x_ME

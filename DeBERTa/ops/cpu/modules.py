@@ -15,7 +15,7 @@ from DeBERTa.model.heads import LMHead
 from DeBERTa.ops.cpu.attention import BlockedAttention
 from DeBERTa.ops.cpu.dropout import add_dropout
 from DeBERTa.ops.cpu.feed_forward import FeedForward
-from DeBERTa.ops.cpu.linear import linear
+from DeBERTa.ops.cpu.linear import apply_linear
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
 
@@ -32,7 +32,7 @@ class CpuLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x weight^T + bias`."""
-        return F.linear(x, self.weight) if self.bias is None else linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight) if self.bias is None else apply_linear(x, self.weight, self.bias)
 
 
 class CpuAddNorm(AddNorm):
@@ -84,7 +84,9 @@ class CpuSelfAttention(DisentangledSelfAttention):
         scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
         weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
         bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
-        joined = linear(x, weight, bias).unflatten(-1, (len(projections), self.num_heads, self.head_size))
+        joined = apply_linear(x, weight, bias).unflatten(
+            -1, (len(projections), self.num_heads, self.head_size)
+        )
         return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
 
     def project_queries(self, query_states: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from DeBERTa.model.losses import vocabulary_loss
+from DeBERTa.model.losses import compute_vocabulary_loss
 from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.attention import BlockedAttention
 from DeBERTa.ops.cpu.dropout import add_dropout
 from DeBERTa.ops.cpu.feed_forward import FeedForward
-from DeBERTa.ops.cpu.linear import linear
+from DeBERTa.ops.cpu.linear import apply_linear
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 from DeBERTa.ops.dropout import draw_keep_mask, draw_seed
 from tests.conftest import set_threads
@@ -146,12 +146,12 @@ room = ctypes.create_string_buffer(8192)
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
 from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.attention import BlockedAttention
-from DeBERTa.ops.cpu.linear import affine
+from DeBERTa.ops.cpu.linear import apply_affine
 torch.manual_seed(0)
 q, k, v = torch.randn(3, 1, 2, 64, 32, dtype=torch.bfloat16)
 context = BlockedAttention.apply(q, k, v, None, None, torch.ones(1, 64, dtype=torch.bool), 0.0)
 right = torch.softmax(q.double() @ k.double().transpose(2, 3), -1) @ v.double()
-y = affine(q, torch.eye(32), torch.zeros(32))
+y = apply_affine(q, torch.eye(32), torch.zeros(32))
 good = float((context.transpose(1, 2) - right).norm() / right.norm()) < 0.01 and torch.equal(y, q)
 print(library.find_obstacle(), library.has_tiles(), good)
 """
@@ -203,13 +203,13 @@ def multiply_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(5)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((90, 64), (288, 64), (288,))]
     with torch.autocast("cpu", torch.bfloat16):
-        return linear(*inputs), inputs
+        return apply_linear(*inputs), inputs
 
 
 def compute_loss() -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(3)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((30, 16), (3000, 16), (3000,))]
-    loss = vocabulary_loss(*inputs, torch.arange(30), operations=CpuChunkOperations(1024)).loss
+    loss = compute_vocabulary_loss(*inputs, torch.arange(30), operations=CpuChunkOperations(1024)).loss
     return loss, inputs
 
 
@@ -221,7 +221,7 @@ def compute_loss_in_bfloat16() -> tuple[torch.Tensor, list[torch.Tensor]]:
     )
     bias = torch.randn(5000, requires_grad=True)
     inputs = [x, table, bias]
-    loss = vocabulary_loss(*inputs, torch.arange(97), operations=CpuChunkOperations(96)).loss
+    loss = compute_vocabulary_loss(*inputs, torch.arange(97), operations=CpuChunkOperations(96)).loss
     return loss, inputs
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.ops.cpu.linear import affine, affine_gradients, linear, transpose
+from DeBERTa.ops.cpu.linear import apply_affine, apply_linear, differentiate_affine, transpose
 
 SHAPES = [(1, 1), (16, 16), (31, 47), (33, 16), (64, 96), (300, 50)]
 
@@ -60,7 +60,7 @@ def test_affine_gradients(shape, dtype):
     rows, columns = shape
     grad, x = torch.randn(2, rows, columns).to(dtype), torch.randn(2, rows, 16).to(dtype)
     weight = torch.randn(columns, 16, dtype=torch.promote_types(dtype, torch.float32))
-    dx, dweight, dbias = affine_gradients(grad, x, weight)
+    dx, dweight, dbias = differentiate_affine(grad, x, weight)
     assert dx.dtype == dtype
     assert dweight.dtype == dbias.dtype == weight.dtype
     close = {
@@ -72,7 +72,7 @@ def test_affine_gradients(shape, dtype):
     torch.testing.assert_close(dweight.double(), exact, rtol=close["rtol"], atol=1e-4)
     torch.testing.assert_close(dbias.double(), grad.double().sum((0, 1)), rtol=1e-5, atol=1e-4)
     out = torch.zeros_like(weight)
-    none, same, nothing = affine_gradients(grad, x, weight, needs_input=False, needs_bias=False, out=out)
+    none, same, nothing = differentiate_affine(grad, x, weight, needs_input=False, needs_bias=False, out=out)
     assert (none, nothing) == (None, None)
     assert same is out
     assert torch.equal(out, dweight)
@@ -88,8 +88,8 @@ def test_matmuls_of_tiles(rows, depth, columns):
     x, grad = (torch.full((rows + 70, size), float("nan"), dtype=torch.bfloat16) for size in (depth, columns))
     x, grad = x[1 : rows + 1].normal_(), grad[1 : rows + 1].normal_()
     weight, bias = torch.randn(columns, depth), torch.randn(columns)
-    y = affine(x, weight, bias)
-    dx, dweight, dbias = affine_gradients(grad, x, weight)
+    y = apply_affine(x, weight, bias)
+    dx, dweight, dbias = differentiate_affine(grad, x, weight)
     rounded = weight.bfloat16().double()
     for actual, exact, terms in (
         (y, x.double() @ rounded.t() + bias.double(), depth),
@@ -100,7 +100,7 @@ def test_matmuls_of_tiles(rows, depth, columns):
         last_place = 2.0**-8 if actual.dtype == torch.bfloat16 else 2.0**-22
         torch.testing.assert_close(actual.double(), exact, rtol=last_place, atol=1e-5 * max(terms, 1) ** 0.5)
     wide = torch.full((columns + 2, depth), float("nan"))
-    none, same, nothing = affine_gradients(
+    none, same, nothing = differentiate_affine(
         grad, x, weight, needs_input=False, needs_bias=False, out=wide[1:-1]
     )
     assert (none, nothing) == (None, None)
@@ -114,9 +114,9 @@ def test_other_layouts_and_frozen_parameters():
     torch.manual_seed(5)
     x, weight, bias = torch.randn(40, 64), torch.randn(64, 96).t(), torch.randn(1).expand(96)
     with torch.autocast("cpu", torch.bfloat16):
-        y = linear(x, weight, bias)
-        turned = linear(x.t().contiguous().t(), weight.contiguous(), bias.bfloat16())
-        frozen = linear(x.requires_grad_(), weight, bias)
+        y = apply_linear(x, weight, bias)
+        turned = apply_linear(x.t().contiguous().t(), weight.contiguous(), bias.bfloat16())
+        frozen = apply_linear(x.requires_grad_(), weight, bias)
     torch.testing.assert_close(turned, y, rtol=0.02, atol=0.1)
     (dx,) = torch.autograd.grad(frozen.float().sum(), x)
     torch.testing.assert_close(dx, weight.sum(0).expand(40, 64), rtol=0.02, atol=0.1)
@@ -127,18 +127,18 @@ def test_other_layouts_and_frozen_parameters():
 def test_shapes_that_do_not_match_are_refused(size, biases):
     x, weight = torch.zeros(8, size), torch.zeros(96, 64)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
-        linear(x, weight, torch.zeros(biases))
+        apply_linear(x, weight, torch.zeros(biases))
 
 
 @pytest.mark.usefixtures("tiles")
 def test_values_that_are_not_finite_stay_in_their_row():
     x, weight = torch.ones(64, 32, dtype=torch.bfloat16), torch.ones(64, 32)
     x[3, 5], x[40, 0] = float("nan"), float("inf")
-    y = affine(x, weight, torch.zeros(64))
+    y = apply_affine(x, weight, torch.zeros(64))
     assert y[3].isnan().all()
     assert y[40].isposinf().all()
     assert y.isfinite().all(1).sum() == 62
-    _, dweight, dbias = affine_gradients(torch.ones(64, 64, dtype=torch.bfloat16), x, weight)
+    _, dweight, dbias = differentiate_affine(torch.ones(64, 64, dtype=torch.bfloat16), x, weight)
     assert dweight[:, 5].isnan().all()
     assert dweight[:, 0].isposinf().all()
     assert dweight.isfinite().all(0).sum() == 30

@@ -9,9 +9,9 @@ from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
 
-def vocabulary_loss(*inputs: torch.Tensor, chunk: int = losses.CHUNK) -> losses.MaskedLoss:
+def compute_vocabulary_loss(*inputs: torch.Tensor, chunk: int = losses.CHUNK) -> losses.MaskedLoss:
     """Return the loss with chunks of `chunk` tokens."""
-    return losses.vocabulary_loss(*inputs, operations=CpuChunkOperations(chunk))
+    return losses.compute_vocabulary_loss(*inputs, operations=CpuChunkOperations(chunk))
 
 
 @pytest.mark.parametrize("chunk", [32, 96, 1024])
@@ -36,7 +36,7 @@ def test_bfloat16_is_exact_but_for_rounding(rows, width, tokens, chunk, way):
     )
     targets[: rows // 4] = (x.float() @ table.t() + bias).argmax(1)[: rows // 4]
     leaves = [x.requires_grad_(), table.requires_grad_(), bias.requires_grad_()]
-    actual = vocabulary_loss(*leaves, targets, uniforms, chunk=chunk)
+    actual = compute_vocabulary_loss(*leaves, targets, uniforms, chunk=chunk)
     ours = torch.autograd.grad((actual.loss * weights).sum(), leaves)
     exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, table)] + [bias.detach().double()]
     logits = F.linear(exact[0], exact[1], exact[2].requires_grad_())
@@ -60,9 +60,9 @@ def test_values_that_are_not_finite(way):
     torch.manual_seed(4)
     x, table, bias = torch.randn(40, 32).bfloat16(), torch.randn(250, 32), torch.randn(250)
     targets, uniforms = torch.arange(40), torch.rand(40)
-    usual = vocabulary_loss(x, table, bias, targets, uniforms)
+    usual = compute_vocabulary_loss(x, table, bias, targets, uniforms)
     x[3, 5], x[7, 0] = float("nan"), float("inf")
-    out = vocabulary_loss(x.requires_grad_(), table, bias, targets, uniforms)
+    out = compute_vocabulary_loss(x.requires_grad_(), table, bias, targets, uniforms)
     others = out.loss.isfinite()
     assert (~others).nonzero().flatten().tolist() == [3, 7]
     assert torch.equal(out.loss[others], usual.loss[others])
