@@ -15,7 +15,7 @@ from tests.conftest import disable_kernels, require_kernels
 ROWS, WIDTH, TOKENS = 37, 16, 250
 
 
-def compute_loss(
+def compute_in_chunks(
     operations: type[ChunkOperations], *inputs: torch.Tensor | None, chunk: int = CHUNK
 ) -> MaskedLoss:
     """Return the loss with chunks of `chunk` tokens."""
@@ -27,14 +27,14 @@ def compute_loss(
 def compute_loss(request) -> Iterator[Callable[..., MaskedLoss]]:
     """Return the function with each way to compute a chunk: plain, DeBERTa/ops with and without kernels."""
     if request.param == "plain":
-        yield functools.partial(compute_loss, ChunkOperations)
+        yield functools.partial(compute_in_chunks, ChunkOperations)
         return
     if request.param == "kernels":
         require_kernels()
     with disable_kernels() if request.param == "torch" else contextlib.nullcontext():
         from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
-        yield functools.partial(compute_loss, CpuChunkOperations)
+        yield functools.partial(compute_in_chunks, CpuChunkOperations)
 
 
 @pytest.fixture
