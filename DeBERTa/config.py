@@ -512,8 +512,8 @@ class TrainConfig:
     tf32: bool = _flag(True, "on a GPU: multiply float32 matrices in TF32")
     compile: bool | None = _flag(  # compared on resume as resolved
         None,
-        "torch.compile the encoder's layers, and on a GPU the LM head's passes over logits; by default on GPUs "
-        "where the package triton is installed; on CPUs this needs a C++ compiler",
+        "torch.compile the encoder's layers, and on a GPU the LM head's passes over logits; by default on "
+        "GPUs where the package triton is installed; on CPUs this needs a C++ compiler",
     )
 
     nproc_per_node: int = _flag(

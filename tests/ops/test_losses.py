@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_compiled_chunks_compute_the_same(dtype):
-    """Losses, samples and gradients, with chunks of 512 tokens, a last one of 276, and gradients of both signs."""
+    """Losses, samples and gradients of both signs, with chunks of 512 tokens and a last one of 276."""
     for rows in (65, 7):
         torch.manual_seed(rows)
         x, table = torch.randn(rows, 32).to(dtype).requires_grad_(), torch.randn(1300, 32, requires_grad=True)

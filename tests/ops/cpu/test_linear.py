@@ -41,13 +41,13 @@ def test_linear(shape):
 
     exact = results(F.linear, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = results(linear, torch.float32), results(F.linear, torch.float32)
+        ours, theirs = results(apply_linear, torch.float32), results(F.linear, torch.float32)
     assert [tensor.dtype for tensor in ours] == [torch.bfloat16, *[torch.float32] * 3]
     for mine, usual, right in zip(ours, theirs, exact, strict=True):
         error, allowed = (float((tensor.double() - right).norm()) for tensor in (mine, usual))
         assert error <= 1.1 * allowed + 1e-6
     torch.testing.assert_close(
-        results(linear, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0
+        results(apply_linear, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0
     )
 
 
