@@ -72,7 +72,8 @@ def prepare_inputs(
 ) -> Iterator[PreparedText]:
     """Prepare the texts, or with `--check` log a report about them."""
     length, workers = arguments.max_seq_length, arguments.workers
-    recipe = Recipe(vocabulary, get_reading(arguments), get_shares(arguments))
+    ranges = get_ranges(arguments)
+    recipe = Recipe(vocabulary, get_reading(arguments), tuple(ranges.values()))
     if arguments.check:
         for text in texts.values():
             logger.info("%s", check_text(text, recipe))
@@ -82,8 +83,8 @@ def prepare_inputs(
             yield from prepare_outputs(text, [folder / f"{split}.txt"], recipe, length, workers)
     else:
         outputs = [arguments.output]
-        if has_fractions(arguments):
-            outputs = [arguments.output / f"{split}.txt" for split in SPLITS]
+        if ranges:
+            outputs = [arguments.output / f"{split}.txt" for split in ("train", *ranges)]
         (sources,) = texts.values()
         if arguments.shard is not None:
             number, count = arguments.shard
@@ -102,9 +103,14 @@ def has_fractions(arguments: argparse.Namespace) -> bool:
     return bool(arguments.valid_fraction or arguments.test_fraction)
 
 
-def get_shares(arguments: argparse.Namespace) -> tuple[float, ...]:
-    """Return the shares of documents for validation and test."""
-    return (arguments.valid_fraction, arguments.test_fraction) if has_fractions(arguments) else ()
+def get_ranges(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Return the ranges of hashes of documents that go to valid and test.
+
+    They begin at opposite ends, so that a change of one fraction moves no document of the other split.
+    """
+    valid, test = arguments.valid_fraction, arguments.test_fraction
+    ranges = {"valid": (0.0, valid), "test": (1 - test, 1.0)}
+    return {split: (start, end) for split, (start, end) in ranges.items() if start < end}
 
 
 def get_reading(arguments: argparse.Namespace) -> Reading:

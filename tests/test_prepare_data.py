@@ -122,6 +122,15 @@ def test_standard_input_into_splits(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_one_fraction_makes_one_more_split(tmp_path, split):
+    (tmp_path / "i").write_text("\n".join(f"{n}. {TEXT[n : n + 80]}".replace("\n", " ") for n in range(300)))
+    arguments = ["-i", str(tmp_path / "i"), "-o", str(tmp_path / "d"), f"--{split}_fraction", "0.1"]
+    assert prepare_data.main([*arguments, "--train_vocab", "300"]) == 0
+    names = {f"{name}.txt{end}" for name in ("train", split) for end in ("", ".ids")}
+    assert {path.name for path in (tmp_path / "d").iterdir()} == names | {"spm.model", "spm.model.json"}
+
+
 def test_parts_of_several_machines_train_as_one_text(tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -34,12 +34,12 @@ class Recipe:
 
     Attributes:
         vocabulary: a SentencePiece model with DeBERTa's ids.
-        shares: the shares of documents that go to the outputs after the first one.
+        ranges: for each output after the first one, which hashes of documents go to it, from 0 to 1.
     """
 
     vocabulary: Path
     reading: Reading = field(default_factory=Reading)
-    shares: tuple[float, ...] = ()
+    ranges: tuple[tuple[float, float], ...] = ()
 
 
 class EncodedText(NamedTuple):
@@ -56,16 +56,17 @@ class EncodedBlock(NamedTuple):
     texts: list[EncodedText]
 
 
-def choose_output(document: bytes, shares: Sequence[float]) -> int:
-    """Return the output of a document, 0 or the number of a share from 1.
+def choose_output(document: bytes, ranges: Sequence[tuple[float, float]]) -> int:
+    """Return the output of a document, 0 or the number of a range from 1.
 
     It follows from the text of the document alone: more input does not move it, and equal documents stay
-    together. The shares begin at opposite ends, so that a change of one does not move documents of the other.
+    together.
     """
     position = int.from_bytes(hashlib.blake2b(document.strip(), digest_size=8).digest(), "big") / 2**64
-    if shares and position < shares[0]:
-        return 1
-    return 2 if len(shares) > 1 and position >= 1 - shares[1] else 0
+    for number, (start, end) in enumerate(ranges, 1):
+        if start <= position < end:
+            return number
+    return 0
 
 
 class Encoder:
@@ -83,10 +84,10 @@ class Encoder:
 
     def encode(self, block: Block) -> EncodedBlock:
         """Encode a block."""
-        reading, shares = self.recipe.reading, self.recipe.shares
-        lines: list[list[bytes]] = [[] for _ in range(1 + len(shares))]
+        reading, ranges = self.recipe.reading, self.recipe.ranges
+        lines: list[list[bytes]] = [[] for _ in range(1 + len(ranges))]
         for document in read_documents(block, reading.column, reading.errors):
-            lines[choose_output(document, shares) if shares else 0] += split_lines(document)
+            lines[choose_output(document, ranges) if ranges else 0] += split_lines(document)
         return EncodedBlock(block.count_bytes(), [self._encode_lines(part) for part in lines])
 
     def _encode_lines(self, lines: list[bytes]) -> EncodedText:

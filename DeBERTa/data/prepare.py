@@ -63,7 +63,7 @@ def prepare_outputs(
     """Write the outputs and their token ids from the texts, one after the other, if needed.
 
     Args:
-        outputs: a file, and one for each of `recipe.shares`.
+        outputs: a file, and one for each of `recipe.ranges`.
         workers: processes that encode, by default one per core; with 1, this process encodes.
         is_part: whether the outputs are parts of larger ones, which may be empty.
 
@@ -124,7 +124,7 @@ def _describe_origin(sources: Sequence[Path], recipe: Recipe, max_seq_length: in
         "errors": reading.errors,
         "column": reading.column,
         "has_documents": reading.has_documents,
-        "shares": list(recipe.shares),
+        "ranges": [list(each) for each in recipe.ranges],
         "vocabulary_path": str(recipe.vocabulary.resolve()),
     }
 

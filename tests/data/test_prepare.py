@@ -380,22 +380,22 @@ def read_pieces(*texts: Path) -> list[str]:
     return [piece for text in texts for piece in text.read_text().split()]
 
 
-@pytest.mark.parametrize("shares", [(), (0.1, 0.05)])
-def test_several_inputs_give_the_same_bytes_for_any_number_of_workers(tmp_path, shares):
+@pytest.mark.parametrize("ranges", [(), ((0.0, 0.1), (0.95, 1.0))])
+def test_several_inputs_give_the_same_bytes_for_any_number_of_workers(tmp_path, ranges):
     sources = write_inputs(tmp_path / "in")
     hashes = set()
     for workers, block_bytes in ((1, 1 << 20), (2, 2000), (3, 5000)):
         outputs = [
-            tmp_path / f"{name}-{workers}.txt" for name in ("train", "valid", "test")[: 1 + len(shares)]
+            tmp_path / f"{name}-{workers}.txt" for name in ("train", "valid", "test")[: 1 + len(ranges)]
         ]
-        reading = Reading(has_documents=bool(shares), block_bytes=block_bytes)
-        results = prepare_outputs(sources, outputs, Recipe(VOCABULARY, reading, shares), 64, workers)
+        reading = Reading(has_documents=bool(ranges), block_bytes=block_bytes)
+        results = prepare_outputs(sources, outputs, Recipe(VOCABULARY, reading, ranges), 64, workers)
         hashes.add(tuple(hashlib.sha256(output.read_bytes()).hexdigest() for output in outputs))
         assert [result.lines for result in results] == [
             len(open_store(output, TOKENIZER, 62)) for output in outputs
         ]
     assert len(hashes) == 1
-    if not shares:
+    if not ranges:
         texts = []
         for source in sources:
             prepare(source, tmp_path / source.name, VOCABULARY, 64, workers=1)
@@ -407,9 +407,9 @@ def test_documents_stay_in_their_split(tmp_path):
     """With more input, in another order and format, and with other fractions for the other splits."""
     sources = write_inputs(tmp_path / "in")
 
-    def split(sources: list[Path], *shares: float) -> list[set[str]]:
+    def split(sources: list[Path], valid: float, test: float) -> list[set[str]]:
         outputs = [tmp_path / f"{name}.txt" for name in ("train", "valid", "test")]
-        recipe = Recipe(VOCABULARY, Reading(has_documents=True), shares)
+        recipe = Recipe(VOCABULARY, Reading(has_documents=True), ((0.0, valid), (1 - test, 1.0)))
         prepare_outputs(sources, outputs, recipe, 64, 1)
         texts = ["".join(read_pieces(output)).replace("▁", " ") for output in outputs]
         return [set(re.findall(r"Number (\d+)\.", text)) for text in texts]
