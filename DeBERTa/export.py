@@ -66,8 +66,9 @@ def export(arguments: argparse.Namespace) -> None:
     run = read_record(run_dir, step)
     try:
         if arguments.published_format:
-            write_published(model, output, tokenizer.path)
-            logger.info("published format: %s", output)
+            directory: Path = arguments.output or output / "published"
+            write_published(model, directory, tokenizer.path)
+            logger.info("published format: %s", directory)
             return
         for exported in list_models(model):
             write_model(exported, output / exported.name, tokenizer, run, arguments.onnx)

@@ -77,6 +77,25 @@ def test_published_format_out_and_in_again(finished, tmp_path):
     assert torch.equal(model.state_dict()[residual], saved[residual])
 
 
+def test_both_formats_in_the_run_directory(finished, tmp_path):
+    """By default they do not get in each other's way; both can be written again."""
+    run_dir = copy_run(finished, tmp_path / "run")
+    for _ in range(2):
+        assert main([str(run_dir)]) == 0
+        assert main([str(run_dir), "--published-format"]) == 0
+    names = {path.name for path in (run_dir / "export" / "step-00000006").iterdir()}
+    assert names == {"generator", "discriminator", "published"}
+
+
+def test_files_of_others_in_the_current_directory(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    status, error = fails(capsys, finished, "--published-format", "--output", ".")
+    assert status == 1
+    assert "other files are there (thesis.txt)" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_errors(finished, tmp_path, capsys):
     """One sentence each."""
     run_dir = copy_run(finished, tmp_path / "run")

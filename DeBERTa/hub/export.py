@@ -168,6 +168,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
     At any moment `path` is missing or complete. It may exist as a directory of the files that are written
     now; other files there are not removed: `OSError` is raised.
     """
+    path = path.resolve()  # a link stays; what it points to is replaced
     temporary, previous = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     remove(temporary)
     temporary.mkdir(parents=True)
