@@ -15,8 +15,7 @@ FLAGS = [
     {"kernels": "off"},
     {"attention": "eager", "compile": False},
     {"attention": "sdpa", "compile": False},
-    {"attention": "auto", "compile": False},
-    {"attention": "auto", "compile": True},
+    {"attention": "auto"},
 ]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
