@@ -66,13 +66,13 @@ RUNS = {  # flags of pairs of runs; the first of each is also resumed
     "fp16": ["--precision", "fp16", "--compile", "False"],
 }
 TOY_RUNS = {"eager": ["--attention", "eager"]}
-PARTS = {
-    "correctness": 90,
-    "runs": 120,
-    "steps": 210,
-    "synchronization": 25,
-    "profile": 30,
-}  # seconds at most
+PARTS = {  # seconds at most
+    "correctness": 120,
+    "runs": 100,
+    "steps": 205,
+    "synchronization": 20,
+    "profile": 25,
+}
 LARGEST_ARCHIVE = 16 * 2**20
 
 
