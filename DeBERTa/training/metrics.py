@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
-from DeBERTa.errors import StorageError
 from DeBERTa.report.read import parse_line
 
 logger = logging.getLogger(__name__)
@@ -89,8 +88,6 @@ class MetricsLog:
         self.first_replay: dict = {}  # the first evaluation on the text of --replay
         if not is_writer:
             self._path = Path(os.devnull)
-        elif path.exists() and not path.is_file():  # reading a pipe or a device might never end
-            raise StorageError(f"{path} is not a file; remove it")
         elif path.exists() and path.stat().st_size and first_step == 0:
             previous = find_unused_path(path)
             path.rename(previous)

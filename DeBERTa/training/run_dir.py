@@ -50,8 +50,10 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run_dir)
+        check_file_types(run_dir)
         if fresh:
-            move_previous_run(run_dir)
+            inputs = (settings["train"].get(name) for name in ("data_dir", "vocab_path"))
+            move_previous_run(run_dir, [Path(path) for path in inputs if path])
         step, damages = find_newest_valid(run_dir)
         if step:
             check_same_run(
@@ -72,10 +74,18 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
     return step, lock
 
 
-def move_previous_run(run_dir: Path) -> None:
+def check_file_types(run_dir: Path) -> None:
+    """Raise `StorageError` for a pipe or a device, which opening or reading might never end."""
+    for path in run_dir.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise StorageError(f"{path} is neither a file nor a directory; remove it")
+
+
+def move_previous_run(run_dir: Path, inputs: list[Path]) -> None:
     """Move everything but the open log files to `RUN_DIR.old-1` (-2, ...).
 
     Where the run directory is a mount point or its parent cannot be written, the target is `RUN_DIR/old-1`.
+    Raises `ConfigError` when `inputs` or the current directory would be moved.
     """
     previous = [
         path
@@ -85,11 +95,12 @@ def move_previous_run(run_dir: Path) -> None:
     if not previous:
         return
     real = run_dir.resolve()
-    if Path.cwd().is_relative_to(real):
-        raise ConfigError(
-            f"--fresh would move the files of {real}, in which this command was started; start it elsewhere, "
-            "or give another --output_dir"
-        )
+    for path in (Path.cwd(), *inputs):
+        if path.resolve().is_relative_to(real):
+            raise ConfigError(
+                f"--fresh would move {path}, which is in use, with the other files of {real}; give another "
+                "--output_dir"
+            )
     target = find_unused_path(real.with_name(real.name + ".old"))
     try:
         target.mkdir()

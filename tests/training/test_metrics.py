@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import resource
 from datetime import datetime, timezone
@@ -98,15 +97,6 @@ def test_random_damage(tmp_path):
         log = MetricsLog(path, 3, "a")
         record_best(tmp_path, log.evaluations)
         log.close()
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
-@pytest.mark.parametrize("first_step", [0, 2])
-def test_what_is_no_file_is_not_read(tmp_path, kind, first_step):
-    path = tmp_path / "metrics.jsonl"
-    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "directory": os.mkdir}[kind](path)
-    with pytest.raises(StorageError, match="is not a file; remove it"):
-        MetricsLog(path, first_step)
 
 
 def test_evaluations_on_another_split_do_not_count(tmp_path):

@@ -1,6 +1,7 @@
 """The run directory: what may change on resume, what is moved, and disks that are too small."""
 
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 def test_nested_settings_get_dotted_names():
     assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, kind, fresh):
+    (os.mkfifo if kind == "pipe" else lambda path: path.symlink_to("/dev/zero"))(tmp_path / name)
+    with pytest.raises(StorageError, match=rf"{name} is neither a file nor a directory; remove it"):
+        open_run_dir(tmp_path, settings(), {}, fresh)
 
 
 def test_fresh_moves_the_previous_files(tmp_path):
@@ -103,10 +113,18 @@ def test_fresh_does_not_move_the_current_directory(tmp_path, monkeypatch, path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "thesis.tex").touch()
     monkeypatch.chdir(tmp_path / "project")
-    with pytest.raises(ConfigError, match=r"--fresh would move the files of .*, in which this command was"):
+    with pytest.raises(ConfigError, match=r"--fresh would move .*, which is in use"):
         open_run_dir(Path(path.format(tmp_path)), settings(), {}, fresh=True)
     assert (tmp_path / "project" / "thesis.tex").exists()
     assert list(tmp_path.iterdir()) == [tmp_path / "project"] or path == ".."
+
+
+@pytest.mark.parametrize("name", ["data_dir", "vocab_path"])
+def test_fresh_does_not_move_what_the_run_reads(tmp_path, name):
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"--fresh would move .*/run/data, which is in use"):
+        open_run_dir(tmp_path / "run", settings(**{name: str(tmp_path / "run" / "data")}), {}, fresh=True)
+    assert (tmp_path / "run" / "data").is_dir()
 
 
 def test_other_code_is_a_warning(tmp_path, caplog):
