@@ -42,10 +42,12 @@ class _Output(io.FileIO):
 
 
 def open_output(file: int | Path, mode: str = "w") -> TextIO:
-    """Open a descriptor or a path for messages, which are lost where they cannot be written."""
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Output(file, mode)), errors="backslashreplace", line_buffering=True
-    )
+    """Open a descriptor or a path for messages, which are lost where they cannot be written.
+
+    A descriptor stays open when the file is deleted: another file would get its number.
+    """
+    output = _Output(file, mode, closefd=not isinstance(file, int))
+    return io.TextIOWrapper(io.BufferedWriter(output), errors="backslashreplace", line_buffering=True)
 
 
 def secure_console() -> None:

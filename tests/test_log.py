@@ -81,6 +81,8 @@ def test_a_message_that_cannot_be_written_is_lost_without_an_error():
             logger.info("lost")
             with tqdm(total=3) as bar:
                 bar.update()
+    os.close(writer)
+    os.close(keyboard)
 
 
 def test_what_can_be_written_is_written(tmp_path):
@@ -90,6 +92,7 @@ def test_what_can_be_written_is_written(tmp_path):
     os.set_blocking(writer, False)  # a full pipe loses messages; the run does not wait
     with open_output(writer) as output:
         output.write(text)
+    os.close(writer)
     with os.fdopen(reader) as pipe:
         received = pipe.read()
     assert 0 < len(received) < len(text)
@@ -117,3 +120,13 @@ def test_control_characters_of_others_are_escaped(capsys):
     logger.info("piece \x1b[31m\x07\x9b31m\u202e and\ta tab\nnext line, Straße, 漢字")
     lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
     assert lines == [r"piece \x1b[31m\x07\x9b31m\u202e and\ta tab", "next line, Straße, 漢字"]
+
+
+def test_a_descriptor_outlives_its_file():
+    """The process replaces `sys.stderr`; descriptor 2 must not go to the next file that is opened."""
+    reader, writer = os.pipe()
+    open_output(writer).write("first\n")
+    os.write(writer, b"second\n")
+    os.close(writer)
+    with open(reader) as file:  # noqa: PTH123 (a descriptor)
+        assert file.read() == "first\nsecond\n"
