@@ -175,7 +175,7 @@ def test_a_cut_link_ends_both_sides_and_the_same_command_resumes(cluster, alone)
     cluster.nodes.cut()
     cut = time.monotonic()
     assert cluster.finish() == [1, 1]
-    assert time.monotonic() - cut < 40
+    assert time.monotonic() - cut < 40 + 15  # of a loaded machine
     for node in (0, 1):
         lines = strip_times(cluster.printed(node).read_text()).splitlines()
         assert sum(line.startswith("error: ") for line in lines) == 1
