@@ -131,7 +131,7 @@ def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> Metri
         "discriminator_recall": hits / int(replaced.sum()) if replaced.any() else None,
         "discriminator_auc": compute_roc_auc(scores, replaced),
         "discriminator_replaced": share,
-        "discriminator_replaced_entropy": -sum(p * math.log(p) for p in (share, 1 - share) if p),
+        "discriminator_replaced_entropy": sum(-p * math.log(p) for p in (share, 1 - share) if p),
         "discriminator_majority_accuracy": max(share, 1 - share),
     }
 
