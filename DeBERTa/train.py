@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from DeBERTa.config import (
@@ -124,7 +125,10 @@ def run(config: TrainConfig, signals: Signals) -> None:
     is_rtd = config.task_name == "RTD"
     masker = Masker(tokenizer, 1 if is_rtd else config.max_ngram, is_rtd)
     batches = open_training(config, tokenizer, masker) if config.do_train else None
-    evaluation = open_evaluation(config, tokenizer, masker)
+    # Not the size of the vocabulary: a generator can sample a row past it.
+    rows = model_config.models[0].vocab_size
+    counts = batches.store.count_ids(rows) if batches and is_rtd else None
+    evaluation = open_evaluation(config, tokenizer, masker, counts)
     data = {"vocabulary_sha256": tokenizer.fingerprint}
     texts = {f"{split}_sha256": part.store.meta.text_sha256 for split, part in evaluation.items()}
     texts |= {f"{split}_ids_sha256": part.store.fingerprint for split, part in evaluation.items()}
@@ -263,9 +267,11 @@ def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> 
 
 
 def open_evaluation(
-    config: TrainConfig, tokenizer: Tokenizer, masker: Masker
+    config: TrainConfig, tokenizer: Tokenizer, masker: Masker, counts: np.ndarray | None
 ) -> dict[str, EvaluationBatches]:
     """Open the validation split, and with `--do_eval` the test split; as "replay", that of `--replay`.
+
+    `counts`: how often each id occurs in the training text.
 
     Splits that the data directory does not have are omitted. Raises `DataError` if `--do_eval` has no split.
     """
@@ -281,7 +287,9 @@ def open_evaluation(
     stores = {split: open_split(config, config.data_dir, split, tokenizer) for split in there}
     if config.replay:
         stores["replay"] = open_split(config, config.replay, "valid", tokenizer)
-    return {split: EvaluationBatches(store, tokenizer, masker, plan) for split, store in stores.items()}
+    return {
+        split: EvaluationBatches(store, tokenizer, masker, plan, counts) for split, store in stores.items()
+    }
 
 
 def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:

@@ -146,10 +146,21 @@ class EvaluationBatches(Dataset[Batch]):
     """Batches of every line once, in file order.
 
     Masks and samples depend only on the seed and the line.
+
+    Attributes:
+        token_counts: int64 [ids], how often each id occurs in the training text, if that is known.
     """
 
-    def __init__(self, store: TokenStore, tokenizer: Tokenizer, masker: Masker, plan: BatchPlan) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        masker: Masker,
+        plan: BatchPlan,
+        token_counts: np.ndarray | None = None,
+    ) -> None:
         self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
+        self.token_counts = token_counts
 
     def __len__(self) -> int:
         """Return the number of batches."""

@@ -68,6 +68,15 @@ class TokenStore:
         file = int(np.searchsorted(self._starts, line, side="right")) - 1
         return self.files[file][line - int(self._starts[file])]
 
+    def count_ids(self, num_ids: int, max_tokens: int = 10_000_000) -> np.ndarray:
+        """Return how often each id occurs among the first `max_tokens` tokens, int64 [num_ids]."""
+        counts = np.zeros(num_ids, np.int64)
+        for file in self.files:
+            tokens = file.tokens[:max_tokens]
+            counts += np.bincount(tokens, minlength=num_ids)
+            max_tokens -= len(tokens)
+        return counts
+
 
 def _hash_all(hashes: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()

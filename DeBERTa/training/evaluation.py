@@ -63,7 +63,9 @@ def evaluate_splits(
             disable=None,
         )
         with log_regularly(partial("evaluating {}: {} batches".format, split, len(batches))):
-            results[split] = evaluate(model, outputs, loader, precision, device, num_counted)
+            results[split] = evaluate(
+                model, outputs, loader, precision, device, num_counted, batches.token_counts
+            )
         warn_of_undefined(results[split], split)
     return results
 
@@ -76,15 +78,19 @@ def evaluate(
     precision: str,
     device: torch.device,
     num_counted: int,
+    token_counts: np.ndarray | None = None,
 ) -> Metrics:
     """Return metrics over the first `num_counted` batches of each rank.
 
     MLM: loss (nats per masked token), perplexity, accuracy. RTD: the same for the generator; for the
     discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, and ROC
     AUC, on tokens sampled from the generator. None where nothing is counted. Restores the mode of `model`.
+
+    token_counts: int64 [ids], how often each id occurs in the training text. With it, the ROC AUC that the
+    rarity of a token alone gives is included.
     """
     sums: Sums = {}
-    scores, replaced = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
+    scores, replaced, ids = [np.zeros(0, np.float32)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
     was_training = model.training
     model.eval()
     for number, batch in enumerate(batches):
@@ -98,8 +104,12 @@ def evaluate(
         # A batch that is not counted adds zeros: the names must be the same on all ranks.
         add(sums, {name: value * (number < num_counted) for name, value in more.items()})
         if detected and number < num_counted:
-            scores.append(detected.logits[batch.input_mask > 0].float().cpu().numpy())
+            is_real = batch.input_mask > 0
+            scores.append(detected.logits[is_real].float().cpu().numpy())
             replaced.append(detected.labels.bool().cpu().numpy())
+            assert masked.samples is not None
+            corrupted = batch.input_ids.masked_scatter(batch.labels > 0, masked.samples)
+            ids.append(corrupted[is_real].cpu().numpy())
     model.train(was_training)
 
     metrics = average_losses(all_reduce_sums(sums))
@@ -109,8 +119,11 @@ def evaluate(
             perplexity = None if loss is None else math.exp(min(loss, MAX_LOG_PERPLEXITY))
             metrics[name.replace("loss", "perplexity")] = perplexity
     if "discriminator_loss" in metrics:
-        ours = (torch.from_numpy(np.concatenate(arrays)) for arrays in (scores, replaced))
-        metrics |= compute_detection_metrics(*(torch.cat(gather_vectors(each)).numpy() for each in ours))
+        ours = (torch.from_numpy(np.concatenate(arrays)) for arrays in (scores, replaced, ids))
+        all_scores, all_replaced, all_ids = (torch.cat(gather_vectors(each)).numpy() for each in ours)
+        metrics |= compute_detection_metrics(all_scores, all_replaced)
+        if token_counts is not None:
+            metrics["discriminator_rarity_auc"] = compute_roc_auc(-token_counts[all_ids], all_replaced)
     return metrics
 
 

@@ -203,6 +203,7 @@ FORMATS = {
     "discriminator_precision": "precision {:.1%}",
     "discriminator_recall": "recall {:.1%}",
     "discriminator_auc": "ROC AUC {:.3f}",
+    "discriminator_rarity_auc": "(from the rarity of tokens alone {:.3f})",
     "tokens_per_second": "{:,.0f} tokens/s",
     "skipped_steps": "{} steps skipped",
 }

@@ -264,3 +264,13 @@ def test_a_directory_of_parts_is_one_text(text):
     (directory / get_part_name(1, 4)).touch()
     with pytest.raises(DataError, match="not complete"):
         open_store(directory, TOKENIZER, 62)
+
+
+def test_ids_are_counted(text):
+    store = open_store(text, TOKENIZER, 62)
+    words = text.read_text().split()
+    counts = store.count_ids(2008)
+    assert counts.shape == (2008,)
+    assert all(counts[TOKENIZER.pieces.index(word)] == words.count(word) for word in set(words[:300]))
+    assert counts.sum() == len(words)
+    assert store.count_ids(2008, max_tokens=100)[TOKENIZER.pieces.index("▁the")] == words[:100].count("▁the")

@@ -103,6 +103,27 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     assert results[0]["perplexity"] == pytest.approx(np.exp(results[0]["loss"]))
 
 
+def test_rarity_of_tokens_alone(prepared, store, tokenizer):
+    torch.manual_seed(0)
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
+    counts = open_store(prepared / "train.txt", tokenizer, max_tokens=62).count_ids(2008)
+    data = list(batches(store, tokenizer, True, 16))[:2]
+    found = evaluate(model, partial(compute_outputs, model), data, "fp32", torch.device("cpu"), 2, counts)
+    original, replaced = [], []  # counts of the tokens that the discriminator sees
+    with torch.no_grad():
+        for batch in data:
+            batch = batch.to(torch.device("cpu"))
+            generated, detected = model.eval()(batch, per_token=True)
+            for token, label in zip(
+                generated.corrupted_ids[batch.input_mask > 0].tolist(), detected.labels.tolist(), strict=True
+            ):
+                (replaced if label else original).append(counts[token])
+    better = sum((r < o) + (r == o) / 2 for r in replaced for o in original)
+    assert found["discriminator_rarity_auc"] == pytest.approx(better / len(replaced) / len(original))
+    # A fresh generator draws from all pieces alike, most of which are rare.
+    assert found["discriminator_rarity_auc"] > 0.8
+
+
 def test_rtd_evaluation_is_repeatable_and_restores_the_mode(store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
