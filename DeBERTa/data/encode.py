@@ -111,10 +111,13 @@ def _encode_in_processes(blocks: Iterable[Block], recipe: Recipe, workers: int) 
     One thread per process starts it and sends it blocks.
     """
     context = multiprocessing.get_context("spawn")
+    context.Lock()  # starts the resource tracker, which otherwise unblocks SIGINT in `start_process`
     processes: list[tuple[SpawnProcess, Connection]] = []
     local = threading.local()
 
     def start_process() -> None:
+        # The worker inherits the mask, so that Ctrl-C cannot interrupt its start.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         local.connection, remote = context.Pipe()
         process = context.Process(target=_serve, args=(remote, recipe), daemon=True)
         process.start()
@@ -152,6 +155,7 @@ def _encode_in_processes(blocks: Iterable[Block], recipe: Recipe, workers: int) 
 def _serve(connection: Connection, recipe: Recipe) -> None:
     """Encode blocks until the parent process closes the connection or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     encoder = Encoder(recipe)
     with contextlib.suppress(EOFError, OSError):
         while True:

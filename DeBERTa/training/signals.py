@@ -37,6 +37,10 @@ class RunInterrupted(KeyboardInterrupt):
         self.exit_status = 128 + number
 
 
+class _WaitTimeoutError(Exception):
+    """A batch did not come in time after a stop signal."""
+
+
 class Signals:
     """Record the signals of this process.
 
@@ -113,24 +117,30 @@ class Signals:
     def limit_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches inside `defer_stop`, and end a wait for one that does not come.
 
-        A stop signal raises `RunInterrupted` `WAIT_SECONDS` later, if the batch has not come then.
+        If the batch has not come `WAIT_SECONDS` after a stop signal, the iteration ends. With several ranks
+        `RunInterrupted` is raised: the other ranks may be in a step, so that no checkpoint can be saved.
         """
         while True:
             self._is_waiting = True
             if self.stop_signal:
                 signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
             try:
-                batch = next(batches, None)
-            finally:
-                self._is_waiting = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                try:
+                    batch = next(batches, None)
+                finally:
+                    self._is_waiting = False
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except _WaitTimeoutError:
+                if get_world_size() > 1:
+                    raise RunInterrupted(self.stop_signal) from None
+                return
             if batch is None:
                 return
             yield batch
 
     def _end_wait(self, _number: int, _frame: FrameType | None) -> None:
         if self._is_waiting:
-            raise RunInterrupted(self.stop_signal)
+            raise _WaitTimeoutError
 
     def exchange_requests(self, step: int, device: torch.device) -> tuple[int, bool]:
         """All-reduce the requests of all ranks after a step.

@@ -83,6 +83,7 @@ class Trainer:
         `signals` may end the run or request a checkpoint.
         """
         self.run, self.first_step, self.signals = run, first_step, signals
+        self.saved_step = first_step
         self.total_steps = run.training.total_steps
         self.progress = Progress(first_step, self.total_steps)
         self.saver = Saver(run.run_dir, run.config.keep_last, run.lock)
@@ -115,6 +116,7 @@ class Trainer:
             )
             interval.started = time.monotonic()
             run.model.train()
+            step = self.first_step
             for step, batch in enumerate(self.signals.limit_waits(batches), start=self.first_step + 1):
                 torch.manual_seed(derive_step_seed(config.seed, step, run.train_batches.plan.rank))
                 training.set_learning_rate(step)
@@ -133,6 +135,10 @@ class Trainer:
                 if is_due:
                     self.evaluate(step)
                 self.report_saved(self.saver.check())
+            if step < self.total_steps:  # stopped while it waited for a batch
+                if self.saved_step < step:
+                    self.save(step)
+                self.stop(self.signals.stop_signal)
             self.report_saved(self.saver.wait())
             # A signal may have come while the last checkpoint was written.
             stop_signal, _ = self.signals.exchange_requests(0, training.device)
@@ -183,6 +189,7 @@ class Trainer:
 
         Collective: every rank calls it.
         """
+        self.saved_step = step
         check_finite_weights(self.run.model, step, self.run.run_dir)
         snapshot = take_snapshot(self.run, step)
         if snapshot:

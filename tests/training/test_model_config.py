@@ -93,12 +93,12 @@ def test_a_model_config_that_does_not_exist(flags):
 
 
 def test_heads_wider_than_the_model_are_reported(prepared, tmp_path):
-    """As a warning and in the banner; the published field still works."""
+    """As a warning, in the banner, and with the final model; the published field still works."""
     flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 1}
     values = tiny_model() | {"hidden_size": 96, "num_attention_heads": 3, "attention_head_size": 64}
     flags["model_config"].write_text(json.dumps(values))
     status, output = run(flags)
     assert status == 0, output
-    assert output.count("attention_head_size 64 makes 3 heads 192 wide, but hidden_size is 96") == 2
+    assert output.count("attention_head_size 64 makes 3 heads 192 wide, but hidden_size is 96") == 3
     query = "deberta.encoder.layer.0.attention.self.query_proj.weight"
     assert load_file(flags["output_dir"] / "model" / "model.safetensors")[query].shape == (192, 96)

@@ -186,7 +186,8 @@ def test_killed_at_every_call_that_changes_a_file(tmp_path, prepared, first):
         assert final_files(run_dir) == expected, places[-1]
         assert not [*run_dir.rglob("*.tmp"), *run_dir.rglob("*.part")], places[-1]
         number += 6 if re.search(r"/(generator|discriminator)\.tmp", places[-1]) else 1
-    assert any(f"rename {run_dir}/checkpoints/step-0000000{first + 1}.tmp" in place for place in places)
+    renamed = f"rename {run_dir}/checkpoints/step-0000000{first + 1}.tmp"
+    assert any(renamed in place for place in places), places
     calls = {place.split()[2] for place in places}  # "killed at CALL PATH"
     assert calls >= {"write", "fsync", "replace", "rename"} | ({"rmdir", "unlink"} if first else set())
 
