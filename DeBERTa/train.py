@@ -130,8 +130,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     counts = batches.store.count_ids(rows) if batches and is_rtd else None
     evaluation = open_evaluation(config, tokenizer, masker, counts)
     data = {"vocabulary_sha256": tokenizer.fingerprint}
-    texts = {f"{split}_sha256": part.store.meta.text_sha256 for split, part in evaluation.items()}
-    texts |= {f"{split}_ids_sha256": part.store.fingerprint for split, part in evaluation.items()}
+    texts = describe_evaluation(evaluation)
 
     torch.manual_seed(config.seed)
     model = build_model(model_config)
@@ -151,7 +150,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
             "train": config.to_dict() | resolved,
             "model": model_config.to_dict(),
             "data": describe_data(batches) | data,
-            "validation": {"valid_sha256": texts.get("valid_sha256")},
+            "validation": {name: texts.get(name) for name in ("valid_sha256", "replay_valid_sha256")},
             "code": describe_code(),
         }
         check_same_on_all_ranks(settings | {"evaluation": texts})
@@ -348,15 +347,32 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
 
 
 def describe_data(batches: TrainingBatches) -> dict:
-    """Return the SHA-256 of text and token ids, lines and tokens of the training split."""
+    """Return the SHA-256 of text and token ids, lines and tokens of the training split.
+
+    Of the text of `--replay`, the SHA-256 of text and token ids.
+    """
     store, replay = batches.store, batches.replay
     return {
         "replay_sha256": replay.store.meta.text_sha256 if replay.share else None,
+        "replay_ids_sha256": replay.store.fingerprint if replay.share else None,
         "train_sha256": store.meta.text_sha256,
         "train_ids_sha256": store.fingerprint,
         "train_lines": len(store),
         "train_tokens": store.meta.num_tokens,
     }
+
+
+def describe_evaluation(evaluation: dict[str, EvaluationBatches]) -> dict[str, str]:
+    """Return the SHA-256 of text and token ids of the evaluated splits.
+
+    That of `--replay` is "replay_valid": `describe_data` names its training split "replay".
+    """
+    described = {}
+    for split, batches in evaluation.items():
+        name = "replay_valid" if split == "replay" else split
+        described[f"{name}_sha256"] = batches.store.meta.text_sha256
+        described[f"{name}_ids_sha256"] = batches.store.fingerprint
+    return described
 
 
 def start_or_resume(this_run: Run) -> int:

@@ -72,20 +72,20 @@ class MetricsLog:
         self,
         path: Path,
         first_step: int,
-        validation: str | None = None,
+        texts: dict[str, str | None] | None = None,
         elapsed_seconds: float = 0.0,
         is_writer: bool = True,
     ) -> None:
         """Open the file, and remove lines after `first_step` that a killed run left.
 
-        Without a checkpoint to resume from, all previous lines move to another file. `validation` is the
-        SHA-256 of the validation split, if any. `elapsed_seconds` is the training time of the run so far.
-        Only rank 0 is a writer: the lines of other ranks are discarded.
+        Without a checkpoint to resume from, all previous lines move to another file. `texts` holds
+        the SHA-256 of the texts to evaluate on, "valid" and "replay", if any. `elapsed_seconds` is the
+        training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
         """
-        self._path, self._validation = path, validation
+        self._path, self._texts = path, {"valid": None, "replay": None} | (texts or {})
         self._started = time.monotonic() - elapsed_seconds
-        self.evaluations: dict[int, dict] = {}  # on the validation split, by step
-        self.first_replay: dict = {}  # the first evaluation on the text of --replay
+        # By split ("replay": that of --replay) and step.
+        self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in self._texts}
         if not is_writer:
             self._path = Path(os.devnull)
         elif path.exists() and path.stat().st_size and first_step == 0:
@@ -104,8 +104,8 @@ class MetricsLog:
         valid = [(line, values) for line, values in parsed if values["step"] <= first_step]
         with open_atomic(self._path) as file:
             file.writelines(f"{line}\n".encode() for line, _ in valid)
-        self.evaluations = select_evaluations([values for _, values in valid], self._validation)
-        self.first_replay = next((values for _, values in valid if values.get("kind") == "replay"), {})
+        for split, text in self._texts.items():
+            self.evaluations[split] = select_evaluations([values for _, values in valid], split, text)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -120,11 +120,9 @@ class MetricsLog:
         finite = replace_non_finite(values)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = {"step": step, "kind": kind, "time": now, "elapsed_seconds": self.elapsed_seconds, **finite}
-        if kind == "valid":
-            self.evaluations[step] = finite
-            line["text_sha256"] = self._validation
-        if kind == "replay":
-            self.first_replay = self.first_replay or finite
+        if kind in self._texts:
+            self.evaluations[kind][step] = finite
+            line["text_sha256"] = self._texts[kind]
         with raise_storage_errors(self._path):
             self._file.write(json.dumps(line) + "\n")
 
@@ -141,15 +139,15 @@ class MetricsLog:
         self._file.close()
 
 
-def select_evaluations(lines: list[dict], validation: str | None) -> dict[int, dict]:
-    """Return the evaluations on one validation split by step.
+def select_evaluations(lines: list[dict], split: str, text: str | None) -> dict[int, dict]:
+    """Return the evaluations of "valid" or "replay" on one text by step.
 
-    The split is the one with the SHA-256 `validation`, or without one, that of the last evaluation. Lines of
-    earlier versions do not name it: they belong to the first that is named.
+    The text is the one with the SHA-256 `text`, or without one, that of the last evaluation. Lines of earlier
+    versions do not name it: they belong to the first that is named.
     """
-    evaluations = [values for values in lines if values.get("kind") == "valid"]
-    named = [values["text_sha256"] for values in evaluations if "text_sha256" in values] or [validation]
-    selected = validation or named[-1]
+    evaluations = [values for values in lines if values.get("kind") == split]
+    named = [values["text_sha256"] for values in evaluations if "text_sha256" in values] or [text]
+    selected = text or named[-1]
     return {
         values["step"]: values for values in evaluations if values.get("text_sha256", named[0]) == selected
     }

@@ -91,8 +91,9 @@ class Trainer:
         if first_step and is_rank_zero():
             state = read_json(get_checkpoint_path(run.run_dir, first_step) / "state.json")
             elapsed = state.get("elapsed_seconds", 0.0)  # older checkpoints lack it
-        validation = run.settings["validation"]["valid_sha256"]
-        self.log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, validation, elapsed, is_rank_zero())
+        texts = {"valid": run.settings["validation"]["valid_sha256"]}
+        texts["replay"] = run.settings["validation"]["replay_valid_sha256"]
+        self.log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, texts, elapsed, is_rank_zero())
 
     def train(self) -> None:
         """Train to the last step.
@@ -196,14 +197,14 @@ class Trainer:
             snapshot.state["elapsed_seconds"] = self.log.elapsed_seconds
             self.report_saved(self.saver.wait())
             self.log.sync()
-            self.saver.save(snapshot, best=find_best(self.run.run_dir, self.log.evaluations))
+            self.saver.save(snapshot, best=find_best(self.run.run_dir, self.log.evaluations["valid"]))
 
     def report_saved(self, checkpoint: Path | None) -> None:
         """Log that a checkpoint is complete, and record the best one."""
         if checkpoint:
             logger.info("saved %s", checkpoint)
             self.run.check_lock()
-            record_best(self.run.run_dir, self.log.evaluations)
+            record_best(self.run.run_dir, self.log.evaluations["valid"])
 
     def stop(self, signal_number: int) -> NoReturn:
         """End the run after the checkpoint is written."""
@@ -227,7 +228,8 @@ class Trainer:
             self.log.write(step, split, metrics)
             logger.info("step %d: %s  %s", step, split, format_metrics(metrics))
         if "replay" in results:
-            warn_of_forgetting(step, self.log.first_replay, results["replay"])
+            first = next(iter(self.log.evaluations["replay"].values()), {})
+            warn_of_forgetting(step, first, results["replay"])
         if "valid" in splits:
             samples = run.run_dir / "samples.jsonl"
             write_samples(samples, step, run.model, training, splits["valid"])
@@ -244,11 +246,11 @@ class Trainer:
         if not step and "replay" in run.evaluation:
             self.evaluate(0)
         is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
-        is_missing = is_rank_zero() and step not in self.log.evaluations
+        is_missing = is_rank_zero() and step not in self.log.evaluations["valid"]
         if is_due and is_any_rank(is_missing, run.training.device):
             self.evaluate(step)
         if is_rank_zero():
-            record_best(run.run_dir, self.log.evaluations)
+            record_best(run.run_dir, self.log.evaluations["valid"])
 
 
 def warn_of_forgetting(step: int, before: Metrics, now: Metrics) -> None:

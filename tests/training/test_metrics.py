@@ -53,7 +53,7 @@ def test_lines_after_the_checkpoint_are_removed(tmp_path):
     assert [(line["step"], line["kind"]) for line in read(path)] == [
         (1, "train"), (1, "valid"), (2, "train"), (2, "valid")
     ]  # fmt: skip
-    assert {step: values["loss"] for step, values in log.evaluations.items()} == {1: 0.5, 2: 1.0}
+    assert {step: values["loss"] for step, values in log.evaluations["valid"].items()} == {1: 0.5, 2: 1.0}
     log.write(3, "train", {"loss": 2.0})
     log.close()
     assert read(path)[-1]["loss"] == 2.0
@@ -77,12 +77,12 @@ def test_lines_of_any_shape(tmp_path, caplog):
     assert "9 damaged lines removed" in caplog.text
     for step in (1, 2):
         get_checkpoint_path(tmp_path, step).mkdir(parents=True)
-    assert find_best(tmp_path, log.evaluations) == 2
+    assert find_best(tmp_path, log.evaluations["valid"]) == 2
 
 
 def test_random_damage(tmp_path):
     path, generator = tmp_path / "metrics.jsonl", random.Random(3)
-    log = MetricsLog(path, 0, "a")
+    log = MetricsLog(path, 0, {"valid": "a"})
     for step in (1, 2, 3):
         log.write(step, "train", {"loss": 1.0})
         log.write(step, "valid", {"loss": step / 2})
@@ -94,24 +94,25 @@ def test_random_damage(tmp_path):
         for _ in range(generator.choice((1, 5, 50))):
             content[generator.randrange(len(content))] = generator.randrange(256)
         path.write_bytes(content)
-        log = MetricsLog(path, 3, "a")
-        record_best(tmp_path, log.evaluations)
+        log = MetricsLog(path, 3, {"valid": "a"})
+        record_best(tmp_path, log.evaluations["valid"])
         log.close()
 
 
-def test_evaluations_on_another_split_do_not_count(tmp_path):
+@pytest.mark.parametrize("kind", ["valid", "replay"])
+def test_evaluations_on_another_split_do_not_count(tmp_path, kind):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kind": "valid", "loss": 1.0}\n')  # an earlier version: that of the next one
+    path.write_text(f'{{"step": 1, "kind": "{kind}", "loss": 1.0}}\n')  # an earlier version: that of the next one
     for step, split in ((2, "a"), (3, "b"), (4, None)):
-        log = MetricsLog(path, step, split)
+        log = MetricsLog(path, step, {kind: split})
         if split:
-            log.write(step, "valid", {"loss": step + 0.5})
+            log.write(step, kind, {"loss": step + 0.5})
         log.close()
     assert [line.get("text_sha256") for line in read(path)] == [None, "a", "b"]
     for split, steps in (("a", [1, 2]), ("b", [3]), ("c", []), (None, [3])):
-        log = MetricsLog(path, 4, split)
+        log = MetricsLog(path, 4, {kind: split})
         log.close()
-        assert list(log.evaluations) == steps
+        assert list(log.evaluations[kind]) == steps
 
 
 def test_without_a_checkpoint_previous_lines_move(tmp_path):

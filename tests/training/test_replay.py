@@ -1,10 +1,17 @@
 """Domain adaptation: old text mixed in, both domains evaluated, a warning when the old one is forgotten."""
 
+import hashlib
+import json
 import logging
 import shutil
+from fractions import Fraction
 
 import pytest
 
+from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, Replay, TrainingBatches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.train import describe_data, describe_evaluation
 from DeBERTa.training.trainer import warn_of_forgetting
 from tests.test_train import flags, read_metrics  # noqa: F401
 from tests.training.test_initial_weights import run_here  # noqa: F401
@@ -31,6 +38,15 @@ def test_both_domains_are_evaluated_and_a_resumed_run_equals_another(adapted, ru
     lines = read_metrics(adapted["output_dir"])
     for kind in ("valid", "replay"):
         assert [line["step"] for line in select(lines, kind)] == [0, 3, 6]
+    # Both texts of --replay are in the fingerprint, by names that no other section has.
+    settings = json.loads((adapted["output_dir"] / "config.json").read_text())
+    hashes = [
+        hashlib.sha256((adapted["replay"] / f"{s}.txt").read_bytes()).hexdigest() for s in ("train", "valid")
+    ]
+    data, validation = settings["data"], settings["validation"]
+    assert [data["replay_sha256"], validation["replay_valid_sha256"]] == hashes
+    assert data["replay_ids_sha256"] not in (None, data["train_ids_sha256"])
+    assert {line["text_sha256"] for line in select(lines, "replay")} == {hashes[1]}
     # Stopped after step 3, and resumed.
     second = adapted | {"output_dir": adapted["output_dir"].with_name("second")}
     assert run_here(second)[0] == 0
@@ -52,6 +68,20 @@ def test_replay_needs_both_splits(adapted, run_here, tmp_path):  # noqa: F811
     status, printed = run_here(adapted | {"replay": tmp_path / "none"})
     assert status == 1
     assert f"--replay {tmp_path / 'none'}: no such directory" in printed
+
+
+def test_nodes_compare_both_texts_of_replay(prepared, tokenizer):
+    """The names of the training data and of the evaluated splits are distinct."""
+    masker, plan = Masker(tokenizer, 1, False), BatchPlan(1, 8, 64)
+    stores = {split: open_store(prepared / f"{split}.txt", tokenizer, 62) for split in ("train", "valid")}
+    training = TrainingBatches(
+        stores["train"], tokenizer, masker, plan, Replay(stores["train"], Fraction(1, 4))
+    )
+    held_out = EvaluationBatches(stores["valid"], tokenizer, masker, plan)
+    data, evaluated = describe_data(training), describe_evaluation({"valid": held_out, "replay": held_out})
+    assert {"replay_sha256", "replay_ids_sha256"} <= data.keys()
+    assert {"replay_valid_sha256", "replay_valid_ids_sha256"} <= evaluated.keys()
+    assert not data.keys() & evaluated.keys()
 
 
 def test_warnings(caplog):
