@@ -113,11 +113,6 @@ def all_reduce_sums(sums: Sums) -> Sums:
     return dict(zip(sums, values, strict=True))
 
 
-def is_any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is true on any rank."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
-
-
 def barrier() -> None:
     """Wait until every rank has reached this call."""
     if is_distributed():

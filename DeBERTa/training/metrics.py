@@ -82,7 +82,8 @@ class MetricsLog:
         the SHA-256 of the texts to evaluate on, "valid" and "replay", if any. `elapsed_seconds` is the
         training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
         """
-        self._path, self._texts = path, {"valid": None, "replay": None} | (texts or {})
+        self._path = path
+        self._texts: dict[str, str | None] = {"valid": None, "replay": None, **(texts or {})}
         self._started = time.monotonic() - elapsed_seconds
         # By split ("replay": that of --replay) and step.
         self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in self._texts}

@@ -154,7 +154,8 @@ def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> 
     if differing := list_differences(saved.get("validation") or {}, current["validation"]):
         logger.warning(
             "resuming with another validation split: %s; the best checkpoint is chosen, and forgetting "
-            "measured, among evaluations on one split, the newest; to keep the one that best.json names now, copy it",
+            "measured, among evaluations on one split, the newest; to keep the one that best.json names now, "
+            "copy it",
             ", ".join(differing),
         )
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.page import update_report
 from DeBERTa.training.best import find_best, record_best
 from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_model, read_training
-from DeBERTa.training.distributed import barrier, broadcast_value, get_world_size, is_any_rank, is_rank_zero
+from DeBERTa.training.distributed import barrier, broadcast_value, get_world_size, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import (
@@ -212,13 +213,13 @@ class Trainer:
         barrier()  # a rank that exits before rank 0 has saved would end rank 0, too
         raise RunInterrupted(signal_number)
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate on the validation split and on the text of `--replay`, if any.
+    def evaluate(self, step: int, wanted: Collection[str] = ("valid", "replay")) -> None:
+        """Evaluate on the validation split and on the text of `--replay`, those that are there and `wanted`.
 
         A stop signal interrupts the evaluation at once.
         """
         run, training = self.run, self.run.training
-        splits = {name: part for name, part in run.evaluation.items() if name in ("valid", "replay")}
+        splits = {name: part for name, part in run.evaluation.items() if name in wanted}
         with self.signals.allow_stop():
             results = evaluate_splits(
                 run.model, training.compute_outputs, splits, run.config, training.precision, training.device
@@ -246,9 +247,10 @@ class Trainer:
         if not step and "replay" in run.evaluation:
             self.evaluate(0)
         is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
-        is_missing = is_rank_zero() and step not in self.log.evaluations["valid"]
-        if is_due and is_any_rank(is_missing, run.training.device):
-            self.evaluate(step)
+        there = [split for split in self.log.evaluations if split in run.evaluation]
+        missing = broadcast_value([split for split in there if step not in self.log.evaluations[split]])
+        if is_due and (missing or not there):
+            self.evaluate(step, missing)
         if is_rank_zero():
             record_best(run.run_dir, self.log.evaluations["valid"])
 

@@ -102,7 +102,8 @@ def test_random_damage(tmp_path):
 @pytest.mark.parametrize("kind", ["valid", "replay"])
 def test_evaluations_on_another_split_do_not_count(tmp_path, kind):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1, "kind": "{kind}", "loss": 1.0}}\n')  # an earlier version: that of the next one
+    # A line of an earlier version: its text is that of the next one.
+    path.write_text(f'{{"step": 1, "kind": "{kind}", "loss": 1.0}}\n')
     for step, split in ((2, "a"), (3, "b"), (4, None)):
         log = MetricsLog(path, step, {kind: split})
         if split:

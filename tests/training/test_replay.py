@@ -64,6 +64,23 @@ def test_both_domains_are_evaluated_and_a_resumed_run_equals_another(adapted, ru
     assert "replay_share (0.25 there, 0.5 here)" in printed
 
 
+@pytest.mark.parametrize("has_valid", [True, False])
+def test_a_resumed_run_evaluates_only_what_is_missing(adapted, run_here, has_valid):  # noqa: F811
+    if not has_valid:
+        (adapted["data_dir"] / "valid.txt").unlink()
+    assert run_here(adapted)[0] == 0
+    path = adapted["output_dir"] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert run_here(adapted)[0] == 0
+    assert path.read_text().splitlines(keepends=True) == lines
+    if has_valid:
+        assert '"replay"' in lines[-1]
+        path.write_text("".join(lines[:-1]))
+        assert run_here(adapted)[0] == 0
+        last = read_metrics(adapted["output_dir"])[-2:]
+        assert [(line["kind"], line["step"]) for line in last] == [("valid", 6), ("replay", 6)]
+
+
 def test_replay_needs_both_splits(adapted, run_here, tmp_path):  # noqa: F811
     status, printed = run_here(adapted | {"replay": tmp_path / "none"})
     assert status == 1
