@@ -82,7 +82,7 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
         path = fetch_weights(reference, role)
     else:
         path = find_in_directory(Path(reference), role) if Path(reference).is_dir() else Path(reference)
-    check_silent_settings(path, config)
+    check_silent_settings(path, role, config)
     return path
 
 
@@ -122,12 +122,12 @@ def find_in_directory(directory: Path, role: str) -> Path:
     return get_checkpoint_path(directory, step) / "model.safetensors"
 
 
-def check_silent_settings(path: Path, config: ModelConfig) -> None:
+def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
     """Raise `ConfigError` if the `config.json` beside a file differs in a setting that shapes do not show."""
     config_path = path.with_name("config.json")
     values = read_json(config_path) if config_path.is_file() else {}
-    if "model" in values:  # of a run
-        return
+    if isinstance(models := values.get("model"), dict):  # of a run, with one model or two
+        values = models.get(role, models)
     known = {k: v for k, v in convert_hub_config(values, str(config_path)).items() if k in SILENT_SETTINGS}
     there = describe_computation(ModelConfig.from_dict(config.to_dict() | known, str(config_path)))
     here = describe_computation(config)

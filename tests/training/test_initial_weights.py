@@ -100,6 +100,22 @@ def test_settings_that_no_shape_shows(tmp_path, change, named):
         assert str(tmp_path / "config.json") in str(error.value)
 
 
+@pytest.mark.parametrize("task", ["MLM", "RTD"])
+def test_settings_of_a_checkpoint_are_compared(tmp_path, task):
+    """Its config.json is that of a run; of two models, each is compared with its own."""
+    other = CONFIG.to_dict() | {"num_attention_heads": 4, "pos_att_type": "c2p", "hidden_act": "relu"}
+    models = {"generator": CONFIG.to_dict(), "discriminator": other} if task == "RTD" else other
+    path = place(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors", {"model": models})
+    role = "discriminator" if task == "RTD" else "model"
+    with pytest.raises(ConfigError) as error:
+        find_weights(str(path), role, CONFIG)
+    for named in ("num_attention_heads (4 there, 2 here)", "pos_att_type", "hidden_act (relu there"):
+        assert named in str(error.value)
+    assert find_weights(str(path), role, ModelConfig.from_dict(other)) == path
+    if task == "RTD":
+        assert find_weights(str(path), "generator", CONFIG) == path
+
+
 def test_a_run_continues_from_another(flags, run_here):  # noqa: F811
     """From the directory of a run: its loss, far below ln(vocabulary), and a report in two places."""
     first = flags | {"num_training_steps": 60, "dump_interval": 30, "learning_rate": 5e-3}
