@@ -82,7 +82,8 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
         path = fetch_weights(reference, role)
     else:
         path = find_in_directory(Path(reference), role) if Path(reference).is_dir() else Path(reference)
-    check_silent_settings(path, role, config)
+    if path.name != GENERATOR_FILE:  # the config.json beside that is the discriminator's
+        check_silent_settings(path, role, config)
     return path
 
 

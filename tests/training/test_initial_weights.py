@@ -116,6 +116,11 @@ def test_settings_of_a_checkpoint_are_compared(tmp_path, task):
         assert find_weights(str(path), "generator", CONFIG) == path
 
 
+def test_a_published_generator_is_not_compared_with_the_discriminator(tmp_path):
+    path = place(tmp_path / "pytorch_model.generator.bin", TINY | {"num_attention_heads": 4})
+    assert find_weights(str(tmp_path), "generator", CONFIG) == path
+
+
 def test_a_run_continues_from_another(flags, run_here):  # noqa: F811
     """From the directory of a run: its loss, far below ln(vocabulary), and a report in two places."""
     first = flags | {"num_training_steps": 60, "dump_interval": 30, "learning_rate": 5e-3}
