@@ -15,12 +15,14 @@ from DeBERTa.model.attention import RelativePositions, map_to_slots
 from DeBERTa.model.encoder import Deberta, Encoder
 
 MAX_BYTES = 1_900_000_000  # of weights in the file itself; ONNX files end at 2 GiB
+EXAMPLE = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
+DYNAMIC_SHAPES = ({0: "batch", 1: "length"}, {0: "batch", 1: "length"})
 
 
 class TracedEncoder(Encoder):
     """An encoder whose relative positions are tensor operations, without numbers read on the host."""
 
-    def relative_positions(self, length: int) -> RelativePositions | None:
+    def compute_relative_positions(self, length: int) -> RelativePositions | None:
         """Return all rows of the table, and the slots of `length` positions."""
         if not self.config.position_terms:
             return None
@@ -47,30 +49,35 @@ class OnnxEncoder(nn.Module):
         return self.deberta.compute_last_hidden_state(input_ids, attention_mask)
 
 
+def build_encoder(weights: dict[str, torch.Tensor], config: ModelConfig) -> OnnxEncoder:
+    """Return the encoder of an exported model for `torch.export`, with any batch size and length."""
+    deberta = Deberta(config, "nes")
+    prefix = "deberta."
+    deberta.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    )
+    deberta.encoder.__class__ = TracedEncoder
+    return OnnxEncoder(deberta).eval()
+
+
 def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
     """Write `input_ids, attention_mask -> last_hidden_state` of an exported model.
 
     Raises `ConfigError` where the packages are missing.
     """
-    deberta = Deberta(config, "nes")
-    prefix = "deberta."
-    state = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-    deberta.load_state_dict(state)
-    deberta.encoder.__class__ = TracedEncoder
+    encoder = build_encoder(weights, config)
     for noisy in ("torch.onnx", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    size = sum(tensor.nbytes for tensor in state.values())
-    inputs = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
-    dynamic = {0: "batch", 1: "length"}
+    size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(
-                OnnxEncoder(deberta).eval(),
-                inputs,
+                encoder,
+                EXAMPLE,
                 path,
                 input_names=["input_ids", "attention_mask"],
                 output_names=["last_hidden_state"],
-                dynamic_shapes=(dynamic, dynamic),
+                dynamic_shapes=DYNAMIC_SHAPES,
                 dynamo=True,
                 external_data=size > MAX_BYTES,
                 verbose=False,
