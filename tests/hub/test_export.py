@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, RTDConfig, RTDModel
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, VocabularyError
-from DeBERTa.hub.export import list_models, write_model, write_published
+from DeBERTa.hub.export import list_models, replace_directory, write_model, write_published
 from tests.conftest import tiny_model, tiny_rtd
 from tests.hub.exported import VOCABULARY
 from tests.kill_at_call.sitecustomize import kill_at_call
@@ -121,6 +121,28 @@ def test_files_of_others_are_not_removed(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         write_discriminator(tmp_path / "file")
+
+
+def test_siblings_of_others_are_not_removed(tmp_path):
+    names = [f"model.{suffix}" for suffix in ("old", "tmp", "part", "bak")]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+    for _ in range(2):
+        write_discriminator(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *names}
+    assert all((tmp_path / name / "thesis.txt").exists() for name in names)
+
+
+def test_previous_model_after_a_kill_between_the_renames(tmp_path):
+    """It is restored, also where the next export fails."""
+    write_discriminator(tmp_path / "model")
+    before = read_all(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model.old-export")
+    with pytest.raises(ZeroDivisionError), replace_directory(tmp_path / "model"):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert read_all(tmp_path / "model") == before
 
 
 def test_head_sizes_that_transformers_lacks(tmp_path):
