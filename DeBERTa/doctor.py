@@ -10,43 +10,61 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from DeBERTa.config import TrainConfig
-from DeBERTa.data.corpus import WIKITEXT_103
-from DeBERTa.data.files import get_cache_dir, open_partial
 from DeBERTa.errors import StorageError
 
+# Modules that need other packages are imported after the check of those.
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 CONNECT_SECONDS = 5
-LITTLE_DISK, LITTLE_SHARED = 10.0, 0.5  # GB; a checkpoint of a base model takes 4 GB
+LITTLE_DISK = 10.0  # GB; a checkpoint of a base model takes 4 GB
+SHARED_MEMORY = Path("/dev/shm")
+LOCKS_MB, NCCL_MB = 1, 500  # needed there: locks of data workers, a page each; buffers of several GPUs
+PORTS = {"https": 443, "http": 80}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 Check = tuple[str, str, str]  # name, what there is, what to do if it is not ok
 
 
 def main() -> int:
-    """Print a line per check, and return 1 unless all are ok."""
+    """Print a line per check, and return 1 unless all are ok.
+
+    Without a cache directory, it ends with the error of the other commands.
+    """
+    if write_checks(check_packages()):
+        return 1
+    from DeBERTa.command import run_command
+
+    failures: list[int] = []
+    checks = (check_device, check_machine, check_network)
+    status = run_command(lambda: failures.extend(write_checks(check()) for check in checks))
+    return status or int(any(failures))
+
+
+def write_checks(checks: Iterable[Check]) -> int:
+    """Print a line per check, and return how many are not ok."""
     failures = 0
-    for name, text, advice in chain(check_packages(), check_machine(), check_network()):
+    for name, text, advice in checks:
         failures += bool(advice)
         sys.stdout.write(f"{'look' if advice else 'ok'}\t{name}: {text}{'; ' if advice else ''}{advice}\n")
-    return int(failures > 0)
+    return failures
 
 
 def check_packages() -> Iterator[Check]:
-    """Check versions, and with them device, precision and kernels."""
+    """Check that the packages are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     found = [f"{name} {version(name)}" for name in PACKAGES if name not in missing]
     advice = f"install {', '.join(missing)}: pip install -r requirements.txt" if missing else ""
     yield "versions", ", ".join([f"Python {platform.python_version()}", *found]), advice
-    if missing:
-        return
+
+
+def check_device() -> Iterator[Check]:
+    """Check device, precision and kernels."""
     import torch
 
+    from DeBERTa.config import TrainConfig
     from DeBERTa.training.banner import get_device_name
     from DeBERTa.training.precision import resolve_precision
 
@@ -66,9 +84,15 @@ def check_packages() -> Iterator[Check]:
 
 def check_machine() -> Iterator[Check]:
     """Check shared memory, cache and disk."""
-    shared = shutil.disk_usage("/dev/shm").free / 1e9
+    from DeBERTa.data.files import get_cache_dir, open_partial
+
+    shared, needed = 0.0, LOCKS_MB
     advice = "data workers need more: docker run --shm-size 1g, or train with --workers 0"
-    yield "shared memory", f"{shared:.2f} GB", advice if shared < LITTLE_SHARED else ""
+    if count_gpus() > 1:
+        needed, advice = NCCL_MB, "several GPUs (NCCL) need more: docker run --shm-size 1g"
+    with contextlib.suppress(OSError):  # there is none
+        shared = shutil.disk_usage(SHARED_MEMORY).free / 1e6
+    yield "shared memory", f"{shared:,.1f} MB", advice if shared < needed else ""
     cache = get_cache_dir()
     advice = "it cannot be written: name another directory in DEBERTA_CACHE"
     with contextlib.suppress(StorageError), open_partial(cache / "doctor"):
@@ -79,16 +103,33 @@ def check_machine() -> Iterator[Check]:
     yield "disk", f"{free:.1f} GB free here", advice if free < LITTLE_DISK else ""
 
 
+def count_gpus() -> int:
+    """Return the number of GPUs that PyTorch can use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def check_network() -> Iterator[Check]:
     """Check the hosts of texts and of published models."""
+    from DeBERTa.data.corpus import WIKITEXT_103
+
     for url in (WIKITEXT_103.urls[0], os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
-        host, advice = str(urlsplit(url).hostname), ""
-        try:
-            socket.create_connection((host, 443), timeout=CONNECT_SECONDS).close()
-        except OSError as error:
-            mirror = "mirrors go into DEBERTA_WIKITEXT_URL and HF_ENDPOINT"
-            advice = f"it cannot be reached ({error}): the tiny presets do without; {mirror}"
-        yield "network", host, advice
+        yield "network", *check_host(url)
+
+
+def check_host(url: str) -> tuple[str, str]:
+    """Return the host of a URL, and what to do if it cannot be reached."""
+    parts = urlsplit(url)
+    if parts.scheme not in PORTS or not parts.hostname:
+        return url, "it is not a URL: write https:// before the host in HF_ENDPOINT"
+    try:
+        port = parts.port or PORTS[parts.scheme]
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:  # ValueError: a port that is no number
+        mirror = "mirrors go into DEBERTA_WIKITEXT_URL and HF_ENDPOINT"
+        return parts.hostname, f"it cannot be reached ({error}): the tiny presets do without; {mirror}"
+    return parts.hostname, ""
 
 
 if __name__ == "__main__":
