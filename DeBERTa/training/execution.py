@@ -16,6 +16,8 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Encoder
 
+MAX_GRAPHS = 64  # of torch.compile, per function
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +30,9 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
     is_compiled = resolve_compile(config, device)
     if is_compiled:
         check_compiler(device)
+        # Graphs of all layers count together, by width, mode and length (static, then dynamic). With the
+        # default of 8, generators of another width run eagerly at some lengths, and recomputed layers fail.
+        torch.compiler.config.recompile_limit = MAX_GRAPHS
     if device.type == "cuda":
         set_matmul_precision(config)
     resolved = select_kernels(model, config, device)

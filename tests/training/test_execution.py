@@ -159,6 +159,16 @@ def test_compiled_layers_compute_the_same(task, backend, change, flags, other_le
     assert not counters["graph_break"]
 
 
+def test_layers_of_many_kinds_are_all_compiled():
+    """The compiler counts the graphs of all layers together, and by default has no more than 8."""
+    torch.compiler.reset()
+    counters.clear()
+    for width in range(16, 26):
+        model = small_model("MLM", NO_DROPOUT | {"hidden_size": width, "num_attention_heads": 1})
+        losses_and_gradients(compile_copy(model, "aot_eager"))
+    assert counters["stats"]["unique_graphs"] == 10
+
+
 def test_compiled_dropout_is_drawn_again_by_checkpointing():
     """The compiler's own random numbers are those of PyTorch's generator too."""
     torch.compiler.reset()
