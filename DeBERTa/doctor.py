@@ -66,19 +66,22 @@ def check_device() -> Iterator[Check]:
 
     from DeBERTa.config import TrainConfig
     from DeBERTa.training.banner import get_device_name
+    from DeBERTa.training.execution import resolve_compile
     from DeBERTa.training.precision import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_unused = device.type == "cpu" and NVIDIA_DRIVER.exists()
     advice = "PyTorch cannot use the NVIDIA driver that is here: install the build for its CUDA version"
-    precision = resolve_precision(TrainConfig(), device)
+    config = TrainConfig()
+    precision = resolve_precision(config, device)
     yield "device", f"{get_device_name(device)}, {precision}", advice if is_unused else ""
     if importlib.util.find_spec("DeBERTa.ops") is None:
         return
     from DeBERTa.ops import describe_implementations, triton  # optional
 
     obstacle = triton.find_obstacle(device, 64) if device.type == "cuda" else None
-    kernels = describe_implementations(device) + (", sdpa instead of triton attention" if obstacle else "")
+    kernels = describe_implementations(device, resolve_compile(config, device))
+    kernels += ", sdpa instead of triton attention" if obstacle else ""
     yield "kernels", kernels, obstacle or ("install g++" if "slower" in kernels else "")
 
 

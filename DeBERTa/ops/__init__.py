@@ -71,11 +71,13 @@ def _choose_attention(model: nn.Module, device: torch.device, attention: str, is
     return "eager"
 
 
-def describe_implementations(device: torch.device) -> str:
+def describe_implementations(device: torch.device, is_compiled: bool) -> str:
     """Return a description of what computes all but attention on `device`."""
     if device.type != "cpu":
-        return "plain PyTorch"
+        return f"layers and LM head {'compiled by torch.compile' if is_compiled else 'in eager PyTorch'}"
     obstacle = library.find_obstacle()
     if obstacle:
-        return f"CPU kernels on PyTorch's operations, slower: {obstacle}"
-    return "compiled CPU kernels, AMX" if library.has_tiles() else "compiled CPU kernels"
+        kernels = f"CPU kernels on PyTorch's operations, slower: {obstacle}"
+    else:
+        kernels = "compiled CPU kernels, AMX" if library.has_tiles() else "compiled CPU kernels"
+    return f"layers compiled by torch.compile, {kernels} in the head" if is_compiled else kernels

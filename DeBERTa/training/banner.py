@@ -43,7 +43,7 @@ def format_banner(run: Run, first_step: int) -> str:
         batch += f", {config.train_batch_size / get_world_size():g} per rank"
     tokens = config.train_batch_size * config.max_seq_length
     splits = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
-    kernels = describe_kernels(run.settings["train"]["kernels"], run.attention, training.device)
+    kernels = describe_kernels(run.settings["train"]["kernels"], run.attention, config, training.device)
     rows = {
         "run": str(run.run_dir),
         "task": _describe_task(run),

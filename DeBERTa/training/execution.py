@@ -103,10 +103,11 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def describe_kernels(kernels: str, attention: str, device: torch.device) -> str:
+def describe_kernels(kernels: str, attention: str, config: TrainConfig, device: torch.device) -> str:
     """Return a description of the resolved kernels and attention on `device`."""
+    is_compiled = resolve_compile(config, device)
     if kernels == "off":
-        return "plain PyTorch"
+        return "plain PyTorch" + (", layers compiled by torch.compile" if is_compiled else "")
     from DeBERTa.ops import describe_implementations
 
-    return f"{describe_implementations(device)}, {attention} attention"
+    return f"{describe_implementations(device, is_compiled)}, {attention} attention"

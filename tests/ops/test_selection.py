@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from DeBERTa import ModelConfig, RTDConfig, RTDModel
+from DeBERTa import ModelConfig, RTDConfig, RTDModel, TrainConfig
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.model.encoder import Encoder, Layer
 from DeBERTa.model.heads import LMHead
@@ -14,6 +14,7 @@ from DeBERTa.ops.autocast import AutocastLayer
 from DeBERTa.ops.cpu import HEAD_SUBCLASSES, SUBCLASSES, library
 from DeBERTa.ops.cpu.modules import CpuSelfAttention
 from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
+from DeBERTa.training.execution import describe_kernels
 from tests.conftest import tiny_model, tiny_rtd
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
@@ -84,9 +85,16 @@ def test_encoder(attention):
 
 
 def test_description():
-    assert "CPU" not in describe_implementations(CUDA)
+    assert describe_implementations(CUDA, True) == "layers and LM head compiled by torch.compile"
+    assert describe_implementations(CUDA, False) == "layers and LM head in eager PyTorch"
     obstacle = library.find_obstacle()
+    plain = describe_implementations(CPU, False)
     if obstacle:
-        assert describe_implementations(CPU) == f"CPU kernels on PyTorch's operations, slower: {obstacle}"
+        assert plain == f"CPU kernels on PyTorch's operations, slower: {obstacle}"
     else:
-        assert describe_implementations(CPU).startswith("compiled CPU kernels")
+        assert plain.startswith("compiled CPU kernels")
+    compiled = f"layers compiled by torch.compile, {plain} in the head"
+    assert describe_implementations(CPU, True) == compiled
+    assert describe_kernels("auto", "eager", TrainConfig(compile=True), CPU) == f"{compiled}, eager attention"
+    config = TrainConfig(kernels="off")
+    assert describe_kernels("off", "eager", config, CUDA) == "plain PyTorch"
