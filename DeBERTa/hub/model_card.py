@@ -27,8 +27,8 @@ model(**inputs).logits.sigmoid()  # per token: the probability that it was repla
 }
 RECIPE = (
     "task_name", "num_training_steps", "train_batch_size", "max_seq_length", "learning_rate",
-    "discriminator_learning_rate", "warmup", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
-    "max_ngram", "rtd_lambda", "decoupled_training", "precision", "seed",
+    "discriminator_learning_rate", "lr_schedule", "warmup", "weight_decay", "adam_beta1", "adam_beta2",
+    "max_grad_norm", "max_ngram", "rtd_lambda", "decoupled_training", "replay_share", "precision", "seed",
 )  # fmt: skip
 NO_RESULTS = ("step", "elapsed_seconds")
 TITLE_HEIGHT = 40  # above a chart, in pixels
@@ -82,7 +82,8 @@ def _format_run(run: RunRecord) -> list[str]:
 
 
 def _format_table(title: str, values: dict[str, Any]) -> str:
-    """Return a section with a table, or an empty string without values."""
+    """Return a section with a table of what is not None, or an empty string without values."""
+    values = {name: value for name, value in values.items() if value is not None}
     if not values:
         return ""
     return "\n".join(

@@ -20,8 +20,16 @@ METRICS = [
     {"step": 10, "kind": "valid", "loss": 6.0, "accuracy": 0.25, "elapsed_seconds": 2.0},
 ]
 SETTINGS = {
-    "train": {"tag": "my-run", "learning_rate": 1e-4, "data_dir": "/private/data", "task_name": "MLM"},
-    "data": {"train_lines": 600},
+    "train": {
+        "tag": "my-run",
+        "learning_rate": 1e-4,
+        "lr_schedule": "wsd",
+        "replay_share": 0.2,
+        "data_dir": "/private/data",
+        "task_name": "MLM",
+        "seed": None,
+    },
+    "data": {"train_lines": 600, "replay_sha256": None},
 }
 
 
@@ -46,6 +54,9 @@ def test_card(tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
     for line in ("# my-run: model", "| learning_rate | 0.0001 |", "| train_lines | 600 |"):
         assert f"\n{line}\n" in card
+    assert "| lr_schedule | wsd |" in card
+    assert "| replay_share | 0.2 |" in card
+    assert "None" not in card
     assert "## Validation at step 10\n" in card
     assert "| accuracy | 0.25 |" in card
     assert "(curves.svg)" in card
