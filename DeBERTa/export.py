@@ -1,6 +1,7 @@
 """Export the models of a run: `python -m DeBERTa.export --help`."""
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, RTDConfig, read_json
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import ConfigError, StorageError, describe_os_error
+from DeBERTa.errors import ConfigError, StorageError, VocabularyError, describe_os_error
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models, write_model, write_published
 from DeBERTa.hub.model_card import read_record
@@ -118,8 +119,9 @@ def find_vocabulary(run_dir: Path, settings: dict) -> Tokenizer:
     wanted = settings["data"]["vocabulary_sha256"]
     recorded = Path(settings["train"]["vocab_path"])
     for path in (recorded, *sorted(run_dir.glob("*/spm.model"))):
-        if path.is_file() and (tokenizer := Tokenizer(path)).fingerprint == wanted:
-            return tokenizer
+        with contextlib.suppress(VocabularyError):  # the recorded path holds another file now
+            if path.is_file() and (tokenizer := Tokenizer(path)).fingerprint == wanted:
+                return tokenizer
     raise ConfigError(
         f"the vocabulary of {run_dir} is missing: {recorded} is not the one it was trained with; "
         f"copy it to {run_dir / 'model' / 'spm.model'}"

@@ -118,12 +118,16 @@ def test_errors(finished, tmp_path, capsys):
     assert "model.safetensors has" in error
 
 
-def test_vocabulary_of_the_run(finished, tmp_path, capsys):
+@pytest.mark.parametrize("is_there", [False, True], ids=["missing", "another-file"])
+def test_vocabulary_of_the_run(finished, tmp_path, capsys, is_there):
     """The recorded path, or the copy of a final model; never another vocabulary."""
+    recorded = tmp_path / "spm.model"
+    if is_there:
+        recorded.write_text("notes\n")
     run_dir = copy_run(finished, tmp_path / "run")
     path = get_checkpoint_path(run_dir, 6) / "config.json"
     settings = json.loads(path.read_text())
-    settings["train"]["vocab_path"] = "/missing/spm.model"
+    settings["train"]["vocab_path"] = str(recorded)
     path.write_text(json.dumps(settings))
     write_manifest(path.parent, 6)
     assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 0
@@ -132,7 +136,7 @@ def test_vocabulary_of_the_run(finished, tmp_path, capsys):
         shutil.rmtree(run_dir / name)
     status, error = fails(capsys, run_dir, "--output", tmp_path / "out")
     assert status == 1
-    assert error.startswith(f"the vocabulary of {run_dir} is missing: /missing/spm.model")
+    assert error.startswith(f"the vocabulary of {run_dir} is missing: {recorded}")
 
 
 def test_classifier_of_the_readme(finished):
