@@ -135,7 +135,8 @@ def find_store(text: Path, vocabulary_sha256: str | None = None) -> StoreFile | 
     With `vocabulary_sha256` None, the vocabulary is not compared.
     """
     for path in (get_store_path(text), get_cached_store_path(text)):
-        with contextlib.suppress(OSError, ValueError, TypeError, OverflowError):  # missing or damaged
+        # Missing or damaged.
+        with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
             store = StoreFile(path)
             is_fitting = vocabulary_sha256 in (None, store.meta.vocabulary_sha256)
             if is_fitting and store.meta.text == get_state(text.stat()) and store.has_valid_ids():

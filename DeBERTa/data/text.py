@@ -84,6 +84,8 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
         try:
             if isinstance(json.loads(first), dict):
                 return JSON_LINES
+        except RecursionError:
+            return JSON_LINES  # reading the record raises an error that names the place
         except ValueError:
             if not end and first.startswith(b'{"'):  # a record that is longer than a block
                 return JSON_LINES
@@ -154,7 +156,7 @@ def _read_record(line: bytes, block: Block, column: str) -> str:
     place = f"{block.path}, behind byte {block.offset}"
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested
         raise DataError(f"{place}: a line is not JSON: {error}; correct it") from None
     if not isinstance(record, dict) or not isinstance(record.get(column, 0), str | None):
         fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from DeBERTa.data.store_file import TRAILER_BYTES
 from DeBERTa.data.token_store import TokenStore, find_store, get_part_name, get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import DamagedStoreError, DataError, VocabularyError
@@ -84,6 +85,13 @@ def test_a_damaged_store_is_rebuilt(text, share):
     os.truncate(path, int(share * path.stat().st_size))
     assert find_store(text) is None
     assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+
+
+def test_a_store_with_deeply_nested_metadata_is_rebuilt(text):
+    metadata = b"[" * 99_999
+    content = bytes(8) + metadata + bytes(TRAILER_BYTES - 8) + len(metadata).to_bytes(8, "little")
+    get_store_path(text).write_bytes(content)
+    assert find_store(text) is None
 
 
 def test_line_ends_blank_lines_and_double_spaces(text):
