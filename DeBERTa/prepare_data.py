@@ -209,7 +209,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--train_vocab",
         type=int,
         metavar="N",
-        help="train a vocabulary of N pieces on the text (its training split) and write it to --vocab_path "
+        help="train a vocabulary of N pieces on all documents of --input (of a corpus: the training split) "
+        "and write it to --vocab_path "
         "(default: spm.model in the directory of --output, or of the corpus in the cache)",
     )
     parser.add_argument(
@@ -236,6 +237,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--output needs --input, or --corpus": has_output and not has_input and not corpus,
         "--input needs --output, or --check": has_input and not has_output and not arguments.check,
         "--input and --corpus exclude each other": has_input and corpus,
+        "--check and --train_vocab exclude each other": arguments.check and arguments.train_vocab is not None,
         "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
         "--shard and fractions are for --input": not has_input and (arguments.shard or sum(fractions)),
         "fractions must be at least 0, and below 1 together": min(fractions) < 0 or sum(fractions) >= 1,

@@ -209,6 +209,7 @@ def test_errors_are_one_message(tmp_path, monkeypatch, capsys, arguments, compla
         ["--corpus", "sample", "--shard", "0/2"],
         ["-i", "i", "-o", "o", "--character_coverage", "0.5"],
         ["-i", "i", "-o", "o", "--vocab", "v"],
+        ["-i", "i", "--check", "--train_vocab", "300"],
     ],
 )
 def test_wrong_flags(arguments, capsys):
