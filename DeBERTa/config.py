@@ -436,8 +436,8 @@ class TrainConfig:
         "watch for forgetting",
         rules=RESUME | NODE,
     )
-    replay_share: float = _flag(
-        0.2, "proportion of --replay in the training sequences", "", Bounds(0.0, 1.0, True, True)
+    replay_share: float = _flag(  # a fraction whose denominator is at most 10,000, neither 0 nor 1
+        0.2, "proportion of --replay in the training sequences", "", Bounds(0.0001, 0.9999)
     )
     vocab_path: str = _flag("", "SentencePiece model of the data", rules=REQUIRED | RESUME | NODE)
     vocab_type: str = _flag("spm", "kind of vocabulary", rules=HIDDEN, choices=("spm",))

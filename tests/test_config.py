@@ -124,6 +124,8 @@ def test_nes_allows_different_widths():
         ({"task_name": "RTD", "init_generator": "x"}, "--init_discriminator"),
         ({"task_name": "GPT"}, "--task_name must be one of MLM, RTD, not 'GPT'"),
         ({"learning_rate": float("nan")}, "--learning_rate must be finite and above 0.0, not nan"),
+        ({"replay_share": 0.99999}, "--replay_share must be at least 0.0001 and at most 0.9999, not 0.99999"),
+        ({"replay_share": 4e-5}, "--replay_share must be at least 0.0001"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0.0 and below 1.0, not 1.0"),
         ({"num_train_epochs": 0.0}, "--num_train_epochs"),
         ({"seed": 2**63}, "--seed"),
