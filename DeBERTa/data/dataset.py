@@ -112,6 +112,11 @@ class TrainingBatches(Dataset[Batch]):
         rows = np.arange(self.plan.batch_size)
         return self._select(step, rows)[~self.is_replayed(step, rows)]
 
+    def count_own_rows(self, num_steps: int) -> int:
+        """Return how many rows of the first `num_steps` global batches are not of the replayed text."""
+        num_rows = num_steps * self.plan.batch_size
+        return num_rows - int(self.replay.count_rows(np.array(num_rows)))
+
     def is_replayed(self, step: int, rows: np.ndarray) -> np.ndarray:
         """Return which rows of the global batch of `step` are of the replayed text, bool [rows]."""
         numbers = step * self.plan.batch_size + rows

@@ -322,8 +322,8 @@ def take_snapshot(run: Run, step: int) -> Snapshot | None:
     interval = gather_to_rank_zero(run.interval.state_dict())
     if not is_rank_zero():
         return None
-    lines, batch_size = len(run.train_batches.store), run.config.train_batch_size
-    epoch, position = divmod(step * batch_size, lines)
+    batches = run.train_batches
+    epoch, position = divmod(batches.count_own_rows(step), len(batches.store))
     state = {
         "step": step,
         "seed": run.config.seed,

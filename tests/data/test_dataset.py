@@ -134,6 +134,7 @@ def test_replay_mixes_exactly(store, tokenizer, masker, prepared, share):
     mixed = TrainingBatches(store, tokenizer, masker, PLAN, Replay(other, share))
     is_replayed = np.concatenate([mixed.is_replayed(step, np.arange(24)) for step in range(60)])
     assert all(is_replayed[:n].sum() == n * share // 1 for n in range(len(is_replayed) + 1))
+    assert mixed.count_own_rows(60) == (~is_replayed).sum()
     lines = np.concatenate([mixed.select_lines(step) for step in range(60)])
     plain = np.concatenate([training(store, tokenizer, masker).select_lines(step) for step in range(60)])
     own, old = lines[~is_replayed], lines[is_replayed]

@@ -47,6 +47,11 @@ def test_both_domains_are_evaluated_and_a_resumed_run_equals_another(adapted, ru
     assert [data["replay_sha256"], validation["replay_valid_sha256"]] == hashes
     assert data["replay_ids_sha256"] not in (None, data["train_ids_sha256"])
     assert {line["text_sha256"] for line in select(lines, "replay")} == {hashes[1]}
+    # The epoch counts lines of train.txt alone.
+    state = json.loads((adapted["output_dir"] / "checkpoints/step-00000006/state.json").read_text())
+    rows = 6 * adapted["train_batch_size"]
+    own, num_lines = rows - rows // 4, settings["data"]["train_lines"]
+    assert (state["epoch"], state["lines_into_epoch"]) == divmod(own, num_lines)
     # Stopped after step 3, and resumed.
     second = adapted | {"output_dir": adapted["output_dir"].with_name("second")}
     assert run_here(second)[0] == 0
