@@ -39,6 +39,12 @@ from DeBERTa.training.worker import LOGS
 
 logger = logging.getLogger(__name__)
 
+# Flags that name what the run reads.
+INPUTS = (
+    *("data_dir", "vocab_path", "replay", "model_config"),
+    *("init_model", "init_generator", "init_discriminator", "resize_vocab"),
+)
+
 
 def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> tuple[int, RunLock]:
     """Create or reopen the run directory and lock it.
@@ -52,7 +58,7 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
         lock = RunLock(run_dir)
         check_file_types(run_dir)
         if fresh:
-            inputs = (settings["train"].get(name) for name in ("data_dir", "vocab_path"))
+            inputs = (settings["train"].get(name) for name in INPUTS)
             move_previous_run(run_dir, [Path(path) for path in inputs if path])
         step, damages = find_newest_valid(run_dir)
         if step:

@@ -15,6 +15,7 @@ from torch import nn
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, RTDConfig, RTDModel
 from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError
 from DeBERTa.training.run_dir import (
+    INPUTS,
     check_disk_space,
     check_same_run,
     flatten,
@@ -119,7 +120,7 @@ def test_fresh_does_not_move_the_current_directory(tmp_path, monkeypatch, path):
     assert list(tmp_path.iterdir()) == [tmp_path / "project"] or path == ".."
 
 
-@pytest.mark.parametrize("name", ["data_dir", "vocab_path"])
+@pytest.mark.parametrize("name", INPUTS)
 def test_fresh_does_not_move_what_the_run_reads(tmp_path, name):
     (tmp_path / "run" / "data").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"--fresh would move .*/run/data, which is in use"):
