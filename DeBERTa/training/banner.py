@@ -98,7 +98,8 @@ def describe_code() -> dict[str, str]:
     """Return what determines the results of a run besides its settings: a hash of this package, libraries."""
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCE_SUFFIXES):
+    # Regular files: editors leave links that lead nowhere.
+    for path in sorted(p for p in package.rglob("*") if p.suffix in SOURCE_SUFFIXES and p.is_file()):
         digest.update(f"{path.relative_to(package).as_posix()}\0{hash_file(path)}\n".encode())
     return {"package_sha256": digest.hexdigest(), "torch": torch.__version__, "numpy": np.__version__}
 

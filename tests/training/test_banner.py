@@ -1,10 +1,26 @@
 """What determines the results of a run besides its settings: the code of the package, libraries."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 from DeBERTa.training.banner import describe_code
 from tests.commands import Command, cluster, free_port, two_process_flags
 from tests.conftest import ROOT
+
+
+def test_only_regular_files_are_code(tmp_path):
+    """The lock of an editor is a link that leads nowhere."""
+    shutil.copytree(ROOT / "DeBERTa", tmp_path / "DeBERTa")
+    (tmp_path / "DeBERTa" / ".#train.py").symlink_to("user@host.1234")
+    (tmp_path / "DeBERTa" / "folder.py").mkdir()
+    python = "from DeBERTa.training.banner import describe_code; print(describe_code()['package_sha256'])"
+    done = subprocess.run(
+        [sys.executable, "-c", python], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == describe_code()["package_sha256"], done.stderr
 
 
 def test_nodes_with_different_code_do_not_train_together(tmp_path, prepared):
