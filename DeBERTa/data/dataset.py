@@ -107,10 +107,11 @@ class TrainingBatches(Dataset[Batch]):
         """
         return self._select(step, self._get_rows())
 
-    def select_global_lines(self, step: int) -> np.ndarray:
-        """Return the lines of the global batch of `step` without those replayed, int64 [rows]."""
+    def select_global_lines(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lines of the global batch of `step`: own and replayed ones, int64 [rows] each."""
         rows = np.arange(self.plan.batch_size)
-        return self._select(step, rows)[~self.is_replayed(step, rows)]
+        lines, is_replayed = self._select(step, rows), self.is_replayed(step, rows)
+        return lines[~is_replayed], lines[is_replayed]
 
     def count_own_rows(self, num_steps: int) -> int:
         """Return how many rows of the first `num_steps` global batches are not of the replayed text."""

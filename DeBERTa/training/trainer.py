@@ -177,12 +177,10 @@ class Trainer:
         logger.info("step %d: update skipped: %s", step, guard.describe_skip())
         if guard.consecutive_skips < run.config.max_skipped_steps:
             return
-        lines = [str(line + 1) for line in run.train_batches.select_global_lines(step - 1)]
-        if len(lines) > MAX_LINES_SHOWN:
-            lines = [*lines[:MAX_LINES_SHOWN], "..."]
+        lines = describe_lines(run.train_batches, step - 1)
         raise NonFiniteError(
             f"step {step}: the updates of {guard.consecutive_skips} steps in a row were skipped "
-            f"(--max_skipped_steps): {guard.describe_skip()} on lines {', '.join(lines)} of train.txt; "
+            f"(--max_skipped_steps): {guard.describe_skip()} on {lines}; "
             f"look at these lines, or {START_OVER} (the checkpoints in {run.run_dir} are older)"
         )
 
@@ -253,6 +251,18 @@ class Trainer:
             self.evaluate(step, missing)
         if is_rank_zero():
             record_best(run.run_dir, self.log.evaluations["valid"])
+
+
+def describe_lines(batches: TrainingBatches, step: int) -> str:
+    """Return the numbers, from 1, of the first lines of the global batch of `step`, by file."""
+    described = []
+    files = ("train.txt", "train.txt of --replay")
+    for file, lines in zip(files, batches.select_global_lines(step), strict=True):
+        shown = [str(line + 1) for line in lines[:MAX_LINES_SHOWN]]
+        shown += ["..."] * (len(lines) > MAX_LINES_SHOWN)
+        if shown:
+            described.append(f"lines {', '.join(shown)} of {file}")
+    return " and ".join(described)
 
 
 def warn_of_forgetting(step: int, before: Metrics, now: Metrics) -> None:

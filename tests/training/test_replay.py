@@ -12,7 +12,7 @@ from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, Replay, TrainingB
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.train import describe_data, describe_evaluation
-from DeBERTa.training.trainer import warn_of_forgetting
+from DeBERTa.training.trainer import describe_lines, warn_of_forgetting
 from tests.test_train import flags, read_metrics  # noqa: F401
 from tests.training.test_initial_weights import run_here  # noqa: F401
 
@@ -104,6 +104,17 @@ def test_nodes_compare_both_texts_of_replay(prepared, tokenizer):
     assert {"replay_sha256", "replay_ids_sha256"} <= data.keys()
     assert {"replay_valid_sha256", "replay_valid_ids_sha256"} <= evaluated.keys()
     assert not data.keys() & evaluated.keys()
+
+
+@pytest.mark.parametrize("share", ["0", "1/4", "3/4"])
+def test_the_lines_of_a_batch_are_named_by_file(prepared, tokenizer, share):
+    masker, plan = Masker(tokenizer, 1, False), BatchPlan(1, 1, 64)
+    store = open_store(prepared / "train.txt", tokenizer, 62)
+    batches = TrainingBatches(store, tokenizer, masker, plan, Replay(store, Fraction(share)))
+    described = [describe_lines(batches, step) for step in range(8)]
+    for step, text in enumerate(described):
+        assert text.startswith(f"lines {batches.select_lines(step)[0] + 1} of train.txt")
+    assert sum(text.endswith(" of train.txt of --replay") for text in described) == 8 * Fraction(share)
 
 
 def test_warnings(caplog):
