@@ -89,10 +89,8 @@ class MetricsLog:
         self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in self._texts}
         if not is_writer:
             self._path = Path(os.devnull)
-        elif path.exists() and path.stat().st_size and first_step == 0:
-            previous = find_unused_path(path)
-            path.rename(previous)
-            logger.info("no checkpoint to resume from: the previous metrics are now in %s", previous)
+        elif first_step == 0:
+            move_previous_lines(path)
         elif path.exists():
             self._remove_later_lines(first_step)
         self._file = self._path.open("a", buffering=1)
@@ -138,6 +136,14 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def move_previous_lines(path: Path) -> None:
+    """Move the lines of a run that has no checkpoint to resume from, if any, to another file."""
+    if path.exists() and path.stat().st_size:
+        previous = find_unused_path(path)
+        path.rename(previous)
+        logger.info("no checkpoint to resume from: the previous %s is now %s", path.name, previous)
 
 
 def select_evaluations(lines: list[dict], split: str, text: str | None) -> dict[int, dict]:

@@ -32,6 +32,7 @@ from DeBERTa.training.metrics import (
     Progress,
     format_metrics,
     measure_peak_memory,
+    move_previous_lines,
     warn_of_undefined,
 )
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
@@ -88,8 +89,11 @@ class Trainer:
         self.total_steps = run.training.total_steps
         self.progress = Progress(first_step, self.total_steps)
         self.saver = Saver(run.run_dir, run.config.keep_last, run.lock)
+        self.samples = run.run_dir / "samples.jsonl"
         elapsed = 0.0
-        if first_step and is_rank_zero():
+        if not first_step and is_rank_zero():
+            move_previous_lines(self.samples)
+        elif is_rank_zero():
             state = read_json(get_checkpoint_path(run.run_dir, first_step) / "state.json")
             elapsed = state.get("elapsed_seconds", 0.0)  # older checkpoints lack it
         texts = {"valid": run.settings["validation"]["valid_sha256"]}
@@ -230,8 +234,7 @@ class Trainer:
             first = next(iter(self.log.evaluations["replay"].values()), {})
             warn_of_forgetting(step, first, results["replay"])
         if "valid" in splits:
-            samples = run.run_dir / "samples.jsonl"
-            write_samples(samples, step, run.model, training, splits["valid"])
+            write_samples(self.samples, step, run.model, training, splits["valid"])
         if is_rank_zero():
             update_report(run.run_dir)
         run.interval.started = time.monotonic()

@@ -19,6 +19,20 @@ from tests.runs import copy_run, remove_after, run, run_pair, tiny_flags
 TOKENS_PER_STEP = 8 * 64  # sequences without padding
 
 
+def test_without_a_checkpoint_metrics_and_samples_start_over(tmp_path, prepared):
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 2}
+    assert run(flags)[0] == 0
+    run_dir = flags["output_dir"]
+    previous = {name: (run_dir / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")}
+    shutil.rmtree(run_dir / "checkpoints")
+    status, output = run(flags)
+    assert status == 0, output
+    for name, text in previous.items():
+        assert (run_dir / f"{name}-1").read_text() == text
+        assert (run_dir / name).read_text().count("\n") == text.count("\n")
+        assert f"the previous {name} is now {run_dir / name}-1" in output
+
+
 def test_metrics_continue_across_a_resume(tmp_path, prepared):
     flags = tiny_flags(tmp_path, prepared) | {"discriminator_learning_rate": 5e-4, "log_interval": 1}
     status, output = run(flags)
