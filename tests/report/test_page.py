@@ -121,9 +121,12 @@ def test_old_and_new_domain_share_a_chart(tmp_path):
 
 
 def test_a_run_outlives_a_report_that_cannot_be_written(prepared, tmp_path):
-    (tmp_path / "run" / "report.html").mkdir(parents=True)
-    (tmp_path / "run" / "samples.jsonl").mkdir()
-    status, output = run(tiny_flags(tmp_path, prepared))
+    flags = tiny_flags(tmp_path, prepared)
+    assert run(flags)[0] == 0
+    for name in ("report.html", "samples.jsonl"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    status, output = run(flags | {"num_training_steps": 8})  # resumes: a start would move the samples aside
     assert status == 0, output
     assert "warning: no report.html: StorageError: cannot write" in output
     assert re.search(r"warning: cannot write \S+samples.jsonl: Is a directory", output)
