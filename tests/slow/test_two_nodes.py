@@ -28,7 +28,8 @@ from tests.nodes import TwoNodes, two_nodes
 
 STEPS = 20
 EXAMPLE = ["./rtd.sh", "deberta-v3-tiny"]
-FLAGS = ["--num_training_steps", STEPS, "--log_interval", 1, "--precision", "fp32"]
+# A batch of 48 has draws enough to count those that differ.
+FLAGS = ["--num_training_steps", STEPS, "--log_interval", 1, "--precision", "fp32", "--train_batch_size", 48]
 PATIENCE = 900  # seconds
 MOST_DIFFERENT = 180  # draws, 1 %: they differ by chance, in proportion to vocabulary size and rounding
 
