@@ -59,12 +59,14 @@ class SharedBatches(Dataset):
         """Return the number of batches."""
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> Stored | DebertaError:
+    def __getitem__(self, number: int) -> Stored | DebertaError | MemoryError:
         """Write a batch in a data worker, and return where it is, or why it cannot be prepared."""
         try:
             batch = self.batches[self.indices[number]]
         except DebertaError as error:
             return error
+        except MemoryError as error:
+            return MemoryError(str(error))
         slot, first, places = number % len(self.slots), 0, []
         for tensor in (*batch[:4], *batch.masked):
             place = Place(first, tensor.shape, tensor.dtype)
@@ -122,7 +124,7 @@ def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iter
             process.kill()
         raise StorageError(_describe_failed_start(error)) from error
     for item in items:
-        if isinstance(item, DebertaError):
+        if isinstance(item, DebertaError | MemoryError):
             raise item
         yield shared.read(item)
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,24 @@ def test_an_error_in_a_data_worker_is_that_error(batches, workers):
     next(loader)
     next(loader)
     with pytest.raises(DataError, match=r"^train.ids is damaged: remove it$"):
+        next(loader)
+
+
+class HugeBatches(TrainingBatches):
+    """Batches of which number 2 needs more memory than there is."""
+
+    def __getitem__(self, step: int):
+        return np.ones(1 << 50) if step == 2 else super().__getitem__(step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_out_of_memory_in_a_data_worker(batches, workers):
+    loader = load_batches(
+        HugeBatches(batches.store, batches.tokenizer, batches.masker, PLAN), range(5), workers
+    )
+    next(loader)
+    next(loader)
+    with pytest.raises(MemoryError, match="Unable to allocate"):
         next(loader)
 
 
