@@ -92,7 +92,7 @@ def _report_characters(tokenizer: Tokenizer, lines: Sequence[bytes]) -> None:
     if missing:
         shown = " ".join(f"{char} (U+{ord(char):04X})" for char in missing[:SHOWN_CHARACTERS])
         more = f" and {len(missing) - SHOWN_CHARACTERS} more" if len(missing) > SHOWN_CHARACTERS else ""
-        logger.warning("characters of the text left out of the vocabulary become [UNK]: %s%s", shown, more)
+        logger.warning("characters of the text missing from the vocabulary become [UNK]: %s%s", shown, more)
     single = sum(len(piece.removeprefix(WORD_MARK)) <= 1 for piece in tokenizer.pieces)
     if single > max(MANY_CHARACTERS, MANY_SHARE * len(tokenizer)):
         logger.warning(

@@ -19,7 +19,7 @@ def test_characters_left_out_are_named(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     find_or_train_vocabulary([tmp_path / "i"], 400, tmp_path / "most.model", character_coverage=0.998)
     errors = capsys.readouterr().err
-    assert "left out of the vocabulary become [UNK]: " in errors
+    assert "missing from the vocabulary become [UNK]: " in errors
     assert " 一 (U+4E00) 丁 (U+4E01) " in errors
     assert errors.endswith(" and 15 more\n")
     with pytest.raises(VocabularyError, match=r"400 pieces and character coverage 1\.0 on"):
