@@ -5,13 +5,15 @@ the tensors are. PyTorch's own transfer needs a file in /dev/shm and an open fil
 these runs out, it drops the batch, and the rank waits forever.
 """
 
+import atexit
 import errno
 import mmap
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +28,7 @@ PREFETCHED = 4  # batches per data worker
 ALIGNMENT = 64  # bytes
 BYTES_PER_TOKEN = 41  # of a batch in which every token is masked
 Batches = TrainingBatches | EvaluationBatches
+WITH_WORKERS: WeakSet[Generator[Batch]] = WeakSet()  # iterators that have data workers
 
 
 class Place(NamedTuple):
@@ -95,15 +98,34 @@ class SharedBatches(Dataset):
 
 
 def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iterator[Batch]:
-    """Load batches in order, prefetched by `workers` data workers.
+    """Load batches in order, prefetched by `workers` data workers, which end with the iterator.
 
     Raises the errors of the package that occur in a data worker, and `StorageError` if it cannot be started.
     """
     if not workers:
-        for index in indices:
-            batch = batches[index]
-            yield batch.pin_memory() if torch.cuda.is_available() else batch
-        return
+        return _load_in_this_process(batches, indices)
+    loader = _load_in_workers(batches, indices, workers)
+    WITH_WORKERS.add(loader)
+    return loader
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the data workers of iterators that a traceback or a global variable holds until the process exits.
+
+    `multiprocessing` would end them by SIGTERM, which they ignore, and wait for them.
+    """
+    for loader in list(WITH_WORKERS):
+        loader.close()
+
+
+def _load_in_this_process(batches: Batches, indices: Sequence[int]) -> Generator[Batch]:
+    for index in indices:
+        batch = batches[index]
+        yield batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def _load_in_workers(batches: Batches, indices: Sequence[int], workers: int) -> Generator[Batch]:
     others = set(FORK.active_children())
     try:
         _reserve_and_release(workers)
@@ -123,10 +145,13 @@ def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iter
         for process in set(FORK.active_children()) - others:
             process.kill()
         raise StorageError(_describe_failed_start(error)) from error
-    for item in items:
-        if isinstance(item, DebertaError | MemoryError):
-            raise item
-        yield shared.read(item)
+    try:
+        for item in items:
+            if isinstance(item, DebertaError | MemoryError):
+                raise item
+            yield shared.read(item)
+    finally:
+        del items  # ends the workers, which a traceback would keep alive
 
 
 def _reserve_and_release(workers: int) -> None:

@@ -85,6 +85,51 @@ def test_out_of_memory_in_a_data_worker(batches, workers):
         next(loader)
 
 
+UNFINISHED = """
+import sys
+from pathlib import Path
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches
+from DeBERTa.data.loader import load_batches
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
+from DeBERTa.data.tokenizer import Tokenizer
+
+class Cycle:
+    pass
+
+def fail(loader):
+    next(loader)
+    raise KeyError("a fault")
+
+folder = Path(sys.argv[1])
+tokenizer = Tokenizer(folder / "spm.model")
+store = open_store(folder / "train.txt", tokenizer, max_tokens=62)
+batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, True), BatchPlan(7, 4, 64))
+loader = load_batches(batches, range(1000), 2)
+next(loader)
+if sys.argv[2] == "a traceback":
+    fail(loader)
+if sys.argv[2] == "a cycle":
+    cycle = Cycle()
+    cycle.itself, cycle.loader = cycle, loader
+    del cycle, loader
+if sys.argv[2] == "no memory":
+    batches.__class__.__getitem__ = lambda *_: bytes(1 << 60)
+    loader = load_batches(batches, range(1000), 2)
+    next(loader)
+"""
+
+
+@pytest.mark.parametrize("holder", ["a variable", "a traceback", "a cycle", "no memory"])
+def test_a_process_exits_with_its_data_workers(prepared, holder):
+    """Also when something still holds the iterator. Data workers ignore SIGTERM."""
+    command = [sys.executable, "-c", UNFINISHED, str(prepared), holder]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    last = {"a traceback": "KeyError: 'a fault'", "no memory": "MemoryError"}.get(holder)
+    assert result.stderr.splitlines()[-1:] == ([last] if last else [])
+    assert result.returncode == (1 if last else 0)
+
+
 LIMITED = """
 import resource, subprocess, sys
 from pathlib import Path
