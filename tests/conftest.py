@@ -1,6 +1,7 @@
 """Shared fixtures: a small vocabulary, real token ids, a prepared data folder, tiny model configs."""
 
 import contextlib
+import faulthandler
 import json
 import lzma
 import re
@@ -34,6 +35,11 @@ TINY = {
     "pos_att_type": "p2c|c2p",
     "position_biased_input": False,
 }
+
+
+def pytest_unconfigure() -> None:
+    """Fail, and say where, when a thread or a process keeps the interpreter from exiting."""
+    faulthandler.dump_traceback_later(120, exit=True)
 
 
 def strip_times(text: str) -> str:

@@ -60,6 +60,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from DeBERTa.train import run_command
 
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under `nohup`
     multiprocessing.set_start_method(
         "fork", force=True
     )  # as in a process started by a shell; ours is inherited here
