@@ -38,8 +38,8 @@ def environment(folder: Path) -> dict[str, str]:
     """Return variables: this Python first on the path, one cache for all runs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     replay = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "replay_draws")])
-    variables = {"PATH": path, "DEBERTA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    return variables | {"PYTHONPATH": replay}
+    variables = {"PATH": path, "DEBERTA_CACHE": str(folder / "cache"), "PYTHONPATH": replay}
+    return variables | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # per rank
 
 
 class Cluster:
