@@ -79,6 +79,7 @@ def test_what_the_wheel_holds(wheel):
     for name in CONFIGS:
         assert f"DeBERTa/experiments/language_model/{name}" in names
     assert "DeBERTa/experiments/sample/state_of_the_union.txt.xz" in names
+    assert "DeBERTa/experiments/probe/brown.txt.xz" in names
     sources = [path for pattern in ("*.py", "*.cpp", "*.h") for path in (ROOT / "DeBERTa").rglob(pattern)]
     assert {str(path.relative_to(ROOT)) for path in sources} <= set(names)
 

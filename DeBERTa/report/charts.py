@@ -37,6 +37,7 @@ KINDS = (
     Kind("Perplexity", "logarithmic", r"(.*_)?perplexity", True),
     Kind("Replaced tokens", "share of all tokens", r".*replaced"),
     Kind("Drift of the GDES residual", "relative to the generator's table", r"residual_drift"),
+    Kind("Probes of grammar", "accuracy; docs/evaluation.md", r"probe_.*"),
     Kind("Learning rate", "", r".*learning_rate"),
     Kind("Gradient norm", "before clipping, logarithmic", r".*grad_norm", True),
     Kind("Throughput", "tokens per second", r"tokens_per_second"),

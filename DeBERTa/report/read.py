@@ -80,6 +80,9 @@ def read_run(run_dir: Path) -> RunRecord:
     samples = {line["step"]: line for line in read_lines(run_dir / "samples.jsonl") if line["step"] in steps}
     for row in (row for row in rows if row["kind"] == "valid" and row["step"] in samples):
         row["residual_drift"] = samples[row["step"]].get("residual_drift")
+    for line in read_lines(run_dir / "probe.jsonl"):  # of python -m DeBERTa.probe
+        for row in (row for row in rows if row["kind"] == "valid" and row["step"] == line["step"]):
+            row |= {f"probe_{name}": line[name] for name in line if name.endswith("_accuracy")}
     described: dict[str, dict] = {"config": {}, "environment": {}}
     for name in described:
         with contextlib.suppress(ConfigError):

@@ -1,0 +1,271 @@
+"""Probe what a model learned of English grammar, with tagged sentences of the Brown corpus.
+
+tags    parts of speech, by ridge regression on the frozen states of one layer. Beside it (word_tag_accuracy)
+        the most frequent tag of each word, and (random_tag_accuracy) random weights of the same model.
+pairs   a verb against the same verb in the other number (is/are, was/were, has/have): the LM head compares
+        both at the masked verb, a discriminator says which of the two looks replaced. Chance is 0.5.
+
+The figures of a run are written to its probe.jsonl, too, and its report draws them: docs/evaluation.md.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from itertools import accumulate
+from lzma import decompress
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
+
+from DeBERTa.command import run_command
+from DeBERTa.config import ModelConfig, find_experiments, read_json
+from DeBERTa.data.files import open_atomic, raise_storage_errors
+from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer
+from DeBERTa.errors import DataError
+from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
+from DeBERTa.flags import FlagParser
+from DeBERTa.hub.export import list_models
+from DeBERTa.hub.published import select_weights
+from DeBERTa.hub.weights import StateDict, read_weights
+from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
+from DeBERTa.report.read import read_lines
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
+
+CORPUS_SHA256 = "71c57fec81fc2bfbd204938948976cd37bec44d8b5d3566586208ac0378548c3"
+FIT, CHOOSE, TEST = 0, 1, 2
+PARTS = (FIT, FIT, FIT, CHOOSE, TEST)  # of the documents, in turn
+PENALTIES = [10.0**power for power in range(-5, 2)]  # relative to the mean variance of the states
+RANDOM_SEEDS = (1, 2, 3)
+OTHER_NUMBER = {"bez": "are", "ber": "is", "bedz": "were", "bed": "was", "hvz": "have", "hv": "has"}
+INFINITIVE = {"md", "to", "do", "doz", "dod"}  # tags before a "have" that has no number
+EPSILON = 1e-9  # for states that do not vary
+MOST_PAIRS = 200  # of each verb
+MOST_PIECES, BATCH = 128, 64
+
+Model = MaskedLanguageModel | ReplacedTokenDetectionModel
+Figures = dict[str, float]
+logger = logging.getLogger("DeBERTa.probe")  # as a command, __name__ is "__main__"
+
+
+class Sentence(NamedTuple):
+    """A tagged sentence of a part (FIT, CHOOSE, TEST), with its ids, and per id the number of its word.
+
+    Words are numbered from 1; [CLS] and [SEP] have the number 0.
+    """
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    part: int
+    ids: list[int]
+    owners: list[int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(lambda: probe(parse_arguments(argv)))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(prog="python -m DeBERTa.probe", description=__doc__, formatter_class=form)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or the directory of a model")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
+    steps.add_argument("--all_steps", action="store_true", help="every checkpoint that was not probed yet")
+    return parser.parse_args(argv)
+
+
+def probe(arguments: argparse.Namespace) -> None:
+    """Probe the model of a directory, or the models of checkpoints, and log the figures."""
+    run_dir: Path = arguments.run
+    if (path := run_dir / "model.safetensors").is_file():
+        config = ModelConfig.from_json(run_dir / "config.json")
+        measure(config, read_weights(path), path, run_dir / "spm.model")
+        return
+    results = {line["step"]: line for line in read_lines(run_dir / "probe.jsonl")}
+    steps = [arguments.step]
+    if arguments.all_steps:
+        steps = [step for step in list_steps(run_dir) if step not in results] or steps
+    for step in (find_step(run_dir, step) for step in steps):
+        path = get_checkpoint_path(run_dir, step)
+        settings = read_json(path / "config.json")
+        vocabulary = find_vocabulary(run_dir, settings).path
+        results[step] = {"step": step}
+        for model in list_models(load_checkpoint(run_dir, step, settings)):
+            figures = measure(model.config, model.weights, path / model.name, vocabulary)
+            results[step] |= {f"{model.name}_{name}": value for name, value in figures.items()}
+        lines = "".join(json.dumps(results[step]) + "\n" for step in sorted(results))
+        with raise_storage_errors(run_dir), open_atomic(run_dir / "probe.jsonl") as file:
+            file.write(lines.encode())
+
+
+def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Path) -> Figures:
+    """Return the figures of both probes for the weights in `path`, and log them."""
+    is_detector = "mask_predictions.classifier.bias" in weights
+    kind = ReplacedTokenDetectionModel if is_detector else MaskedLanguageModel
+    model = kind(config).eval()
+    model.load_state_dict(select_weights(model, weights, path))
+    sentences = read_corpus(vocabulary, config.max_position_embeddings)
+    figures = probe_tags(model, sentences) | measure_random_weights(kind, config, vocabulary)
+    figures |= probe_pairs(model, sentences, Tokenizer(vocabulary))
+    logger.info("%s: %s", path, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return figures
+
+
+@lru_cache(maxsize=2)
+def measure_random_weights(kind: type[Model], config: ModelConfig, vocabulary: Path) -> Figures:
+    """Return mean and standard deviation of the tag probe over models with random weights."""
+    accuracies = []
+    for seed in RANDOM_SEEDS:
+        torch.manual_seed(seed)
+        sentences = read_corpus(vocabulary, config.max_position_embeddings)
+        accuracies.append(probe_tags(kind(config).eval(), sentences)["tag_accuracy"])
+    return {"random_tag_accuracy": mean(accuracies), "random_tag_deviation": stdev(accuracies)}
+
+
+@lru_cache(maxsize=1)
+def read_corpus(vocabulary: Path, max_length: int) -> list[Sentence]:
+    """Read the sentences, and encode them in at most `max_length` ids.
+
+    Raises `DataError` if the file is not that of this version.
+    """
+    last = min(max_length, MOST_PIECES) - 1
+    path = find_experiments() / "probe" / "brown.txt.xz"
+    packed = path.read_bytes() if path.is_file() else b""
+    if sha256(packed).hexdigest() != CORPUS_SHA256:
+        raise DataError(f"{path}: missing, or not the file of this version; restore it from the repository")
+    tokenizer, sentences, documents = Tokenizer(vocabulary), [], -1
+    for line in decompress(packed).decode().splitlines():
+        if line.startswith("# "):
+            documents += 1
+            continue
+        chunks = [[token.rsplit("/", 1) for token in chunk.split("|")] for chunk in line.split(" ")]
+        words, tags = zip(*(token for chunk in chunks for token in chunk), strict=True)
+        ids, owners, number = [tokenizer.cls_id], [0], 1
+        texts = ["".join(word for word, _ in chunk) for chunk in chunks]
+        for chunk, pieces in zip(chunks, tokenizer.encode_lines(texts), strict=True):
+            of_character = [number + i for i, (word, _) in enumerate(chunk) for _ in word]
+            lengths = [len(tokenizer.pieces[piece].lstrip(WORD_MARK)) for piece in pieces[:-1]]
+            owners += [of_character[min(i, len(of_character) - 1)] for i in accumulate(lengths, initial=0)]
+            ids, number = ids + pieces, number + len(chunk)
+        ids, owners = [*ids[:last], tokenizer.sep_id], [*owners[:last], 0]
+        sentences.append(Sentence(words, tags, PARTS[documents % len(PARTS)], ids, owners))
+    return sentences
+
+
+def make_batches(sentences: Sequence[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield numbers and padded ids of sentences of similar lengths."""
+    order = sorted(range(len(sentences)), key=lambda number: len(sentences[number]))
+    for numbers in (order[start : start + BATCH] for start in range(0, len(order), BATCH)):
+        yield numbers, pad([sentences[number] for number in numbers])
+
+
+def pad(rows: list[list[int]]) -> torch.Tensor:
+    """Return rows of numbers as one tensor, padded with 0."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def probe_tags(model: Model, sentences: list[Sentence]) -> Figures:
+    """Return the accuracy of a linear classifier of tags on the states of one layer.
+
+    Weights come from the first part of the documents, layer and penalty from the second, the accuracy from
+    the third.
+    """
+    words = [(word, tag) for sentence in sentences for word, tag in zip(*sentence[:2], strict=True)]
+    layers, has_state = compute_word_states(model, sentences)
+    parts = torch.tensor([sentence.part for sentence in sentences for _ in sentence.words])
+    fit, choose, test = ((has_state & (parts == part)).nonzero()[:, 0] for part in (FIT, CHOOSE, TEST))
+    classes = {tag: number for number, tag in enumerate(sorted({tag for _, tag in words}))}
+    labels = torch.tensor([classes[tag] for _, tag in words])
+    targets, both = one_hot(labels[fit], len(classes)).double(), torch.cat([choose, test])
+    best = (-1.0, 0.0, 0)
+    for number, layer in enumerate(layers):
+        mean_state = layer[fit].double().mean(0)
+        states = layer[fit].double() - mean_state
+        values, vectors = torch.linalg.eigh(states.T @ states)
+        product = vectors.T @ (states.T @ (targets - targets.mean(0)))
+        for penalty in PENALTIES:
+            weights = vectors @ (product / (values + penalty * values.mean() + EPSILON)[:, None])
+            bias = targets.mean(0) - mean_state @ weights
+            is_right = (layer[both].float() @ weights.float() + bias).argmax(1) == labels[both]
+            chosen, tested = (
+                float(part.double().mean()) for part in is_right.split([len(choose), len(test)])
+            )
+            best = max(best, (chosen, tested, number))
+    usual = {word: tag for (word, tag), _ in reversed(Counter(words[i] for i in fit.tolist()).most_common())}
+    baseline = mean(usual.get(words[i][0], "nn") == words[i][1] for i in test.tolist())
+    return {"tag_accuracy": best[1], "tag_layer": best[2], "tags": len(test), "word_tag_accuracy": baseline}
+
+
+@torch.no_grad()
+def compute_word_states(model: Model, sentences: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states of all words, float16 [layers, words, h], and which words have pieces.
+
+    The first layer is the embeddings. A word's state is the mean of those of its pieces.
+    """
+    first = list(accumulate((len(sentence.words) for sentence in sentences), initial=0))
+    layers, width = model.config.num_hidden_layers + 1, model.config.hidden_size
+    states = torch.zeros(layers, first[-1], width, dtype=torch.float16)
+    has_state = torch.zeros(first[-1], dtype=torch.bool)
+    for batch, ids in make_batches([sentence.ids for sentence in sentences]):
+        owners = pad([sentences[i].owners for i in batch])
+        output = model.deberta(ids, ids > 0)
+        of_pieces = torch.stack([output.embeddings, *output.hidden_states])[:, owners > 0]
+        words = (owners + torch.tensor([first[i] - 1 for i in batch])[:, None])[owners > 0]
+        numbers, index, counts = words.unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(layers, len(numbers), width).index_add_(1, index, of_pieces)
+        states[:, numbers] = (sums / counts[:, None]).half()
+        has_state[numbers] = True
+    return states, has_state
+
+
+@torch.no_grad()
+def probe_pairs(model: Model, sentences: list[Sentence], tokenizer: Tokenizer) -> Figures:
+    """Return how often the model prefers the verb of the corpus, ± the half width of the 95 % interval."""
+    pairs, correct = list_pairs(sentences, tokenizer), 0
+    for batch, ids in make_batches([ids for ids, _, _ in pairs]):
+        rows, (positions, wrong) = torch.arange(len(batch)), torch.tensor([pairs[i][1:] for i in batch]).T
+        right, mask = ids[rows, positions], (ids > 0).long()
+        labels, other = torch.zeros_like(ids), ids.clone()
+        labels[rows, positions], other[rows, positions] = right, wrong
+        if isinstance(model, MaskedLanguageModel):
+            logits = model(ids.masked_fill(labels > 0, tokenizer.mask_id), mask, labels).logits
+            margins = logits[rows, right] - logits[rows, wrong]
+        else:
+            of_wrong, of_right = (model.compute_logits(each, mask, None) for each in (other, ids))
+            margins = (of_wrong - of_right)[rows, positions]
+        correct += int((margins > 0).sum())
+    share = correct / max(len(pairs), 1)
+    margin = 1.96 * (share * (1 - share) / max(len(pairs), 1)) ** 0.5
+    return {"pair_accuracy": share, "pair_margin": margin, "pairs": len(pairs)}
+
+
+def list_pairs(sentences: list[Sentence], tokenizer: Tokenizer) -> list[tuple[list[int], int, int]]:
+    """Return ids, position of the verb, and id of the verb in the other number.
+
+    There are as many of each verb, if the corpus has them: always preferring the same one gives 0.5.
+    """
+    found = defaultdict(list)
+    for words, tags, _, ids, owners in sentences:
+        for number, (word, tag) in enumerate(zip(words, tags, strict=True), start=1):
+            if tag not in OTHER_NUMBER or (tag == "hv" and INFINITIVE & {*tags[max(number - 4, 0) : number]}):
+                continue
+            right, wrong = (tokenizer.piece_to_id.get(WORD_MARK + form) for form in (word, OTHER_NUMBER[tag]))
+            if wrong and word.islower() and owners.count(number) == 1 and ids[owners.index(number)] == right:
+                found[tag].append((ids, owners.index(number), wrong))
+    chosen = ((pairs, min(MOST_PAIRS, len(pairs))) for pairs in found.values())
+    return [pairs[i * len(pairs) // count] for pairs, count in chosen for i in range(count)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

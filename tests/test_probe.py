@@ -1,0 +1,166 @@
+"""The probes: what they read, known answers, and the command on a run and on a model directory."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, probe
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DataError
+from DeBERTa.report.page import format_page
+from DeBERTa.report.read import read_run
+from tests.conftest import GOLDEN, tiny_model
+from tests.runs import run, tiny_flags
+
+VOCABULARY = GOLDEN / "prepare" / "spm.model"
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return probe.read_corpus(VOCABULARY, 128)
+
+
+def build(kind):
+    torch.manual_seed(1)
+    return kind(ModelConfig.from_dict(tiny_model() | {"max_position_embeddings": 128})).eval()
+
+
+def test_corpus(corpus):
+    """Every tenth document; their words in three parts, 3 to 1 to 1 by documents."""
+    words = [sum(len(s.words) for s in corpus if s.part == part) for part in (0, 1, 2)]
+    assert (len(corpus), words) == (5562, [68458, 23401, 22953])
+    first = corpus[0]
+    tagged = [f"{word}/{tag}" for word, tag in zip(first.words, first.tags, strict=True)]
+    assert tagged[:5] == ["The/at", "Fulton/np", "County/nn", "Grand/jj", "Jury/nn"]
+
+
+def test_pieces_belong_to_words(corpus):
+    """The pieces of a word spell it, up to what a piece takes from the word after it."""
+    tokenizer = Tokenizer(VOCABULARY)
+    spelled = 0
+    for sentence in corpus[:300]:
+        assert (sentence.owners[0], sentence.owners[-1], sentence.ids[0], sentence.ids[-1]) == (0, 0, 1, 2)
+        for number, word in enumerate(sentence.words[:20], start=1):
+            pieces = [i for i, owner in zip(sentence.ids, sentence.owners, strict=True) if owner == number]
+            spelled += "".join(tokenizer.pieces[i] for i in pieces).replace("▁", "") == word
+    assert spelled > 0.97 * sum(len(sentence.words[:20]) for sentence in corpus[:300])
+
+
+def test_another_corpus(monkeypatch):
+    monkeypatch.setattr(probe, "CORPUS_SHA256", "0" * 64)
+    probe.read_corpus.cache_clear()
+    with pytest.raises(DataError, match=r"brown\.txt\.xz: missing, or not the file of this version; restore"):
+        probe.read_corpus(VOCABULARY, 128)
+
+
+def test_word_states(corpus):
+    """Those of a sentence in a padded batch are those of the sentence alone."""
+    model, sentences = build(MaskedLanguageModel), [*corpus[:3], corpus[40]]
+    states, has_state = probe.compute_word_states(model, sentences)
+    assert has_state.all()
+    start = 0
+    for sentence in sentences:
+        ids = torch.tensor([sentence.ids])
+        with torch.no_grad():
+            output = model.deberta(ids, torch.ones_like(ids))
+        owners = torch.tensor(sentence.owners)
+        for number in range(1, len(sentence.words) + 1):
+            expected = output.hidden_states[-1][0, owners == number].mean(0)
+            # float16 has 11 bits
+            torch.testing.assert_close(states[-1, start + number - 1].float(), expected, atol=2e-3, rtol=2e-3)
+        start += len(sentence.words)
+
+
+def test_states_without_information_give_the_most_frequent_tag(corpus):
+    model, sentences = build(MaskedLanguageModel), corpus[::10]
+    with torch.no_grad():
+        for parameter in model.deberta.parameters():
+            parameter.zero_()
+    tags = [tag for sentence in sentences if sentence.part == probe.TEST for tag in sentence.tags]
+    assert probe.probe_tags(model, sentences)["tag_accuracy"] == pytest.approx(
+        tags.count("nn") / len(tags), abs=0.01
+    )
+
+
+def test_states_that_tell_tags(corpus):
+    """Embeddings that are random codes of their pieces tell most tags of words, more than states without."""
+    model, sentences = build(MaskedLanguageModel), corpus[::4]
+    figures = probe.probe_tags(model, sentences)
+    assert 0.4 < figures["tag_accuracy"] < figures["word_tag_accuracy"] < 0.9
+
+
+def test_pairs_are_balanced(corpus):
+    """A head that always prefers the singular, whatever the sentence, has one half."""
+    tokenizer, model = Tokenizer(VOCABULARY), build(MaskedLanguageModel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for form in ("is", "was", "has"):
+            model.lm_predictions.lm_head.bias[tokenizer.piece_to_id[f"▁{form}"]] = 1.0
+    figures = probe.probe_pairs(model, corpus, tokenizer)
+    assert figures["pair_accuracy"] == 0.5
+    assert figures["pairs"] == 1200
+    assert figures["pair_margin"] == pytest.approx(1.96 * (0.25 / 1200) ** 0.5)
+
+
+def test_verbs_of_the_pairs(corpus):
+    """An infinitive is none: "has" is wrong after "to" whatever the number."""
+    tokenizer = Tokenizer(VOCABULARY)
+    before = []
+    for ids, position, wrong in probe.list_pairs(corpus, tokenizer):
+        right = tokenizer.pieces[ids[position]]
+        assert {right, tokenizer.pieces[wrong]} in ({"▁is", "▁are"}, {"▁was", "▁were"}, {"▁has", "▁have"})
+        if right == "▁have":
+            before.append(tokenizer.pieces[ids[position - 1]])
+    assert len(before) > 100
+    assert (
+        sum(piece in ("▁to", "▁will", "▁would", "▁could") for piece in before) <= 1
+    )  # "good will" is a noun
+
+
+def test_a_detector_that_knows_one_verb(corpus):
+    """A discriminator that finds "are", "were" and "have" replaced is right where they are wrong."""
+    tokenizer, model = Tokenizer(VOCABULARY), build(ReplacedTokenDetectionModel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        # Zero weights in the layers leave the embeddings as they are; the head reads the first coordinate.
+        for name, parameter in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter.fill_(1.0)
+        table = model.deberta.embeddings.word_embeddings.weight
+        table[:, 1] = 1.0
+        for form in ("are", "were", "have"):
+            table[tokenizer.piece_to_id[f"▁{form}"], 0] = 1.0
+        model.mask_predictions.dense.weight.copy_(torch.eye(32))
+        model.mask_predictions.classifier.weight[0, 0] = 1.0
+    assert probe.probe_pairs(model, corpus, tokenizer)["pair_accuracy"] == 0.5
+
+
+def test_command(prepared, tmp_path, monkeypatch, capsys):
+    """Figures of all steps in probe.jsonl and in the report; of a model directory in the log."""
+    monkeypatch.setattr(probe, "read_corpus", lambda *key, read=probe.read_corpus: read(*key)[::20])
+    flags = tiny_flags(tmp_path, prepared)
+    status, output = run(flags)
+    assert status == 0, output
+    run_dir = flags["output_dir"]
+    assert probe.main([str(run_dir), "--step", "4"]) == 0
+    (line,) = map(json.loads, (run_dir / "probe.jsonl").read_text().splitlines())
+    assert line["step"] == 4
+    names = {"tag_accuracy", "random_tag_accuracy", "word_tag_accuracy", "pair_accuracy", "pair_margin"}
+    assert {f"{model}_{name}" for model in ("generator", "discriminator") for name in names} <= set(line)
+    assert probe.main([str(run_dir), "--all_steps"]) == 0
+    lines = [json.loads(text) for text in (run_dir / "probe.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[1] == line
+    assert "Probes of grammar" in format_page([read_run(run_dir)])
+
+    capsys.readouterr()
+    assert probe.main([str(run_dir / "discriminator")]) == 0
+    assert f"tag_accuracy {lines[-1]['discriminator_tag_accuracy']:.4g}" in capsys.readouterr().err
+    shutil.rmtree(run_dir / "checkpoints")
+    assert probe.main([str(run_dir)]) == 1
+    assert "no checkpoints" in capsys.readouterr().err
+    assert probe.main([str(run_dir), "--step", "2", "--all_steps"]) == 2
