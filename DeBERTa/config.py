@@ -540,6 +540,9 @@ class TrainConfig:
         3, "newest checkpoints to keep, besides the best by validation loss", "checkpoints", FROM_ONE, RESUME
     )
     fresh: bool = _flag(False, "start over; an earlier run is moved to OUTPUT_DIR.old-1, ...", rules=RESUME)
+    dry_run: bool = _flag(
+        False, "take a few steps, report what the run needs (memory, time, disk), and stop", rules=RESUME
+    )
     log_interval: int = _flag(100, "interval of metrics.jsonl", "optimizer steps", FROM_ONE, RESUME)
     log_level: str = _flag("info", "least severe console messages", rules=RESUME | NODE, choices=LOG_LEVELS)
 
@@ -563,6 +566,7 @@ class TrainConfig:
         rtd_weights = (self.init_generator, self.init_discriminator)
         _refuse(not (self.do_train or self.do_eval), "nothing to do: give --do_train, --do_eval, or both")
         _refuse(self.fresh and not self.do_train, "--fresh starts training over: give --do_train too")
+        _refuse(self.dry_run and not self.do_train, "--dry_run tries training: give --do_train, too")
         _refuse(
             batch % parts, f"--train_batch_size {batch} is not a multiple of --accumulative_update {parts}"
         )

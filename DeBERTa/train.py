@@ -3,6 +3,7 @@
 The module reads top to bottom: flags, data, model, run.
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -39,7 +40,7 @@ from DeBERTa.errors import (
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
-from DeBERTa.training.banner import collect_environment, describe_code, format_banner
+from DeBERTa.training.banner import collect_environment, describe_code, describe_run, format_rows
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.distributed import (
     broadcast_value,
@@ -50,6 +51,7 @@ from DeBERTa.training.distributed import (
     is_rank_zero,
     join_process_group,
 )
+from DeBERTa.training.dry_run import describe_dry_run
 from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
 from DeBERTa.training.execution import resolve_compile, set_execution
 from DeBERTa.training.initial_weights import load_initial_weights
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_flags(argv)
         set_up_logging(config.log_level)
         config.validate()
+        if config.dry_run:  # ranks have logs, which must not be in the run directory
+            config = dataclasses.replace(config, output_dir=f"{config.run_dir}.dry-run")
         job = find_job(config)
         if job is not None:
             return launch(job, config, argv)
@@ -167,6 +171,9 @@ def run(config: TrainConfig, signals: Signals) -> None:
             initial_weights,
             notes,
         )
+        if config.dry_run:
+            logger.info(describe_dry_run(this_run))
+            return
         train_and_save(this_run, signals, tokenizer.path)
         outputs = training.compute_outputs
     else:
@@ -188,7 +195,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
 def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
     """Resume or start the run, train to its end, and write the final models."""
     first_step = start_or_resume(this_run)
-    logger.info(format_banner(this_run, first_step))
+    logger.info(format_rows(describe_run(this_run, first_step)))
     Trainer(this_run, first_step, signals).train()
     full_model = get_full_model(this_run.config, this_run.model)
     if is_rank_zero():

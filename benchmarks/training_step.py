@@ -15,9 +15,9 @@ the process's high-water mark on a CPU, and `torch.cuda.max_memory_allocated` on
 - eager: our plain PyTorch model, whose attention gathers scores by slot as the published code does, without
   kernels and compiler. It leaves out work that the published code does: the decoder reads masked positions.
 
-FLOPs: of RTD by the formula of `flops.py`, of MLM counted; without what is recomputed. Their share is of the
-rate of large matmuls in the same precision on a CPU (the median of all processes of the case), and of the
-vendor's dense bfloat16 peak on a GPU (MFU).
+FLOPs: of RTD by the formula (`DeBERTa/model/flops.py`), of MLM counted; without what is recomputed. Their
+share is of the rate of large matmuls in the same precision on a CPU (the median of all processes of the
+case), and of the vendor's dense bfloat16 peak on a GPU (MFU).
 """
 
 import argparse
@@ -36,10 +36,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.about import about, scripts_environment
-from benchmarks.flops import count_flops_per_token
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig
 from DeBERTa.config import read_json
 from DeBERTa.data.batch import Batch
+from DeBERTa.model.flops import count_flops_per_token
 from DeBERTa.training.execution import set_execution
 from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
@@ -303,7 +303,7 @@ def measure(case: Case) -> dict:
         result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         peak = result["matmul_rate"] = measure_matmul_rate(case.precision)
     if "generator" in values:
-        result["flops"] = tokens * count_flops_per_token(values, case.length)
+        result["flops"] = tokens * count_flops_per_token(RTDConfig.from_dict(values), case.length)
     else:
         batch = make_batch(1, case.length, 0, values["vocab_size"])
         result["flops"] = case.sequences * count_flops(case.config, case.precision, batch)

@@ -33,7 +33,13 @@ SHARDING = {
 }
 
 
-def format_banner(run: Run, first_step: int) -> str:
+def format_rows(rows: dict[str, str]) -> str:
+    """Return a line per name and value."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
+
+
+def describe_run(run: Run, first_step: int) -> dict[str, str]:
     """Return the summary of a run: task, hardware, batch, steps, sizes and data."""
     config, training, store = run.config, run.training, run.train_batches.store
     batch = f"{config.train_batch_size} sequences of {config.max_seq_length}"
@@ -59,8 +65,7 @@ def format_banner(run: Run, first_step: int) -> str:
     }
     if run.notes:
         rows["note"] = "; ".join(run.notes)
-    width = max(map(len, rows))
-    return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
+    return rows
 
 
 def _describe_resume(run: Run, first_step: int) -> str:

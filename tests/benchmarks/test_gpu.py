@@ -1,4 +1,4 @@
-"""A dry run of benchmarks/gpu.sh on a CPU, and FLOPs by formula against the counter."""
+"""A dry run of benchmarks/gpu.sh on a CPU."""
 
 import json
 import subprocess
@@ -11,18 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="the package transformers is not installed")
 pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
 
-from benchmarks.flops import count_flops_per_token
-from benchmarks.training_step import CONFIGS, count_flops, make_batch
-from DeBERTa.config import read_json
 from tests.conftest import ROOT
-
-
-def test_formula_agrees_with_the_counter():
-    """To 3 %: the formula takes exactly 15 % masked positions, and as many table rows as tokens."""
-    values = read_json(CONFIGS / "rtd_tiny.json")
-    batch = make_batch(4, 128, 0, values["generator"]["vocab_size"])
-    counted = count_flops("rtd_tiny.json", "fp32", batch)
-    assert count_flops_per_token(values, 128) * 4 * 128 == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, run benchmarks/gpu.sh itself")

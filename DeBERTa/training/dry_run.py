@@ -1,0 +1,92 @@
+"""`--dry_run`: take a few steps, and describe what the run will need.
+
+The steps are those of the run itself, the last with a checkpoint in memory, and an evaluation follows: the
+peak of memory is the run's. Nothing is written.
+"""
+
+import math
+import shutil
+import time
+from datetime import timedelta
+
+import torch
+
+from DeBERTa.data.loader import load_batches
+from DeBERTa.doctor import check_machine
+from DeBERTa.model.flops import count_flops_per_token
+from DeBERTa.training.banner import describe_run, format_rows
+from DeBERTa.training.distributed import get_world_size
+from DeBERTa.training.evaluation import evaluate
+from DeBERTa.training.metrics import measure_peak_memory
+from DeBERTa.training.run_dir import check_disk_space
+from DeBERTa.training.trainer import Run, take_snapshot
+
+WARM_UP, MEASURED = 2, 3  # steps; the first allocate, compile and fill caches
+
+
+def describe_dry_run(run: Run) -> str:
+    """Return what a run is and what it needs, after a few steps.
+
+    Collective: every rank calls it. Raises `StorageError` if the disk is too small.
+    """
+    config, device, steps = run.config, run.training.device, run.training.total_steps
+    folder = next(path for path in run.run_dir.absolute().parents if path.is_dir())
+    evaluations = math.ceil(steps / config.dump_interval)
+    check_disk_space(folder, run.model, evaluations, config.keep_last)
+    step_seconds = time_steps(run)
+    evaluation_seconds = time_evaluation(run)
+    total = timedelta(seconds=round(steps * step_seconds + evaluations * evaluation_seconds))
+    length = config.max_seq_length
+    flops = config.train_batch_size * length * count_flops_per_token(run.model.config, length)
+    kind = "allocated on the GPU" if device.type == "cuda" else "resident"
+    checks = {name: f"{found}{'; ' if advice else ''}{advice}" for name, found, advice in check_machine()}
+    needs = {
+        "run": "tried, not started: nothing was written",
+        "memory": f"{measure_peak_memory(device):.2f} GB per rank at the peak, {kind}",
+        "time": f"{total}: {step_seconds:.3g} s per step, {evaluations:,} evaluations of "
+        f"{evaluation_seconds:.3g} s",
+        "compute": f"{flops * steps:.3g} FLOPs in matmuls, {flops:.3g} per step: "
+        f"{flops / step_seconds / get_world_size() / 1e12:.3g} TFLOP/s per rank",
+        "disk": f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder}",
+        "shared memory": checks["shared memory"],
+    }
+    return format_rows(describe_run(run, 0) | needs)
+
+
+def time_steps(run: Run) -> float:
+    """Take a few steps, and return the seconds per step.
+
+    The first ones do not count, nor does the last, during which a checkpoint is held as while one is written.
+    """
+    training, number = run.training, WARM_UP + MEASURED + 1
+    training.set_learning_rate(1)
+    run.model.train()
+    snapshot, started, seconds = None, 0.0, 0.0
+    batches = load_batches(run.train_batches, range(number), run.config.workers)
+    for step, batch in enumerate(batches, start=1):
+        training(batch)
+        if step == WARM_UP:
+            started = read_clock(training.device)
+        if step == WARM_UP + MEASURED:
+            seconds = read_clock(training.device) - started
+            snapshot = take_snapshot(run, step)
+    del snapshot
+    return seconds / MEASURED
+
+
+def time_evaluation(run: Run) -> float:
+    """Evaluate one batch per split, and return the seconds of an evaluation of all."""
+    training, seconds = run.training, 0.0
+    for batches in (run.evaluation[split] for split in ("valid", "replay") if split in run.evaluation):
+        started = read_clock(training.device)
+        evaluate(run.model, training.compute_outputs, [batches[0]], training.precision, training.device, 1,
+                 batches.token_counts)  # fmt: skip
+        seconds += (read_clock(training.device) - started) * math.ceil(len(batches) / get_world_size())
+    return seconds
+
+
+def read_clock(device: torch.device) -> float:
+    """Return the time in seconds when all work on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
