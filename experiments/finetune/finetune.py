@@ -1,0 +1,272 @@
+"""Fine-tune an exported model on labeled text, beside a baseline that sees words without their order.
+
+    pip install transformers scikit-learn
+    python experiments/finetune/finetune.py output/TAG/discriminator --train train.tsv --test test.tsv
+    python experiments/finetune/finetune.py MODEL --glue cola     # needs datasets and a network
+    python experiments/finetune/finetune.py MODEL --movies vaderSentiment-3.3.1.tar.gz
+
+Files are TSV with a header, or JSON lines. `--movies` takes the source archive of vaderSentiment 3.3.1, which
+has 10,604 rated sentences of movie reviews: docs/evaluation.md. Figures are those of the test rows after the
+last epoch; nothing is chosen by them.
+"""
+
+import argparse
+import csv
+import io
+import json
+import random
+import sys
+import tarfile
+from collections.abc import Sequence
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+
+GLUE = {  # text columns, and the test part: the labels of "test" are not public
+    "cola": (["sentence"], "validation"),
+    "sst2": (["sentence"], "validation"),
+    "mrpc": (["sentence1", "sentence2"], "validation"),
+    "qqp": (["question1", "question2"], "validation"),
+    "stsb": (["sentence1", "sentence2"], "validation"),
+    "mnli": (["premise", "hypothesis"], "validation_matched"),
+    "qnli": (["question", "sentence"], "validation"),
+    "rte": (["sentence1", "sentence2"], "validation"),
+    "wnli": (["sentence1", "sentence2"], "validation"),
+}
+MOVIES = ("additional_resources/hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt")
+TEST_SHARE = 0.2  # of the movie sentences
+WARMUP = 0.1  # share of the steps
+MOST_FEATURES = 20_000  # features of the baseline
+PENALTIES = [10.0**power for power in range(-3, 4)]
+
+
+class Row(NamedTuple):
+    """One or two texts, and their label or value."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+class Task(NamedTuple):
+    """The labeled rows; `labels` is empty for regression."""
+
+    train: list[Row]
+    test: list[Row]
+    labels: list[str]
+
+    def encode_targets(self, rows: list[Row]) -> list[float]:
+        """Return class numbers, or values."""
+        return [self.labels.index(row.label) if self.labels else float(row.label) for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a line per seed, mean and spread, and the baseline; return the exit status."""
+    flags = parse_arguments(argv)
+    try:
+        import_module("transformers")
+        import_module("sklearn")
+        task = open_task(flags)
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn"}.get(str(error.name), error.name)
+        sys.stderr.write(f"error: a package is missing; pip install {package}\n")
+        return 1
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    kind = f"{len(task.labels)} classes" if task.labels else "regression"
+    print(f"{len(task.train):,} training rows, {len(task.test):,} test rows, {kind}")
+    results = []
+    for seed in flags.seeds:
+        results.append(score(task, fine_tune(task, flags, seed)))
+        print(f"seed {seed}: {format_scores(results[-1])}", flush=True)
+    scores = {name: [result[name] for result in results] for name in results[0]}
+    if len(results) > 1:
+        spread = (f"{name} {mean(values):.4f} ± {stdev(values):.4f}" for name, values in scores.items())
+        print(f"mean ± standard deviation over {len(results)} seeds: {'  '.join(spread)}")
+    baseline = score(task, fit_words(task))
+    print(f"words only: {format_scores(baseline)}")
+    if flags.output:
+        values = {"command": sys.argv, "seeds": flags.seeds, "scores": scores, "words_only": baseline}
+        flags.output.write_text(json.dumps(values, indent=2) + "\n")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model directory, such as output/TAG/discriminator")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--train", type=Path, metavar="FILE", help="training rows; needs --test")
+    source.add_argument("--glue", choices=GLUE)
+    source.add_argument("--movies", type=Path, metavar="ARCHIVE")
+    parser.add_argument("--test", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--text", nargs="+", default=["text"], metavar="COLUMN", help="one or two (default: text)"
+    )
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
+    parser.add_argument("--task", choices=("classification", "regression"), default="classification")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-4, metavar="X", help="default: 1e-4; 2e-5 for base"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--max_length", type=int, default=128, metavar="N", help="in tokens (default: 128)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all scores as JSON, too")
+    flags = parser.parse_args(argv)
+    if bool(flags.train) != bool(flags.test):
+        parser.error("--train and --test belong together")
+    return flags
+
+
+def open_task(flags: argparse.Namespace) -> Task:
+    """Read the rows."""
+    is_regression = flags.task == "regression" or flags.glue == "stsb"
+    if flags.glue:
+        train, test = read_glue(flags.glue)
+    elif flags.movies:
+        train, test = read_movies(flags.movies, is_regression)
+    else:
+        train, test = (read_rows(path, flags.text, flags.label) for path in (flags.train, flags.test))
+    labels = [] if is_regression else sorted({row.label for row in train})
+    if unknown := {row.label for row in test} - set(labels) if labels else set():
+        raise ValueError(
+            f"labels {sorted(unknown)[:5]} of the test rows are not among those of the training rows"
+        )
+    return Task(train, test, labels)
+
+
+def read_rows(path: Path, texts: list[str], label: str) -> list[Row]:
+    """Read JSON lines, or TSV with a header."""
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix in (".jsonl", ".json"):
+            values = [json.loads(line) for line in file if line.strip()]
+        else:
+            values = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    missing = {*texts, label} - set(values[0] if values else {})
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; give --text and --label")
+    return [Row(tuple(str(value[name]) for name in texts), str(value[label])) for value in values]
+
+
+def read_glue(name: str) -> tuple[list[Row], list[Row]]:
+    """Download a GLUE task."""
+    columns, test = GLUE[name]
+    data = import_module("datasets").load_dataset("nyu-mll/glue", name)
+    parts = (data["train"], data[test])
+    return tuple(  # type: ignore[return-value]
+        [Row(tuple(row[column] for column in columns), str(row["label"])) for row in part] for part in parts
+    )
+
+
+def read_movies(archive: Path, is_regression: bool) -> tuple[list[Row], list[Row]]:
+    """Read the movie sentences of vaderSentiment: their mean rating, or whether it is above 0.
+
+    A hash of its text decides whether a sentence is in the test part, so that no text is in both.
+    """
+    inner = read_member(archive.open("rb"), MOVIES[0])
+    lines = read_member(io.BytesIO(inner), MOVIES[1]).decode("utf-8", "replace").splitlines()
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for _, rating, text in (line.split("\t", 2) for line in lines):
+        is_test = int(sha256(text.strip().lower().encode()).hexdigest()[:8], 16) < TEST_SHARE * 2**32
+        if is_regression or float(rating):
+            parts[is_test].append(Row((text,), rating if is_regression else str(float(rating) > 0)))
+    return parts
+
+
+def read_member(file: io.BufferedIOBase, name: str) -> bytes:
+    """Return the file of an archive whose path ends with `name`."""
+    with tarfile.open(fileobj=file, mode="r:gz") as archive:
+        for member in archive:
+            if member.name.endswith(name) and (content := archive.extractfile(member)):
+                return content.read()
+    raise ValueError(f"--movies: no {name} in the archive; give vaderSentiment-3.3.1.tar.gz")
+
+
+def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
+    """Train for some epochs, and return the predictions for the test rows."""
+    transformers = import_module("transformers")
+    transformers.set_seed(seed)
+    transformers.logging.set_verbosity_error()  # the new head has no weights; that is known
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(flags.model)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        flags.model, num_labels=len(task.labels) or 1, problem_type=None if task.labels else "regression"
+    ).to(device)
+
+    def encode(rows: list[Row]) -> dict[str, torch.Tensor]:
+        texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+        return tokenizer(
+            *texts, padding=True, truncation=True, max_length=flags.max_length, return_tensors="pt"
+        ).to(device)
+
+    steps = flags.epochs * -(-len(task.train) // flags.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.learning_rate)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
+    order = random.Random(seed)
+    for _ in range(flags.epochs):
+        model.train()
+        rows = order.sample(task.train, len(task.train))
+        for start in range(0, len(rows), flags.batch_size):
+            batch = rows[start : start + flags.batch_size]
+            targets = torch.tensor(task.encode_targets(batch), device=device)
+            loss = model(**encode(batch), labels=targets.long() if task.labels else targets).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    model.eval()
+    predictions: list[float] = []
+    with torch.no_grad():
+        for start in range(0, len(task.test), flags.batch_size):
+            logits = model(**encode(task.test[start : start + flags.batch_size])).logits
+            predictions += (logits.argmax(1) if task.labels else logits[:, 0]).tolist()
+    return predictions
+
+
+def fit_words(task: Task) -> list[float]:
+    """Return the predictions of a linear model of the words and pairs of words, without a pretrained model.
+
+    Its penalty is chosen by cross-validation on the training rows.
+    """
+    text, linear = import_module("sklearn.feature_extraction.text"), import_module("sklearn.linear_model")
+    vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), max_features=MOST_FEATURES, sublinear_tf=True)
+    train, test = ([" ".join(row.texts) for row in rows] for rows in (task.train, task.test))
+    features = vectorizer.fit_transform(train)
+    model = (linear.RidgeClassifierCV if task.labels else linear.RidgeCV)(alphas=PENALTIES)
+    model.fit(features, task.encode_targets(task.train))
+    return model.predict(vectorizer.transform(test)).tolist()
+
+
+def score(task: Task, predictions: list[float]) -> dict[str, float]:
+    """Return accuracy, F1 and Matthews correlation, or the rank and linear correlations."""
+    targets = task.encode_targets(task.test)
+    if not task.labels:
+        stats = import_module("scipy.stats")
+        return {
+            "spearman": float(stats.spearmanr(targets, predictions).statistic),
+            "pearson": float(stats.pearsonr(targets, predictions).statistic),
+        }
+    metrics = import_module("sklearn.metrics")
+    average = "binary" if len(task.labels) == 2 else "macro"
+    return {
+        "accuracy": float(metrics.accuracy_score(targets, predictions)),
+        "f1": float(metrics.f1_score(targets, predictions, average=average)),
+        "matthews": float(metrics.matthews_corrcoef(targets, predictions)),
+    }
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """Return the scores on one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

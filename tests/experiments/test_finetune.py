@@ -1,0 +1,132 @@
+"""Fine-tuning of a tiny exported model, on files and on an archive like that of vaderSentiment."""
+
+import io
+import json
+import random
+import sys
+import tarfile
+
+import pytest
+
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.hub.export import list_models, write_model
+from experiments.finetune.finetune import main, read_movies
+from tests.hub.exported import VOCABULARY, build_model
+
+pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Return the directory of a discriminator."""
+    directory = tmp_path_factory.mktemp("model") / "discriminator"
+    write_model(list_models(build_model("deberta-v3"))[1], directory, Tokenizer(VOCABULARY), None)
+    return directory
+
+
+def make_rows(number, seed):
+    """Return sentences of which each has a word that decides its label."""
+    draw = random.Random(seed)
+    words = ("union", "state", "people", "congress", "house", "war")
+    rows = []
+    for _ in range(number):
+        label = draw.choice(("bad", "good"))
+        rows.append((" ".join([*draw.choices(words, k=3), {"bad": "peace", "good": "law"}[label]]), label))
+    return rows
+
+
+def test_classification(model, tmp_path, capsys):
+    """TSV and JSON lines; two seeds, their mean and spread, and the baseline, which is right here."""
+    train, test = tmp_path / "train.tsv", tmp_path / "test.jsonl"
+    train.write_text("words\tmood\n" + "".join(f"{text}\t{label}\n" for text, label in make_rows(64, 1)))
+    test.write_text("".join(json.dumps({"words": t, "mood": m}) + "\n" for t, m in make_rows(40, 2)))
+    columns = ["--text", "words", "--label", "mood", "--seeds", "1", "2", "--epochs", "1"]
+    output = tmp_path / "scores.json"
+    files = ["--train", str(train), "--test", str(test), "--output", str(output)]
+    assert main([str(model), *files, *columns]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "64 training rows, 40 test rows, 2 classes"
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        "seed 1", "seed 2", "mean ± standard deviation over 2 seeds", "words only"
+    ]  # fmt: skip
+    assert lines[4] == "words only: accuracy 1.0000  f1 1.0000  matthews 1.0000"
+    values = json.loads(output.read_text())
+    assert [len(scores) for scores in values["scores"].values()] == [2, 2, 2]
+    assert values["words_only"]["accuracy"] == 1.0
+
+
+def test_the_same_seed_gives_the_same_scores(model, tmp_path, capsys):
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in make_rows(32, 1)))
+    flags = [str(model), "--train", str(rows), "--test", str(rows), "--seeds", "5", "5", "--epochs", "2"]
+    assert main([*flags, "--learning_rate", "3e-3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == lines[2]
+    assert float(lines[1].split()[3]) > 0.8  # it learns its training rows
+
+
+def write_archive(path):
+    """Write an archive with the files that the source archive of vaderSentiment has."""
+    rows = make_rows(200, 3)
+    text = "".join(
+        f"{i}\t{1.5 if label == 'good' else -0.5}\t{t} {i}\r\n" for i, (t, label) in enumerate(rows)
+    )
+    text += "200\t0.0\tneither\r\n"
+    content, name = text.encode(), "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    for inner in (name, "vaderSentiment-3.3.1/additional_resources/hutto_ICWSM_2014.tar.gz"):
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            member = tarfile.TarInfo(inner)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        content = packed.getvalue()
+    path.write_bytes(content)
+    return path
+
+
+def test_movies(model, tmp_path, capsys):
+    """Ratings by regression; their signs as classes; no sentence in both parts."""
+    archive = write_archive(tmp_path / "vaderSentiment-3.3.1.tar.gz")
+    train, test = read_movies(archive, is_regression=False)
+    assert {row.label for row in train + test} == {"True", "False"}
+    assert len(train) + len(test) == 200
+    assert 20 < len(test) < 60
+    assert not {row.texts for row in train} & {row.texts for row in test}
+    flags = ["--movies", str(archive), "--task", "regression", "--seeds", "1", "--epochs", "1"]
+    assert main([str(model), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" test rows, regression")
+    assert lines[-1].startswith("words only: spearman 0.8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text\tclass\na\tb\n", "no column label; give --text and --label"),
+        (
+            "text\tlabel\na\tb\na\tc\n",
+            "labels ['new'] of the test rows are not among those of the training rows",
+        ),
+    ],
+)
+def test_errors(text, message, tmp_path, capsys):
+    (tmp_path / "train.tsv").write_text(text)
+    (tmp_path / "test.tsv").write_text("text\tlabel\na\tnew\n")
+    flags = ["--train", str(tmp_path / "train.tsv"), "--test", str(tmp_path / "test.tsv")]
+    assert main(["MODEL", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_archive_without_the_sentences(tmp_path, capsys):
+    path = tmp_path / "other.tar.gz"
+    with tarfile.open(path, "w:gz"):
+        pass
+    assert main(["MODEL", "--movies", str(path)]) == 1
+    assert "give vaderSentiment-3.3.1.tar.gz" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main(["MODEL", "--movies", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: a package is missing; pip install scikit-learn\n"
