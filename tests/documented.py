@@ -21,6 +21,9 @@ NOT_RUN = {
     r"^(pip install|source) |pip install tensorboard": "changes the Python that runs the tests",
     r"^tensorboard ": "serves until it is stopped",
     r"^python experiments/track\.py": "needs a tracker; tests/test_track.py runs it with what is installed",
+    r"^python experiments/finetune/": "needs labeled files; tests/experiments/test_finetune.py runs it",
+    r"^python experiments/ablations/": "takes hours; tests/slow/test_ablations.py runs it at a small size",
+    r"^pip download": "needs a network",
     r"tests/run\.sh": "runs the tests themselves; the gate (.ci/run) is this command",
     r"docs/generate_": "writes a page of docs/; a test compares it with what it would write",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/benchmarks/test_gpu.py runs its parts on a CPU",
@@ -33,11 +36,22 @@ NOT_RUN = {
     r"^python -m DeBERTa\.train$|^python prepare_data\.py$": "names the command; without flags it downloads",
     r"^deberta-": "a console command of the installed package; tests/test_packaging.py runs it",
 }
-# Flags of other programs: torchrun, Slurm, Docker, Kubernetes, TensorBoard, transformers.
+# Flags of other programs: pip, torchrun, Slurm, Docker, Kubernetes, TensorBoard, transformers.
 FOREIGN = {
     *("--nnodes", "--node_rank", "--rdzv", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"),
     *("--master_addr", "--master_port", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive"),
-    *("--signal", "--cpus-per-task", "--time", "--logdir", "--gpus", "--shm-size", "--rm", "--ipc"),
+    *(
+        "--no-binary",
+        "--no-deps",
+        "--signal",
+        "--cpus-per-task",
+        "--time",
+        "--logdir",
+        "--gpus",
+        "--shm-size",
+        "--rm",
+        "--ipc",
+    ),
 }
 
 

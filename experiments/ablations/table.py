@@ -1,0 +1,126 @@
+"""Print the results of the ablations as Markdown tables; with --png, plot their curves.
+
+    python experiments/ablations/table.py --png docs/ablations.png
+
+Figures are means over seeds with 95 % confidence intervals (Student's t). Runs of other compute or of another
+model are in tables of their own.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+# Quantiles of Student's t at 97.5 % by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MORE_SEEDS = 2.0
+Column = tuple[str, str, str]  # title, section of a result, name in it
+RTD: tuple[Column, ...] = (
+    ("generator loss", "final", "generator_loss"),
+    ("discriminator loss", "final", "discriminator_loss"),
+    ("ROC AUC", "final", "discriminator_auc"),
+    ("rarity AUC", "final", "discriminator_rarity_auc"),
+    ("tags", "probe", "discriminator_tag_accuracy"),
+    ("tags, random weights", "probe", "discriminator_random_tag_accuracy"),
+    ("pairs", "probe", "discriminator_pair_accuracy"),
+    ("generator's tags", "probe", "generator_tag_accuracy"),
+    ("generator's pairs", "probe", "generator_pair_accuracy"),
+    ("cosine of the tables", "cosines", "between"),
+    ("within generator's", "cosines", "generator"),
+    ("within discriminator's", "cosines", "discriminator"),
+)
+MLM: tuple[Column, ...] = (
+    ("loss", "final", "loss"),
+    ("accuracy", "final", "accuracy"),
+    ("tags", "probe", "model_tag_accuracy"),
+    ("pairs", "probe", "model_pair_accuracy"),
+    ("tags, random weights", "probe", "model_random_tag_accuracy"),
+    ("tags, most frequent", "probe", "model_word_tag_accuracy"),
+)
+CURVES = {"generator_loss": "generator loss", "loss": "MLM loss", "discriminator_auc": "ROC AUC"}
+Result = dict[str, Any]
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path, default=Path(__file__).with_name("results.jsonl"))
+    parser.add_argument("--png", type=Path, metavar="FILE", help="needs matplotlib")
+    flags = parser.parse_args()
+    try:
+        results = [json.loads(line) for line in flags.results.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {flags.results}: {error}; experiments/ablations/run.py writes it\n")
+        return 1
+    print("\n\n".join(format_tables(results)))
+    if flags.png:
+        draw_curves(results, flags.png)
+    return 0
+
+
+def format_tables(results: list[Result]) -> list[str]:
+    """Return a table for each kind of model and each amount of compute."""
+    tables = []
+    for flops in sorted({result["flops"] for result in results}):
+        same = [result for result in results if result["flops"] == flops]
+        tables.append(f"Each run: {flops:.3g} FLOPs; {', '.join(sorted({r['device'] for r in same}))}.")
+        for name, columns in (("generator_loss", RTD), ("loss", MLM)):
+            arms: dict[str, list[Result]] = defaultdict(list)
+            for result in same:
+                if name in result["final"]:
+                    arms[result["arm"]].append(result)
+            if arms:
+                tables.append(format_table(arms, columns))
+    return tables
+
+
+def format_table(arms: dict[str, list[Result]], columns: tuple[Column, ...]) -> str:
+    """Return a Markdown table with a row per arm."""
+    rows = [["arm", "steps", "seeds", "minutes", "commit", *(title for title, _, _ in columns)]]
+    rows.append(["---"] * len(rows[0]))
+    for arm, results in arms.items():
+        steps, commits = (
+            ", ".join(sorted({str(r[name])[:8] for r in results})) for name in ("steps", "commit")
+        )
+        minutes = mean(result["wall_seconds"] for result in results) / 60
+        cells = [
+            format_interval([r[part][name] for r in results if name in r[part]]) for _, part, name in columns
+        ]
+        rows.append([arm, steps, str(len(results)), f"{minutes:.0f}", commits, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def format_interval(values: list[float]) -> str:
+    """Return mean and half the width of the 95 % confidence interval."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "–"
+    half = STUDENT.get(len(values) - 1, MORE_SEEDS) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.3f} ± {half:.3f}"
+
+
+def draw_curves(results: list[Result], path: Path) -> None:
+    """Plot the curves by FLOPs, a color per arm, a line per seed."""
+    from matplotlib.figure import Figure  # optional
+
+    arms = list(dict.fromkeys(result["arm"] for result in results))
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    for number, (name, title) in enumerate(CURVES.items(), start=1):
+        axes = figure.add_subplot(1, len(CURVES), number, title=title, xlabel="FLOPs")
+        for result in results:
+            points = [(row["step"] / result["steps"] * result["flops"], row[name])
+                      for row in result["curve"] if name in row]  # fmt: skip
+            if points:
+                color = f"C{arms.index(result['arm'])}"
+                axes.plot(*zip(*points, strict=True), color=color, label=result["arm"], lw=1)
+        labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one per arm
+        axes.legend(labels.values(), labels.keys(), fontsize=8)
+    figure.savefig(path, format="png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The ablations: arms, equal compute, cosines and tables. tests/slow/test_ablations.py runs the command."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from DeBERTa.config import ModelConfig, RTDConfig, read_json
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.hub.weights import write_tensors
+from experiments.ablations.run import ARMS, WORDS, build_config, count_flops, measure_cosines
+from experiments.ablations.table import draw_curves, format_interval, format_tables
+from tests.conftest import GOLDEN, ROOT, tiny_model
+
+BASE = {"generator": tiny_model(), "discriminator": tiny_model() | {"num_hidden_layers": 4}}
+BASE = {name: model | {"max_position_embeddings": 128} for name, model in BASE.items()}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms(arm):
+    """Every arm is a valid model, and differs from the others."""
+    config = build_config(arm, BASE)
+    (RTDConfig if "generator" in config else ModelConfig).from_dict(config)
+    assert [other for other in ARMS if build_config(other, BASE) == config] == [arm]
+
+
+def test_flops():
+    """Those of a layer, by hand: a generator of 2 layers more adds their matmuls to a step of MLM."""
+    flops = [
+        count_flops(build_config("mlm-absolute", BASE | {"discriminator": BASE["discriminator"] | change}))
+        for change in ({}, {"num_hidden_layers": 6})
+    ]
+    tokens, width, inner, length = 16 * 128, 32, 64, 128
+    layer = 2 * tokens * (4 * width * width + 2 * width * inner + 2 * length * width)
+    assert flops[1] - flops[0] == pytest.approx(2 * 3 * layer, rel=0.01)
+    assert count_flops(build_config("gdes", BASE)) == count_flops(build_config("nes", BASE))
+
+
+def test_cosines(tmp_path):
+    """Known tables: the discriminator's is the generator's, rotated by 60 degrees."""
+    rows = len(Tokenizer(GOLDEN / "prepare" / "spm.model"))
+    half = torch.arange(rows + 56) % 2  # two opposite directions, and rows without tokens
+    table = torch.stack([1.0 - 2 * half, torch.zeros(rows + 56)], 1)
+    angle = math.radians(60)
+    rotation = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    for name, words in (("generator", table), ("discriminator", 3 * table @ rotation)):
+        (tmp_path / name).mkdir()
+        shutil.copy(GOLDEN / "prepare" / "spm.model", tmp_path / name)
+        write_tensors({WORDS: words.contiguous()}, tmp_path / name / "model.safetensors")
+    cosines = measure_cosines(tmp_path)
+    assert cosines["between"] == pytest.approx(0.5)
+    assert cosines["generator"] == pytest.approx(cosines["discriminator"])
+    assert cosines["generator"] == pytest.approx(0, abs=1e-3)
+
+
+def make_result(arm, seed, auc):
+    final = {"step": 8, "generator_loss": 5.0 + seed, "discriminator_loss": 0.3, "discriminator_auc": auc}
+    common = {"flops": 1e12, "steps": 8, "commit": "0123456789", "device": "CPU", "wall_seconds": 600.0}
+    probe = {"discriminator_tag_accuracy": 0.7}
+    return common | {
+        "arm": arm,
+        "seed": seed,
+        "final": final,
+        "probe": probe,
+        "cosines": {},
+        "curve": [final],
+    }
+
+
+def test_tables():
+    """A row per arm with intervals over its seeds, and a dash for what was not measured."""
+    results = [make_result("gdes", seed, 0.6 + 0.01 * seed) for seed in (1, 2, 3)] + [
+        make_result("nes", 1, 0.5)
+    ]
+    heading, table = format_tables(results)
+    assert heading == "Each run: 1e+12 FLOPs; CPU."
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    column = rows[0].index("ROC AUC")
+    # Student's t with 2 degrees of freedom, 4.303, times 0.01 / sqrt(3)
+    assert [row[column] for row in rows[2:]] == ["0.620 ± 0.025", "0.500"]
+    assert [row[:5] for row in rows[2:]] == [
+        ["gdes", "8", "3", "10", "01234567"],
+        ["nes", "8", "1", "10", "01234567"],
+    ]
+    assert rows[2][rows[0].index("pairs")] == "–"
+
+
+def test_interval():
+    assert format_interval([1.0, 1.0]) == "1.000 ± 0.000"
+    assert format_interval([]) == "–"
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_curves([make_result("gdes", 1, 0.6), make_result("es", 1, 0.5)], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_default_model_is_there():
+    config = read_json(ROOT / "experiments" / "language_model" / "rtd_tiny.json")
+    assert all(build_config(arm, config) for arm in ARMS)
