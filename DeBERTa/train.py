@@ -66,6 +66,7 @@ from DeBERTa.training.precision import describe_replaced_precision, resolve_prec
 from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
+from DeBERTa.training.summary import describe_end
 from DeBERTa.training.trainer import Run, Trainer, resume
 from DeBERTa.training.worker import RESTART_COUNT, exit_process, get_local_rank, is_worker, log_rank
 
@@ -201,7 +202,7 @@ def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
     if is_rank_zero():
         this_run.check_lock()
         directories = save_models(this_run.run_dir, full_model, vocabulary)
-        logger.info("final models: %s", ", ".join(map(str, directories)))
+        logger.info(format_rows(describe_end(this_run.run_dir, directories)))
 
 
 def build_step(

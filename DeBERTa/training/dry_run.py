@@ -7,13 +7,13 @@ peak of memory is the run's. Nothing is written.
 import math
 import shutil
 import time
-from datetime import timedelta
 
 import torch
 
 from DeBERTa.data.loader import load_batches
 from DeBERTa.doctor import check_machine
 from DeBERTa.model.flops import count_flops_per_token
+from DeBERTa.report.read import format_duration
 from DeBERTa.training.banner import describe_run, format_rows
 from DeBERTa.training.distributed import get_world_size
 from DeBERTa.training.evaluation import evaluate
@@ -35,7 +35,7 @@ def describe_dry_run(run: Run) -> str:
     check_disk_space(folder, run.model, evaluations, config.keep_last)
     step_seconds = time_steps(run)
     evaluation_seconds = time_evaluation(run)
-    total = timedelta(seconds=round(steps * step_seconds + evaluations * evaluation_seconds))
+    total = format_duration(steps * step_seconds + evaluations * evaluation_seconds)
     length = config.max_seq_length
     flops = config.train_batch_size * length * count_flops_per_token(run.model.config, length)
     kind = "allocated on the GPU" if device.type == "cuda" else "resident"

@@ -1,0 +1,33 @@
+"""Summary that a run logs at its end: how it went, where things are, what to do next."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from DeBERTa.config import read_json
+from DeBERTa.errors import ConfigError
+from DeBERTa.hub.model_card import read_record
+from DeBERTa.report.read import format_duration
+from DeBERTa.training.best import select_loss
+
+NEXT = {  # by the name of a final model: a command to see what it learned
+    "discriminator": 'python -m DeBERTa.detect {} "A sentence with a banana word."',
+    "model": 'python -m DeBERTa.fill_mask {} "A sentence with a [MASK] word."',
+}
+
+
+def describe_end(run_dir: Path, models: Sequence[Path]) -> dict[str, str]:
+    """Return steps and time, the best checkpoint, final models, report, and the next command."""
+    rows = {}
+    if run := read_record(run_dir):
+        elapsed = max(row.get("elapsed_seconds") or 0.0 for row in run.rows)  # older runs lack it
+        rows["trained"] = f"{run.step:,} steps in {format_duration(elapsed)}"
+    with contextlib.suppress(ConfigError):  # without a validation split there is none
+        best = read_json(run_dir / "checkpoints" / "best.json")
+        checkpoint = run_dir / "checkpoints" / best["checkpoint"]
+        losses = [f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in select_loss(best).items()]
+        rows["best"] = f"step {best['step']:,}, validation {', '.join(losses)}: {checkpoint}"
+    rows["final models"] = ", ".join(map(str, models))
+    rows["report"] = str(run_dir / "report.html")
+    rows["next"] = NEXT[models[-1].name].format(models[-1])
+    return rows
