@@ -12,6 +12,20 @@ imports_all() {
   "$python" -c "$modules" >/dev/null 2>&1
 }
 
+# has_gpu: whether there is an NVIDIA GPU.
+has_gpu() { [[ -e /proc/driver/nvidia/version ]] || nvidia-smi -L >/dev/null 2>&1; }
+
+# install_cpu_torch: installs the CPU build of the PyTorch in requirements.txt, which is smaller. It is on PyTorch's own
+# index alone; where that cannot be reached, a few seconds are lost, and the ordinary build is installed later.
+install_cpu_torch() {
+  local index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu} torch
+  torch=$(sed -nE 's/^(torch==[^[:space:];]+).*/\1/p' "$ROOT/requirements.txt")
+  say "no NVIDIA GPU: taking PyTorch's CPU build (200 MB to download, 0.8 GB installed) from $index"
+  "$PYTHON" -m pip install --disable-pip-version-check -q --no-deps --index-url "$index" --retries 0 --timeout 10 \
+    "$torch" >/dev/null 2>&1 \
+    || say "it cannot be had there; taking the build for NVIDIA GPUs from the ordinary index (4.7 GB more)"
+}
+
 # set_up_python FILE...: sets PYTHON to one that imports everything the requirement files list. The active Python if it
 # does; otherwise .venv, made with it and filled now if need be.
 set_up_python() {
@@ -33,7 +47,8 @@ set_up_python() {
   fi
   PYTHON=$venv/bin/python
   imports_all "$PYTHON" "$@" && return
-  say "installing into $venv (once)"
+  say "installing into $venv (once): $(basename -a "$@" | xargs); up to 5.5 GB with PyTorch for NVIDIA GPUs, else 1 GB"
+  imports_all "$PYTHON" <(echo torch) || [[ $(uname -s) != Linux ]] || has_gpu || install_cpu_torch
   local arguments=(-r "$ROOT/requirements-hub.txt") file
   for file in "$@"; do arguments+=(-r "$file"); done
   "$PYTHON" -m pip install --disable-pip-version-check -q "${arguments[@]}" \
