@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Prepare text for pre-training: see `python prepare_data.py --help`, and DeBERTa/prepare_data.py."""
 
-from DeBERTa.prepare_data import run_command
+from DeBERTa.packages import require_packages
 
 if __name__ == "__main__":
+    require_packages()
+    from DeBERTa.prepare_data import run_command
+
     run_command()

@@ -1,9 +1,11 @@
 """Pre-training of DeBERTa encoders."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from DeBERTa.errors import ConfigError
+from DeBERTa.packages import require_packages
 
 if TYPE_CHECKING:
     from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig
@@ -20,6 +22,9 @@ __all__ = [
     "TrainConfig",
     "__version__",
 ]
+
+if sys.argv[:1] == ["-m"]:  # a command, before it imports anything
+    require_packages()
 
 
 def __getattr__(name: str) -> object:

@@ -202,6 +202,7 @@ class ModelConfig:
 
         Keys that transformers adds are dropped. Raises `ConfigError` for an unknown, missing or wrong value.
         """
+        _refuse("generator" in values, f"{where}: the model config of an RTD model; give --task_name RTD")
         values = convert_hub_config(values, where)
         _check_keys(values, cls, where)
         _check_types(values, cls, where)
@@ -313,6 +314,7 @@ class RTDConfig:
 
         Raises `ConfigError` for a wrong value, and when the tables cannot be shared.
         """
+        _refuse("hidden_size" in values, f"{where}: the model config of an MLM model; give --task_name MLM")
         for name in ("generator", "discriminator"):
             if name in values and not isinstance(values[name], dict):
                 raise ConfigError(f"{where}: {name} must be a model config, not {values[name]!r}")
@@ -560,7 +562,8 @@ class TrainConfig:
         """Raise `ConfigError` for values that cannot work, naming the flag."""
         for item in dataclasses.fields(self):
             is_missing = REQUIRED in item.metadata["rules"] and not getattr(self, item.name)
-            _refuse(is_missing, f"--{item.name} is required: {item.metadata['help']}")
+            advice = "give it, or a --preset without --data_dir"
+            _refuse(is_missing, f"--{item.name} is required: {item.metadata['help']}; {advice}")
         _check_metadata(self, "--")
         batch, parts = self.train_batch_size, self.accumulative_update
         rtd_weights = (self.init_generator, self.init_discriminator)

@@ -16,9 +16,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from DeBERTa.errors import StorageError
+from DeBERTa.packages import PACKAGES, find_missing
 
 # Modules that need other packages are imported after the check of those.
-PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 CONNECT_SECONDS = 5
 LITTLE_DISK = 10.0  # GB; a checkpoint of a base model takes 4 GB
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,7 +54,7 @@ def write_checks(checks: Iterable[Check]) -> int:
 
 def check_packages() -> Iterator[Check]:
     """Check that the packages are installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = find_missing()
     found = [f"{name} {version(name)}" for name in PACKAGES if name not in missing]
     advice = f"install {', '.join(missing)}: pip install -r requirements.txt" if missing else ""
     yield "versions", ", ".join([f"Python {platform.python_version()}", *found]), advice

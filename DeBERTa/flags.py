@@ -48,6 +48,8 @@ class FlagParser(argparse.ArgumentParser):
     def _report(self, flag: str) -> NoReturn:
         if flag in REPLACED:
             self.error(f"no flag {flag}: it was replaced, give {REPLACED[flag]}")
+        if flag in PRESETS:
+            self.error(f"unexpected argument {flag!r}: give --preset {flag}")
         if not flag.startswith("-"):
             self.error(f"unexpected argument {flag!r}: flags begin with --")
         known = re.findall(r"--\w+", self.format_help())

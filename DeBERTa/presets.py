@@ -149,6 +149,8 @@ def _locate(corpus: str, max_seq_length: int, given: Mapping[str, Any]) -> dict[
     """Return the flags that locate the prepared text and its vocabulary in the cache."""
     folder = get_cache_dir() / corpus
     if "vocab_path" in given:  # another vocabulary gives another text
+        if not Path(given["vocab_path"]).is_file():
+            raise UsageError(f"--vocab_path {given['vocab_path']}: there is no such file; check the path")
         fingerprint = hash_file(Path(given["vocab_path"]))[:8]
         return {"data_dir": str(folder / f"{max_seq_length}-{fingerprint}")}
     return {

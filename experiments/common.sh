@@ -48,7 +48,7 @@ set_up_python() {
   PYTHON=$venv/bin/python
   imports_all "$PYTHON" "$@" && return
   say "installing into $venv (once): $(basename -a "$@" | xargs); up to 5.5 GB with PyTorch for NVIDIA GPUs, else 1 GB"
-  imports_all "$PYTHON" <(echo torch) || [[ $(uname -s) != Linux ]] || has_gpu || install_cpu_torch
+  "$PYTHON" -c "import torch" >/dev/null 2>&1 || [[ $(uname -s) != Linux ]] || has_gpu || install_cpu_torch
   local arguments=(-r "$ROOT/requirements-hub.txt") file
   for file in "$@"; do arguments+=(-r "$file"); done
   "$PYTHON" -m pip install --disable-pip-version-check -q "${arguments[@]}" \

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from DeBERTa.errors import DebertaError
+from DeBERTa.flags import FlagParser
 from DeBERTa.report.read import RunRecord, is_number, read_run
 
 FOLLOW_SECONDS = 10
@@ -25,16 +26,14 @@ Send = Callable[[dict[str, float], int], None]
 
 def main() -> int:
     """Send all lines, with `--follow` until the last step."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--tracker", choices=("tensorboard", "wandb", "trackio"), required=True)
     parser.add_argument(
         "--follow", action="store_true", help="wait for further lines until the run is complete"
     )
-    flags = parser.parse_args()
     try:
+        flags = parser.parse_args()
         run = read_run(flags.run)
         send, close = open_tracker(flags.tracker, run)
         sent: set[tuple] = set()

@@ -25,7 +25,7 @@ NOT_RUN = {
     r"^python experiments/ablations/": "takes hours; tests/slow/test_ablations.py runs it at a small size",
     r"^pip download": "needs a network",
     r"tests/run\.sh": "runs the tests themselves; the gate (.ci/run) is this command",
-    r"docs/generate_": "writes a page of docs/; a test compares it with what it would write",
+    r"docs/generate_|benchmarks\.cost": "writes a page of docs/; a test compares it with what it would write",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/benchmarks/test_gpu.py runs its parts on a CPU",
     r"^export WORLD_SIZE": "needs two nodes; tests/slow/test_two_nodes.py runs it",
     r"srun|sbatch|scontrol": "needs Slurm; tests/slow/test_slurm.py runs such jobs",

@@ -1,6 +1,5 @@
 """The command `python -m DeBERTa.report RUN [RUN ...]`."""
 
-import argparse
 import csv
 import logging
 import math
@@ -11,6 +10,7 @@ import numpy as np
 
 from DeBERTa.data.files import open_atomic, raise_storage_errors
 from DeBERTa.errors import ConfigError, DebertaError
+from DeBERTa.flags import FlagParser
 from DeBERTa.log import set_up_logging
 from DeBERTa.report.charts import build_charts
 from DeBERTa.report.health import USUAL, examine
@@ -22,14 +22,14 @@ logger = logging.getLogger("DeBERTa.report")  # as a command, __name__ is "__mai
 
 def main() -> int:
     """Write the report, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m DeBERTa.report", description=__doc__)
+    parser = FlagParser(prog="python -m DeBERTa.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--html", type=Path, help="default: RUN/report.html; of several, comparison.html")
     parser.add_argument("--csv", type=Path, help="write all metrics of all runs to this file, too")
     parser.add_argument("--png", type=Path, help="write the charts to this file, too; needs matplotlib")
-    flags = parser.parse_args()
     set_up_logging()
     try:
+        flags = parser.parse_args()
         runs = [read_run(path) for path in flags.runs]
         page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
         write_report(runs, page)

@@ -1,0 +1,91 @@
+"""Commands as a newcomer may get them wrong: each ends with one sentence that says what to do."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, strip_times
+
+D = "--data_dir {prepared} --vocab_path {prepared}/spm.model --output_dir {folder}/run"
+TRAIN = "python -m DeBERTa.train --preset deberta-v3-tiny --workers 0 --num_training_steps 1"
+MLM = TRAIN.replace("deberta-v3-tiny", "deberta-tiny")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """Return the bin directory of an environment without packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    return folder / "bin"
+
+
+def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **environment: str) -> str:
+    """Run a command that fails, and return its last line without its time."""
+    path = f"{first_on_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command.split(),
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    lines = strip_times(done.stderr).splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
+    return lines[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("sh rtd.sh no-such-preset", "no preset 'no-such-preset'; usage: ./rtd.sh NAME [flags]"),
+        ("python -m DeBERTa.train deberta-v3-tiny", "'deberta-v3-tiny': give --preset deberta-v3-tiny"),
+        ("python -m DeBERTa.train --do_train", "--model_config is required: JSON model config"),
+        (f"{TRAIN} --data_dir x", "give it, or a --preset without --data_dir"),
+        (
+            f"{TRAIN} --vocab_path none.model",
+            "--vocab_path none.model: there is no such file; check the path",
+        ),
+        (f"{TRAIN} {D} --model_config bert_tiny.json", "an MLM model; give --task_name MLM"),
+        (f"{MLM} {D} --model_config rtd_tiny.json", "an RTD model; give --task_name RTD"),
+        (f"{TRAIN} {D} --attention triton", "its kernels need a CUDA GPU, not a CPU; use --attention auto"),
+        (f"{TRAIN} {D} --max_seq_length 32", "--max_seq_length"),
+        (f"{TRAIN} {D} --data_dir {{folder}}/none", "no such directory; prepare_data.py makes one"),
+        ("python -m DeBERTa.report", "the following arguments are required: RUN; --help lists the flags"),
+        ("python -m DeBERTa.report {folder}", "give the directory of a run"),
+        ("python experiments/track.py", "the following arguments are required: run, --tracker; --help"),
+    ],
+)
+def test_one_sentence(command, sentence, tmp_path, prepared):
+    assert sentence in fail(command.format(prepared=prepared, folder=tmp_path))
+
+
+@pytest.mark.parametrize("command", ["python -m DeBERTa.train --help", "python prepare_data.py --help"])
+def test_python_without_packages(command, bare):
+    message = fail(command, bare, PYTHONPATH="")
+    assert "lacks torch, numpy, sentencepiece, safetensors, tqdm: activate a Python that has them" in message
+
+
+def test_a_full_disk(tmp_path, prepared):
+    """A limit of the size of files, which the token store is below, and the checkpoint is not."""
+    line = f"ulimit -f 2000; exec {TRAIN} {D}".format(prepared=prepared, folder=tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = strip_times(done.stderr).splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "free space there, or move the run directory" in last
