@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, find_experiments, read_json
-from DeBERTa.data.files import open_atomic, raise_storage_errors
+from DeBERTa.data.files import raise_storage_errors
 from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer
 from DeBERTa.errors import DataError
 from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
@@ -56,17 +56,20 @@ Figures = dict[str, float]
 logger = logging.getLogger("DeBERTa.probe")  # as a command, __name__ is "__main__"
 
 
-class Sentence(NamedTuple):
-    """A tagged sentence of a part (FIT, CHOOSE, TEST), with its ids, and per id the number of its word.
+class Corpus(NamedTuple):
+    """Tagged words by their numbers, and the sentences as pieces.
 
-    Words are numbered from 1; [CLS] and [SEP] have the number 0.
+    Attributes:
+        words: (word, tag); the first is none, for [CLS] and [SEP].
+        parts: FIT, CHOOSE or TEST by the numbers of the words that have pieces.
+        ids: of each sentence, between [CLS] and [SEP].
+        owners: of each sentence, per id the number of its word.
     """
 
-    words: tuple[str, ...]
-    tags: tuple[str, ...]
-    part: int
-    ids: list[int]
-    owners: list[int]
+    words: list[tuple[str, str]]
+    parts: dict[int, int]
+    ids: list[list[int]]
+    owners: list[list[int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,21 +95,20 @@ def probe(arguments: argparse.Namespace) -> None:
         config = ModelConfig.from_json(run_dir / "config.json")
         measure(config, read_weights(path), path, run_dir / "spm.model")
         return
-    results = {line["step"]: line for line in read_lines(run_dir / "probe.jsonl")}
     steps = [arguments.step]
     if arguments.all_steps:
-        steps = [step for step in list_steps(run_dir) if step not in results] or steps
+        done = {line["step"] for line in read_lines(run_dir / "probe.jsonl")}
+        steps = [step for step in list_steps(run_dir) or steps if step not in done]
     for step in (find_step(run_dir, step) for step in steps):
         path = get_checkpoint_path(run_dir, step)
+        figures: Figures = {"step": step}
         settings = read_json(path / "config.json")
         vocabulary = find_vocabulary(run_dir, settings).path
-        results[step] = {"step": step}
         for model in list_models(load_checkpoint(run_dir, step, settings)):
-            figures = measure(model.config, model.weights, path / model.name, vocabulary)
-            results[step] |= {f"{model.name}_{name}": value for name, value in figures.items()}
-        lines = "".join(json.dumps(results[step]) + "\n" for step in sorted(results))
-        with raise_storage_errors(run_dir), open_atomic(run_dir / "probe.jsonl") as file:
-            file.write(lines.encode())
+            measured = measure(model.config, model.weights, path / model.name, vocabulary)
+            figures |= {f"{model.name}_{name}": value for name, value in measured.items()}
+        with raise_storage_errors(run_dir), (run_dir / "probe.jsonl").open("a") as file:
+            file.write(json.dumps(figures) + "\n")
 
 
 def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Path) -> Figures:
@@ -115,9 +117,9 @@ def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Pat
     kind = ReplacedTokenDetectionModel if is_detector else MaskedLanguageModel
     model = kind(config).eval()
     model.load_state_dict(select_weights(model, weights, path))
-    sentences = read_corpus(vocabulary, config.max_position_embeddings)
-    figures = probe_tags(model, sentences) | measure_random_weights(kind, config, vocabulary)
-    figures |= probe_pairs(model, sentences, Tokenizer(vocabulary))
+    corpus = read_corpus(vocabulary, config.max_position_embeddings)
+    figures = probe_tags(model, corpus) | measure_random_weights(kind, config, vocabulary)
+    figures |= probe_pairs(model, corpus, Tokenizer(vocabulary))
     logger.info("%s: %s", path, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return figures
 
@@ -125,114 +127,107 @@ def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Pat
 @lru_cache(maxsize=2)
 def measure_random_weights(kind: type[Model], config: ModelConfig, vocabulary: Path) -> Figures:
     """Return mean and standard deviation of the tag probe over models with random weights."""
-    accuracies = []
+    corpus, accuracies = read_corpus(vocabulary, config.max_position_embeddings), []
     for seed in RANDOM_SEEDS:
         torch.manual_seed(seed)
-        sentences = read_corpus(vocabulary, config.max_position_embeddings)
-        accuracies.append(probe_tags(kind(config).eval(), sentences)["tag_accuracy"])
+        accuracies.append(probe_tags(kind(config).eval(), corpus)["tag_accuracy"])
     return {"random_tag_accuracy": mean(accuracies), "random_tag_deviation": stdev(accuracies)}
 
 
 @lru_cache(maxsize=1)
-def read_corpus(vocabulary: Path, max_length: int) -> list[Sentence]:
-    """Read the sentences, and encode them in at most `max_length` ids.
+def read_corpus(vocabulary: Path, max_length: int) -> Corpus:
+    """Read the corpus, and encode its sentences in at most `max_length` ids.
 
     Raises `DataError` if the file is not that of this version.
     """
-    last = min(max_length, MOST_PIECES) - 1
     path = find_experiments() / "probe" / "brown.txt.xz"
     packed = path.read_bytes() if path.is_file() else b""
     if sha256(packed).hexdigest() != CORPUS_SHA256:
         raise DataError(f"{path}: missing, or not the file of this version; restore it from the repository")
-    tokenizer, sentences, documents = Tokenizer(vocabulary), [], -1
+    tokenizer, corpus, documents = Tokenizer(vocabulary), Corpus([("", "")], {}, [], []), -1
+    last = min(max_length, MOST_PIECES) - 1
     for line in decompress(packed).decode().splitlines():
         if line.startswith("# "):
             documents += 1
             continue
-        chunks = [[token.rsplit("/", 1) for token in chunk.split("|")] for chunk in line.split(" ")]
-        words, tags = zip(*(token for chunk in chunks for token in chunk), strict=True)
-        ids, owners, number = [tokenizer.cls_id], [0], 1
+        chunks = [[token.rpartition("/")[::2] for token in chunk.split("|")] for chunk in line.split(" ")]
+        ids, owners = [tokenizer.cls_id], [0]
         texts = ["".join(word for word, _ in chunk) for chunk in chunks]
         for chunk, pieces in zip(chunks, tokenizer.encode_lines(texts), strict=True):
-            of_character = [number + i for i, (word, _) in enumerate(chunk) for _ in word]
+            of_character = [number for number, (word, _) in enumerate(chunk, len(corpus.words)) for _ in word]
             lengths = [len(tokenizer.pieces[piece].lstrip(WORD_MARK)) for piece in pieces[:-1]]
             owners += [of_character[min(i, len(of_character) - 1)] for i in accumulate(lengths, initial=0)]
-            ids, number = ids + pieces, number + len(chunk)
-        ids, owners = [*ids[:last], tokenizer.sep_id], [*owners[:last], 0]
-        sentences.append(Sentence(words, tags, PARTS[documents % len(PARTS)], ids, owners))
-    return sentences
+            ids += pieces
+            corpus.words.extend(chunk)
+        corpus.ids.append([*ids[:last], tokenizer.sep_id])
+        corpus.owners.append([*owners[:last], 0])
+        corpus.parts.update(dict.fromkeys(owners[1:last], PARTS[documents % len(PARTS)]))
+    return corpus
 
 
-def make_batches(sentences: Sequence[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+def make_batches(sentences: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield numbers and padded ids of sentences of similar lengths."""
     order = sorted(range(len(sentences)), key=lambda number: len(sentences[number]))
-    for numbers in (order[start : start + BATCH] for start in range(0, len(order), BATCH)):
-        yield numbers, pad([sentences[number] for number in numbers])
+    for start in range(0, len(order), BATCH):
+        numbers = order[start : start + BATCH]
+        yield numbers, pad(sentences, numbers)
 
 
-def pad(rows: list[list[int]]) -> torch.Tensor:
-    """Return rows of numbers as one tensor, padded with 0."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+def pad(rows: list[list[int]], numbers: list[int]) -> torch.Tensor:
+    """Return the rows of these numbers as one tensor, padded with 0."""
+    return pad_sequence([torch.tensor(rows[number]) for number in numbers], batch_first=True)
 
 
-def probe_tags(model: Model, sentences: list[Sentence]) -> Figures:
+def probe_tags(model: Model, corpus: Corpus) -> Figures:
     """Return the accuracy of a linear classifier of tags on the states of one layer.
 
     Weights come from the first part of the documents, layer and penalty from the second, the accuracy from
     the third.
     """
-    words = [(word, tag) for sentence in sentences for word, tag in zip(*sentence[:2], strict=True)]
-    layers, has_state = compute_word_states(model, sentences)
-    parts = torch.tensor([sentence.part for sentence in sentences for _ in sentence.words])
-    fit, choose, test = ((has_state & (parts == part)).nonzero()[:, 0] for part in (FIT, CHOOSE, TEST))
+    words, parts = corpus.words, corpus.parts
+    fit, choose, test = ([word for word in parts if parts[word] == part] for part in (FIT, CHOOSE, TEST))
     classes = {tag: number for number, tag in enumerate(sorted({tag for _, tag in words}))}
     labels = torch.tensor([classes[tag] for _, tag in words])
-    targets, both = one_hot(labels[fit], len(classes)).double(), torch.cat([choose, test])
+    targets = one_hot(labels[fit], len(classes)).double()
     best = (-1.0, 0.0, 0)
-    for number, layer in enumerate(layers):
-        mean_state = layer[fit].double().mean(0)
-        states = layer[fit].double() - mean_state
-        values, vectors = torch.linalg.eigh(states.T @ states)
-        product = vectors.T @ (states.T @ (targets - targets.mean(0)))
+    for number, layer in enumerate(compute_word_states(model, corpus)):
+        center, states = layer[fit].double().mean(0), layer[[*choose, *test]].float()
+        centered = layer[fit].double() - center
+        values, vectors = torch.linalg.eigh(centered.T @ centered)
+        product = vectors.T @ (centered.T @ (targets - targets.mean(0)))
         for penalty in PENALTIES:
             weights = vectors @ (product / (values + penalty * values.mean() + EPSILON)[:, None])
-            bias = targets.mean(0) - mean_state @ weights
-            is_right = (layer[both].float() @ weights.float() + bias).argmax(1) == labels[both]
-            chosen, tested = (
-                float(part.double().mean()) for part in is_right.split([len(choose), len(test)])
-            )
+            scores = states @ weights.float() + targets.mean(0) - center @ weights
+            is_right = (scores.argmax(1) == labels[[*choose, *test]]).double()
+            chosen, tested = (float(part.mean()) for part in is_right.split([len(choose), len(test)]))
             best = max(best, (chosen, tested, number))
-    usual = {word: tag for (word, tag), _ in reversed(Counter(words[i] for i in fit.tolist()).most_common())}
-    baseline = mean(usual.get(words[i][0], "nn") == words[i][1] for i in test.tolist())
+    usual = {word: tag for (word, tag), _ in reversed(Counter(words[i] for i in fit).most_common())}
+    baseline = mean(usual.get(word, "nn") == tag for word, tag in (words[i] for i in test))
     return {"tag_accuracy": best[1], "tag_layer": best[2], "tags": len(test), "word_tag_accuracy": baseline}
 
 
 @torch.no_grad()
-def compute_word_states(model: Model, sentences: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states of all words, float16 [layers, words, h], and which words have pieces.
+def compute_word_states(model: Model, corpus: Corpus) -> torch.Tensor:
+    """Return the states of all words, float16 [layers, words, h], 0 for words without pieces.
 
     The first layer is the embeddings. A word's state is the mean of those of its pieces.
     """
-    first = list(accumulate((len(sentence.words) for sentence in sentences), initial=0))
     layers, width = model.config.num_hidden_layers + 1, model.config.hidden_size
-    states = torch.zeros(layers, first[-1], width, dtype=torch.float16)
-    has_state = torch.zeros(first[-1], dtype=torch.bool)
-    for batch, ids in make_batches([sentence.ids for sentence in sentences]):
-        owners = pad([sentences[i].owners for i in batch])
+    states = torch.zeros(layers, len(corpus.words), width, dtype=torch.float16)
+    for batch, ids in make_batches(corpus.ids):
+        owners = pad(corpus.owners, batch)
         output = model.deberta(ids, ids > 0)
         of_pieces = torch.stack([output.embeddings, *output.hidden_states])[:, owners > 0]
-        words = (owners + torch.tensor([first[i] - 1 for i in batch])[:, None])[owners > 0]
-        numbers, index, counts = words.unique(return_inverse=True, return_counts=True)
+        numbers, index, counts = owners[owners > 0].unique(return_inverse=True, return_counts=True)
         sums = torch.zeros(layers, len(numbers), width).index_add_(1, index, of_pieces)
         states[:, numbers] = (sums / counts[:, None]).half()
-        has_state[numbers] = True
-    return states, has_state
+    return states
 
 
 @torch.no_grad()
-def probe_pairs(model: Model, sentences: list[Sentence], tokenizer: Tokenizer) -> Figures:
+def probe_pairs(model: Model, corpus: Corpus, tokenizer: Tokenizer) -> Figures:
     """Return how often the model prefers the verb of the corpus, ± the half width of the 95 % interval."""
-    pairs, correct = list_pairs(sentences, tokenizer), 0
+    pairs, correct = list_pairs(corpus, tokenizer), 0
     for batch, ids in make_batches([ids for ids, _, _ in pairs]):
         rows, (positions, wrong) = torch.arange(len(batch)), torch.tensor([pairs[i][1:] for i in batch]).T
         right, mask = ids[rows, positions], (ids > 0).long()
@@ -250,19 +245,21 @@ def probe_pairs(model: Model, sentences: list[Sentence], tokenizer: Tokenizer) -
     return {"pair_accuracy": share, "pair_margin": margin, "pairs": len(pairs)}
 
 
-def list_pairs(sentences: list[Sentence], tokenizer: Tokenizer) -> list[tuple[list[int], int, int]]:
+def list_pairs(corpus: Corpus, tokenizer: Tokenizer) -> list[tuple[list[int], int, int]]:
     """Return ids, position of the verb, and id of the verb in the other number.
 
     There are as many of each verb, if the corpus has them: always preferring the same one gives 0.5.
     """
     found = defaultdict(list)
-    for words, tags, _, ids, owners in sentences:
-        for number, (word, tag) in enumerate(zip(words, tags, strict=True), start=1):
-            if tag not in OTHER_NUMBER or (tag == "hv" and INFINITIVE & {*tags[max(number - 4, 0) : number]}):
+    for ids, owners in zip(corpus.ids, corpus.owners, strict=True):
+        for position, owner in enumerate(owners):
+            word, tag = corpus.words[owner]
+            before = {tag for _, tag in corpus.words[max(owner - 3, 0) : owner]}
+            if tag not in OTHER_NUMBER or (tag == "hv" and before & INFINITIVE):
                 continue
             right, wrong = (tokenizer.piece_to_id.get(WORD_MARK + form) for form in (word, OTHER_NUMBER[tag]))
-            if wrong and word.islower() and owners.count(number) == 1 and ids[owners.index(number)] == right:
-                found[tag].append((ids, owners.index(number), wrong))
+            if wrong and word.islower() and owners.count(owner) == 1 and ids[position] == right:
+                found[tag].append((ids, position, wrong))
     chosen = ((pairs, min(MOST_PAIRS, len(pairs))) for pairs in found.values())
     return [pairs[i * len(pairs) // count] for pairs, count in chosen for i in range(count)]
 

@@ -27,25 +27,33 @@ def build(kind):
     return kind(ModelConfig.from_dict(tiny_model() | {"max_position_embeddings": 128})).eval()
 
 
+def take(corpus, every):
+    """Return the corpus with a part of its sentences."""
+    owners = corpus.owners[::every]
+    parts = {owner: corpus.parts[owner] for row in owners for owner in row if owner}
+    return corpus._replace(ids=corpus.ids[::every], owners=owners, parts=parts)
+
+
 def test_corpus(corpus):
-    """Every tenth document; their words in three parts, 3 to 1 to 1 by documents."""
-    words = [sum(len(s.words) for s in corpus if s.part == part) for part in (0, 1, 2)]
-    assert (len(corpus), words) == (5562, [68458, 23401, 22953])
-    first = corpus[0]
-    tagged = [f"{word}/{tag}" for word, tag in zip(first.words, first.tags, strict=True)]
-    assert tagged[:5] == ["The/at", "Fulton/np", "County/nn", "Grand/jj", "Jury/nn"]
+    """Every tenth document; its words in three parts, 3 to 1 to 1 by documents."""
+    assert (len(corpus.ids), len(corpus.owners), len(corpus.words)) == (5562, 5562, 114_812 + 1)
+    counts = [list(corpus.parts.values()).count(part) for part in (probe.FIT, probe.CHOOSE, probe.TEST)]
+    # A word has no piece where the one before it takes all, or after the 128th piece.
+    expected = {"fit": 68_458, "choose": 23_401, "test": 22_953}
+    assert all(0.99 * most < count <= most for count, most in zip(counts, expected.values(), strict=True))
+    assert corpus.words[1:5] == [("The", "at"), ("Fulton", "np"), ("County", "nn"), ("Grand", "jj")]
 
 
 def test_pieces_belong_to_words(corpus):
     """The pieces of a word spell it, up to what a piece takes from the word after it."""
     tokenizer = Tokenizer(VOCABULARY)
-    spelled = 0
-    for sentence in corpus[:300]:
-        assert (sentence.owners[0], sentence.owners[-1], sentence.ids[0], sentence.ids[-1]) == (0, 0, 1, 2)
-        for number, word in enumerate(sentence.words[:20], start=1):
-            pieces = [i for i, owner in zip(sentence.ids, sentence.owners, strict=True) if owner == number]
-            spelled += "".join(tokenizer.pieces[i] for i in pieces).replace("▁", "") == word
-    assert spelled > 0.97 * sum(len(sentence.words[:20]) for sentence in corpus[:300])
+    spelled: dict[int, str] = {}
+    for ids, owners in zip(corpus.ids[:300], corpus.owners[:300], strict=True):
+        assert (owners[0], owners[-1], ids[0], ids[-1]) == (0, 0, 1, 2)
+        for i, owner in zip(ids[1:-1], owners[1:-1], strict=True):
+            spelled[owner] = spelled.get(owner, "") + tokenizer.pieces[i].replace("▁", "")
+    right = sum(corpus.words[owner][0] == text for owner, text in spelled.items())
+    assert right > 0.97 * len(spelled)
 
 
 def test_another_corpus(monkeypatch):
@@ -57,37 +65,29 @@ def test_another_corpus(monkeypatch):
 
 def test_word_states(corpus):
     """Those of a sentence in a padded batch are those of the sentence alone."""
-    model, sentences = build(MaskedLanguageModel), [*corpus[:3], corpus[40]]
-    states, has_state = probe.compute_word_states(model, sentences)
-    assert has_state.all()
-    start = 0
-    for sentence in sentences:
-        ids = torch.tensor([sentence.ids])
+    model = build(MaskedLanguageModel)
+    states = probe.compute_word_states(model, take(corpus, 40))
+    for ids, owners in zip(corpus.ids[:400:40], corpus.owners[:400:40], strict=True):
         with torch.no_grad():
-            output = model.deberta(ids, torch.ones_like(ids))
-        owners = torch.tensor(sentence.owners)
-        for number in range(1, len(sentence.words) + 1):
-            expected = output.hidden_states[-1][0, owners == number].mean(0)
+            output = model.deberta(torch.tensor([ids]), torch.ones(1, len(ids)))
+        for owner in set(owners) - {0}:
+            expected = output.hidden_states[-1][0, torch.tensor(owners) == owner].mean(0)
             # float16 has 11 bits
-            torch.testing.assert_close(states[-1, start + number - 1].float(), expected, atol=2e-3, rtol=2e-3)
-        start += len(sentence.words)
+            torch.testing.assert_close(states[-1, owner].float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_states_without_information_give_the_most_frequent_tag(corpus):
-    model, sentences = build(MaskedLanguageModel), corpus[::10]
+    model, some = build(MaskedLanguageModel), take(corpus, 10)
     with torch.no_grad():
         for parameter in model.deberta.parameters():
             parameter.zero_()
-    tags = [tag for sentence in sentences if sentence.part == probe.TEST for tag in sentence.tags]
-    assert probe.probe_tags(model, sentences)["tag_accuracy"] == pytest.approx(
-        tags.count("nn") / len(tags), abs=0.01
-    )
+    tags = [corpus.words[owner][1] for owner, part in some.parts.items() if part == probe.TEST]
+    assert probe.probe_tags(model, some)["tag_accuracy"] == pytest.approx(tags.count("nn") / len(tags))
 
 
-def test_states_that_tell_tags(corpus):
-    """Embeddings that are random codes of their pieces tell most tags of words, more than states without."""
-    model, sentences = build(MaskedLanguageModel), corpus[::4]
-    figures = probe.probe_tags(model, sentences)
+def test_random_states_tell_some_tags(corpus):
+    """Random codes of pieces tell tags of words, fewer than the words themselves."""
+    figures = probe.probe_tags(build(MaskedLanguageModel), take(corpus, 4))
     assert 0.4 < figures["tag_accuracy"] < figures["word_tag_accuracy"] < 0.9
 
 
@@ -141,7 +141,7 @@ def test_a_detector_that_knows_one_verb(corpus):
 
 def test_command(prepared, tmp_path, monkeypatch, capsys):
     """Figures of all steps in probe.jsonl and in the report; of a model directory in the log."""
-    monkeypatch.setattr(probe, "read_corpus", lambda *key, read=probe.read_corpus: read(*key)[::20])
+    monkeypatch.setattr(probe, "read_corpus", lambda *key, read=probe.read_corpus: take(read(*key), 20))
     flags = tiny_flags(tmp_path, prepared)
     status, output = run(flags)
     assert status == 0, output
@@ -153,8 +153,8 @@ def test_command(prepared, tmp_path, monkeypatch, capsys):
     assert {f"{model}_{name}" for model in ("generator", "discriminator") for name in names} <= set(line)
     assert probe.main([str(run_dir), "--all_steps"]) == 0
     lines = [json.loads(text) for text in (run_dir / "probe.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
-    assert lines[1] == line
+    assert [line["step"] for line in lines] == [4, 2, 6]
+    assert lines[0] == line
     assert "Probes of grammar" in format_page([read_run(run_dir)])
 
     capsys.readouterr()
