@@ -26,7 +26,7 @@ setup(
     packages=[*find_packages(include=["DeBERTa", "DeBERTa.*"]), "DeBERTa.experiments"],
     package_dir={"DeBERTa.experiments": "experiments"},  # see find_experiments in DeBERTa/config.py
     package_data={
-        "DeBERTa.experiments": ["language_model/*.json", "sample/*", "probe/*.xz"],
+        "DeBERTa.experiments": ["language_model/*.json", "sample/*", "reference/*.csv", "probe/*.xz"],
         "DeBERTa.ops.cpu": ["csrc/*"],
         "DeBERTa.hub": ["modeling/*"],
         "DeBERTa.report": ["style.css"],

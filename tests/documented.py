@@ -26,6 +26,7 @@ NOT_RUN = {
     r"^pip download": "needs a network",
     r"tests/run\.sh": "runs the tests themselves; the gate (.ci/run) is this command",
     r"docs/generate_|benchmarks\.cost": "writes a page of docs/; a test compares it with what it would write",
+    r"reference": "needs runs of three seeds; tests/report/test_reference.py compares with such",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/benchmarks/test_gpu.py runs its parts on a CPU",
     r"^export WORLD_SIZE": "needs two nodes; tests/slow/test_two_nodes.py runs it",
     r"srun|sbatch|scontrol": "needs Slurm; tests/slow/test_slurm.py runs such jobs",

@@ -16,6 +16,7 @@ from DeBERTa.report.charts import build_charts
 from DeBERTa.report.health import USUAL, examine
 from DeBERTa.report.page import write_report
 from DeBERTa.report.read import RunRecord, read_run
+from DeBERTa.report.reference import compare_with_reference
 
 logger = logging.getLogger("DeBERTa.report")  # as a command, __name__ is "__main__"
 
@@ -27,12 +28,18 @@ def main() -> int:
     parser.add_argument("--html", type=Path, help="default: RUN/report.html; of several, comparison.html")
     parser.add_argument("--csv", type=Path, help="write all metrics of all runs to this file, too")
     parser.add_argument("--png", type=Path, help="write the charts to this file, too; needs matplotlib")
+    parser.add_argument(
+        "--reference", action="store_true", help="compare tiny presets with the project's runs"
+    )
     set_up_logging()
     try:
         flags = parser.parse_args()
         runs = [read_run(path) for path in flags.runs]
         page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
         write_report(runs, page)
+        for run in runs if flags.reference else ():
+            for finding in compare_with_reference(run):
+                logger.info("%s: %s: %s %s", run.name, *finding)
         if flags.csv:
             write_csv(runs, flags.csv)
         if flags.png:

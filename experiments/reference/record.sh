@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Record the reference curves of a tiny preset, three seeds: experiments/reference/record.sh deberta-v3-tiny
+# It resumes where it was stopped. Flags after the name go to all runs; those of the preset must stay.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"  # started by sh
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$ROOT/experiments/common.sh"
+name=${1:-}
+case $name in
+  deberta-v3-tiny) script=rtd.sh ;;
+  deberta-tiny | bert-tiny) script=mlm.sh ;;
+  *) die "no reference curves for '$name': give deberta-v3-tiny, deberta-tiny or bert-tiny" ;;
+esac
+shift
+runs=$ROOT/output/reference/$name
+for seed in 1 2 3; do
+  "$ROOT/$script" "$name" "$@" --seed "$seed" --output_dir "$runs/seed-$seed"
+done
+set_up_python "$ROOT/requirements.txt"
+cd "$ROOT"
+"$PYTHON" -m DeBERTa.report "$runs"/seed-* --html "$runs/comparison.html" --csv "experiments/reference/$name.csv"

@@ -1,0 +1,81 @@
+"""Reference curves: the repository's fit their presets, and `--reference` finds what is near and far."""
+
+import csv
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from DeBERTa.errors import ConfigError
+from DeBERTa.presets import PRESETS
+from DeBERTa.report.__main__ import write_csv
+from DeBERTa.report.health import PROBLEM, USUAL
+from DeBERTa.report.read import RunRecord
+from DeBERTa.report.reference import FOLDER, compare_with_reference
+
+TAG = "deberta-v3-tiny"
+STEPS = (400, 800, 1200)
+
+
+def make_run(seed: int, factor: float = 1.0, **others) -> RunRecord:
+    """Return a run whose curves depend a little on the seed."""
+    rows = [{"kind": "train", "step": 1, "generator_loss": 9.0}]
+    for step in STEPS:
+        losses = {
+            "generator_loss": factor * (6 - step / 1000 + seed / 100),
+            "discriminator_auc": factor * 0.6,
+        }
+        rows.append({"kind": "valid", "step": step, **losses, "generator_accuracy": 0.1})
+    return RunRecord(
+        Path(f"seed-{seed}"), {"train": {"tag": TAG, **PRESETS[TAG].flags, **others}}, {}, rows, {}
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Return a directory with the curves of three seeds, as `--csv` writes them."""
+    write_csv([make_run(seed) for seed in (1, 2, 3)], tmp_path / f"{TAG}.csv")
+    return tmp_path
+
+
+def test_a_run_is_near_or_far(folder):
+    findings = compare_with_reference(make_run(4), folder)
+    assert [finding.title for finding in findings] == ["generator loss", "discriminator auc"]
+    assert {finding.level for finding in findings} == {USUAL}
+    assert findings[0].text == "4.84 at step 1200; reference 4.82 ± 0.145 (3 seeds)"
+    assert {finding.level for finding in compare_with_reference(make_run(2, 1.1), folder)} == {PROBLEM}
+
+
+def test_the_last_common_step_is_compared(folder):
+    """Of a run that is not at its end, and of one that is evaluated at other steps."""
+    run = make_run(2)
+    run = dataclasses.replace(run, rows=run.rows[:3])
+    assert "at step 800" in compare_with_reference(run, folder)[0].text
+    other = dataclasses.replace(run, rows=[row | {"step": row["step"] + 1} for row in run.rows])
+    assert compare_with_reference(other, folder) == []
+
+
+def test_another_recipe_is_not_compared(folder):
+    with pytest.raises(ConfigError, match="learning_rate, train_batch_size differ from"):
+        compare_with_reference(make_run(1, learning_rate=0.1, train_batch_size=2), folder)
+    assert compare_with_reference(make_run(1, log_interval=7, dump_interval=100), folder)
+
+
+@pytest.mark.parametrize("tag", ["", "deberta-v3-large", "../reference/x"])
+def test_no_reference(folder, tag):
+    with pytest.raises(ConfigError, match=f"no reference curves for .*; train one of these presets: {TAG}"):
+        compare_with_reference(make_run(1, tag=tag), folder)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.csv")), ids=lambda path: path.stem)
+def test_curves_of_the_repository_are_of_the_presets_as_they_are(path):
+    runs, flags = defaultdict(list), PRESETS[path.stem].flags
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            runs[row["run"]].append(row)
+    assert len(runs) >= 3
+    for rows in runs.values():
+        assert int(rows[-1]["step"]) == flags["num_training_steps"]
+        peak = max(float(row["learning_rate"] or 0) for row in rows)
+        assert peak == pytest.approx(flags["learning_rate"], rel=0.1)
