@@ -29,6 +29,7 @@ NOT_RUN = {
     r"reference": "needs runs of three seeds; tests/report/test_reference.py compares with such",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/benchmarks/test_gpu.py runs its parts on a CPU",
     r"^export WORLD_SIZE": "needs two nodes; tests/slow/test_two_nodes.py runs it",
+    r"^(docker|kubectl|sky) ": "needs Docker or a cluster; tests/test_cluster.py checks the files",
     r"srun|sbatch|scontrol": "needs Slurm; tests/slow/test_slurm.py runs such jobs",
     r"^torchrun|-m DeBERTa\.train FLAGS": "FLAGS stands for any; tests/slow/test_two_nodes.py runs torchrun",
     r"hf:OWNER/NAME|from_pretrained\(OWNER": "stands for any model; tests/hub/test_published.py loads one",
