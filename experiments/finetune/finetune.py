@@ -42,6 +42,7 @@ TEST_SHARE = 0.2  # of the movie sentences
 WARMUP = 0.1  # share of the steps
 MOST_FEATURES = 20_000  # features of the baseline
 PENALTIES = [10.0**power for power in range(-3, 4)]
+FOLDS = 5  # of the cross-validation; without, scikit-learn decomposes a dense matrix of all rows
 
 
 class Row(NamedTuple):
@@ -240,7 +241,7 @@ def fit_words(task: Task) -> list[float]:
     vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), max_features=MOST_FEATURES, sublinear_tf=True)
     train, test = ([" ".join(row.texts) for row in rows] for rows in (task.train, task.test))
     features = vectorizer.fit_transform(train)
-    model = (linear.RidgeClassifierCV if task.labels else linear.RidgeCV)(alphas=PENALTIES)
+    model = (linear.RidgeClassifierCV if task.labels else linear.RidgeCV)(alphas=PENALTIES, cv=FOLDS)
     model.fit(features, task.encode_targets(task.train))
     return model.predict(vectorizer.transform(test)).tolist()
 
