@@ -9,10 +9,11 @@ from DeBERTa.log import set_up_logging
 logger = logging.getLogger(__name__)
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], None], interrupted: str = "interrupted") -> int:
     """Run a command and return its exit status.
 
-    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after an interrupt.
+    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after an interrupt, which is logged as
+    `interrupted`.
     """
     set_up_logging()
     try:
@@ -24,6 +25,6 @@ def run_command(command: Callable[[], None]) -> int:
         logger.error("%s", describe_os_error(error))
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted")
+        logger.error("%s", interrupted)
         return 130
     return 0

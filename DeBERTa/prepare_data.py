@@ -5,19 +5,19 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from DeBERTa.data.check import check_text
-from DeBERTa.data.corpus import SPLITS, DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
+from DeBERTa import command
+from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.encode import Recipe
 from DeBERTa.data.files import get_cache_dir
 from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare_outputs
 from DeBERTa.data.sources import Reading, find_sources
 from DeBERTa.data.token_store import get_part_name
-from DeBERTa.data.vocabulary import find_or_train_vocabulary
-from DeBERTa.errors import DataError, DebertaError, describe_os_error
+from DeBERTa.data.vocabulary import check_text, find_or_train_vocabulary
+from DeBERTa.errors import DataError
 from DeBERTa.flags import FlagParser, build_config, read_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.presets import CORPORA, list_preparation
@@ -30,77 +30,84 @@ Without --input: WikiText-103 with the DeBERTa-V3 vocabulary, all three splits, 
 
 With --preset NAME: what `python -m DeBERTa.train --preset NAME` with the same flags trains on."""
 
+HELP = {
+    "--input": "files, directories, quoted patterns, or - for standard input: text in UTF-8, JSON lines or "
+    "Parquet, also compressed with gzip, xz, bzip2 or Zstandard, whatever their names",
+    "--output": "the file to write for --input; the directory with --corpus or --valid_fraction",
+    "--column": "the field of JSON lines or column of Parquet with the text (default: text); '' reads JSON "
+    "lines as plain text",
+    "--valid_fraction": "the share of documents that go to valid.txt, by a hash of their text (default: 0)",
+    "--test_fraction": "the share of documents that go to test.txt, by a hash of their text (default: 0)",
+    "--shard": "prepare part I of N, from 0: every N-th input file, into a directory named as --output says",
+    "--check": "write nothing; report how the vocabulary fits the text",
+    "--corpus": "what to prepare without --input (default: wikitext-103)",
+    "--preset": "prepare what this preset trains on; other flags: the trainer's",
+    "--wikitext": "a downloaded archive of WikiText-103",
+    "--max_seq_length": "length of a sequence, [CLS] and [SEP] included (tokens; default: 512)",
+    "--vocab_path": "a SentencePiece model (default: the DeBERTa-V3 vocabulary)",
+    "--train_vocab": "train a vocabulary of N pieces on all documents of --input (of a corpus: the training "
+    "split) and write it to --vocab_path (default: spm.model in the directory of --output, or of the corpus "
+    "in the cache)",
+    "--character_coverage": "for --train_vocab: the share of the text's characters that the vocabulary must "
+    "cover, from 0.98 (default: 1; 0.9995 leaves out rare characters of large scripts, such as Chinese)",
+    "--errors": "invalid UTF-8: an error that says where (strict, the default), or U+FFFD for each bad byte",
+    "--workers": "encoding processes (default: one per usable core)",
+}
+
 logger = logging.getLogger("DeBERTa.prepare_data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after an interrupt.
-    """
-    set_up_logging()
-    try:
-        prepare_all(sys.argv[1:] if argv is None else argv)
-    except DebertaError as error:
-        logger.error("%s", error)
-        return error.exit_status
-    except OSError as error:
-        logger.error("%s", describe_os_error(error))
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; run the same command again to finish")
-        return 130
-    return 0
+    """Run the command and return its exit status."""
+    interrupted = "interrupted; run the same command again to finish"
+    return command.run_command(lambda: prepare_all(sys.argv[1:] if argv is None else argv), interrupted)
 
 
 def prepare_all(argv: Sequence[str]) -> None:
-    """Prepare the texts that the flags name, and log the results."""
+    """Prepare the texts that the flags name, or check them, and log the results."""
     if any(argument.partition("=")[0] == "--preset" for argument in argv):
         argv = read_preset_flags(argv)
         if not argv:
             return
     arguments = parse_arguments(argv)
-    texts, vocabulary = find_all(arguments)
-    results = list(prepare_inputs(arguments, texts, vocabulary))
-    for result in results:
-        logger.info("%s", describe(result))
+    texts, vocabulary = find_inputs(arguments)
+    recipe = Recipe(vocabulary, get_reading(arguments), tuple(get_ranges(arguments).values()))
+    if arguments.check:
+        for sources in texts.values():
+            logger.info("%s", check_text(sources, recipe))
+    else:
+        prepared = prepare_texts(arguments, texts, recipe)
+        for result in prepared:
+            logger.info("%s", describe(result))
     logger.info("vocabulary: %s", vocabulary)
 
 
-def prepare_inputs(
-    arguments: argparse.Namespace, texts: dict[str, list[Path]], vocabulary: Path
-) -> Iterator[PreparedText]:
-    """Prepare the texts, or with `--check` log a report about them."""
-    length, workers = arguments.max_seq_length, arguments.workers
-    ranges = get_ranges(arguments)
-    recipe = Recipe(vocabulary, get_reading(arguments), tuple(ranges.values()))
-    if arguments.check:
-        for text in texts.values():
-            logger.info("%s", check_text(text, recipe))
-    elif arguments.input is None:
+def prepare_texts(
+    arguments: argparse.Namespace, texts: dict[str, list[Path]], recipe: Recipe
+) -> list[PreparedText]:
+    """Prepare the texts into the outputs that the flags name."""
+    length, workers, shard = arguments.max_seq_length, arguments.workers, arguments.shard
+    if arguments.input is None:
         folder = arguments.output or get_cache_dir() / arguments.corpus / str(length)
-        for split, text in texts.items():
-            yield from prepare_outputs(text, [folder / f"{split}.txt"], recipe, length, workers)
-    else:
-        outputs = [arguments.output]
-        if ranges:
-            outputs = [arguments.output / f"{split}.txt" for split in ("train", *ranges)]
-        (sources,) = texts.values()
-        if arguments.shard is not None:
-            number, count = arguments.shard
-            if count > len(sources):
-                raise DataError(
-                    f"cannot make {count} parts of {len(sources)} input files: a file is in one part; "
-                    "give more files, or fewer parts with --shard"
-                )
-            sources = sources[number::count]
-            outputs = [output / get_part_name(number, count) for output in outputs]
-        yield from prepare_outputs(sources, outputs, recipe, length, workers, arguments.shard is not None)
-
-
-def has_fractions(arguments: argparse.Namespace) -> bool:
-    """Return whether documents go to several splits."""
-    return bool(arguments.valid_fraction or arguments.test_fraction)
+        return [
+            prepared
+            for split, sources in texts.items()
+            for prepared in prepare_outputs(sources, [folder / f"{split}.txt"], recipe, length, workers)
+        ]
+    (sources,) = texts.values()
+    outputs = [arguments.output]
+    if recipe.ranges:
+        outputs = [arguments.output / f"{split}.txt" for split in ("train", *get_ranges(arguments))]
+    if shard is not None:
+        number, count = shard
+        if count > len(sources):
+            raise DataError(
+                f"cannot make {count} parts of {len(sources)} input files: a file is in one part; "
+                "give more files, or fewer parts with --shard"
+            )
+        sources = sources[number::count]
+        outputs = [output / get_part_name(number, count) for output in outputs]
+    return prepare_outputs(sources, outputs, recipe, length, workers, is_part=shard is not None)
 
 
 def get_ranges(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -115,9 +122,8 @@ def get_ranges(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
 
 def get_reading(arguments: argparse.Namespace) -> Reading:
     """Return how the input is read."""
-    return Reading(
-        arguments.column, arguments.errors, has_documents=has_fractions(arguments) or arguments.check
-    )
+    has_documents = bool(get_ranges(arguments)) or arguments.check
+    return Reading(arguments.column, arguments.errors, has_documents)
 
 
 def read_preset_flags(argv: Sequence[str]) -> list[str]:
@@ -141,95 +147,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises `UsageError` for unknown flags, wrong values and invalid combinations.
     """
-    parser = FlagParser(
-        prog="prepare_data.py",
-        allow_abbrev=False,
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "-i",
-        "--input",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="files, directories, quoted patterns, or - for standard input: text in UTF-8, JSON lines or "
-        "Parquet, also compressed with gzip, xz, bzip2 or Zstandard, whatever their names",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        help="the file to write for --input; the directory with --corpus or --valid_fraction",
-    )
-    parser.add_argument(
-        "--column",
-        default="text",
-        metavar="NAME",
-        help="the field of JSON lines or column of Parquet with the text (default: text); '' reads JSON "
-        "lines as plain text",
-    )
-    for split in SPLITS[1:]:
-        parser.add_argument(
-            f"--{split}_fraction",
-            type=float,
-            default=0.0,
-            metavar="X",
-            help=f"the share of documents that go to {split}.txt, by a hash of their text (default: 0)",
-        )
-    parser.add_argument(
-        "--shard",
-        type=parse_shard,
-        metavar="I/N",
-        help="prepare part I of N, from 0: every N-th input file, into a directory named as --output says",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; report how the vocabulary fits the text"
-    )
-    parser.add_argument(
-        "--corpus", choices=CORPORA, help="what to prepare without --input (default: wikitext-103)"
-    )
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="prepare what this preset trains on; other flags: the trainer's",
-    )
-    parser.add_argument("--wikitext", type=Path, metavar="ZIP", help="a downloaded archive of WikiText-103")
-    parser.add_argument(
-        "--max_seq_length",
-        type=int,
-        default=512,
-        metavar="N",
-        help="length of a sequence, [CLS] and [SEP] included (tokens; default: 512)",
-    )
-    parser.add_argument(
-        "--vocab_path", type=Path, help="a SentencePiece model (default: the DeBERTa-V3 vocabulary)"
-    )
-    parser.add_argument(
-        "--train_vocab",
-        type=int,
-        metavar="N",
-        help="train a vocabulary of N pieces on all documents of --input (of a corpus: the training split) "
-        "and write it to --vocab_path "
-        "(default: spm.model in the directory of --output, or of the corpus in the cache)",
-    )
-    parser.add_argument(
-        "--character_coverage",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="for --train_vocab: the share of the text's characters that the vocabulary must cover, from "
-        "0.98 (default: 1; 0.9995 leaves out rare characters of large scripts, such as Chinese)",
-    )
-    parser.add_argument(
-        "--errors",
-        choices=("strict", "replace"),
-        default="strict",
-        help="invalid UTF-8: an error that says where (strict, the default), or U+FFFD for each bad byte",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="encoding processes (default: one per usable core)"
-    )
+    parser = build_parser()
     arguments = argparse.Namespace(**parser.read(argv))
     has_input, has_output, corpus = arguments.input, arguments.output, arguments.corpus
     fractions = (arguments.valid_fraction, arguments.test_fraction)
@@ -252,6 +170,37 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def build_parser() -> FlagParser:
+    """Return the parser of the flags."""
+    parser = FlagParser(
+        prog="prepare_data.py",
+        allow_abbrev=False,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(name: str, *short: str, **options: Any) -> None:
+        parser.add_argument(*short, name, help=HELP[name], **options)
+
+    add("--input", "-i", type=Path, nargs="+", metavar="PATH")
+    add("--output", "-o", type=Path)
+    add("--column", default="text", metavar="NAME")
+    add("--valid_fraction", type=float, default=0.0, metavar="X")
+    add("--test_fraction", type=float, default=0.0, metavar="X")
+    add("--shard", type=parse_shard, metavar="I/N")
+    add("--check", action="store_true")
+    add("--corpus", choices=CORPORA)
+    add("--preset", metavar="NAME")
+    add("--wikitext", type=Path, metavar="ZIP")
+    add("--max_seq_length", type=int, default=512, metavar="N")
+    add("--vocab_path", type=Path)
+    add("--train_vocab", type=int, metavar="N")
+    add("--character_coverage", type=float, default=1.0, metavar="X")
+    add("--errors", choices=("strict", "replace"), default="strict")
+    add("--workers", type=int, metavar="N")
+    return parser
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Return number and count of `I/N`."""
     number, _, count = text.partition("/")
@@ -260,15 +209,26 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def find_texts(arguments: argparse.Namespace) -> dict[str, list[Path]]:
-    """Return the files of text by name of the split.
+def find_inputs(arguments: argparse.Namespace) -> tuple[dict[str, list[Path]], Path]:
+    """Return the files of text by name of the split, and the vocabulary; fetch or train what is missing.
 
-    Raises `DataError` if a text is missing or cannot be downloaded.
+    Raises `DataError` if a text is missing, and one `DownloadError` that names all missing downloads.
     """
-    if arguments.input is not None:
-        return {"input": find_sources(arguments.input)}
-    texts = extract_sample() if arguments.corpus == "sample" else fetch_wikitext(arguments.wikitext)
-    return {split: [text] for split, text in texts.items()}
+    try:
+        if arguments.input is not None:
+            texts = {"input": find_sources(arguments.input)}
+        else:
+            is_sample = arguments.corpus == "sample"
+            splits = extract_sample() if is_sample else fetch_wikitext(arguments.wikitext)
+            texts = {split: [text] for split, text in splits.items()}
+    except DownloadError as error:
+        if arguments.train_vocab is None:
+            try:
+                find_vocabulary(arguments, {})
+            except DownloadError as second:
+                raise DownloadError(f"{error}\n{second}") from second
+        raise
+    return texts, find_vocabulary(arguments, texts)
 
 
 def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, list[Path]]) -> Path:
@@ -277,40 +237,18 @@ def find_vocabulary(arguments: argparse.Namespace, texts: dict[str, list[Path]])
         return arguments.vocab_path or fetch_vocabulary()
     folder = get_cache_dir() / arguments.corpus
     if arguments.input is not None:
-        output = arguments.output or Path()
-        folder = output if has_fractions(arguments) else output.parent
-    return find_or_train_vocabulary(
-        next(iter(texts.values())),
-        arguments.train_vocab,
-        arguments.vocab_path or folder / "spm.model",
-        get_reading(arguments),
-        arguments.character_coverage,
-    )
-
-
-def find_all(arguments: argparse.Namespace) -> tuple[dict[str, list[Path]], Path]:
-    """Return the texts and the vocabulary.
-
-    Raises one `DownloadError` that names all missing downloads.
-    """
-    try:
-        texts = find_texts(arguments)
-    except DownloadError as error:
-        if arguments.train_vocab is not None:
-            raise
-        try:
-            find_vocabulary(arguments, {})
-        except DownloadError as second:
-            raise DownloadError(f"{error}\n{second}") from second
-        raise
-    return texts, find_vocabulary(arguments, texts)
+        folder = arguments.output if get_ranges(arguments) else arguments.output.parent
+    path, coverage = arguments.vocab_path or folder / "spm.model", arguments.character_coverage
+    sources = next(iter(texts.values()))
+    return find_or_train_vocabulary(sources, arguments.train_vocab, path, get_reading(arguments), coverage)
 
 
 def describe(prepared: PreparedText) -> str:
     """Return one line about a prepared text."""
-    megabytes = prepared.input_bytes / 1e6
+    meta = prepared.meta
+    megabytes = (meta.recipe or {})["input_bytes"] / 1e6
     speed = "up to date" if prepared.seconds is None else f"{megabytes / prepared.seconds:.1f} MB/s"
-    counts = f"{prepared.lines:,} lines, {prepared.num_tokens:,} tokens, {megabytes:.1f} MB"
+    counts = f"{meta.lines:,} lines, {meta.num_tokens:,} tokens, {megabytes:.1f} MB"
     return f"{prepared.output}: {counts}, {speed}"
 
 

@@ -27,8 +27,7 @@ from benchmarks.prepare_data import measure  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches  # noqa: E402
 from DeBERTa.data.masking import Masker  # noqa: E402
-from DeBERTa.data.store_file import get_store_path  # noqa: E402
-from DeBERTa.data.token_store import TokenStore, open_store  # noqa: E402
+from DeBERTa.data.token_store import TokenStore, get_store_path, open_store  # noqa: E402
 from DeBERTa.data.tokenizer import Tokenizer, split_at_spaces  # noqa: E402
 from DeBERTa.data.vocabulary import find_or_train_vocabulary  # noqa: E402
 

@@ -101,10 +101,7 @@ def extract_flags(text: str) -> set[str]:
 def find_known_flags(*sources: Path) -> set[str]:
     """Return the flags that the sources of commands add to their parsers."""
     texts = [path.read_text(encoding="utf-8") for path in sources]
-    known = {flag for text in texts for flag in re.findall(r"[\"'](--[a-z][\w-]*)[\"']", text)} | {"--help"}
-    if any("{split}_fraction" in text for text in texts):
-        known |= {"--valid_fraction", "--test_fraction"}
-    return known
+    return {flag for text in texts for flag in re.findall(r"[\"'](--[a-z][\w-]*)[\"']", text)} | {"--help"}
 
 
 def find_sources(command: str) -> list[Path]:

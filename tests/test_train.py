@@ -422,8 +422,8 @@ def test_token_ids_that_change_end_the_run_in_one_sentence(flags, prepared, tmp_
     content[4 * 100 : 4 * 104] = content[4 * 17_000 : 4 * 17_004] = bytes(16)
     store.write_bytes(content)
     code = (
-        "import sys; from DeBERTa import train; from DeBERTa.data import store_file;"
-        "store_file.VERIFIED_AT_OPEN = 0; train.run_command()"
+        "import sys; from DeBERTa import train; from DeBERTa.data import token_store;"
+        "token_store.VERIFIED_AT_OPEN = 0; train.run_command()"
     )
     command_line = [sys.executable, "-c", code, *map(str, command(flags))]
     result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)

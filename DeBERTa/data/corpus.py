@@ -26,9 +26,11 @@ from DeBERTa.data.files import (
     commit,
     get_cache_dir,
     hash_file,
+    is_recorded,
     open_atomic,
     open_partial,
     raise_storage_errors,
+    read_chunks,
 )
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, DebertaError, DownloadError
@@ -83,27 +85,19 @@ def fetch(download: Download, destination: Path) -> Path:
         if _is_fetched(download, destination):  # by the process that held the lock
             return destination
         for url in download.urls:
-            failure = _try_url(url, file, download)
-            if failure is None:
-                commit(file, destination)
-                return destination
-            failures.append(f"  {url}: {failure}\n")
+            try:
+                _transfer(url, file, download)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                is_answer = isinstance(error, urllib.error.HTTPError)  # "HTTP Error 404: Not Found"
+                reason = error if is_answer else getattr(error, "reason", error)
+                failures.append(f"  {url}: {str(reason) or type(error).__name__}\n")
+                continue
+            commit(file, destination)
+            return destination
     raise DownloadError(
         f"cannot fetch {download.name}: no address served it\n{''.join(failures)}"
         f"put the file at {destination} by hand"
     )
-
-
-def _try_url(url: str, file: BinaryIO, download: Download) -> str | None:
-    """Download a file from one URL.
-
-    Returns None on success, else the reason of the failure.
-    """
-    try:
-        _transfer(url, file, download)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return _explain(error)
-    return None
 
 
 def _is_fetched(download: Download, destination: Path) -> bool:
@@ -128,8 +122,10 @@ def _transfer(url: str, file: BinaryIO, download: Download) -> None:
         try:
             _receive(url, file, download.name)
             break
-        except urllib.error.HTTPError:
-            raise
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not before:
+                raise
+            break  # there are no more bytes: the SHA-256 says whether the earlier ones are right
         except (OSError, http.client.HTTPException):
             if _get_size(file) <= before or connection == MAX_CONNECTIONS:
                 raise
@@ -148,15 +144,7 @@ def _receive(url: str, file: BinaryIO, name: str) -> None:
     size = _get_size(file)
     headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={size}-"} if size else {})
     request = urllib.request.Request(url, headers=headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not size:
-            raise
-        file.truncate(0)
-        _receive(url, file, name)
-        return
-    with response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         continues = response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
         if response.status != http.HTTPStatus.PARTIAL_CONTENT or not continues:
             file.truncate(0)
@@ -179,14 +167,6 @@ def _get_size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
-    return str(error) or type(error).__name__
-
-
 def fetch_vocabulary() -> Path:
     """Return the published vocabulary of 128,000 pieces; fetch it if needed.
 
@@ -194,9 +174,8 @@ def fetch_vocabulary() -> Path:
     """
     path = get_cache_dir() / "deberta-v3-base" / "spm.model"
     if not path.is_file():
-        fetched = fetch_from_hub(
-            "hf:microsoft/deberta-v3-base", ("spm.model",), f"put the file at {path} by hand"
-        )
+        hint = f"put the file at {path} by hand"
+        fetched = fetch_from_hub("hf:microsoft/deberta-v3-base", ("spm.model",), hint)
         Tokenizer(fetched)
         with fetched.open("rb") as source, open_atomic(path) as file:
             shutil.copyfileobj(source, file)
@@ -211,9 +190,9 @@ def fetch_wikitext(archive: Path | None = None) -> dict[str, Path]:
     """
     directory = get_cache_dir() / "wikitext-103"
     texts = {split: directory / "text" / f"wiki.{split}.tokens" for split in SPLITS}
-    if archive is None and all(text.is_file() for text in texts.values()):
-        return texts
     if archive is None:
+        if all(text.is_file() for text in texts.values()):
+            return texts
         archive = fetch(WIKITEXT_103, directory / "wikitext-103-v1.zip")
     elif not archive.is_file():
         raise DataError(f"no archive {archive}: it does not exist; check --wikitext")
@@ -239,44 +218,35 @@ def _extract_once(
 
     `source.json` records the SHA-256 of the source that they were extracted from.
     """
-    record = texts["train"].with_name("source.json")
-    values = {"sha256": hash_file(source)}
-    if not _is_extracted(texts, record, values):
+    record, values = texts["train"].with_name("source.json"), {"sha256": hash_file(source)}
+
+    def is_extracted() -> bool:
+        return all(text.is_file() for text in texts.values()) and is_recorded(record, values)
+
+    if not is_extracted():
         with open_partial(record) as file:
-            if not _is_extracted(texts, record, values):  # by the process that held the lock
+            if not is_extracted():  # by the process that held the lock
                 extract(source, texts)
                 file.write(json.dumps(values).encode())
                 commit(file, record)
     return texts
 
 
-def _is_extracted(texts: dict[str, Path], record: Path, values: dict[str, str]) -> bool:
-    """Return whether the texts exist and the record holds these values."""
-    try:
-        return all(text.is_file() for text in texts.values()) and json.loads(record.read_text()) == values
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def _extract_wikitext(archive: Path, texts: dict[str, Path]) -> None:
     """Write the three texts of the zip file, and no other member."""
     with _raise_archive_errors(archive), zipfile.ZipFile(archive) as container:
         members = {f"wikitext-103/{text.name}": text for text in texts.values()}
-        missing = members.keys() - set(container.namelist())
+        missing = ", ".join(sorted(members.keys() - set(container.namelist())))
         if missing:
-            raise DataError(
-                f"{archive} is not WikiText-103: it has no {', '.join(sorted(missing))}; fetch it again"
-            )
+            raise DataError(f"{archive} is not WikiText-103: it has no {missing}; fetch it again")
         for member, text in members.items():
             with container.open(member) as source, open_atomic(text) as file:
-                for chunk in _read_chunks(archive, source):
-                    file.write(chunk)
+                file.writelines(_read_member(archive, source))
 
 
-def _read_chunks(archive: Path, source: IO[bytes]) -> Iterator[bytes]:
+def _read_member(archive: Path, source: IO[bytes]) -> Iterator[bytes]:
     with _raise_archive_errors(archive):
-        while chunk := source.read(CHUNK_BYTES):
-            yield chunk
+        yield from read_chunks(source)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class LineOrder:
     """
 
     def __init__(self, num_lines: int, seed: int, stream: int) -> None:
-        self.num_lines, self.seed, self.stream = num_lines, seed, stream
+        self.num_lines, self._key = num_lines, [seed, stream]
         self._orders: dict[int, np.ndarray] = {}
 
     def _get_epoch_order(self, epoch: int) -> np.ndarray:
@@ -53,9 +53,7 @@ class LineOrder:
         The orders of the latest two epochs are cached.
         """
         if epoch not in self._orders:
-            generator = np.random.Generator(
-                np.random.Philox(key=[self.seed, self.stream], counter=[0, 0, epoch, 0])
-            )
+            generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, epoch, 0]))
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = generator.permutation(np.arange(self.num_lines, dtype=np.int32))
         return self._orders[epoch]
@@ -100,17 +98,23 @@ class TrainingBatches(Dataset[Batch]):
         self._order = LineOrder(len(store), plan.seed, ORDER)
         self._replay_order = LineOrder(len(self.replay.store), plan.seed, REPLAY_ORDER)
 
-    def select_lines(self, step: int) -> np.ndarray:
-        """Return the lines of this rank's batch of `step`, int64 [B].
+    def select_lines(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return the lines of rows of the global batch of `step`, by default this rank's, int64 [rows].
 
         Those of the replayed text are indices of its own lines (`is_replayed`).
         """
-        return self._select(step, self._get_rows())
+        rows = self._get_rows() if rows is None else rows
+        numbers = step * self.plan.batch_size + rows
+        replayed_before, is_replayed = self.replay.count_rows(numbers), self.is_replayed(step, rows)
+        lines = np.empty(len(rows), dtype=np.int64)
+        lines[is_replayed] = self._replay_order[replayed_before[is_replayed]]
+        lines[~is_replayed] = self._order[(numbers - replayed_before)[~is_replayed]]
+        return lines
 
     def select_global_lines(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the lines of the global batch of `step`: own and replayed ones, int64 [rows] each."""
         rows = np.arange(self.plan.batch_size)
-        lines, is_replayed = self._select(step, rows), self.is_replayed(step, rows)
+        lines, is_replayed = self.select_lines(step, rows), self.is_replayed(step, rows)
         return lines[~is_replayed], lines[is_replayed]
 
     def count_own_rows(self, num_steps: int) -> int:
@@ -123,19 +127,9 @@ class TrainingBatches(Dataset[Batch]):
         numbers = step * self.plan.batch_size + rows
         return self.replay.count_rows(numbers + 1) > self.replay.count_rows(numbers)
 
-    def _select(self, step: int, rows: np.ndarray) -> np.ndarray:
-        numbers = step * self.plan.batch_size + rows
-        replayed_before = self.replay.count_rows(numbers)
-        is_replayed = self.is_replayed(step, rows)
-        lines = np.empty(len(rows), dtype=np.int64)
-        lines[is_replayed] = self._replay_order[replayed_before[is_replayed]]
-        lines[~is_replayed] = self._order[(numbers - replayed_before)[~is_replayed]]
-        return lines
-
     def _get_rows(self) -> np.ndarray:
         """Return the rows of the global batch that belong to this rank, int64 [B]."""
-        rank, world = self.plan.rank, self.plan.world_size
-        size = self.plan.batch_size
+        rank, world, size = self.plan.rank, self.plan.world_size, self.plan.batch_size
         return np.arange(size * rank // world, size * (rank + 1) // world)
 
     def __getitem__(self, step: int) -> Batch:
@@ -148,6 +142,7 @@ class TrainingBatches(Dataset[Batch]):
         return make_batch(sequences, self.tokenizer, self.masker, self.plan, step, int(rows[0]))
 
 
+@dataclass(eq=False)
 class EvaluationBatches(Dataset[Batch]):
     """Batches of every line once, in file order.
 
@@ -157,16 +152,11 @@ class EvaluationBatches(Dataset[Batch]):
         token_counts: int64 [ids], how often each id occurs in the training text, if that is known.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        tokenizer: Tokenizer,
-        masker: Masker,
-        plan: BatchPlan,
-        token_counts: np.ndarray | None = None,
-    ) -> None:
-        self.store, self.tokenizer, self.masker, self.plan = store, tokenizer, masker, plan
-        self.token_counts = token_counts
+    store: TokenStore
+    tokenizer: Tokenizer
+    masker: Masker
+    plan: BatchPlan
+    token_counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -180,10 +170,10 @@ class EvaluationBatches(Dataset[Batch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         first = index * self.plan.batch_size
-        lines = range(first, min(first + self.plan.batch_size, len(self.store)))
-        return make_batch(
-            [self.store[line] for line in lines], self.tokenizer, self.masker, self.plan, 0, first
-        )
+        sequences = [
+            self.store[line] for line in range(first, min(first + self.plan.batch_size, len(self.store)))
+        ]
+        return make_batch(sequences, self.tokenizer, self.masker, self.plan, 0, first)
 
 
 def derive_step_seed(seed: int, step: int, rank: int) -> int:
@@ -191,18 +181,14 @@ def derive_step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def draw_uniforms(
-    plan: BatchPlan, stream: int, draws: int, step: int, first_row: int, rows: int
-) -> np.ndarray:
-    """Return uniform values for rows of a global batch, float64 [rows, draws].
+def draw_uniforms(seed: int, stream: int, step: int, first_row: int, shape: tuple[int, int]) -> np.ndarray:
+    """Return uniform values for rows of a global batch, float64 of `shape` [rows, draws].
 
     The values are in [0, 1) and do not depend on how the batch is sharded. `draws` must be a multiple of 4,
     the block size of numpy's Philox.
     """
-    counter = [first_row * draws // 4, 0, step, 0]
-    return np.random.Generator(np.random.Philox(key=[plan.seed, stream], counter=counter)).random(
-        (rows, draws)
-    )
+    bits = np.random.Philox(key=[seed, stream], counter=[first_row * shape[1] // 4, 0, step, 0])
+    return np.random.Generator(bits).random(shape)
 
 
 def make_batch(
@@ -217,10 +203,10 @@ def make_batch(
 
     `sequences` have at most `max_seq_length - 2` ids; the first one is row `first_row` of the global batch.
     """
-    max_seq_length = plan.max_seq_length
-    longest = max(len(sequence) for sequence in sequences) + 2
+    rows, max_seq_length = len(sequences), plan.max_seq_length
+    longest = max(map(len, sequences)) + 2
     length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_seq_length)
-    ids = np.full((len(sequences), length), tokenizer.pad_id, dtype=np.int32)
+    ids = np.full((rows, length), tokenizer.pad_id, dtype=np.int32)
     mask = np.zeros(ids.shape, dtype=bool)
     ids[:, 0] = tokenizer.cls_id
     for row, sequence in enumerate(sequences):
@@ -228,10 +214,8 @@ def make_batch(
         ids[row, 1:end] = sequence
         ids[row, end] = tokenizer.sep_id
         mask[row, : end + 1] = True
-    rows = len(sequences)
-    masks = draw_uniforms(plan, MASKS, Masker.count_draws(max_seq_length), step, first_row, rows)
-    samples = draw_uniforms(plan, SAMPLES, -(-max_seq_length // 4) * 4, step, first_row, rows)[:, :length]
-    masked = masker(ids, masks)
-    input_ids, labels = masked.input_ids.astype(np.int32), masked.labels.astype(np.int32)
-    arrays = (input_ids, mask, labels, np.ascontiguousarray(samples))
+    draws = (rows, Masker.count_draws(max_seq_length))
+    input_ids, labels = masker(ids, draw_uniforms(plan.seed, MASKS, step, first_row, draws))
+    samples = draw_uniforms(plan.seed, SAMPLES, step, first_row, (rows, -(-max_seq_length // 4) * 4))
+    arrays = (input_ids, mask, labels, np.ascontiguousarray(samples[:, :length]))
     return Batch.from_tensors(*map(torch.from_numpy, arrays))

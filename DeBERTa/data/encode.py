@@ -63,10 +63,8 @@ def choose_output(document: bytes, ranges: Sequence[tuple[float, float]]) -> int
     together.
     """
     position = int.from_bytes(hashlib.blake2b(document.strip(), digest_size=8).digest(), "big") / 2**64
-    for number, (start, end) in enumerate(ranges, 1):
-        if start <= position < end:
-            return number
-    return 0
+    numbers = (number for number, (start, end) in enumerate(ranges, 1) if start <= position < end)
+    return next(numbers, 0)
 
 
 class Encoder:
@@ -129,9 +127,8 @@ def _encode_in_processes(blocks: Iterable[Block], recipe: Recipe, workers: int) 
             local.connection.send(block)
             result = local.connection.recv()
         except (EOFError, OSError) as error:
-            raise DataError(
-                f"cannot encode {block.path}: a worker process died; pass fewer --workers if memory ran out"
-            ) from error
+            advice = "pass fewer --workers if memory ran out"
+            raise DataError(f"cannot encode {block.path}: a worker process died; {advice}") from error
         if isinstance(result, DebertaError):
             raise result
         return result

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -32,15 +33,11 @@ def get_cache_dir() -> Path:
 
     Raises `StorageError` if nothing says where it is.
     """
-    if os.environ.get("DEBERTA_CACHE"):
-        return Path(os.environ["DEBERTA_CACHE"])
     try:
-        return Path.home() / ".cache" / "DeBERTa"
+        return Path(os.environ.get("DEBERTA_CACHE") or Path.home() / ".cache" / "DeBERTa")
     except RuntimeError as error:
-        raise StorageError(
-            "no cache directory: HOME is not set, and this user has no home directory; "
-            "set DEBERTA_CACHE to a directory"
-        ) from error
+        message = "no cache directory: HOME is not set, and this user has no home; set DEBERTA_CACHE to one"
+        raise StorageError(message) from error
 
 
 def get_partial_path(path: Path) -> Path:
@@ -72,11 +69,8 @@ def name_file(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, SafetensorError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.errno:
-            number = cause.errno
-        else:
-            found = re.search(r"os error (\d+)", str(error))
-            number = int(found[1]) if found else 0
+        found = re.search(r"os error (\d+)", str(error))
+        number = (isinstance(cause, OSError) and cause.errno) or (int(found[1]) if found else 0)
         reason = os.strerror(number) if number else str(error).partition("\n")[0]
         raise OSError(number or errno.EIO, reason, str(path)) from error
 
@@ -87,9 +81,8 @@ def raise_data_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}; check its permissions and its disk"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"cannot read {path}: {reason}; check its permissions and its disk") from error
 
 
 def describe_free_space(path: Path) -> str:
@@ -184,9 +177,24 @@ def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(chunk_bytes):
+        for chunk in read_chunks(file, chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_chunks(file: IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Yield the content of a file from its beginning."""
+    file.seek(0)
+    while chunk := file.read(chunk_bytes):
+        yield chunk
+
+
+def is_recorded(record: Path, values: dict[str, Any]) -> bool:
+    """Return whether a JSON file, which records how other files were made, has these values."""
+    try:
+        return values.items() <= json.loads(record.read_text()).items()
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False
 
 
 def remove(path: Path) -> None:

@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -80,12 +80,9 @@ class SharedBatches(Dataset):
 
     def read(self, stored: Stored) -> Batch:
         """Return a copy of a batch, in pinned memory if there is a GPU."""
-        tensors = [
-            torch.empty(place.shape, dtype=place.dtype, pin_memory=torch.cuda.is_available()).copy_(
-                self._view(stored.slot, place)
-            )
-            for place in stored.places
-        ]
+        has_gpu = torch.cuda.is_available()
+        views = [self._view(stored.slot, place) for place in stored.places]
+        tensors = [torch.empty_like(view, pin_memory=has_gpu).copy_(view) for view in views]
         input_ids, input_mask, labels, uniforms, *masked = tensors
         return Batch(input_ids, input_mask, labels, uniforms, MaskedPositions(*masked), stored.real_tokens)
 
@@ -103,7 +100,8 @@ def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iter
     Raises the errors of the package that occur in a data worker, and `StorageError` if it cannot be started.
     """
     if not workers:
-        return _load_in_this_process(batches, indices)
+        loaded = (batches[index] for index in indices)
+        return (batch.pin_memory() if torch.cuda.is_available() else batch for batch in loaded)
     loader = _load_in_workers(batches, indices, workers)
     WITH_WORKERS.add(loader)
     return loader
@@ -119,28 +117,21 @@ def _end_workers() -> None:
         loader.close()
 
 
-def _load_in_this_process(batches: Batches, indices: Sequence[int]) -> Generator[Batch]:
-    for index in indices:
-        batch = batches[index]
-        yield batch.pin_memory() if torch.cuda.is_available() else batch
-
-
 def _load_in_workers(batches: Batches, indices: Sequence[int], workers: int) -> Generator[Batch]:
     others = set(FORK.active_children())
     try:
         _reserve_and_release(workers)
         shared = SharedBatches(batches, indices, workers * PREFETCHED + 1)
-        items = iter(
-            DataLoader(
-                shared,
-                batch_size=None,
-                collate_fn=_keep,
-                num_workers=workers,
-                prefetch_factor=PREFETCHED,
-                worker_init_fn=_set_up_worker,
-                multiprocessing_context=FORK,
-            )
+        loader = DataLoader(
+            shared,
+            batch_size=None,
+            collate_fn=lambda item: item,
+            num_workers=workers,
+            prefetch_factor=PREFETCHED,
+            worker_init_fn=_set_up_worker,
+            multiprocessing_context=FORK,
         )
+        items = iter(loader)
     except OSError as error:
         for process in set(FORK.active_children()) - others:
             process.kill()
@@ -183,21 +174,16 @@ def translate_worker_errors() -> Iterator[None]:
         ) from error
 
 
-def _keep(item: Any) -> Any:
-    return item
-
-
 def _describe_failed_start(error: OSError) -> str:
     """Return why data workers could not be started, and what to do."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "data workers need more open files than allowed: raise `ulimit -n`, or give fewer --workers"
+    failure = f"data workers cannot be started: {error.strerror}"
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
-        return f"data workers cannot be started: {error.strerror}; give fewer --workers, or --workers 0"
+        return f"{failure}; give fewer --workers, or --workers 0"
     # Their locks are files there, of a page each.
-    return (
-        f"data workers cannot be started: {error.strerror}, for their locks in /dev/shm; enlarge it (for "
-        "Docker: --shm-size 1g), or give --workers 0"
-    )
+    advice = "enlarge it (for Docker: --shm-size 1g), or give --workers 0"
+    return f"{failure}, for their locks in /dev/shm; {advice}"
 
 
 def _set_up_worker(_worker: int) -> None:

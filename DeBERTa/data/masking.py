@@ -17,7 +17,7 @@ MASK_SHARE, SAME_SHARE = 0.8, 0.1  # MLM: replaced by [MASK], unchanged; the res
 
 
 class MaskedLines(NamedTuple):
-    """Masked input ids and labels, int64 [B, L].
+    """Masked input ids and labels, integers [B, L].
 
     A label is the original id where masked, 0 elsewhere.
     """
@@ -67,10 +67,8 @@ class Masker:
         else:
             is_masked = _sample_spans(kinds, self.max_ngram, span_draws, keys)
         replacements = self._draw_replacements(ids, kind[:, :length], other[:, :length])
-        return MaskedLines(
-            np.where(is_masked, replacements, ids).astype(np.int64),
-            np.where(is_masked, ids, 0).astype(np.int64),
-        )
+        input_ids = np.where(is_masked, replacements, ids).astype(ids.dtype)
+        return MaskedLines(input_ids, np.where(is_masked, ids, 0))
 
     def _draw_replacements(self, ids: np.ndarray, kind: np.ndarray, other: np.ndarray) -> np.ndarray | int:
         """Draw the input ids of masked tokens, for every position of `ids`.

@@ -4,22 +4,28 @@ What a file holds follows from its first bytes, not from its name: gzip, xz, bzi
 Parquet, JSON lines or text. The memory in use does not depend on the size of a file or of its lines.
 """
 
+import bz2
 import codecs
 import glob
+import gzip
 import hashlib
+import io
 import json
 import lzma
+import re
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
+from tqdm import tqdm
+
 from DeBERTa.data.files import get_cache_dir, get_state, raise_data_errors, raise_storage_errors
-from DeBERTa.data.formats import HEAD_BYTES, PARQUET, open_compressed, read_parquet
 from DeBERTa.data.text import (
     STRINGS,
     Block,
@@ -29,7 +35,7 @@ from DeBERTa.data.text import (
     refuse_binary,
     split_lines,
 )
-from DeBERTa.errors import DataError
+from DeBERTa.errors import ConfigError, DataError
 
 BLOCK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 256 << 20
@@ -38,6 +44,10 @@ MAX_RECORD_BYTES = 256 << 20
 SAMPLE_BYTES = 100 << 20
 SAMPLE_BLOCK_BYTES = 64 << 10
 STDIN = Path("-")
+HEAD_BYTES = 512
+PARQUET = b"PAR1"
+ROWS = 64  # of Parquet, per batch
+TEXT_TYPES = re.compile(r"(large_)?string|dictionary<values=(large_)?string")
 
 
 @dataclass(frozen=True)
@@ -87,24 +97,25 @@ def _list_files(path: Path) -> list[Path]:
     return sorted(file for file in files if not any(p[0] in "._" for p in file.relative_to(path).parts))
 
 
-def describe_sources(sources: Sequence[Path]) -> dict[str, Any]:
+def name_sources(sources: Sequence[Path]) -> str:
+    """Return what messages call these files."""
+    first = "standard input" if sources[0] == STDIN else str(sources[0])
+    return first if len(sources) == 1 else f"{first} and {len(sources) - 1} more"
+
+
+def hash_states(sources: Sequence[Path]) -> str:
     """Return what tells whether the files changed: a hash of paths, sizes and times."""
     states = [(str(source.resolve()), get_state(source.stat())) for source in sources if source != STDIN]
-    return {"inputs_sha256": hashlib.sha256(json.dumps(states).encode()).hexdigest()}
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 
 class SourceFile:
     """A file of raw text, read once in blocks.
 
-    `bytes_on_disk` and `position`, the bytes that were read, show the progress. Raises `DataError` if the
-    file does not exist.
+    `bytes_on_disk` and `position`, the bytes that were read, show the progress.
     """
 
     def __init__(self, path: Path) -> None:
-        if path != STDIN and not path.exists():
-            raise DataError(f"no text file {path}: it does not exist; check the path")
-        if path.is_dir():
-            raise DataError(f"no text file {path}: it is a directory; check the path")
         self.path = Path("standard input") if path == STDIN else path
         self._is_stdin = path == STDIN
         self.bytes_on_disk = 0 if self._is_stdin else path.stat().st_size
@@ -115,34 +126,32 @@ class SourceFile:
 
         A byte order mark is skipped. Raises `DataError` for what is not text, and damaged compressed files.
         """
-        with raise_data_errors(self.path), self._open_raw() as raw:
-            beginning = raw.read(HEAD_BYTES)
-            text, name = open_compressed(self.path, beginning, raw)
-            first = self._read(text, name, reading.block_bytes)
+        with raise_data_errors(self.path), self._open_raw() as self._raw:
+            beginning = self._raw.read(HEAD_BYTES)
+            self._stream, self._compression = open_compressed(self.path, beginning, self._raw)
+            first = self._read(reading.block_bytes)
             if not first.startswith(PARQUET):
                 refuse_binary(self.path, first)
-                yield from self._cut(raw, text, name, first, reading)
-            elif raw.seekable() and not name:
-                yield from self._read_rows(raw, reading)
+                yield from self._cut(first, reading)
+            elif self._raw.seekable() and not self._compression:
+                yield from self._read_rows(self._raw, reading)
             else:
-                rest = iter(lambda: self._read(text, name, BLOCK_BYTES), b"")
-                yield from self._read_copy(chain([first], rest), reading)
-        self.position = self.bytes_on_disk
+                yield from self._read_copy(first, reading)
 
     def _open_raw(self) -> IO[bytes]:
         return open(sys.stdin.fileno(), "rb", closefd=False) if self._is_stdin else self.path.open("rb")
 
-    def _read(self, text: IO[bytes], name: str, size: int) -> bytes:
-        if not name:
-            return text.read(size)
+    def _read(self, size: int) -> bytes:
+        """Return the next bytes of the decompressed content; fewer at its end."""
         try:
-            return text.read(size)
+            return self._stream.read(size)
         except (lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
-            raise DataError(f"{self.path} is not a complete {name} file: {error}; copy it again") from error
+            if not self._compression:
+                raise
+            what = f"{self.path} is not a complete {self._compression} file"
+            raise DataError(f"{what}: {error}; copy it again") from error
 
-    def _cut(
-        self, raw: IO[bytes], text: IO[bytes], name: str, first: bytes, reading: Reading
-    ) -> Iterator[Block]:
+    def _cut(self, first: bytes, reading: Reading) -> Iterator[Block]:
         """Yield the blocks of text or JSON lines; `first` is what was read already."""
         size, is_last = reading.block_bytes, len(first) < reading.block_bytes
         data = first.removeprefix(codecs.BOM_UTF8)
@@ -151,40 +160,112 @@ class SourceFile:
         while not is_last:
             end = find_block_end(data, kind)
             if end:
-                self.position = raw.tell() if raw.seekable() else 0
+                self.position = self._raw.tell() if self._raw.seekable() else 0
                 yield Block(self.path, offset, kind, data[:end])
                 offset += end
             elif len(data) > MAX_RECORD_BYTES:
                 raise DataError(f"{self.path}: a JSON record is longer than 256 MB; split its text")
             wanted = size - len(data) + end if end else size
-            read = self._read(text, name, wanted)
+            read = self._read(wanted)
             is_last = len(read) < wanted
             data = data[end:] + read
         if data:
             yield Block(self.path, offset, kind, data)
 
-    def _read_copy(self, contents: Iterable[bytes], reading: Reading) -> Iterator[Block]:
+    def _read_copy(self, first: bytes, reading: Reading) -> Iterator[Block]:
         """Yield the documents of a Parquet file that cannot be read from its end: it is copied first."""
         cache = get_cache_dir()
         with raise_storage_errors(cache):
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=cache) as copy:
-                copy.writelines(contents)
+                copy.writelines(chain([first], iter(lambda: self._read(BLOCK_BYTES), b"")))
                 yield from self._read_rows(copy, reading)
 
     def _read_rows(self, file: IO[bytes], reading: Reading) -> Iterator[Block]:
-        """Yield the documents of a Parquet file."""
+        """Yield the documents of a column of a Parquet file; null is no text.
+
+        Raises `DataError` if the column has no text, or the file is damaged.
+        """
+        pyarrow = _import_pyarrow(self.path, "Parquet")
         documents: list[str] = []
-        offset = size = 0
-        for row, share, texts in read_parquet(file, self.path, reading.column):
-            documents += texts
-            size += sum(map(len, texts))
-            if size >= reading.block_bytes:
-                self.position = int(self.bytes_on_disk * share)
-                yield Block(self.path, offset, STRINGS, documents)
-                documents, offset, size = [], row, 0
+        offset = row = size = 0
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            fields = {field.name: str(field.type) for field in table.schema_arrow}
+            if not TEXT_TYPES.match(fields.get(reading.column, "")):
+                shown = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
+                what = f"{self.path} has no text in the column {reading.column!r}"
+                raise DataError(f"{what} (columns: {shown}); pass --column")
+            for batch in table.iter_batches(ROWS, columns=[reading.column]):
+                texts = [text for text in batch.column(0).to_pylist() if text]
+                documents += texts
+                row += len(batch)
+                size += sum(map(len, texts))
+                if size >= reading.block_bytes:
+                    self.position = self.bytes_on_disk * row // table.metadata.num_rows
+                    yield Block(self.path, offset, STRINGS, documents)
+                    documents, offset, size = [], row, 0
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.path} is not a complete Parquet file: {error}; copy it again") from error
         if documents:
             yield Block(self.path, offset, STRINGS, documents)
+
+
+def open_compressed(path: Path, beginning: bytes, rest: IO[bytes]) -> tuple[IO[bytes], str]:
+    """Return a stream of the decompressed content, and the name of the compression or "".
+
+    `beginning` and `rest` are the file `path`. Raises `ConfigError` if Zstandard cannot be read here.
+    """
+    stream: Any = io.BufferedReader(_Resumed(beginning, rest))
+    if beginning.startswith(b"\x1f\x8b"):
+        return io.BufferedReader(gzip.open(stream)), "gzip"
+    if beginning.startswith(b"\xfd7zXZ\0"):
+        return lzma.open(stream), "xz"
+    if beginning.startswith(b"BZh") and beginning[4:10] == b"1AY&SY":
+        return bz2.open(stream), "bzip2"
+    if beginning[:4] == b"\x28\xb5\x2f\xfd" or beginning[1:4] == b"\x2a\x4d\x18":
+        pyarrow = _import_pyarrow(path, "Zstandard")
+        decompressed = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
+        return io.BufferedReader(decompressed), "Zstandard"
+    return stream, ""
+
+
+class _Resumed(io.RawIOBase):
+    """A stream whose beginning was read already."""
+
+    def __init__(self, beginning: bytes, rest: IO[bytes]) -> None:
+        self._beginning, self._rest = io.BytesIO(beginning), rest
+
+    def readable(self) -> bool:
+        """Return whether the stream can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read bytes into a buffer; return how many."""
+        data = self._beginning.read(len(buffer)) or self._rest.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _import_pyarrow(path: Path, name: str) -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot read {path}: {name} needs the package pyarrow; install it with pip install pyarrow"
+        ) from error
+    return pyarrow
+
+
+def read_files(files: Sequence[SourceFile], reading: Reading, bar: tqdm) -> Iterator[Block]:
+    """Yield the blocks of all files, with a progress bar over their bytes on disk."""
+    for file in files:
+        before = bar.n
+        for block in file.read_blocks(reading):
+            bar.update(before + file.position - bar.n)
+            yield block
+        bar.update(before + file.bytes_on_disk - bar.n)
 
 
 def sample_lines(sources: Sequence[Path], reading: Reading) -> list[bytes]:
@@ -192,11 +273,8 @@ def sample_lines(sources: Sequence[Path], reading: Reading) -> list[bytes]:
 
     Raises `DataError` for text that cannot be read.
     """
-    return [
-        line
-        for document in sample_documents(sources, reading, SAMPLE_BYTES)
-        for line in split_lines(document)
-    ]
+    documents = sample_documents(sources, reading, SAMPLE_BYTES)
+    return [line for document in documents for line in split_lines(document)]
 
 
 def sample_documents(sources: Sequence[Path], reading: Reading, most: int) -> list[bytes]:
@@ -204,15 +282,15 @@ def sample_documents(sources: Sequence[Path], reading: Reading, most: int) -> li
 
     Every `stride`-th block is kept; the stride doubles whenever there are too many.
     """
+    reading = replace(reading, block_bytes=SAMPLE_BLOCK_BYTES)
     kept: list[Block] = []
-    stride, size, number = 1, 0, 0
-    for source in sources:
-        for block in SourceFile(source).read_blocks(reading):
-            if number % stride == 0:
-                kept.append(block)
-                size += block.count_bytes()
-            number += 1
-            if size > most and len(kept) > 1:
-                kept, stride = kept[::2], 2 * stride
-                size = sum(each.count_bytes() for each in kept)
+    stride, size = 1, 0
+    blocks = chain.from_iterable(SourceFile(source).read_blocks(reading) for source in sources)
+    for number, block in enumerate(blocks):
+        if number % stride == 0:
+            kept.append(block)
+            size += block.count_bytes()
+        if size > most and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(each.count_bytes() for each in kept)
     return [text for block in kept for text in read_documents(block, reading.column, reading.errors)]

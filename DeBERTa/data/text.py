@@ -60,11 +60,8 @@ def find_block_end(block: bytes, kind: str) -> int:
     if line_end >= 0:
         return line_end + 1
     space = block.rfind(b" ", 1)
-    if space > 0:
-        return space
     # The last character may be incomplete: it goes to the next block.
-    start = find_character_boundary(block, len(block) - 1)
-    return start if start > 0 else len(block)
+    return space if space > 0 else find_character_boundary(block, len(block) - 1) or len(block)
 
 
 def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) -> str:
@@ -75,15 +72,13 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
     over several lines.
     """
     if column and JSON_VALUE.match(beginning):
-        raise DataError(
-            f"{path} is one JSON value, not one per line; convert it, for example with jq -c '.[]', or pass "
-            "--column '' to read it as plain text"
-        )
+        advice = "convert it, for example with jq -c '.[]', or pass --column '' to read it as plain text"
+        raise DataError(f"{path} is one JSON value, not one per line; {advice}")
     first, end, _ = beginning.lstrip().partition(b"\n")
     if column and first.startswith(b"{"):
         try:
-            if isinstance(json.loads(first), dict):
-                return JSON_LINES
+            json.loads(first)  # an object
+            return JSON_LINES
         except RecursionError:
             return JSON_LINES  # reading the record raises an error that names the place
         except ValueError:
@@ -105,9 +100,8 @@ def refuse_binary(path: Path, beginning: bytes) -> None:
     zeros = max(sample[0::2].count(0), sample[1::2].count(0))
     has_mark = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if has_mark or (len(sample) >= 64 and zeros > 0.3 * len(sample)):
-        raise DataError(
-            f"{path} is not UTF-8: it looks like UTF-16 or binary data; convert it, for example with iconv"
-        )
+        what = "it looks like UTF-16 or binary data"
+        raise DataError(f"{path} is not UTF-8: {what}; convert it, for example with iconv")
 
 
 def decode_block(block: Block, errors: str) -> bytes:
@@ -127,9 +121,8 @@ def decode_block(block: Block, errors: str) -> bytes:
         advice = "correct it, or pass --errors replace to read every invalid byte as U+FFFD"
         if bad > MAX_BAD_SHARE * len(around):
             advice = "it looks like binary data or another encoding: convert it, for example with iconv"
-        raise DataError(
-            f"{block.path} is not valid UTF-8 at byte {block.offset + error.start}: {error.reason}; {advice}"
-        ) from None
+        where = f"{block.path} is not valid UTF-8 at byte {block.offset + error.start}"
+        raise DataError(f"{where}: {error.reason}; {advice}") from None
     return data
 
 
@@ -159,9 +152,9 @@ def _read_record(line: bytes, block: Block, column: str) -> str:
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested
         raise DataError(f"{place}: a line is not JSON: {error}; correct it") from None
     if not isinstance(record, dict) or not isinstance(record.get(column, 0), str | None):
-        fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none"
+        fields = ", ".join(record)[:200] if isinstance(record, dict) else "none"
         raise DataError(
-            f"{place}: a record has no text in the field {column!r} (fields: {fields[:200]}); pass --column"
+            f"{place}: a record has no text in the field {column!r} (fields: {fields}); pass --column"
         )
     return record[column] or ""
 
@@ -172,10 +165,9 @@ def _encode(document: str, block: Block, errors: str) -> bytes:
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
         if errors == "replace":
             return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        raise DataError(
-            f"{block.path}, behind byte {block.offset}: a record has half of a surrogate pair; correct it, "
-            "or pass --errors replace to read it as U+FFFD"
-        ) from error
+        advice = "correct it, or pass --errors replace to read it as U+FFFD"
+        place = f"{block.path}, behind byte {block.offset}"
+        raise DataError(f"{place}: a record has half of a surrogate pair; {advice}") from error
 
 
 def split_lines(text: bytes) -> list[bytes]:

@@ -1,39 +1,206 @@
-"""Token ids of a prepared text, from its store or else looked up in the text.
+"""Token ids of a prepared text, memory-mapped and verified.
 
 A prepared text `train.txt` holds one sequence per line, as pieces separated by single spaces. It may also be
-a directory of such files, its parts: they are one text, in the order of their names. The ids of each file are
-stored next to it (`store_file.py`). A store that is damaged, or that does not match its text and vocabulary,
-is written again from the text.
+a directory of such files, its parts: they are one text, in the order of their names. The store of a file is
+`train.txt.ids`, a cache:
+
+    tokens     int32 [num_tokens], the ids of all lines; padded to a multiple of 8 bytes
+    offsets    int64 [lines + 1], where each line begins in `tokens`, and the end of the last one
+    checksums  uint32 [blocks], the CRC-32 of every `BLOCK_TOKENS` ids
+    metadata   the fields of `StoreMeta` as JSON
+    trailer    SHA-256 of offsets, checksums and metadata, and the length of the JSON, 8 bytes, little endian
+
+A store that is damaged, or that does not match its text and vocabulary, is written again from the text. It is
+written to the cache directory if it cannot be written next to the text.
 """
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import get_state, raise_data_errors
-from DeBERTa.data.store_file import (
-    StoreFile,
-    StoreMeta,
-    find_store,
-    get_cached_store_path,
-    get_store_path,
-    write_store,
+from DeBERTa.data.files import (
+    commit,
+    get_cache_dir,
+    get_state,
+    open_partial,
+    raise_data_errors,
+    read_chunks,
 )
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DataError, StorageError, VocabularyError
+from DeBERTa.errors import DamagedStoreError, DataError, StorageError, VocabularyError
 
+FORMAT = 3
+BLOCK_TOKENS = 16 << 10
+VERIFIED_AT_OPEN = 65536  # blocks, 4 GB, verified when a store is opened; the others are on first use
+TRAILER_BYTES = 32 + 8
 MAX_LINE_BYTES = 16 << 20  # no sequence is that long
 MAX_UNKNOWN_SHARE = 0.01
-PART = re.compile(r"(\d+)-of-(\d+)\.txt")  # the name of a part that prepare_data.py --shard wrote
+PART = re.compile(r"\d+-of-(\d+)\.txt")  # the name of a part that prepare_data.py --shard wrote
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StoreMeta:
+    """The sources of a store and its counts."""
+
+    format: int = FORMAT
+    text: dict[str, int] = field(default_factory=dict)  # the state of the file
+    text_sha256: str = ""
+    vocabulary_sha256: str = ""
+    lines: int = 0
+    num_tokens: int = 0
+    longest: int = 0  # tokens in the longest line
+    longest_line: int = 0  # its number in the text, from 1
+    unknown: int = 0  # pieces that are not in the vocabulary, other than a literal [UNK]
+    recipe: dict[str, Any] | None = None  # the inputs of `prepare`, if it wrote the text
+
+
+class StoreFile:
+    """The store of one file.
+
+    Attributes:
+        tokens: memory-mapped int32 [num_tokens].
+        offsets: memory-mapped int64 [lines + 1].
+        fingerprint: SHA-256 of offsets and checksums. Equal ids in equal lines have the same.
+
+    Raises `ValueError`, `TypeError` or `OSError` if the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        data = np.memmap(path, np.uint8, "r")
+        length = int.from_bytes(data[-8:].tobytes(), "little")
+        arrays = data[: -TRAILER_BYTES - length]
+        encoded = data[-TRAILER_BYTES - length : -TRAILER_BYTES].tobytes()
+        self.meta = StoreMeta(**json.loads(encoded))
+        blocks = _count_blocks(self.meta.num_tokens)
+        ends = np.cumsum([-(-self.meta.num_tokens // 2) * 8, 8 * (self.meta.lines + 1), 4 * blocks])
+        digest = hashlib.sha256(arrays[ends[0] :].data)
+        self.fingerprint = digest.hexdigest()
+        digest.update(encoded)
+        if ends[-1] != len(arrays) or digest.digest() != data[-TRAILER_BYTES:-8].tobytes():
+            raise ValueError("line ends, checksums or metadata were changed")
+        self.tokens = arrays[: 4 * self.meta.num_tokens].view(np.int32)
+        self.offsets = arrays[ends[0] : ends[1]].view(np.int64)
+        self._checksums = arrays[ends[1] :].view(np.uint32)
+        self._is_verified = np.zeros(blocks, bool)
+
+    def __len__(self) -> int:
+        """Return the number of lines."""
+        return self.meta.lines
+
+    def __getitem__(self, line: int) -> np.ndarray:
+        """Return the ids of a line, int32 [tokens of the line], without special tokens.
+
+        Raises `DamagedStoreError`, and removes the store, if the ids are not those that were written.
+        """
+        start, end = self.offsets[line : line + 2]
+        if not all(map(self._verify, range(start // BLOCK_TOKENS, _count_blocks(int(end))))):
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+            raise DamagedStoreError(
+                f"{self.path} is damaged: its token ids were changed; the same command builds it again"
+            )
+        return self.tokens[start:end]
+
+    def has_valid_ids(self) -> bool:
+        """Return whether the ids are those that were written, up to `VERIFIED_AT_OPEN` blocks."""
+        return all(map(self._verify, range(min(len(self._checksums), VERIFIED_AT_OPEN))))
+
+    def _verify(self, block: int) -> bool:
+        """Return whether a block of ids has its checksum."""
+        if not self._is_verified[block]:
+            ids = self.tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+            self._is_verified[block] = zlib.crc32(ids.data) == self._checksums[block]
+        return bool(self._is_verified[block])
+
+
+def _count_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def get_store_path(text: Path) -> Path:
+    """Return the default path of the store of a file."""
+    return text.with_name(text.name + ".ids")
+
+
+def _get_cached_path(text: Path) -> Path:
+    """Return the path of the store of a file in the cache directory."""
+    name = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:32]
+    return get_cache_dir() / "token-stores" / f"{name}.ids"
+
+
+def find_store(text: Path, vocabulary_sha256: str | None = None) -> StoreFile | None:
+    """Return the valid store that matches a file and a vocabulary, if there is one.
+
+    With `vocabulary_sha256` None, the vocabulary is not compared.
+    """
+    for path in (get_store_path(text), _get_cached_path(text)):
+        # Missing or damaged.
+        with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
+            store = StoreFile(path)
+            is_fitting = vocabulary_sha256 in (None, store.meta.vocabulary_sha256)
+            if is_fitting and store.meta.text == get_state(text.stat()) and store.has_valid_ids():
+                return store
+    return None
+
+
+class TokenStoreWriter:
+    """Writes a store: `append` the ids in order, complete `meta`, then `commit`."""
+
+    def __init__(self, path: Path, tokens: BinaryIO, offsets: BinaryIO) -> None:
+        self.meta = StoreMeta()
+        self._path, self._tokens, self._offsets = path, tokens, offsets
+        self._offsets.write(bytes(8))
+
+    def append(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Append ids, int32 [n], and the lines that they complete.
+
+        `ends`: int64, ascending; for each of these lines the number of tokens in the store up to its end.
+        """
+        self._tokens.write(np.ascontiguousarray(ids, np.int32).data)
+        self._offsets.write(np.ascontiguousarray(ends, np.int64).data)
+        self.meta.num_tokens += len(ids)
+        self.meta.lines += len(ends)
+
+    def commit(self) -> None:
+        """Complete the store and replace an older one."""
+        checksums = [zlib.crc32(ids) for ids in read_chunks(self._tokens, 4 * BLOCK_TOKENS)]
+        encoded = json.dumps(asdict(self.meta)).encode()
+        self._tokens.write(bytes(-4 * self.meta.num_tokens % 8))
+        digest = hashlib.sha256()
+        for data in chain(read_chunks(self._offsets), [np.array(checksums, np.uint32).tobytes(), encoded]):
+            digest.update(data)
+            self._tokens.write(data)
+        self._tokens.write(digest.digest() + len(encoded).to_bytes(8, "little"))
+        if self._path.is_dir():  # the store of format 1
+            shutil.rmtree(self._path)
+        commit(self._tokens, self._path)
+
+
+@contextlib.contextmanager
+def write_store(path: Path) -> Iterator[TokenStoreWriter]:
+    """Open a writer for a store.
+
+    A store that is not committed is removed. Raises `StorageError` if it cannot be written.
+    """
+    with open_partial(path) as tokens, tempfile.TemporaryFile(dir=path.parent) as offsets:
+        yield TokenStoreWriter(path, tokens, offsets)
 
 
 class TokenStore:
@@ -92,13 +259,13 @@ def list_parts(text: Path) -> list[Path]:
     parts = sorted(part for part in text.glob("*.txt") if part.is_file())
     if not parts:
         raise DataError(f"no prepared text {text}: the file does not exist; write it with prepare_data.py")
-    names = [match for part in parts if (match := PART.fullmatch(part.name))]
-    if names:
-        count = int(names[0][2])
-        missing = sorted({get_part_name(number, count) for number in range(count)} - {p.name for p in parts})
-        if missing or len(names) < len(parts) or len(parts) != count:
-            what = f"{', '.join(missing)} missing" if missing else "it has parts of several preparations"
-            raise DataError(f"{text} is not complete: {what}; prepare every part with the same --shard I/N")
+    names = {part.name for part in parts}
+    match = next(filter(None, map(PART.fullmatch, sorted(names))), None)
+    expected = {get_part_name(number, int(match[1])) for number in range(int(match[1]))} if match else names
+    if names != expected:
+        missing = ", ".join(sorted(expected - names))
+        what = f"{missing} missing" if missing else "it has parts of several preparations"
+        raise DataError(f"{text} is not complete: {what}; prepare every part with the same --shard I/N")
     return parts
 
 
@@ -124,7 +291,15 @@ def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool
 def _open_file(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool) -> StoreFile:
     store = find_store(text, tokenizer.fingerprint)
     if store is None:
-        store = _build(text, tokenizer, progress)
+        try:
+            _write_from_text(get_store_path(text), text, tokenizer, progress)
+        except StorageError as error:
+            cached = _get_cached_path(text)
+            logger.info("token ids go to %s (%s)", cached.parent, error)
+            _write_from_text(cached, text, tokenizer, progress)
+        store = find_store(text, tokenizer.fingerprint)
+    if store is None:
+        raise DataError(f"{text} changed while it was read: it may be incomplete; start when it is complete")
     meta = store.meta
     if meta.longest > max_tokens:
         raise DataError(
@@ -137,35 +312,20 @@ def _open_file(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool
     return store
 
 
-def _build(text: Path, tokenizer: Tokenizer, progress: bool) -> StoreFile:
-    """Write the store of a text and open it.
-
-    Raises `DataError` if the text changed in the meantime.
-    """
-    path = get_store_path(text)
-    try:
-        _write_from_text(path, text, tokenizer, progress)
-    except StorageError as error:
-        cached = get_cached_store_path(text)
-        logger.info("token ids go to %s (%s)", cached.parent, error)
-        _write_from_text(cached, text, tokenizer, progress)
-    store = find_store(text, tokenizer.fingerprint)
-    if store is None:
-        raise DataError(
-            f"{text} changed while it was read: it may be incomplete; start again when it is complete"
-        )
-    return store
-
-
 def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: bool) -> None:
     """Write the ids of all lines of a text, unless another process has done so."""
     lookup, digest = _PieceLookup(tokenizer), hashlib.sha256()
     with raise_data_errors(text), text.open("rb") as file, write_store(path) as writer:
-        if (
-            find_store(text, tokenizer.fingerprint) is not None
-        ):  # written while this process waited for the lock
+        if find_store(text, tokenizer.fingerprint) is not None:  # by the process that held the lock
             return
-        _refuse_other_vocabulary(text, tokenizer)
+        store = find_store(text)
+        # Two vocabularies can share nearly all pieces, so that the text alone does not show it.
+        if store is not None and store.meta.recipe is not None:
+            raise VocabularyError(
+                f"cannot read {text} with the vocabulary {tokenizer.path}: it was prepared with "
+                f"{store.meta.recipe['vocabulary_path']}; pass that as --vocab_path, prepare the text again, "
+                f"or remove {store.path} to look up its pieces in the other vocabulary"
+            )
         if path.exists():
             logger.info("%s is damaged, or not of this text and vocabulary: writing it again", path)
         meta = writer.meta
@@ -190,30 +350,14 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
 
 def _read_lines(text: Path, file: BinaryIO, progress: bool) -> Iterator[bytes]:
     """Yield the lines of a text, with a progress bar."""
-    size = os.fstat(file.fileno()).st_size
-    with (
-        raise_data_errors(text),
-        tqdm(desc=f"reading {text.name}", total=size, unit="B", unit_scale=True, disable=not progress) as bar,
-    ):
+    size, label = os.fstat(file.fileno()).st_size, f"reading {text.name}"
+    bar = tqdm(desc=label, total=size, unit="B", unit_scale=True, disable=not progress)
+    with raise_data_errors(text), bar:
         while line := file.readline(MAX_LINE_BYTES):
             if len(line) == MAX_LINE_BYTES:
                 raise DataError(f"{text} is not prepared text: it has a line of over 16 MB; prepare it")
             bar.update(len(line))
             yield line
-
-
-def _refuse_other_vocabulary(text: Path, tokenizer: Tokenizer) -> None:
-    """Raise `VocabularyError` if `prepare` used another vocabulary.
-
-    Two vocabularies can share nearly all pieces, so that the text alone does not show it.
-    """
-    store = find_store(text)
-    if store is not None and store.meta.recipe is not None:
-        raise VocabularyError(
-            f"cannot read {text} with the vocabulary {tokenizer.path}: it was prepared with "
-            f"{store.meta.recipe['vocabulary_path']}; pass that as --vocab_path, prepare the text again, or "
-            f"remove {store.path} to look up its pieces in the other vocabulary"
-        )
 
 
 class _PieceLookup(dict[bytes, int]):
@@ -224,8 +368,7 @@ class _PieceLookup(dict[bytes, int]):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__((piece.encode(), index) for index, piece in enumerate(tokenizer.pieces))
-        self.unk_id = tokenizer.unk_id
-        self.unknown = 0
+        self.unk_id, self.unknown = tokenizer.unk_id, 0
         self.examples: list[str] = []
 
     def __missing__(self, piece: bytes) -> int:

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -21,11 +22,8 @@ WORD_MARK = "\u2581"  # SentencePiece writes it in place of a space
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # their ids are 0 to 3
 MASK_PIECE = "[MASK]"
 
-# Kinds of pieces, for masking whole words.
-SPECIAL = 0
-STARTS_WORD = 1
-CONTINUES_WORD = 2
-PUNCTUATION = 3
+ROLES = ("pad", "bos", "eos", "unk")  # what SentencePiece calls them
+SPECIAL, STARTS_WORD, CONTINUES_WORD, PUNCTUATION = range(4)  # kinds of pieces, for masking of words
 
 # SentencePiece drops training sentences above 4192 bytes; longer ones are split below that.
 MAX_SENTENCE_BYTES = 4000
@@ -56,21 +54,21 @@ class Tokenizer:
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise VocabularyError(
-                f"cannot read the vocabulary {self.path}: {error.strerror}; check --vocab_path"
-            ) from error
+            what = f"cannot read the vocabulary {self.path}"
+            raise VocabularyError(f"{what}: {error.strerror}; check --vocab_path") from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        if not model:
-            raise VocabularyError(f"{self.path} is not a SentencePiece model: it is empty; fetch it again")
         try:
+            if not model:
+                raise ValueError("no model")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             ids = list(range(self._processor.get_piece_size()))
             self.pieces: list[str] = self._processor.id_to_piece(ids)
             if not np.isfinite(self._processor.get_score(ids)).all():
                 raise ValueError("scores that are no numbers")
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            why = "it cannot be parsed or is damaged" if model else "it is empty"
             raise VocabularyError(
-                f"{self.path} is not a SentencePiece model: it cannot be parsed or is damaged; fetch it again"
+                f"{self.path} is not a SentencePiece model: {why}; fetch it again"
             ) from error
         if tuple(self.pieces[:4]) != SPECIAL_PIECES:
             raise VocabularyError(
@@ -87,7 +85,7 @@ class Tokenizer:
         self.piece_to_id = {piece: index for index, piece in enumerate(self.pieces)}
         self.pad_id, self.cls_id, self.sep_id, self.unk_id = range(4)
         self.mask_id = self.piece_to_id[MASK_PIECE]
-        self.special_ids = frozenset((self.pad_id, self.cls_id, self.sep_id, self.unk_id, self.mask_id))
+        self.special_ids = frozenset((*range(4), self.mask_id))
 
     def __len__(self) -> int:
         """Return the number of pieces."""
@@ -129,11 +127,10 @@ class Tokenizer:
         """
         kinds = np.full(len(self.pieces), CONTINUES_WORD, dtype=np.int8)
         for index, piece in enumerate(self.pieces):
-            starts_word = piece[0] == WORD_MARK
-            body = piece[1:] if starts_word else piece
+            body = piece.removeprefix(WORD_MARK)
             if body and not body.isalnum() and all(map(_is_punctuation, body)):
                 kinds[index] = PUNCTUATION
-            elif starts_word:
+            elif piece.startswith(WORD_MARK):
                 kinds[index] = STARTS_WORD
         kinds[list(self.special_ids)] = SPECIAL
         return kinds
@@ -150,69 +147,50 @@ def train_vocabulary(sentences: Iterable[str], size: int, character_coverage: fl
     pass a sample of a large text. The pieces cover printable ASCII, and at least the share
     `character_coverage` of the characters of the sentences; rarer characters become [UNK].
 
-    Raises `VocabularyError` if the text does not suit the size, and whatever `sentences` raises.
+    Raises `VocabularyError` if the text does not suit the size.
     """
+    failure = f"cannot train a vocabulary of {size} pieces"
     if size <= len(SPECIAL_PIECES):
-        raise VocabularyError(
-            f"cannot train a vocabulary of {size} pieces: it is too small; pass some thousands"
-        )
-    reading_errors: list[Exception] = []
+        raise VocabularyError(f"{failure}: it is too small; pass some thousands")
+    special: dict[str, Any] = {f"{role}_id": index for index, role in enumerate(ROLES)}
+    special |= {f"{role}_piece": piece for role, piece in zip(ROLES, SPECIAL_PIECES, strict=True)}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_short_sentences(sentences, reading_errors),
+            sentence_iterator=_split_sentences(sentences),
             model_writer=model,
             model_type="unigram",
             vocab_size=size,
             character_coverage=character_coverage,
             required_chars=PRINTABLE,
             normalization_rule_name="nmt_nfkc",
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            pad_piece="[PAD]",
-            bos_piece="[CLS]",
-            eos_piece="[SEP]",
-            unk_piece="[UNK]",
             num_threads=TRAINING_THREADS,
             minloglevel=2,
+            **special,
         )
     except RuntimeError as error:
-        if reading_errors:
-            raise reading_errors[0] from None
-        raise VocabularyError(_explain_training_error(str(error), size)) from error
+        raise VocabularyError(f"{failure}: {_explain_training_error(str(error))}") from error
     return model.getvalue()
 
 
-def _explain_training_error(message: str, size: int) -> str:
-    """Return the message for an error of SentencePiece."""
-    start = f"cannot train a vocabulary of {size} pieces"
+def _explain_training_error(message: str) -> str:
+    """Return why SentencePiece raised an error, and what to do."""
     if "Vocabulary size too high" in message:
         limit = message.rpartition("<=")[2].strip(" .")
-        return f"{start}: there is too little text for more than {limit}; pass a smaller number"
+        return f"there is too little text for more than {limit}; pass a smaller number"
     if "smaller than required_chars" in message:
-        return (
-            f"{start}: the text has more different characters; pass a larger number, "
-            "or --character_coverage 0.9995 to leave out rare characters"
-        )
+        advice = "pass a larger number, or --character_coverage 0.9995 to leave out rare characters"
+        return f"the text has more different characters; {advice}"
     if "sentences_.empty()" in message:
-        return f"{start}: there is no text; check the input"
-    return f"{start}: {message}; pass another number"
+        return "there is no text; check the input"
+    return f"{message}; pass another number"
 
 
-def _short_sentences(sentences: Iterable[str], errors: list[Exception]) -> Iterator[str]:
-    """Yield the sentences, changed to suit SentencePiece; record an error in `errors`.
-
-    They are split. Characters for which SentencePiece drops a sentence become spaces.
-    """
-    try:
-        for sentence in sentences:
-            for short in split_at_spaces(sentence.translate(DROPPING).encode(), MAX_SENTENCE_BYTES):
-                yield short.decode()
-    except Exception as error:
-        errors.append(error)
-        raise
+def _split_sentences(sentences: Iterable[str]) -> Iterator[str]:
+    """Yield the sentences, split, with spaces for characters for which SentencePiece drops a sentence."""
+    for sentence in sentences:
+        for part in split_at_spaces(sentence.translate(DROPPING).encode(), MAX_SENTENCE_BYTES):
+            yield part.decode()
 
 
 def split_at_spaces(line: bytes, limit: int) -> list[bytes]:
@@ -221,17 +199,13 @@ def split_at_spaces(line: bytes, limit: int) -> list[bytes]:
     The text is split at spaces, which are dropped, or between characters if there are none. SentencePiece's
     pieces do not cross spaces, so that a split at a space changes no piece.
     """
-    strings = []
-    start = 0
+    strings, start = [], 0
     while len(line) - start > limit:
-        end = line.rfind(b" ", start + 1, start + limit + 1)
-        following = end + 1
-        if end < 0:
-            end = following = find_character_boundary(line, start + limit)
+        space = line.rfind(b" ", start + 1, start + limit + 1)
+        end = space if space >= 0 else find_character_boundary(line, start + limit)
         strings.append(line[start:end])
-        start = following
-    strings.append(line[start:])
-    return strings
+        start = end + (space >= 0)
+    return [*strings, line[start:]]
 
 
 def find_character_boundary(data: bytes, position: int) -> int:

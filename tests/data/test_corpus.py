@@ -150,7 +150,9 @@ def test_the_error_names_every_address_and_the_destination(server, tmp_path):
     with pytest.raises(DownloadError) as error:
         fetch(download(*urls, content=b"something else"), tmp_path / "file")
     message = str(error.value)
-    for url, reason in zip(urls, ("refused", "HTTP 403", "ended after 0", "another SHA-256"), strict=True):
+    for url, reason in zip(
+        urls, ("refused", "HTTP Error 403", "ended after 0", "another SHA-256"), strict=True
+    ):
         assert re.search(f"{re.escape(url)}: .*{reason}", message)
     assert f"put the file at {tmp_path / 'file'}" in message
 

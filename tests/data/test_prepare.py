@@ -63,7 +63,8 @@ def test_the_published_output(tmp_path, workers, block_bytes):
     result = prepare(GOLDEN / "input.txt", output, VOCABULARY, 64, workers=workers, block_bytes=block_bytes)
     expected = (GOLDEN / "expected_64.txt").read_bytes()
     assert output.read_bytes() == expected
-    assert (result.lines, result.num_tokens, result.input_bytes) == (75, 4612, 18167)
+    assert (result.meta.lines, result.meta.num_tokens) == (75, 4612)
+    assert result.meta.recipe["input_bytes"] == 18167
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "train.txt.ids"]
     assert find_store(output).meta.text_sha256 == hashlib.sha256(expected).hexdigest()
 
@@ -391,7 +392,7 @@ def test_several_inputs_give_the_same_bytes_for_any_number_of_workers(tmp_path, 
         reading = Reading(has_documents=bool(ranges), block_bytes=block_bytes)
         results = prepare_outputs(sources, outputs, Recipe(VOCABULARY, reading, ranges), 64, workers)
         hashes.add(tuple(hashlib.sha256(output.read_bytes()).hexdigest() for output in outputs))
-        assert [result.lines for result in results] == [
+        assert [result.meta.lines for result in results] == [
             len(open_store(output, TOKENIZER, 62)) for output in outputs
         ]
     assert len(hashes) == 1

@@ -9,8 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from DeBERTa.data.store_file import TRAILER_BYTES
-from DeBERTa.data.token_store import TokenStore, find_store, get_part_name, get_store_path, open_store
+from DeBERTa.data.token_store import (
+    TRAILER_BYTES,
+    TokenStore,
+    find_store,
+    get_part_name,
+    get_store_path,
+    open_store,
+)
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import DamagedStoreError, DataError, VocabularyError
 from DeBERTa.log import set_up_logging
@@ -222,8 +228,8 @@ def test_any_changed_byte_of_a_store_is_found_and_mended(text):
 
 def test_ids_that_change_after_the_start_end_the_run(text, monkeypatch):
     """Blocks beyond those that are verified when the store is opened."""
-    monkeypatch.setattr("DeBERTa.data.store_file.VERIFIED_AT_OPEN", 1)
-    monkeypatch.setattr("DeBERTa.data.store_file.BLOCK_TOKENS", 500)
+    monkeypatch.setattr("DeBERTa.data.token_store.VERIFIED_AT_OPEN", 1)
+    monkeypatch.setattr("DeBERTa.data.token_store.BLOCK_TOKENS", 500)
     store = open_store(text, TOKENIZER, 62)
     expected, path = pieces(store), get_store_path(text)
     store = open_store(text, TOKENIZER, 62)

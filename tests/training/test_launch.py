@@ -19,8 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from DeBERTa.data.files import get_state
-from DeBERTa.data.store_file import get_store_path, write_store
-from DeBERTa.data.token_store import open_store
+from DeBERTa.data.token_store import get_store_path, open_store, write_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.training.failures import Failure
