@@ -27,6 +27,7 @@ NOT_RUN = {
     r"tests/run\.sh": "runs the tests themselves; the gate (.ci/run) is this command",
     r"docs/generate_|benchmarks\.cost": "writes a page of docs/; a test compares it with what it would write",
     r"reference": "needs runs of three seeds; tests/report/test_reference.py compares with such",
+    r"DeBERTa\.doctor": "fails where the machine lacks something; tests/test_doctor.py runs it",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/benchmarks/test_gpu.py runs its parts on a CPU",
     r"^export WORLD_SIZE": "needs two nodes; tests/slow/test_two_nodes.py runs it",
     r"^(docker|kubectl|sky) ": "needs Docker or a cluster; tests/test_cluster.py checks the files",
@@ -35,7 +36,7 @@ NOT_RUN = {
     r"hf:OWNER/NAME|from_pretrained\(OWNER": "stands for any model; tests/hub/test_published.py loads one",
     r"stream\.py": "stands for any program; tests/data/test_sources.py reads standard input",
     r"\bNAME\b": "stands for any preset; tests/test_presets.py reads them all",
-    r"^python -m DeBERTa\.train$|^python prepare_data\.py$": "names the command; without flags it downloads",
+    r"^python (-m DeBERTa\.(train|probe)|prepare_data\.py)$": "names the command alone",
     r"^deberta-": "a console command of the installed package; tests/test_packaging.py runs it",
 }
 # Flags of other programs: pip, torchrun, Slurm, Docker, Kubernetes, TensorBoard, transformers.

@@ -35,7 +35,7 @@ OPTIONAL = {
     "-continue": "huggingface_hub",
 }
 CONFIGS = {"mlm": "deberta_tiny.json", "rtd": "rtd_tiny.json"}
-FLAGS = "--num_training_steps 2 --warmup 1 --dump_interval 2 --train_batch_size 8 --workers 0"
+FLAGS = "--fresh --num_training_steps 2 --warmup 1 --dump_interval 2 --train_batch_size 8 --workers 0"
 SCRIPT = """#!/bin/bash
 [[ " $* " == *" --help"* ]] || set -- "$@" --model_config {config} {flags}
 [[ " $* " == *" --data_dir "* || " $* " == *" --vocab_path "* ]] || export DATA=sample
