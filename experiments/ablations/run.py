@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
     parser.add_argument(
-        "--steps", type=int, default=4000, metavar="N", help="of the arm gdes (default: 4000)"
+        "--steps", type=int, default=6000, metavar="N", help="of the arm gdes (default: 6000)"
     )
     parser.add_argument("--model_config", type=Path, default=default, help="RTD model config")
     parser.add_argument("--results", type=Path, default=results)
