@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from DeBERTa.command import run_command
 from DeBERTa.data.files import open_atomic, raise_storage_errors
-from DeBERTa.errors import ConfigError, DebertaError
+from DeBERTa.errors import ConfigError
 from DeBERTa.flags import FlagParser
-from DeBERTa.log import set_up_logging
 from DeBERTa.report.charts import build_charts
 from DeBERTa.report.health import USUAL, examine
 from DeBERTa.report.page import write_report
@@ -22,36 +22,35 @@ logger = logging.getLogger("DeBERTa.report")  # as a command, __name__ is "__mai
 
 
 def main() -> int:
-    """Write the report, and return the exit status."""
+    """Run the command and return its exit status."""
+    return run_command(report)
+
+
+def report() -> None:
+    """Write the report, and log what is not usual."""
     parser = FlagParser(prog="python -m DeBERTa.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--html", type=Path, help="default: RUN/report.html; of several, comparison.html")
     parser.add_argument("--csv", type=Path, help="write all metrics of all runs to this file, too")
     parser.add_argument("--png", type=Path, help="write the charts to this file, too; needs matplotlib")
-    parser.add_argument(
-        "--reference", action="store_true", help="compare tiny presets with the project's runs"
-    )
-    set_up_logging()
-    try:
-        flags = parser.parse_args()
-        runs = [read_run(path) for path in flags.runs]
-        page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
-        write_report(runs, page)
-        for run in runs if flags.reference else ():
-            for finding in compare_with_reference(run):
-                logger.info("%s: %s: %s %s", run.name, *finding)
-        if flags.csv:
-            write_csv(runs, flags.csv)
-        if flags.png:
-            draw_png(runs, flags.png)
-    except DebertaError as error:
-        logger.error("%s", error)
-        return error.exit_status
+    reference = "compare tiny presets with the project's runs"
+    parser.add_argument("--reference", action="store_true", help=reference)
+    flags = parser.parse_args()
+    runs = [read_run(path) for path in flags.runs]
+    page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    write_report(runs, page)
+    for run in runs if flags.reference else ():
+        for finding in compare_with_reference(run):
+            logger.info("%s: %s: %s %s", run.name, *finding)
+    if flags.csv:
+        write_csv(runs, flags.csv)
+    if flags.png:
+        draw_png(runs, flags.png)
     for run in runs:
-        for finding in (finding for finding in examine(run) if finding.level != USUAL):
-            logger.info("%s: %s: %s. %s", run.name, *finding)
+        for finding in examine(run):
+            if finding.level != USUAL:
+                logger.info("%s: %s: %s. %s", run.name, *finding)
     logger.info("wrote %s", page)
-    return 0
 
 
 def write_csv(runs: list[RunRecord], path: Path) -> None:

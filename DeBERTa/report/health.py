@@ -43,20 +43,17 @@ def examine(run: RunRecord) -> list[Finding]:
     return sorted(found, key=lambda finding: (PROBLEM, NOTE, USUAL).index(finding.level))
 
 
-def estimate_onset(run: RunRecord) -> int:
-    """Return the step until which models at chance are usual.
+def judge_chance(run: RunRecord, who: str, shown: str) -> Finding:
+    """Return the finding for a model at chance.
 
-    It is a rule of thumb: twice the warm-up, at least 2,000 steps, at most half of the run.
+    Until which step that is usual is a rule of thumb: twice the warm-up, at least 2,000 steps, at most half
+    of the run.
     """
     warmup = run.train.get("warmup") or 0
     steps = warmup if warmup >= 1 else warmup * run.total_steps
-    return int(min(max(2 * steps, 2000), run.total_steps / 2))
-
-
-def judge_chance(run: RunRecord, who: str, shown: str) -> Finding:
-    """Return the finding for a model at chance."""
-    until = f"{shown} That is usual until about step {estimate_onset(run):,}."
-    if run.step <= estimate_onset(run):
+    onset = int(min(max(2 * steps, 2000), run.total_steps / 2))
+    until = f"{shown} That is usual until about step {onset:,}."
+    if run.step <= onset:
         return Finding(NOTE, f"{who} is still at chance", until)
     advice = "Look at the learning rate (too high is as bad as too low), the warm-up, and the text."
     return Finding(PROBLEM, f"{who} is at chance", f"{until} {advice}")
@@ -76,9 +73,8 @@ def measure_text(data_dir: str, vocab_path: str) -> tuple[float, float, float] |
     store = find_store(Path(data_dir) / "train.txt", tokenizer.fingerprint)
     if store is None:
         return None
-    shares = np.bincount(store.tokens[:TEXT_TOKENS], minlength=len(tokenizer)) / len(
-        store.tokens[:TEXT_TOKENS]
-    )
+    tokens = store.tokens[:TEXT_TOKENS]
+    shares = np.bincount(tokens, minlength=len(tokenizer)) / len(tokens)
     starts, cut = (float(shares[tokenizer.piece_kinds == k].sum()) for k in (STARTS_WORD, CONTINUES_WORD))
     entropy = -sum(share * math.log(share) for share in shares.tolist() if share)
     # Scripts without spaces have no pieces that start a word.
@@ -145,11 +141,11 @@ def check_discriminator(run: RunRecord) -> Finding | None:
     if get_prefix(run) and (weight == 0 or run.get_last("discriminator_grad_norm") == 0):
         shown = f"Its gradient is 0; --rtd_lambda is {weight:g}. The default is 10, the paper's value 50."
         return Finding(PROBLEM, "The discriminator is not trained", shown)
-    names = ("discriminator_loss", "discriminator_auc", "discriminator_recall")
-    loss, auc, recall = (run.get_last(name, "valid") for name in names)
-    entropy = run.get_last("discriminator_replaced_entropy", "valid")
-    if loss is None or auc is None or recall is None or entropy is None:
+    names = ("loss", "auc", "recall", "replaced_entropy")
+    values = [run.list_values(f"discriminator_{name}", "valid") for name in names]
+    if not all(values):
         return None
+    loss, auc, recall, entropy = (points[-1][1] for points in values)
     shown = f"ROC AUC {auc:.3f}, 0.5 is chance; loss {loss:.3f}, a constant answer has {entropy:.3f}; "
     shown += f"{recall:.1%} of the replaced tokens are found."
     if auc < 0.55 or loss >= entropy:

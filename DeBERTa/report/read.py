@@ -36,13 +36,11 @@ class RunRecord:
     samples: dict[int, dict]
 
     def __post_init__(self) -> None:
-        """Set what all readers need: name, settings of the training command, steps, evaluated splits."""
+        """Set what all readers need: name, settings of the training command, steps."""
         self.name = self.path.resolve().name
         self.train: dict = self.settings.get("train", {})
         self.step: int = max(row["step"] for row in self.rows)
         self.total_steps: int = max(self.train.get("num_training_steps") or 0, self.step, 1)
-        kinds = {row["kind"] for row in self.rows} - {"train", "spike"}
-        self.splits = sorted(kinds, key=lambda kind: (kind != "valid", kind))
 
     def list_values(self, name: str, kind: str = "train") -> Points:
         """Return (step, value) of a metric, without missing values."""
@@ -56,10 +54,10 @@ class RunRecord:
     def list_events(self) -> list[tuple[int, str]]:
         """Return (step, description) of resumes, spikes and skipped updates."""
         events = []
-        for row in (row for row in self.rows if row["kind"] == "spike"):
-            values = (f"{name} {format_number(value)}" for name, value in row.items() if is_number(value))
-            events.append((row["step"], f"spike: {', '.join(values)}"))
-        for before, row in pairwise(self.rows):
+        for before, row in pairwise([{}, *self.rows]):
+            if row["kind"] == "spike":
+                values = (f"{name} {format_number(value)}" for name, value in row.items() if is_number(value))
+                events.append((row["step"], f"spike: {', '.join(values)}"))
             if (pause := measure_pause(before, row)) > PAUSE_SECONDS:
                 events.append((before["step"], f"stopped, and resumed after {format_duration(pause)}"))
         for (_, old), (step, new) in pairwise([(0, 0.0), *self.list_values("skipped_steps")]):
