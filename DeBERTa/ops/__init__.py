@@ -18,10 +18,10 @@ from DeBERTa.errors import ConfigError
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.model.encoder import Encoder, Layer
 from DeBERTa.model.heads import LMHead
-from DeBERTa.ops import cpu, triton
+from DeBERTa.ops import triton
 from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
 from DeBERTa.ops.autocast import AutocastLayer
-from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu import library, modules
 from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
 
 
@@ -34,7 +34,7 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
     attention = _choose_attention(model, device, attention, is_compiled)
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
     if device.type == "cpu":
-        subclasses |= cpu.HEAD_SUBCLASSES if is_compiled else cpu.SUBCLASSES
+        subclasses |= modules.HEAD_SUBCLASSES if is_compiled else modules.SUBCLASSES
     elif is_compiled:
         subclasses[LMHead] = CompiledLMHead
     else:

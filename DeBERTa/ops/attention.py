@@ -35,14 +35,16 @@ def count_block_rows(length: int) -> int:
 
 
 class JointSelfAttention(DisentangledSelfAttention):
-    """Disentangled attention with one matmul for queries, keys and values, and one for the position table."""
+    """Disentangled attention with one matmul for projections of the same input."""
 
     def join_projections(self, *projections: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the concatenated weights and biases, with those of queries scaled."""
-        scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
-        pairs = list(zip(projections, scales, strict=True))
-        weight = torch.cat([p.weight if scale == 1 else p.weight * scale for p, scale in pairs])
-        return weight, torch.cat([p.bias if scale == 1 else p.bias * scale for p, scale in pairs])
+        scaled = [
+            (p.weight * self.scale, p.bias * self.scale) if p is self.query_proj else (p.weight, p.bias)
+            for p in projections
+        ]
+        weights, biases = zip(*scaled, strict=True)
+        return torch.cat(weights), torch.cat(biases)
 
     def project_jointly(
         self, hidden_states: torch.Tensor, positions: RelativePositions | None

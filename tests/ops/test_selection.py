@@ -11,8 +11,8 @@ from DeBERTa.model.pretraining import MaskedLanguageModel
 from DeBERTa.ops import describe_implementations, select_implementations
 from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
 from DeBERTa.ops.autocast import AutocastLayer
-from DeBERTa.ops.cpu import HEAD_SUBCLASSES, SUBCLASSES, library
-from DeBERTa.ops.cpu.modules import CpuSelfAttention
+from DeBERTa.ops.cpu import library
+from DeBERTa.ops.cpu.modules import HEAD_SUBCLASSES, SUBCLASSES, CpuSelfAttention
 from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
 from DeBERTa.training.execution import describe_kernels
 from tests.conftest import tiny_model, tiny_rtd

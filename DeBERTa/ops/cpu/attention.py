@@ -14,7 +14,7 @@ In bfloat16 on processors with AMX a fused kernel uses the same formulas: csrc/a
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -25,13 +25,6 @@ from DeBERTa.ops.dropout import compute_threshold, draw_keep_mask, draw_seed
 
 # Rows of a block: fewer save more of the matmuls, but make them slower (measured for 128, 192, 256 and 512).
 ROWS, FLOAT32_ROWS = 256, 128
-
-
-def iterate_row_blocks(length: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of `rows` rows, and the rows of the table [W, D] that they need."""
-    for first in range(0, length, rows):
-        last = min(first + rows, length)
-        yield slice(first, last), slice(length - last, 2 * length - 1 - first)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -50,28 +43,15 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_table, query_table, input_mask, p):  # noqa: PLR0913  autograd's inputs
         batch, heads, length, size = q.shape
+        inputs = q, k, v, key_table, query_table
         kept = q.new_empty(batch, heads, length, length)
         context = q.new_empty(batch, length, heads, size)
-        ctx.save_for_backward(q, k, v, key_table, query_table, kept, context)
+        ctx.save_for_backward(*inputs, kept, context)
         ctx.p = p
-        seed = draw_seed() if p else 0
-        kernel = _fused("attention", q)
+        seed, mask = draw_seed() if p else 0, input_mask.bool().contiguous()
+        kernel = _find_fused("attention", q)
         if kernel is not None:
-            mask, scale = input_mask.bool().contiguous(), 1 / (1 - p)
-            kernel(
-                q,
-                k,
-                v,
-                key_table,
-                query_table,
-                mask,
-                kept,
-                context,
-                *q.shape,
-                seed,
-                compute_threshold(p),
-                scale,
-            )
+            kernel(*inputs, mask, kept, context, *q.shape, seed, compute_threshold(p), 1 / (1 - p))
             return context
         scores = q.new_empty(heads, length, length)
         c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
@@ -79,7 +59,7 @@ class BlockedAttention(torch.autograd.Function):
             c2p.multiply(q[b])
             p2c.multiply(k[b])
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
-            _probabilities(scores, c2p, p2c, input_mask[b], _Bits(seed, p, b * scores.numel()), kept[b])
+            _write_probabilities(scores, c2p, p2c, mask[b], (seed, p, b * scores.numel()), kept[b])
             torch.mul(torch.bmm(scores, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
         return context
 
@@ -89,160 +69,138 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernel = _fused("attention_gradients", q)
+        kernel = _find_fused("attention_gradients", q)
         if kernel is not None:
-            dtables = [
-                None if table is None else torch.empty_like(table) for table in (key_table, query_table)
-            ]
-            known = (q, k, v, key_table, query_table, kept, context, grad.contiguous())
-            kernel(*known, dq, dk, dv, *dtables, *q.shape, 1 / (1 - ctx.p))
+            tables = (key_table, query_table)
+            dtables = [None if table is None else torch.empty_like(table) for table in tables]
+            kernel(*ctx.saved_tensors, grad.contiguous(), dq, dk, dv, *dtables, *q.shape, 1 / (1 - ctx.p))
             return dq, dk, dv, *dtables, None, None
-        c2p, p2c = _PositionGradient(key_table, length), _PositionGradient(query_table, length)
+        c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
         dscores, dropped = (q.new_empty(heads, length, length) for _ in range(2))
         for b in range(batch):
-            inner = (context[b] * grad[b]).sum(-1).t().to(_sum_dtype(q)).contiguous()
+            inner = (context[b] * grad[b]).sum(-1).t()
+            inner = inner.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
             dcontext = torch.mul(grad[b].transpose(0, 1), 1 / (1 - ctx.p)).contiguous()
             torch.bmm(dcontext, v[b].transpose(1, 2), out=dscores)
-            _score_gradients(kept[b], dscores, inner, c2p, p2c, dropped)
+            _write_score_gradients(kept[b], dscores, inner, c2p, p2c, dropped)
             torch.bmm(dropped.transpose(1, 2), dcontext, out=dv[b])
             torch.bmm(dscores, k[b], out=dq[b])
             torch.bmm(dscores.transpose(1, 2), q[b], out=dk[b])
-            c2p.add(q[b], dq[b])
-            p2c.add(k[b], dk[b])
+            c2p.add_gradients(q[b], dq[b])
+            p2c.add_gradients(k[b], dk[b])
         return dq, dk, dv, c2p.sum_table(), p2c.sum_table(), None, None
 
 
-def _fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
+def _find_fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
     """Return the fused attention kernel if L and D are multiples of 32, else None."""
     return library.find_kernel(name, q) if q.size(2) % 32 == 0 and q.size(3) % 32 == 0 else None
 
 
-class _Blocks:
-    """Memory for a position term of one sequence, in blocks of rows.
+class _PositionTerm:
+    """Scores of a position term of one sequence, or their gradients, in blocks of rows.
 
-    There are no blocks without a `table` [H, W, D]. `buffer` holds the blocks in sequence, each contiguous
-    [H, T, L + T - 1].
+    There are no blocks without a `table` [H, W, D]. `buffer` holds them in sequence, each contiguous
+    [H, T, L + T - 1]. For gradients, they are zero outside of the view by distance.
     """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
-        self.table, self.length = table, length
-        self.most = _block_rows(table)
-        self.buffer: torch.Tensor | None = None
+        self.table, self.buffer = table, None
         self.rows: list[slice] = []
-        self.tables: list[torch.Tensor] = []  # of the table
+        self.table_rows: list[slice] = []  # that a block needs
+        self.parts: list[torch.Tensor] = []  # of the table, these rows
         self.blocks: list[torch.Tensor] = []
-        if table is not None:
-            self.rows, columns = (
-                list(slices) for slices in zip(*iterate_row_blocks(length, self.most), strict=True)
-            )
-            self.tables = [table[:, part] for part in columns]
-            shapes = [
-                (len(table), r.stop - r.start, p.size(1)) for r, p in zip(self.rows, self.tables, strict=True)
-            ]
-            sizes = [math.prod(shape) for shape in shapes]
-            self.buffer = table.new_empty(sum(sizes))
-            self.blocks = [b.view(shape) for b, shape in zip(self.buffer.split(sizes), shapes, strict=True)]
+        if table is None:
+            return
+        for first in range(0, length, size := _count_rows(table)):
+            last = min(first + size, length)
+            self.rows.append(slice(first, last))
+            self.table_rows.append(slice(length - last, 2 * length - 1 - first))
+        self.parts = [table[:, rows] for rows in self.table_rows]
+        shapes = [
+            (len(table), r.stop - r.start, x.size(1)) for r, x in zip(self.rows, self.parts, strict=True)
+        ]
+        sizes = list(map(math.prod, shapes))
+        self.buffer = table.new_zeros(sum(sizes))
+        self.blocks = [x.view(shape) for x, shape in zip(self.buffer.split(sizes), shapes, strict=True)]
+
+    @cached_property
+    def tables(self) -> list[torch.Tensor]:
+        """Return the parts of the table, contiguous: made once for all sequences."""
+        return [part.contiguous() for part in self.parts]
+
+    @cached_property
+    def transposed(self) -> list[torch.Tensor]:
+        """Return the parts of the table as contiguous columns."""
+        return [part.transpose(1, 2).contiguous() for part in self.parts]
+
+    @cached_property
+    def grad_tables(self) -> list[torch.Tensor]:
+        """Return the sums of the gradients of `tables`."""
+        return [torch.zeros_like(table) for table in self.tables]
 
     def iterate_views(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the rows of each block and their scores, [H, T, L]."""
-        return (
-            (rows, view_distances(b, int(b.storage_offset())))
-            for rows, b in zip(self.rows, self.blocks, strict=True)
-        )
-
-
-class _PositionTerm(_Blocks):
-    """Matmul of queries or keys with their table, in blocks of rows."""
-
-    def __init__(self, table: torch.Tensor | None, length: int) -> None:
-        super().__init__(table, length)
-        self.tables = [part.transpose(1, 2).contiguous() for part in self.tables]  # once for all sequences
+        for rows, block in zip(self.rows, self.blocks, strict=True):
+            yield rows, view_distances(block, int(block.storage_offset()))
 
     def multiply(self, x: torch.Tensor) -> None:
-        """Fill the blocks for `x` [H, L, D]."""
-        for rows, part, block in zip(self.rows, self.tables, self.blocks, strict=True):
-            torch.bmm(x[:, rows], part, out=block)
+        """Write the scores of `x` [H, L, D]."""
+        for rows, table, block in zip(self.rows, self.transposed, self.blocks, strict=True):
+            torch.bmm(x[:, rows], table, out=block)
 
-
-class _PositionGradient(_Blocks):
-    """Gradients of a position term, in blocks of rows.
-
-    Blocks are zero outside of the view by distance.
-    """
-
-    def __init__(self, table: torch.Tensor | None, length: int) -> None:
-        super().__init__(table, length)
-        self.tables = [part.contiguous() for part in self.tables]
-        self.grad_tables = [torch.zeros_like(part) for part in self.tables]
-        if self.buffer is not None:
-            self.buffer.zero_()
-
-    def add(self, x: torch.Tensor, dx: torch.Tensor) -> None:
+    def add_gradients(self, x: torch.Tensor, dx: torch.Tensor) -> None:
         """Add the gradient of `x` [H, L, D] to `dx`, and that of the table to its sum."""
-        for rows, part, grad_part, block in zip(
-            self.rows, self.tables, self.grad_tables, self.blocks, strict=True
-        ):
-            dx[:, rows] += torch.bmm(block, part)
-            torch.baddbmm(grad_part, block.transpose(1, 2), x[:, rows], out=grad_part)
+        parts = zip(self.rows, self.tables, self.grad_tables, self.blocks, strict=True)
+        for rows, table, grad_table, block in parts:
+            dx[:, rows] += torch.bmm(block, table)
+            torch.baddbmm(grad_table, block.transpose(1, 2), x[:, rows], out=grad_table)
 
     def sum_table(self) -> torch.Tensor | None:
         """Return the gradient of the table, [H, W, D]."""
         if self.table is None:
             return None
         full = torch.zeros_like(self.table)
-        for (_, columns), grad_part in zip(
-            iterate_row_blocks(self.length, self.most), self.grad_tables, strict=True
-        ):
-            full[:, columns] += grad_part
+        for rows, grad_table in zip(self.table_rows, self.grad_tables, strict=True):
+            full[:, rows] += grad_table
         return full
 
 
-class _Bits(NamedTuple):
-    """Random bits of a dropout mask for `seed`, starting at element `first`."""
-
-    seed: int
-    p: float
-    first: int
-
-
-def _probabilities(
+def _write_probabilities(
     scores: torch.Tensor,
     c2p: _PositionTerm,
     p2c: _PositionTerm,
-    input_mask: torch.Tensor,
-    bits: _Bits,
+    mask: torch.Tensor,
+    dropout: tuple[int, float, int],
     kept: torch.Tensor,
 ) -> None:
     """Write the softmax of `scores` [H, L, L] and both terms to `scores`.
 
     Padded keys are excluded, and dropped elements are zero. `kept` receives the same probabilities, negated
-    instead of zeroed where dropped.
+    instead of zeroed where dropped. dropout: seed, probability, and the index of the first element.
     """
+    seed, p, first = dropout
     kernel = library.find_kernel("probabilities", scores)
     if kernel is not None:
-        mask = input_mask.bool().contiguous()
-        sizes = (*scores.shape[:2], _block_rows(scores))
-        threshold = compute_threshold(bits.p)
-        kernel(scores, kept, c2p.buffer, p2c.buffer, mask, *sizes, bits.seed, bits.first, threshold)
+        sizes = (*scores.shape[:2], _count_rows(scores))
+        kernel(scores, kept, c2p.buffer, p2c.buffer, mask, *sizes, seed, first, compute_threshold(p))
         return
     for rows, term in c2p.iterate_views():
         scores[:, rows] += term
     for rows, term in p2c.iterate_views():
         scores[:, :, rows] += term.transpose(1, 2).contiguous()  # adding the view takes three times as long
-    scores.masked_fill_(~input_mask, torch.finfo(scores.dtype).min)
-    torch.softmax(scores, dim=-1, out=kept).mul_(input_mask[:, None])
-    if bits.p:
-        mask = draw_keep_mask(kept.shape, bits.seed, bits.p, bits.first)
-        kept.mul_(mask.to(kept.dtype).mul_(2).sub_(1))
+    scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    torch.softmax(scores, dim=-1, out=kept).mul_(mask[:, None])
+    if p:
+        kept.mul_(draw_keep_mask(kept.shape, seed, p, first).to(kept.dtype).mul_(2).sub_(1))
     torch.clamp(kept, min=0, out=scores)
 
 
-def _score_gradients(
+def _write_score_gradients(
     kept: torch.Tensor,
     gradients: torch.Tensor,
     inner: torch.Tensor,
-    c2p: _PositionGradient,
-    p2c: _PositionGradient,
+    c2p: _PositionTerm,
+    p2c: _PositionTerm,
     dropped: torch.Tensor,
 ) -> None:
     """Turn gradients of the probabilities into those of the scores, in place.
@@ -253,8 +211,8 @@ def _score_gradients(
     """
     kernel = library.find_kernel("score_gradients", gradients)
     if kernel is not None:
-        heads, length, _ = kept.shape
-        kernel(kept, gradients, dropped, c2p.buffer, p2c.buffer, inner, heads, length, _block_rows(kept))
+        sizes = (*kept.shape[:2], _count_rows(kept))
+        kernel(kept, gradients, dropped, c2p.buffer, p2c.buffer, inner, *sizes)
         return
     torch.clamp(kept, min=0, out=dropped)
     gradients.mul_(dropped).sub_(kept.abs().mul_(inner[:, :, None]))
@@ -264,11 +222,6 @@ def _score_gradients(
         term.copy_(gradients[:, :, rows].transpose(1, 2))
 
 
-def _block_rows(x: torch.Tensor | None) -> int:
+def _count_rows(x: torch.Tensor) -> int:
     """Return the number of rows of a block."""
-    return FLOAT32_ROWS if x is not None and x.dtype == torch.float32 else ROWS
-
-
-def _sum_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype of sums."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return FLOAT32_ROWS if x.dtype == torch.float32 else ROWS

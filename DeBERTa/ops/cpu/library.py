@@ -47,7 +47,7 @@ COMPILE_SECONDS = 120  # at most, each; it takes 3 on an idle machine
 COUNT, SEED, REAL = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 FLOAT, LONG = torch.float32, torch.int64
 # Arguments: tensors by dtype (0 and 1 stand for those of the tensors passed to `find_kernel`), and numbers.
-SIGNATURES: dict[str, list[object]] = {
+ELEMENTWISE_KERNELS: dict[str, list[object]] = {
     "probabilities": [0, 0, 0, 0, torch.bool, COUNT, COUNT, COUNT, SEED, COUNT, COUNT],
     "score_gradients": [0, 0, 0, 0, 0, FLOAT, COUNT, COUNT, COUNT],
     "dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
@@ -55,6 +55,8 @@ SIGNATURES: dict[str, list[object]] = {
     "chunk_gradients": [0, FLOAT, FLOAT, LONG, FLOAT, FLOAT, COUNT, COUNT],
     "gelu_gradients": [0, 0, COUNT],
     "transposed": [0, torch.bfloat16, FLOAT, COUNT, COUNT],
+}
+TILE_KERNELS: dict[str, list[object]] = {
     "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
     "attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
     "affine": [0, 1, 1, 0, COUNT, COUNT, COUNT],
@@ -62,14 +64,7 @@ SIGNATURES: dict[str, list[object]] = {
     "feed_forward": [0, 1, 1, 1, 1, 0, COUNT, COUNT, COUNT],
     "feed_forward_gradients": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, COUNT, COUNT, COUNT],
 }
-TILE_KERNELS = (
-    "attention",
-    "attention_gradients",
-    "affine",
-    "affine_gradients",
-    "feed_forward",
-    "feed_forward_gradients",
-)
+SIGNATURES = ELEMENTWISE_KERNELS | TILE_KERNELS
 
 
 def find_kernel(name: str, *typed: torch.Tensor) -> Callable[..., None] | None:
@@ -106,16 +101,12 @@ def _find(library: ctypes.CDLL, name: str, dtypes: tuple[torch.dtype, ...]) -> C
     function.argtypes, function.restype = [*types, ctypes.c_int], None
 
     def kernel(*arguments: torch.Tensor | float | None) -> None:
-        values: list[object] = []
-        for number, (value, kind) in enumerate(zip(arguments, expected, strict=True), start=1):
-            if isinstance(value, torch.Tensor):
-                if value.dtype != kind or not value.is_cpu or not value.is_contiguous():
-                    raise TypeError(
-                        f"argument {number} of kernel {name}: not a contiguous {kind} tensor on the CPU"
-                    )
-                values.append(value.data_ptr())
-            else:
-                values.append(value)
+        for number, (x, kind) in enumerate(zip(arguments, expected, strict=True), start=1):
+            if isinstance(x, torch.Tensor) and not (x.dtype == kind and x.is_cpu and x.is_contiguous()):
+                raise TypeError(
+                    f"argument {number} of kernel {name}: not a contiguous {kind} tensor on the CPU"
+                )
+        values = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
         function(*values, torch.get_num_threads())
 
     return kernel

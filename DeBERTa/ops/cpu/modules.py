@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from DeBERTa.model.attention import DisentangledSelfAttention, Keys, RelativePositions
 from DeBERTa.model.encoder import AddNorm, Layer
 from DeBERTa.model.heads import LMHead
+from DeBERTa.ops.attention import JointSelfAttention
 from DeBERTa.ops.cpu.attention import BlockedAttention
 from DeBERTa.ops.cpu.dropout import add_dropout
-from DeBERTa.ops.cpu.feed_forward import FeedForward
-from DeBERTa.ops.cpu.linear import apply_linear
+from DeBERTa.ops.cpu.linear import FeedForward, apply_linear
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
 
@@ -59,11 +59,8 @@ class CpuLayer(Layer):
         return output.add(FeedForward.apply(x, *weights, self.intermediate.activation), x)
 
 
-class CpuSelfAttention(DisentangledSelfAttention):
-    """Attention with one matmul for queries, keys and values.
-
-    Attention is computed one sequence at a time.
-    """
+class CpuSelfAttention(JointSelfAttention):
+    """Attention with one matmul for queries, keys and values, computed one sequence at a time."""
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
@@ -81,12 +78,8 @@ class CpuSelfAttention(DisentangledSelfAttention):
 
     def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
         """Return [B, H, L, D] of `x` [B, L, h] per projection, with queries scaled."""
-        scales = [self.scale if projection is self.query_proj else 1.0 for projection in projections]
-        weight = torch.cat([p.weight * scale for p, scale in zip(projections, scales, strict=True)])
-        bias = torch.cat([p.bias * scale for p, scale in zip(projections, scales, strict=True)])
-        joined = apply_linear(x, weight, bias).unflatten(
-            -1, (len(projections), self.num_heads, self.head_size)
-        )
+        shape = (len(projections), self.num_heads, self.head_size)
+        joined = apply_linear(x, *self.join_projections(*projections)).unflatten(-1, shape)
         return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
 
     def project_queries(self, query_states: torch.Tensor) -> torch.Tensor:
@@ -116,3 +109,13 @@ class CpuLMHead(LMHead):
     """LM head whose passes over a chunk of logits are kernels."""
 
     operations = CpuChunkOperations()
+
+
+HEAD_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {LMHead: CpuLMHead}
+SUBCLASSES = HEAD_SUBCLASSES | {
+    AddNorm: CpuAddNorm,
+    DisentangledSelfAttention: CpuSelfAttention,
+    Layer: CpuLayer,
+    nn.Dropout: CpuDropout,
+    nn.Linear: CpuLinear,
+}

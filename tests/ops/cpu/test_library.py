@@ -14,8 +14,7 @@ from DeBERTa.model.losses import compute_vocabulary_loss
 from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.attention import BlockedAttention
 from DeBERTa.ops.cpu.dropout import add_dropout
-from DeBERTa.ops.cpu.feed_forward import FeedForward
-from DeBERTa.ops.cpu.linear import apply_linear
+from DeBERTa.ops.cpu.linear import FeedForward, apply_linear
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 from DeBERTa.ops.dropout import draw_keep_mask, draw_seed
 from tests.conftest import set_threads

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Where a position term lies: rows in blocks of `rows`, see `_Blocks` in blocked_attention.py.
+// Where a position term lies: rows in blocks of `rows`, see `_PositionTerm` in attention.py.
 struct Blocks {
     int64_t heads, length, rows;
 
