@@ -1,6 +1,5 @@
 """Show which tokens of a text look replaced: `python -m DeBERTa.detect DIR TEXT`."""
 
-import argparse
 import html
 import sys
 from collections.abc import Sequence
@@ -9,48 +8,39 @@ from pathlib import Path
 from DeBERTa.command import run_command
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.flags import FlagParser
-from DeBERTa.hub.inference import TokenProbability, detect_replaced, open_detector
-
-RESET = "\x1b[0m"
+from DeBERTa.hub.inference import TokenProbability, detect_replaced, open_model
+from DeBERTa.model.pretraining import ReplacedTokenDetectionModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(lambda: show_tokens(parse_arguments(argv)))
+    return run_command(lambda: show_tokens(argv))
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags."""
+def show_tokens(argv: Sequence[str] | None) -> None:
+    """Print every token with the probability that it was replaced."""
     parser = FlagParser(
         prog="python -m DeBERTa.detect", description="Show which tokens of a text look replaced."
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="model directory: RUN/discriminator")
     parser.add_argument("text", metavar="TEXT", help="the text")
     parser.add_argument("--html", action="store_true", help="print a page instead of lines")
-    return parser.parse_args(argv)
-
-
-def show_tokens(arguments: argparse.Namespace) -> None:
-    """Print every token with the probability that it was replaced."""
-    tokens = detect_replaced(*open_detector(arguments.model), arguments.text)
+    arguments = parser.parse_args(argv)
+    tokens = detect_replaced(*open_model(arguments.model, ReplacedTokenDetectionModel), arguments.text)
     sys.stdout.write(format_page(tokens) if arguments.html else format_lines(tokens, sys.stdout.isatty()))
 
 
 def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
     """Return a line per token, on a terminal colored from black to red, and the text in these colors."""
-    lines = []
+    lines, colored = [], ""
     for piece, probability in tokens:
         text = piece.replace(WORD_MARK, " ")
-        lines.append(f"{probability:7.2%}  {_color(text, probability) if is_terminal else text}")
-    if is_terminal:
-        lines.append("".join(_color(piece.replace(WORD_MARK, " "), p) for piece, p in tokens))
-    return "\n".join(lines) + "\n"
-
-
-def _color(text: str, probability: float) -> str:
-    """Return `text` on a background that is the redder the more probable its replacement."""
-    red = round(probability * 5)  # of the 6 x 6 x 6 colors of a terminal
-    return f"\x1b[48;5;{16 + 36 * red}m\x1b[97m{text}{RESET}"
+        if is_terminal:
+            red = round(probability * 5)  # of the 6 x 6 x 6 colors of a terminal
+            text = f"\x1b[48;5;{16 + 36 * red}m\x1b[97m{text}\x1b[0m"
+        lines.append(f"{probability:7.2%}  {text}")
+        colored += text
+    return "\n".join([*lines, colored] if is_terminal else lines) + "\n"
 
 
 def format_page(tokens: list[TokenProbability]) -> str:

@@ -1,6 +1,5 @@
 """Predict masked tokens: `python -m DeBERTa.fill_mask DIR "The capital of France is [MASK]."`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +7,17 @@ from pathlib import Path
 from DeBERTa.command import run_command
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.flags import FlagParser
-from DeBERTa.hub.inference import TokenProbability, fill_masks, open_masked_lm
+from DeBERTa.hub.inference import fill_masks, open_model
+from DeBERTa.model.pretraining import MaskedLanguageModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(lambda: show_predictions(parse_arguments(argv)))
+    return run_command(lambda: show_predictions(argv))
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags."""
+def show_predictions(argv: Sequence[str] | None) -> None:
+    """Print the most probable tokens of every mask, one per line."""
     parser = FlagParser(
         prog="python -m DeBERTa.fill_mask", description="Predict the [MASK] tokens of a text."
     )
@@ -29,21 +29,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.top_k < 1:
         parser.error(f"--top_k must be at least 1, not {arguments.top_k}")
-    return arguments
-
-
-def show_predictions(arguments: argparse.Namespace) -> None:
-    """Print the most probable tokens of every mask, one per line."""
-    model, encoder = open_masked_lm(arguments.model)
+    model, encoder = open_model(arguments.model, MaskedLanguageModel)
     blocks = fill_masks(model, encoder, arguments.text, arguments.top_k)
-    sys.stdout.write("\n\n".join(map(format_lines, blocks)) + "\n")
-
-
-def format_lines(predictions: list[TokenProbability]) -> str:
-    """Return a line per prediction."""
-    return "\n".join(
-        f"{probability:7.2%}  {piece.replace(WORD_MARK, ' ')}" for piece, probability in predictions
+    lines = (
+        "\n".join(f"{probability:7.2%}  {piece.replace(WORD_MARK, ' ')}" for piece, probability in block)
+        for block in blocks
     )
+    sys.stdout.write("\n\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

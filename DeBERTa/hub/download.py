@@ -24,24 +24,8 @@ REVISIONS = {
 def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
     """Return the first of the files `names` that a model on the hub has, fetched if needed.
 
-    Raises `DownloadError`, which ends with `hint`, if it has none of them or cannot be reached.
-    """
-    failures = []
-    for name in names:
-        try:
-            path = find_on_hub(reference, name, hint)
-        except DownloadError as error:  # offline, the cache may still have the next one
-            failures.append(error)
-            continue
-        if path is not None:
-            return path
-    raise failures[0] if failures else DownloadError(f"{reference} has no {' and no '.join(names)}; {hint}")
-
-
-def find_on_hub(reference: str, name: str, hint: str) -> Path | None:
-    """Return a file of a model on the hub, fetched if needed, or None if the model does not have it.
-
-    Raises `DownloadError` if the hub or its cache cannot tell, or if the file is damaged.
+    Raises `DownloadError`, which ends with `hint`, if it has none of them, if the hub or its cache cannot
+    tell, or if the file is damaged.
     """
     repository, _, revision = reference.removeprefix(HUB).partition("@")
     revision = revision or REVISIONS.get(repository, "main")
@@ -50,20 +34,26 @@ def find_on_hub(reference: str, name: str, hint: str) -> Path | None:
         from huggingface_hub import errors
     except ImportError:
         raise DownloadError(
-            f"cannot fetch {name} of {reference}: the package huggingface_hub is missing; "
+            f"cannot fetch {names[0]} of {reference}: the package huggingface_hub is missing; "
             f"pip install huggingface_hub, or {hint}"
         ) from None
-    try:
-        path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-    except errors.LocalEntryNotFoundError as error:  # no answer, and not in the cache
-        raise DownloadError(_describe(reference, name, error.__cause__ or error, hint)) from None
-    except errors.EntryNotFoundError:
-        return None
-    # Not OSError alone: the HTTP client, and so its errors, differ between versions of the package.
-    except Exception as error:
-        raise DownloadError(_describe(reference, name, error, hint)) from None
-    check_hash(path, f"{name} of {reference}")
-    return path
+    failures = []  # offline, the cache may still have the next one
+    for name in names:
+        file = f"{name} of {reference}"
+        try:
+            path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            check_hash(path, file)
+            return path
+        except DownloadError as error:
+            failures.append(str(error))
+        except errors.LocalEntryNotFoundError as error:  # no answer, and not in the cache
+            failures.append(_describe(file, error.__cause__ or error, hint))
+        except errors.EntryNotFoundError:
+            continue
+        # Not OSError alone: the HTTP client, and so its errors, differ between versions of the package.
+        except Exception as error:
+            failures.append(_describe(file, error, hint))
+    raise DownloadError(failures[0] if failures else f"{reference} has no {' and no '.join(names)}; {hint}")
 
 
 def check_hash(path: Path, description: str) -> None:
@@ -78,7 +68,7 @@ def check_hash(path: Path, description: str) -> None:
         )
 
 
-def _describe(reference: str, name: str, error: BaseException, hint: str) -> str:
+def _describe(file: str, error: BaseException, hint: str) -> str:
     """Return the message for an error of the hub's package."""
     from huggingface_hub import constants, errors
 
@@ -93,4 +83,4 @@ def _describe(reference: str, name: str, error: BaseException, hint: str) -> str
     else:
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         advice = f"check the connection to {constants.ENDPOINT} (HF_ENDPOINT)"
-    return f"cannot fetch {name} of {reference}: {reason.rstrip('.')}; {advice}, or {hint}"
+    return f"cannot fetch {file}: {reason.rstrip('.')}; {advice}, or {hint}"

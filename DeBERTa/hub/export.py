@@ -16,9 +16,8 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +36,7 @@ MODELING = Path(__file__).parent / "modeling"
 OPTIONAL_FILES = {"curves.svg", "model.onnx", "model.onnx.data"}
 
 
-@dataclass(frozen=True)
-class ExportedModel:
+class ExportedModel(NamedTuple):
     """One model of a run: its config, its weights, and the class of its head for transformers."""
 
     name: str
@@ -46,11 +44,6 @@ class ExportedModel:
     weights: StateDict
     auto_class: str
     head_class: str
-
-    @property
-    def module(self) -> str:
-        """Return the name of the modeling file."""
-        return self.head_class.partition(".")[0]
 
 
 def list_models(model: MaskedLanguageModel | RTDModel) -> list[ExportedModel]:
@@ -64,12 +57,6 @@ def list_models(model: MaskedLanguageModel | RTDModel) -> list[ExportedModel]:
         ExportedModel("generator", config.generator, model.generator.state_dict(), *masked_lm),
         ExportedModel("discriminator", config.discriminator, model.merge_discriminator(), *replaced),
     ]
-
-
-def check_heads(config: ModelConfig) -> None:
-    """Raise `ConfigError` for heads that transformers cannot represent."""
-    if problem := config.describe_unusual_heads():
-        raise ConfigError(f"cannot export to transformers, which has no such model: {problem}")
 
 
 def build_config(model: ExportedModel) -> dict[str, Any]:
@@ -101,36 +88,30 @@ def write_model(
     Raises `ConfigError` or `VocabularyError` where transformers has no such model or vocabulary, and
     `OSError` when the directory cannot be written.
     """
-    check_heads(model.config)
+    if problem := model.config.describe_unusual_heads():
+        raise ConfigError(f"cannot export to transformers, which has no such model: {problem}")
     config, max_length = build_config(model), model.config.max_position_embeddings
-    tokenizer_json = build_tokenizer_json(tokenizer)
+    tokenizer_json, modeling = build_tokenizer_json(tokenizer), f"{model.head_class.partition('.')[0]}.py"
     texts = {
         "config.json": _to_json(config),
         "tokenizer.json": json.dumps(tokenizer_json, ensure_ascii=False),
         "tokenizer_config.json": _to_json(build_tokenizer_config(max_length)),
-        f"{model.module}.py": (MODELING / f"{model.module}.py").read_text(),
+        modeling: (MODELING / modeling).read_text(),
         "README.md": format_card(model.name, config, run),
     }
     if run:
         texts["curves.svg"] = draw_curves(run)
     with replace_directory(directory) as temporary:
-        _write_files(temporary, model, tokenizer.path, texts)
+        _write_files(temporary, {"model.safetensors": model.weights}, tokenizer.path, texts)
         if has_onnx:
             write_encoder(model.weights, model.config, temporary / "model.onnx")
 
 
 def write_plain_model(model: ExportedModel, directory: Path, vocabulary: Path) -> None:
     """Write a model that transformers does not have: weights, config and vocabulary for this package."""
+    texts = {"config.json": _to_json(model.config.to_dict())}
     with replace_directory(directory) as temporary:
-        _write_files(temporary, model, vocabulary, {"config.json": _to_json(model.config.to_dict())})
-
-
-def _write_files(folder: Path, model: ExportedModel, vocabulary: Path, texts: dict[str, str]) -> None:
-    write_tensors(_to_host(model.weights), folder / "model.safetensors")
-    shutil.copyfile(vocabulary, folder / "spm.model")
-    for name, text in texts.items():
-        with name_file(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+        _write_files(temporary, {"model.safetensors": model.weights}, vocabulary, texts)
 
 
 def write_published(model: MaskedLanguageModel | RTDModel, directory: Path, vocabulary: Path) -> None:
@@ -145,16 +126,21 @@ def write_published(model: MaskedLanguageModel | RTDModel, directory: Path, voca
             "pytorch_model.generator.bin": model.generator.state_dict(),
             "pytorch_model.bin": model.merge_discriminator() | model.discriminator.state_dict(),
         }
+    texts = {"model_config.json": _to_json(model.config.to_dict())}
     with replace_directory(directory) as temporary:
-        for name, weights in models.items():
-            with name_file(temporary / name) as path:
-                torch.save(_to_host(weights), path)
-        (temporary / "model_config.json").write_text(_to_json(model.config.to_dict()))
-        shutil.copyfile(vocabulary, temporary / "spm.model")
+        _write_files(temporary, models, vocabulary, texts)
 
 
-def _to_host(weights: StateDict) -> StateDict:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+def _write_files(folder: Path, models: dict[str, StateDict], vocabulary: Path, texts: dict[str, str]) -> None:
+    """Write weights, in the format that their file name says, vocabulary and texts."""
+    for name, weights in models.items():
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        with name_file(folder / name) as path:
+            (torch.save if path.suffix == ".bin" else write_tensors)(tensors, path)
+    shutil.copyfile(vocabulary, folder / "spm.model")
+    for name, text in texts.items():
+        with name_file(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 def _to_json(values: dict[str, Any]) -> str:
@@ -177,10 +163,13 @@ def replace_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        check_is_replaceable(path, {file.name for file in temporary.iterdir()} | OPTIONAL_FILES)
-        for file in temporary.iterdir():
+        known = {file.name for file in temporary.iterdir()} | OPTIONAL_FILES
+        others = sorted({file.name for file in path.iterdir()} - known) if path.exists() else []
+        if others:
+            reason = f"other files are there ({', '.join(others[:3])})"
+            raise FileExistsError(errno.EEXIST, reason, str(path))
+        for file in (*temporary.iterdir(), temporary):
             sync(file)
-        sync(temporary)
         remove(previous)
         if path.exists():
             path.rename(previous)
@@ -190,10 +179,3 @@ def replace_directory(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             remove(temporary)
     remove(previous)
-
-
-def check_is_replaceable(path: Path, known: set[str]) -> None:
-    """Raise `OSError` if `path` is there and has other files than the `known` ones."""
-    others = sorted(file.name for file in path.iterdir() if file.name not in known) if path.exists() else []
-    if others:
-        raise FileExistsError(errno.EEXIST, f"other files are there ({', '.join(others[:3])})", str(path))

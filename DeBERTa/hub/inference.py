@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import sentencepiece
 import torch
@@ -15,7 +15,13 @@ from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.weights import read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 
-SPECIAL = re.compile("|".join(map(re.escape, (*SPECIAL_PIECES, MASK_PIECE))))
+Model = TypeVar("Model", bound=nn.Module)
+# A weight of the head of each kind of model, and the command for models without it.
+HEADS: dict[type[nn.Module], tuple[str, str]] = {
+    MaskedLanguageModel: ("lm_predictions.lm_head.bias", "python -m DeBERTa.detect"),
+    ReplacedTokenDetectionModel: ("mask_predictions.classifier.bias", "python -m DeBERTa.fill_mask"),
+}
+SPECIAL = re.compile(f"({'|'.join(map(re.escape, (*SPECIAL_PIECES, MASK_PIECE)))})")
 # A NormalizerSpec to append to a SentencePiece model, which overrides its fields: no word mark is added in
 # front; with the second, spaces at both ends stay, too.
 NO_PREFIX, NO_PREFIX_ALL_SPACES = b"\x1a\x02\x18\x00", b"\x1a\x04\x18\x00\x20\x00"
@@ -41,12 +47,12 @@ class PromptEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` between `[CLS]` and `[SEP]`."""
-        tokenizer, ids, start = self.tokenizer, [self.tokenizer.cls_id], 0
-        for special in SPECIAL.finditer(text):
-            ids += self._encode_segment(text[start : special.start()], start == 0)
-            ids.append(tokenizer.piece_to_id[special[0]])
-            start = special.end()
-        return [*ids, *self._encode_segment(text[start:], start == 0), tokenizer.sep_id]
+        ids = [self.tokenizer.cls_id]
+        for number, part in enumerate(SPECIAL.split(text)):  # text and special pieces in turn
+            ids += (
+                [self.tokenizer.piece_to_id[part]] if number % 2 else self._encode_segment(part, number == 0)
+            )
+        return [*ids, self.tokenizer.sep_id]
 
     def _encode_segment(self, segment: str, is_first: bool) -> list[int]:
         """Return the ids of text without special pieces.
@@ -58,46 +64,23 @@ class PromptEncoder:
         return self._inside.encode(segment)
 
 
-def open_masked_lm(directory: Path) -> tuple[MaskedLanguageModel, PromptEncoder]:
-    """Open an exported model with an LM head."""
-    config, encoder = _open_directory(directory)
-    model = MaskedLanguageModel(config)
-    _load(model, directory, "lm_predictions.lm_head.bias", "python -m DeBERTa.detect")
-    return model, encoder
+def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, PromptEncoder]:
+    """Open an exported model.
 
-
-def open_detector(directory: Path) -> tuple[ReplacedTokenDetectionModel, PromptEncoder]:
-    """Open an exported discriminator."""
-    config, encoder = _open_directory(directory)
-    model = ReplacedTokenDetectionModel(config)
-    _load(model, directory, "mask_predictions.classifier.bias", "python -m DeBERTa.fill_mask")
-    return model, encoder
-
-
-def _open_directory(directory: Path) -> tuple[ModelConfig, PromptEncoder]:
-    """Read config and vocabulary.
-
-    Raises `ConfigError` if `directory` is not that of a model.
+    Raises `ConfigError` if `directory` is not that of a model, or is that of a model with another head.
     """
-    if not (directory / "model.safetensors").is_file():
+    path = directory / "model.safetensors"
+    if not path.is_file():
         models = ", ".join(str(path.parent) for path in sorted(directory.glob("*/model.safetensors")))
         hint = f"give one of {models}" if models else "python -m DeBERTa.export writes one from a run"
         raise ConfigError(f"{directory}: no model.safetensors, so not the directory of a model; {hint}")
-    tokenizer = Tokenizer(directory / "spm.model")
-    return ModelConfig.from_json(directory / "config.json"), PromptEncoder(tokenizer)
-
-
-def _load(model: nn.Module, directory: Path, head: str, other: str) -> None:
-    """Load the weights.
-
-    Raises `ConfigError` for a model that lacks the weight `head`; the command `other` is for such models.
-    """
-    path = directory / "model.safetensors"
-    weights = read_weights(path)
+    encoder = PromptEncoder(Tokenizer(directory / "spm.model"))
+    model, weights = model_class(ModelConfig.from_json(directory / "config.json")), read_weights(path)
+    head, other = HEADS[model_class]
     if head not in weights:
         raise ConfigError(f"{directory}: the model has another head ({head} is missing); try {other}")
     model.load_state_dict(select_weights(model, weights, path))
-    model.eval()
+    return model.eval(), encoder
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from DeBERTa.model.attention import RelativePositions, map_to_slots
 from DeBERTa.model.encoder import Deberta, Encoder
 
 MAX_BYTES = 1_900_000_000  # of weights in the file itself; ONNX files end at 2 GiB
-EXAMPLE = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
-DYNAMIC_SHAPES = ({0: "batch", 1: "length"}, {0: "batch", 1: "length"})
+EXAMPLE = (torch.ones(2, 8, dtype=torch.int64),) * 2
+DYNAMIC_SHAPES = ({0: "batch", 1: "length"},) * 2
 
 
 class TracedEncoder(Encoder):
@@ -51,13 +51,10 @@ class OnnxEncoder(nn.Module):
 
 def build_encoder(weights: dict[str, torch.Tensor], config: ModelConfig) -> OnnxEncoder:
     """Return the encoder of an exported model for `torch.export`, with any batch size and length."""
-    deberta = Deberta(config, "nes")
-    prefix = "deberta."
-    deberta.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-    )
-    deberta.encoder.__class__ = TracedEncoder
-    return OnnxEncoder(deberta).eval()
+    encoder = OnnxEncoder(Deberta(config, "nes"))
+    encoder.load_state_dict({name: t for name, t in weights.items() if name.startswith("deberta.")})
+    encoder.deberta.encoder.__class__ = TracedEncoder
+    return encoder.eval()
 
 
 def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:

@@ -6,8 +6,8 @@ have may start new; every other weight must be there, with the right shape.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,7 +64,8 @@ class WeightsFile:
     state: StateDict
     fresh_head: bool
 
-    def describe_model(self) -> str:
+    @property
+    def target(self) -> str:
         """Return what the file is loaded into, for messages."""
         return "--model_config" if self.role == "model" else f"the {self.role} of --model_config"
 
@@ -129,9 +130,8 @@ def load_rtd(
     check_layers(generator)
     loaded = {"generator": copy_weights(model.generator, generator)}
     check_layers(discriminator)
-    done, num_tables = load_tables(model, discriminator)
-    rest = copy_weights(model.discriminator, discriminator, skipped=done)
-    return loaded | {"discriminator": replace(rest, loaded=rest.loaded + num_tables)}
+    set_tables(model, discriminator)
+    return loaded | {"discriminator": copy_weights(model.discriminator, discriminator)}
 
 
 def select_first_layers(discriminator: WeightsFile, config: ModelConfig) -> WeightsFile:
@@ -155,12 +155,10 @@ def select_first_layers(discriminator: WeightsFile, config: ModelConfig) -> Weig
 
 def check_order(generator: WeightsFile, discriminator: WeightsFile) -> None:
     """Raise `ConfigError` if each file is that of the other model."""
-    layers = [count_layers(file.state) for file in (generator, discriminator)]
-    wanted = [file.config.num_hidden_layers for file in (generator, discriminator)]
-    has_rtd_head = [
-        any(name.startswith("mask_predictions.") for name in file.state)
-        for file in (generator, discriminator)
-    ]
+    files = (generator, discriminator)
+    layers = [count_layers(file.state) for file in files]
+    wanted = [file.config.num_hidden_layers for file in files]
+    has_rtd_head = [any(name.startswith("mask_predictions.") for name in file.state) for file in files]
     if (layers != wanted and layers == wanted[::-1]) or has_rtd_head == [True, False]:
         raise ConfigError(
             f"the files are swapped: {generator.path} holds the discriminator and {discriminator.path} the "
@@ -175,50 +173,38 @@ def check_layers(file: WeightsFile) -> None:
         hint = f", or --init_generator {FROM_DISCRIMINATOR}" if file.role == "generator" else ""
         raise ConfigError(
             f"{file.path} does not fit: its num_hidden_layers is {layers}, but that of "
-            f"{file.describe_model()} is {wanted}; give a file of this model{hint}"
+            f"{file.target} is {wanted}; give a file of this model{hint}"
         )
 
 
-def load_tables(model: RTDModel, file: WeightsFile) -> tuple[list[str], int]:
-    """Load the discriminator's word and position tables.
+@torch.no_grad()
+def set_tables(model: RTDModel, file: WeightsFile) -> None:
+    """Set the discriminator's word and position tables.
 
-    The generator must have been loaded. A position table that neither the file has nor the model reads keeps
-    its initial values. Returns the names in the model that need no further loading, and how many of them the
-    file has.
+    The generator must have been loaded. What was set replaces the tables in the file.
     """
     embeddings = model.discriminator.deberta.embeddings
-    done, loaded = [], 0
     for prefix, base in zip((WORD, POSITION), model.generator.get_tables(), strict=True):
         module = getattr(embeddings, prefix.rpartition(".")[2])
         if not isinstance(module, OwnTable | ResidualTable):
             continue  # ES: the generator's
-        (target,) = module.parameters()
-        table, residual = (file.state.pop(f"{prefix}.{key}", None) for key in ("weight", "_weight"))
-        for name, tensor in ((f"{prefix}.weight", table), (f"{prefix}._weight", residual)):
+        ((key, target),) = module.named_parameters()
+        found = {name: file.state.pop(f"{prefix}.{name}", None) for name in ("weight", "_weight")}
+        for name, tensor in found.items():
             if tensor is not None:
-                check_tensor(name, tensor, target, file)
-        has_table = table is not None or residual is not None
-        if not has_table and prefix == WORD:
-            raise_misfit(file, [f"{WORD}.weight is missing"])
+                check_tensor(f"{prefix}.{name}", tensor, target, file)
+        table, residual = found.values()
+        if table is None and residual is None:
+            if prefix == WORD:
+                raise_misfits(file.path, [f"{WORD}.weight is missing"], file.target)
+            continue
         if isinstance(module, ResidualTable):
             set_residual(target, base, table, residual)
+        elif table is not None:
+            target.copy_(table)
         else:
-            set_table(target, base, table, residual)
-        loaded += has_table
-        if has_table or not file.config.position_biased_input:
-            done.append(f"{prefix}.{'weight' if isinstance(module, OwnTable) else '_weight'}")
-    return done, loaded
-
-
-@torch.no_grad()
-def set_table(
-    target: torch.Tensor, base: torch.Tensor, table: torch.Tensor | None, residual: torch.Tensor | None
-) -> None:
-    """Set a table of its own: `table`, or else the generator's plus `residual`."""
-    if table is not None:
-        target.copy_(table)
-    elif residual is not None:
-        target.copy_(residual).add_(base)
+            target.copy_(residual).add_(base)
+        file.state[f"{prefix}.{key}"] = target.detach()
 
 
 @torch.no_grad()
@@ -237,34 +223,30 @@ def set_residual(
     for first in range(0, len(target), ROWS_PER_CHUNK):
         rows = slice(first, first + ROWS_PER_CHUNK)
         wanted, base_rows = table[rows].to(target.dtype), base[rows]
-        difference = wanted - base_rows
-        neighbors = [torch.nextafter(difference, torch.full((), end)) for end in (torch.inf, -torch.inf)]
-        if residual is not None:
-            own = residual[rows].to(target.dtype)
-            difference = torch.where(base_rows + own == wanted, own, difference)
-        # The rounded difference may miss by one unit in the last place.
-        for candidate in neighbors:
-            is_missed = base_rows + difference != wanted
-            if not is_missed.any():
-                break
-            difference = torch.where(is_missed & (base_rows + candidate == wanted), candidate, difference)
-        target[rows] = difference
+        chosen = difference = wanted - base_rows
+        # The rounded difference may miss by one unit in the last place. Later candidates are preferred.
+        candidates = [torch.nextafter(difference, torch.full((), end)) for end in (-torch.inf, torch.inf)]
+        candidates += [difference] if residual is None else [difference, residual[rows].to(target.dtype)]
+        for candidate in candidates:
+            chosen = torch.where(base_rows + candidate == wanted, candidate, chosen)
+        target[rows] = chosen
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, file: WeightsFile, skipped: Iterable[str] = ()) -> LoadedWeights:
-    """Copy the file's tensors into the model, except to the names in `skipped`.
+def copy_weights(model: nn.Module, file: WeightsFile) -> LoadedWeights:
+    """Copy the file's tensors into the model.
 
     Raises `ConfigError` for weights that are missing, not part of the model, of another shape or not finite.
     """
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in set(skipped)}
+    expected = model.state_dict()
+    if file.role == "discriminator" and not file.config.position_biased_input:
+        # Not read: it may be missing, and keeps its initial values.
+        expected = {k: v for k, v in expected.items() if not k.startswith(POSITION) or k in file.state}
     used = [name for name in file.state if name in expected]
     ignored = [name for name in file.state if name not in expected]
-    unknown = [name for name in ignored if is_encoder_weight(name)]
-    if unknown:
-        raise_misfit(file, [f"{name} is not part of the model" for name in unknown])
-    missing = [name for name in expected if name not in file.state]
-    new = find_new_parts(missing, file)
+    unknown = [f"{name} is not part of the model" for name in ignored if is_encoder_weight(name)]
+    raise_misfits(file.path, unknown, file.target)
+    new = find_new_parts([name for name in expected if name not in file.state], file)
     for name in used:
         check_tensor(name, file.state[name], expected[name], file)
     for name in used:
@@ -284,9 +266,8 @@ def find_new_parts(missing: list[str], file: WeightsFile) -> tuple[str, ...]:
 
     Raises `ConfigError` for a missing part that must not start new.
     """
-    body = [name for name in missing if not name.startswith(tuple(HEADS))]
-    if body:
-        raise_misfit(file, [f"{name} is missing" for name in body])
+    body = [f"{name} is missing" for name in missing if not name.startswith(tuple(HEADS))]
+    raise_misfits(file.path, body, file.target)
     parts = [part for prefix, part in HEADS.items() if any(name.startswith(prefix) for name in missing)]
     if parts and not file.fresh_head:
         raise ConfigError(
@@ -298,22 +279,26 @@ def find_new_parts(missing: list[str], file: WeightsFile) -> tuple[str, ...]:
 
 def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: WeightsFile) -> None:
     """Raise `ConfigError` for a tensor of another shape, of another kind, or with values not finite."""
+    problems = []
     if tensor.shape != expected.shape:
         hint = " (--resize_vocab is for another vocabulary)" if name == f"{WORD}.weight" else ""
-        raise_misfit(
-            file, [f"{name} has shape {list(tensor.shape)}, the model needs {list(expected.shape)}{hint}"]
-        )
-    if not tensor.is_floating_point() or tensor.layout != torch.strided:
-        raise_misfit(file, [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"])
+        problems = [describe_shapes(name, tensor, expected) + hint]
+    elif not tensor.is_floating_point() or tensor.layout != torch.strided:
+        problems = [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"]
+    raise_misfits(file.path, problems, file.target)
     check_finite(tensor, name, file.path)
 
 
-def raise_misfit(file: WeightsFile, problems: list[str]) -> None:
-    """Raise `ConfigError` with the first problem and the number of the others."""
-    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-    raise ConfigError(
-        f"{file.path} does not fit {file.describe_model()}: {problems[0]}{more}; give a file of this model"
-    )
+def describe_shapes(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> str:
+    """Return that a tensor has another shape."""
+    return f"{name} has shape {list(tensor.shape)}, the model needs {list(expected.shape)}"
+
+
+def raise_misfits(path: str | Path, problems: list[str], target: str = "--model_config") -> None:
+    """Raise `ConfigError` with the first problem and the number of the others, if there are any."""
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ConfigError(f"{path} does not fit {target}: {problems[0]}{more}; give a file of this model")
 
 
 def select_weights(model: nn.Module, state: StateDict, path: str | Path) -> StateDict:
@@ -324,14 +309,7 @@ def select_weights(model: nn.Module, state: StateDict, path: str | Path) -> Stat
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not part of the model" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {list(state[name].shape)}, the model needs {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise ConfigError(
-            f"{path} does not fit --model_config: {problems[0]}{more}; give a file of this model"
-        )
+    pairs = [(name, state[name], tensor) for name, tensor in expected.items() if name in state]
+    problems += [describe_shapes(*pair) for pair in pairs if pair[1].shape != pair[2].shape]
+    raise_misfits(path, problems)
     return state

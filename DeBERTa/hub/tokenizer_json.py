@@ -7,6 +7,7 @@ the class that uses `tokenizer.json` as it is: `DebertaV2Tokenizer` of transform
 
 import base64
 import struct
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,26 +21,22 @@ MODEL_TYPE = 3
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 CHARACTER_MAP, ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
 NORMAL_PIECE = 1
-VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5  # wire types of protobuf
-
-Value = int | bytes
+VARINT, FIXED_SIZES = 0, {1: 8, 5: 4}  # wire types of protobuf
 
 
-def iterate_fields(message: bytes) -> Iterator[tuple[int, Value]]:
-    """Yield field number and value of every field of a protobuf message."""
+def iterate_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of every field of a protobuf message: an integer, or bytes."""
     position = 0
     while position < len(message):
         key, position = _read_varint(message, position)
-        size = {EIGHT_BYTES: 8, FOUR_BYTES: 4}.get(key & 7, 0)
-        value: Value
+        number = FIXED_SIZES.get(key & 7)
+        if number is None:
+            number, position = _read_varint(message, position)
         if key & 7 == VARINT:
-            value, position = _read_varint(message, position)
-        else:
-            if key & 7 == BYTES:
-                size, position = _read_varint(message, position)
-            value = message[position : position + size]
-            position += size
-        yield key >> 3, value
+            yield key >> 3, number
+        else:  # bytes, as many as the number
+            yield key >> 3, message[position : position + number]
+            position += number
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:
@@ -53,12 +50,6 @@ def _read_varint(message: bytes, position: int) -> tuple[int, int]:
             return number, position
 
 
-def _read_message(value: Value) -> dict[int, Any]:
-    """Return the fields of an embedded message by number."""
-    assert isinstance(value, bytes)
-    return dict(iterate_fields(value))
-
-
 def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of `tokenizer.json`, which gives the ids of `tokenizer`.
 
@@ -66,15 +57,22 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     word unless a space precedes it. Raises `VocabularyError` for a vocabulary that this format cannot
     express.
     """
-    pieces: list[dict[int, Any]] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    messages = defaultdict(list)
     for number, value in iterate_fields(tokenizer.path.read_bytes()):
-        if number == PIECES:
-            pieces.append(_read_message(value))
-        elif number in (TRAINER, NORMALIZER):
-            (trainer if number == TRAINER else normalizer).update(_read_message(value))
-    _check_is_expressible(tokenizer, pieces, trainer, normalizer)
+        messages[number].append(value)
+    pieces = [dict(iterate_fields(message)) for message in messages[PIECES]]
+    # Later fields override earlier ones: protobuf merges messages by concatenation.
+    trainer, normalizer = (dict(iterate_fields(b"".join(messages[n]))) for n in (TRAINER, NORMALIZER))
+    if obstacle := _find_obstacle(tokenizer, pieces, trainer, normalizer):
+        raise VocabularyError(
+            f"cannot write {tokenizer.path} for transformers: {obstacle}; "
+            "train a vocabulary with prepare_data.py --train_vocab"
+        )
+    characters = normalizer.get(CHARACTER_MAP)  # none: the identity
+    precompiled = {
+        "type": "Precompiled",
+        "precompiled_charsmap": base64.b64encode(characters or b"").decode(),
+    }
     vocabulary = [(piece[PIECE].decode(), struct.unpack("<f", piece[SCORE])[0]) for piece in pieces]
     metaspace = {"type": "Metaspace", "replacement": WORD_MARK, "prepend_scheme": "first", "split": True}
     added = [*zip(range(4), SPECIAL_PIECES, strict=True), (tokenizer.mask_id, MASK_PIECE)]
@@ -94,7 +92,7 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
-                *_build_character_map(normalizer),
+                *([precompiled] if characters else []),
                 {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
                 {"type": "Replace", "pattern": {"Regex": " \\z"}, "content": ""},
             ],
@@ -119,33 +117,17 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _build_character_map(normalizer: dict[int, Any]) -> list[dict[str, str]]:
-    """Return the normalizer of characters; a vocabulary with the identity has none."""
-    if not normalizer.get(CHARACTER_MAP):
-        return []
-    encoded = base64.b64encode(normalizer[CHARACTER_MAP]).decode()
-    return [{"type": "Precompiled", "precompiled_charsmap": encoded}]
-
-
-def _check_is_expressible(
-    tokenizer: Tokenizer, pieces: list[dict], trainer: dict[int, Any], normalizer: dict[int, Any]
-) -> None:
-    """Raise `VocabularyError` for what SentencePiece does and `tokenizer.json` cannot."""
-    obstacle = ""
+def _find_obstacle(tokenizer: Tokenizer, pieces: list[dict], trainer: dict, normalizer: dict) -> str | None:
+    """Return what SentencePiece does with this vocabulary and `tokenizer.json` cannot, or None."""
     model_type = MODEL_TYPES.get(trainer.get(MODEL_TYPE, 1), "unknown")
     if model_type != "unigram":
-        obstacle = f"its model type is {model_type}, not unigram"
-    elif not all(normalizer.get(option, 1) for option in (ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES)):
-        obstacle = "its normalizer treats spaces in another way"
-    for index, piece in enumerate(pieces[len(SPECIAL_PIECES) :], start=len(SPECIAL_PIECES)):
-        if piece.get(KIND, NORMAL_PIECE) != NORMAL_PIECE and index != tokenizer.mask_id:
-            obstacle = f"piece {index} is not of the normal kind"
-            break
-    if obstacle:
-        raise VocabularyError(
-            f"cannot write {tokenizer.path} for transformers: {obstacle}; "
-            "train a vocabulary with prepare_data.py --train_vocab"
-        )
+        return f"its model type is {model_type}, not unigram"
+    if not all(normalizer.get(option, 1) for option in (ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES)):
+        return "its normalizer treats spaces in another way"
+    for index, piece in enumerate(pieces):
+        if index not in tokenizer.special_ids and piece.get(KIND, NORMAL_PIECE) != NORMAL_PIECE:
+            return f"piece {index} is not of the normal kind"
+    return None
 
 
 def build_tokenizer_config(max_length: int) -> dict[str, Any]:

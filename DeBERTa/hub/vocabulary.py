@@ -28,11 +28,10 @@ class VocabularyMap:
     def __init__(self, old: Tokenizer, new: Tokenizer, num_rows: int) -> None:
         """Map the pieces of `new`; the rows from there to `num_rows` belong to no piece."""
         self.old, self.num_rows = old, num_rows
-        rows = [split_piece(piece, old) for piece in new.pieces]
         self.num_kept = sum(piece in old.piece_to_id for piece in new.pieces)
-        self.ids = torch.tensor([row for parts in rows for row in parts])
-        lengths = torch.tensor([len(parts) for parts in rows])
-        self.offsets = lengths.cumsum(0) - lengths
+        rows = [torch.tensor(split_piece(piece, old)) for piece in new.pieces]
+        self.ids = torch.cat(rows)
+        self.offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
 
     def convert(self, state: StateDict, path: str | Path) -> StateDict:
         """Return the tensors with tables and bias of the LM head for the new vocabulary.
@@ -41,27 +40,19 @@ class VocabularyMap:
         rows than the old vocabulary has pieces.
         """
         converted = dict(state)
-        for name in TABLES:
-            if name in state:
-                converted[name] = self._convert_rows(state[name], 0.0, name, path)
-        if BIAS in state:
-            bias = state[BIAS].unsqueeze(-1)
-            converted[BIAS] = self._convert_rows(bias, float(bias.min()), BIAS, path).squeeze(-1)
+        for name in state.keys() & {*TABLES, BIAS}:
+            table_VE = state[name].unsqueeze(-1) if name == BIAS else state[name]
+            if table_VE.dim() != 2 or len(table_VE) < len(self.old):
+                raise ConfigError(
+                    f"{path} does not fit the vocabulary {self.old.path} of --resize_vocab, which has "
+                    f"{len(self.old)} tokens: {name} has shape {list(table_VE.shape)}; "
+                    "give the vocabulary of these weights"
+                )
+            filler = float(table_VE.min()) if name == BIAS else 0.0
+            means = F.embedding_bag(self.ids, table_VE.float(), self.offsets, mode="mean")
+            table_VE = F.pad(means, (0, 0, 0, self.num_rows - len(means)), value=filler)
+            converted[name] = table_VE.squeeze(-1) if name == BIAS else table_VE
         return converted
-
-    def _convert_rows(
-        self, table_VE: torch.Tensor, filler: float, name: str, path: str | Path
-    ) -> torch.Tensor:
-        if table_VE.dim() != 2 or len(table_VE) < len(self.old):
-            raise ConfigError(
-                f"{path} does not fit the vocabulary {self.old.path} of --resize_vocab, which has "
-                f"{len(self.old)} tokens: {name} has shape {list(table_VE.shape)}; "
-                "give the vocabulary of these weights"
-            )
-        result = torch.full((self.num_rows, table_VE.size(1)), filler)
-        means = F.embedding_bag(self.ids, table_VE.float(), self.offsets, mode="mean")
-        result[: len(means)] = means
-        return result
 
 
 def split_piece(piece: str, old: Tokenizer) -> list[int]:

@@ -3,7 +3,6 @@
 Code in a file is not executed. Tensors are mapped from the file, so that memory is used as they are read.
 """
 
-import contextlib
 import warnings
 import zipfile
 from pathlib import Path
@@ -35,9 +34,9 @@ def read_weights(path: str | Path) -> StateDict:
         raise ConfigError(
             f"cannot read the weights in {path}: it is {_guess_content(path)}; fetch it again"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {}
+    if isinstance(state, dict) and all(isinstance(name, str) for name in state):
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
     return tensors
@@ -56,17 +55,16 @@ def _load_pickle(path: Path) -> object:
 def _check_archive(path: Path) -> None:
     """Raise `ConfigError` unless the checksums of all entries match, which torch.load does not compare."""
     problem = None
-    with contextlib.ExitStack() as stack:
-        try:
-            archive = stack.enter_context(zipfile.ZipFile(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
             if any(entry.flag_bits & 1 for entry in archive.infolist()):
                 problem = "encrypted; give it unencrypted"
             elif not any(name.endswith("data.pkl") for name in archive.namelist()):
                 problem = "a zip archive without weights; give the file that torch.save wrote"
             elif name := archive.testzip():
                 problem = f"damaged (checksum of {name!r}); fetch it again"
-        except Exception:  # see read_weights
-            problem = "a damaged zip archive; fetch it again"
+    except Exception:  # see read_weights
+        problem = "a damaged zip archive; fetch it again"
     if problem:
         raise ConfigError(f"cannot read the weights in {path}: it is {problem}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from DeBERTa.config import ModelConfig, TrainConfig, convert_hub_config, read_json
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, DownloadError
-from DeBERTa.hub.download import HUB, fetch_from_hub, find_on_hub
+from DeBERTa.hub.download import HUB, fetch_from_hub
 from DeBERTa.hub.published import FROM_DISCRIMINATOR, LoadedWeights, LoadOptions, load_masked_lm, load_rtd
 from DeBERTa.hub.vocabulary import VocabularyMap
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
@@ -94,7 +94,7 @@ def fetch_weights(reference: str, role: str) -> Path:
         return fetch_from_hub(reference, (GENERATOR_FILE,), hint)
     path = fetch_from_hub(reference, MODEL_FILES, "give a file")
     with suppress(DownloadError):  # it is compared if there is one
-        find_on_hub(reference, "config.json", "give a file")
+        fetch_from_hub(reference, ("config.json",), "give a file")
     return path
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from DeBERTa import MaskedLanguageModel, RTDConfig, RTDModel
+from DeBERTa import MaskedLanguageModel, ReplacedTokenDetectionModel, RTDConfig, RTDModel
 from DeBERTa.data.batch import MaskedPositions
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.hub.export import list_models, write_model
-from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_detector
+from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_model
 from tests.conftest import GOLDEN, ROOT
 
 VOCABULARY = GOLDEN / "prepare" / "spm.model"
@@ -161,7 +161,7 @@ def write_predictions(folder: Path) -> None:
     model, tokenizer = build_model("deberta-v3"), Tokenizer(VOCABULARY)
     encoder = PromptEncoder(tokenizer)
     filled = {text: fill_masks(model.generator, encoder, text, 5) for text in PROMPTS}
-    detector, _ = open_detector(folder / "deberta-v3" / "discriminator")
+    detector, _ = open_model(folder / "deberta-v3" / "discriminator", ReplacedTokenDetectionModel)
     detected = {text: [p for _, p in detect_replaced(detector, encoder, text)] for text in PROMPTS}
     (folder / "predictions.json").write_text(json.dumps({"filled": filled, "detected": detected}))
     (folder / "texts.json").write_text(

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from DeBERTa import MaskedLanguageModel, ReplacedTokenDetectionModel
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.export import list_models, write_model
-from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_detector, open_masked_lm
+from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_model
 from tests.hub.exported import VOCABULARY, build_model
 
 TEXT = "The state of the [MASK] is strong."
@@ -42,7 +43,7 @@ def test_text_after_a_special_piece():
 def test_fill_masks(exported):
     """The most probable tokens first; probabilities of all tokens sum to 1."""
     folder, model = exported
-    opened, encoder = open_masked_lm(folder / "generator")
+    opened, encoder = open_model(folder / "generator", MaskedLanguageModel)
     (predictions,) = fill_masks(opened, encoder, TEXT, top_k=3)
     assert len(predictions) == 3
     ids = torch.tensor([encoder.encode(TEXT)])
@@ -59,7 +60,7 @@ def test_fill_masks(exported):
 
 def test_detect_replaced(exported):
     folder, model = exported
-    opened, encoder = open_detector(folder / "discriminator")
+    opened, encoder = open_model(folder / "discriminator", ReplacedTokenDetectionModel)
     tokens = detect_replaced(opened, encoder, TEXT)
     ids = torch.tensor([encoder.encode(TEXT)])
     expected = model.discriminate(ids, torch.ones_like(ids), ids).logits[0].sigmoid()[1:-1]
@@ -70,12 +71,12 @@ def test_detect_replaced(exported):
 def test_errors(exported):
     folder, _ = exported
     with pytest.raises(ConfigError, match=r"give one of .*discriminator, .*generator"):
-        open_masked_lm(folder)
+        open_model(folder, MaskedLanguageModel)
     with pytest.raises(ConfigError, match="another head"):
-        open_masked_lm(folder / "discriminator")
+        open_model(folder / "discriminator", MaskedLanguageModel)
     with pytest.raises(ConfigError, match="another head"):
-        open_detector(folder / "generator")
-    opened, encoder = open_masked_lm(folder / "generator")
+        open_model(folder / "generator", ReplacedTokenDetectionModel)
+    opened, encoder = open_model(folder / "generator", MaskedLanguageModel)
     with pytest.raises(ConfigError, match=r"no \[MASK\]"):
         fill_masks(opened, encoder, "nothing", 1)
     with pytest.raises(ConfigError, match="the model takes 320"):
