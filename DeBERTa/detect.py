@@ -19,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_tokens(argv: Sequence[str] | None) -> None:
     """Print every token with the probability that it was replaced."""
-    parser = FlagParser(
-        prog="python -m DeBERTa.detect", description="Show which tokens of a text look replaced."
-    )
+    parser = FlagParser(prog="python -m DeBERTa.detect", description="Show which tokens look replaced.")
     parser.add_argument("model", type=Path, metavar="DIR", help="model directory: RUN/discriminator")
     parser.add_argument("text", metavar="TEXT", help="the text")
     parser.add_argument("--html", action="store_true", help="print a page instead of lines")

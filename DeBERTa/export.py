@@ -19,9 +19,9 @@ from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, list_steps, read_model, verify
 
-DESCRIPTION = """\
-Write the models of a run as directories that AutoModel and AutoTokenizer of transformers open:
-model/ (MLM), or generator/ and discriminator/ (RTD)."""
+DESCRIPTION = (
+    "Write the models of a run as directories that AutoModel and AutoTokenizer of transformers open."
+)
 
 logger = logging.getLogger("DeBERTa.export")
 
@@ -33,26 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the flags."""
-    parser = FlagParser(
-        prog="python -m DeBERTa.export",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = FlagParser(prog="python -m DeBERTa.export", description=DESCRIPTION)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory: output/TAG")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to write (default: RUN/export/step-N)"
-    )
-    parser.add_argument(
-        "--published-format",
-        action="store_true",
-        help="write the .bin files of the published code instead",
-    )
-    parser.add_argument(
-        "--onnx",
-        action="store_true",
-        help="write the encoders as model.onnx, too (needs onnx and onnxscript)",
-    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/step-N")
+    published = "write the .bin files of the published code instead"
+    parser.add_argument("--published-format", action="store_true", help=published)
+    onnx = "write the encoders as model.onnx, too (needs onnx and onnxscript)"
+    parser.add_argument("--onnx", action="store_true", help=onnx)
     return parser.parse_args(argv)
 
 

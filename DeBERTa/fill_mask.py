@@ -18,14 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_predictions(argv: Sequence[str] | None) -> None:
     """Print the most probable tokens of every mask, one per line."""
-    parser = FlagParser(
-        prog="python -m DeBERTa.fill_mask", description="Predict the [MASK] tokens of a text."
-    )
+    parser = FlagParser(prog="python -m DeBERTa.fill_mask", description="Predict masked tokens.")
     parser.add_argument("model", type=Path, metavar="DIR", help="model directory: RUN/model or RUN/generator")
     parser.add_argument("text", metavar="TEXT", help="text with [MASK] in place of words")
-    parser.add_argument(
-        "--top_k", type=int, default=5, metavar="N", help="predictions per [MASK] (default: 5)"
-    )
+    parser.add_argument("--top_k", type=int, default=5, metavar="N", help="per [MASK] (default: 5)")
     arguments = parser.parse_args(argv)
     if arguments.top_k < 1:
         parser.error(f"--top_k must be at least 1, not {arguments.top_k}")

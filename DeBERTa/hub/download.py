@@ -42,10 +42,10 @@ def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
         file = f"{name} of {reference}"
         try:
             path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-            check_hash(path, file)
-            return path
-        except DownloadError as error:
-            failures.append(str(error))
+            stored = path.resolve()  # large files are stored under their SHA-256
+            if not re.fullmatch(r"[0-9a-f]{64}", stored.name) or hash_file(stored) == stored.name:
+                return path
+            failures.append(f"{file} is damaged: the SHA-256 differs; remove {stored} to fetch it again")
         except errors.LocalEntryNotFoundError as error:  # no answer, and not in the cache
             failures.append(_describe(file, error.__cause__ or error, hint))
         except errors.EntryNotFoundError:
@@ -54,18 +54,6 @@ def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
         except Exception as error:
             failures.append(_describe(file, error, hint))
     raise DownloadError(failures[0] if failures else f"{reference} has no {' and no '.join(names)}; {hint}")
-
-
-def check_hash(path: Path, description: str) -> None:
-    """Raise `DownloadError` if a cached file does not have the SHA-256 that it is stored under.
-
-    Large files are; small ones have another hash as their name.
-    """
-    stored = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and hash_file(stored) != stored.name:
-        raise DownloadError(
-            f"{description} is damaged: the SHA-256 differs; remove {stored} to fetch it again"
-        )
 
 
 def _describe(file: str, error: BaseException, hint: str) -> str:

@@ -70,8 +70,7 @@ def format_card(name: str, config: dict[str, Any], run: RunRecord | None) -> str
 def _format_run(run: RunRecord) -> list[str]:
     """Return the sections about recipe, data, results and losses."""
     recipe = {name: run.train[name] for name in RECIPE if name in run.train}
-    evaluated = [row for row in run.rows if row["kind"] == "valid"]
-    last = evaluated[-1] if evaluated else {}
+    last: dict = next((row for row in reversed(run.rows) if row["kind"] == "valid"), {})
     results = {k: f"{v:.5g}" for k, v in last.items() if is_number(v) and k not in NO_RESULTS}
     return [
         _format_table(f"Recipe, up to step {run.step:,}", recipe),
@@ -83,12 +82,8 @@ def _format_run(run: RunRecord) -> list[str]:
 
 def _format_table(title: str, values: dict[str, Any]) -> str:
     """Return a section with a table of what is not None, or an empty string without values."""
-    values = {name: value for name, value in values.items() if value is not None}
-    if not values:
-        return ""
-    return "\n".join(
-        [f"## {title}\n", "| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in values.items())]
-    )
+    rows = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
+    return "\n".join([f"## {title}\n", "| | |", "| --- | --- |", *rows]) if rows else ""
 
 
 def draw_curves(run: RunRecord) -> str:
@@ -99,9 +94,7 @@ def draw_curves(run: RunRecord) -> str:
     for number, (kind, found) in enumerate(charts):
         curves = [curve for curve in found if "entropy" not in curve.label]
         top = number * (HEIGHT + TITLE_HEIGHT)
-        legend = " ".join(
-            f'<tspan style="fill: {COLORS[curve.color]}">{curve.label}</tspan>' for curve in curves
-        )
+        legend = " ".join(f'<tspan style="fill: {COLORS[c.color]}">{c.label}</tspan>' for c in curves)
         parts.append(f'<text x="{LEFT}" y="{top + 16}">{kind.title} ({kind.unit}) by step</text>')
         parts.append(f'<text x="{LEFT}" y="{top + 32}">{legend}</text>')
         place = f'<svg y="{top + TITLE_HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '

@@ -70,16 +70,14 @@ def expand_tables(
     """
     if positions is None:
         return None, None
-    selectors = cast(ExpandedPositions, positions)[-2:]
-    pairs = zip(selectors, (key_table, query_table), strict=True)
-    key_rows, query_rows = (
-        None if table is None else expand_table(selector, table) for selector, table in pairs
-    )
-    return key_rows, query_rows
+    *_, key_selector, query_selector = cast(ExpandedPositions, positions)
+    return expand_table(key_selector, key_table), expand_table(query_selector, query_table)
 
 
-def expand_table(selector: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the rows [H, W, D] that a one-hot `selector` [W, S] selects from a table [S, H, D]."""
+def expand_table(selector: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the rows [H, W, D] that a one-hot `selector` [W, S] selects from a table [S, H, D], if any."""
+    if table is None:
+        return None
     return torch.bmm(selector.expand(table.size(1), -1, -1), table.transpose(0, 1))
 
 
