@@ -15,7 +15,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +135,9 @@ def _write_files(folder: Path, models: dict[str, StateDict], vocabulary: Path, t
     """Write weights, in the format that their file name says, vocabulary and texts."""
     for name, weights in models.items():
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save: Callable[[StateDict, Path], None] = torch.save if name.endswith(".bin") else write_tensors
         with name_file(folder / name) as path:
-            (torch.save if path.suffix == ".bin" else write_tensors)(tensors, path)
+            save(tensors, path)
     shutil.copyfile(vocabulary, folder / "spm.model")
     for name, text in texts.items():
         with name_file(folder / name) as path:

@@ -15,7 +15,7 @@ from DeBERTa.model.attention import RelativePositions, map_to_slots
 from DeBERTa.model.encoder import Deberta, Encoder
 
 MAX_BYTES = 1_900_000_000  # of weights in the file itself; ONNX files end at 2 GiB
-EXAMPLE = (torch.ones(2, 8, dtype=torch.int64),) * 2
+EXAMPLE = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in range(2))
 DYNAMIC_SHAPES = ({0: "batch", 1: "length"},) * 2
 
 

@@ -202,7 +202,7 @@ def set_tables(model: RTDModel, file: WeightsFile) -> None:
             set_residual(target, base, table, residual)
         elif table is not None:
             target.copy_(table)
-        else:
+        elif residual is not None:
             target.copy_(residual).add_(base)
         file.state[f"{prefix}.{key}"] = target.detach()
 

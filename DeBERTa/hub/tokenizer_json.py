@@ -57,7 +57,7 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     word unless a space precedes it. Raises `VocabularyError` for a vocabulary that this format cannot
     express.
     """
-    messages = defaultdict(list)
+    messages: dict[int, list] = defaultdict(list)
     for number, value in iterate_fields(tokenizer.path.read_bytes()):
         messages[number].append(value)
     pieces = [dict(iterate_fields(message)) for message in messages[PIECES]]

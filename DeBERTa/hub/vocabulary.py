@@ -40,7 +40,7 @@ class VocabularyMap:
         rows than the old vocabulary has pieces.
         """
         converted = dict(state)
-        for name in state.keys() & {*TABLES, BIAS}:
+        for name in [name for name in state if name in (*TABLES, BIAS)]:
             table_VE = state[name].unsqueeze(-1) if name == BIAS else state[name]
             if table_VE.dim() != 2 or len(table_VE) < len(self.old):
                 raise ConfigError(

@@ -39,11 +39,8 @@ class JointSelfAttention(DisentangledSelfAttention):
 
     def join_projections(self, *projections: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the concatenated weights and biases, with those of queries scaled."""
-        scaled = [
-            (p.weight * self.scale, p.bias * self.scale) if p is self.query_proj else (p.weight, p.bias)
-            for p in projections
-        ]
-        weights, biases = zip(*scaled, strict=True)
+        weights = [p.weight * self.scale if p is self.query_proj else p.weight for p in projections]
+        biases = [p.bias * self.scale if p is self.query_proj else p.bias for p in projections]
         return torch.cat(weights), torch.cat(biases)
 
     def project_jointly(

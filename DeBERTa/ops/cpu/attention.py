@@ -104,7 +104,8 @@ class _PositionTerm:
     """
 
     def __init__(self, table: torch.Tensor | None, length: int) -> None:
-        self.table, self.buffer = table, None
+        self.table = table
+        self.buffer: torch.Tensor | None = None
         self.rows: list[slice] = []
         self.table_rows: list[slice] = []  # that a block needs
         self.parts: list[torch.Tensor] = []  # of the table, these rows

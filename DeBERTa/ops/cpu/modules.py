@@ -112,7 +112,8 @@ class CpuLMHead(LMHead):
 
 
 HEAD_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {LMHead: CpuLMHead}
-SUBCLASSES = HEAD_SUBCLASSES | {
+SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    **HEAD_SUBCLASSES,
     AddNorm: CpuAddNorm,
     DisentangledSelfAttention: CpuSelfAttention,
     Layer: CpuLayer,
