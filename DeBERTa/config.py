@@ -3,8 +3,8 @@
 Unknown keys, wrong types and impossible values raise `ConfigError`.
 
 `ModelConfig` and `RTDConfig` use the field names of the published JSON files. Every field of `TrainConfig` is
-a flag of `python -m DeBERTa.train`. What else is known of a flag (group, help, unit, bounds, choices, rules)
-stands in its field's metadata.
+a flag of `python -m DeBERTa.train`. What else is known of a flag (group, help, unit, limit, rules) stands in
+its field's metadata.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import dataclasses
 import enum
 import json
 import math
-import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,14 +22,10 @@ from typing import Any, TypeVar
 from DeBERTa.errors import ConfigError
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Config")
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
-SHARING = ("gdes", "es", "nes")
-ATTENTION = ("auto", "eager", "sdpa", "triton")
-SCHEDULES = ("linear", "cosine", "wsd", "constant")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
 # Keys of a transformers config that do not change what a model here computes.
 HUB_KEYS = (
     *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
@@ -55,10 +51,9 @@ class Bounds:
 
     def __contains__(self, value: float) -> bool:
         """Return whether `value` is finite and lies in the interval."""
-        is_excluded = (self.excludes_minimum and value == self.minimum) or (
-            self.excludes_maximum and value == self.maximum
-        )
-        return math.isfinite(value) and self.minimum <= value <= self.maximum and not is_excluded
+        is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
+        is_below = value < self.maximum or (value == self.maximum and not self.excludes_maximum)
+        return is_above and is_below and math.isfinite(value)
 
     def __str__(self) -> str:
         """Return the interval in words, as it follows "must be" in a message."""
@@ -68,9 +63,39 @@ class Bounds:
         return f"finite and {text}" if isinstance(self.minimum, float) else text
 
 
+Limit = Bounds | tuple[str, ...] | None  # of the values of a field: numbers, or choices
 FROM_ONE, FROM_ZERO = Bounds(1), Bounds(0)
 POSITIVE, NOT_NEGATIVE = Bounds(0.0, excludes_minimum=True), Bounds(0.0)
 PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_maximum=True)
+
+
+class Rule(enum.Flag):
+    """Properties of a flag that can be combined."""
+
+    REQUIRED = enum.auto()
+    RESUME = enum.auto()  # a resumed run may have another value
+    NODE = enum.auto()  # each node may have its own value
+    HIDDEN = enum.auto()  # a published name that works, but is not listed by --help
+
+
+REQUIRED, RESUME, NODE, HIDDEN = Rule
+INPUT = REQUIRED | RESUME | NODE  # a path, compared by the content that is read from it
+
+
+def _flag(
+    default: T,
+    help: str,
+    limit: Limit = None,
+    unit: str = "",
+    rules: Rule = Rule(0),  # noqa: B008 (a constant)
+    group: str = "",  # of this flag and those that follow
+) -> T:
+    facts = {"help": help, "limit": limit, "unit": unit, "rules": rules, "group": group}
+    return field(default=default, metadata=facts)
+
+
+def _limited(default: T, limit: Limit) -> T:
+    return field(default=default, metadata={"limit": limit})
 
 
 def find_experiments() -> Path:
@@ -115,68 +140,75 @@ def convert_hub_config(values: dict[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _check_keys(values: dict[str, Any], cls: type, where: str) -> None:
-    """Raise `ConfigError` for unknown keys and for missing fields of `cls`.
+@dataclass(frozen=True)
+class Config:
+    """What all configurations share: they are built from JSON, and their values are checked."""
 
-    Only fields without a default must be given.
-    """
-    fields = dataclasses.fields(cls)
-    known = [f.name for f in fields]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(known)}"
-        )
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    _dashes = ""  # before a field's name in a message
 
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any], where: str = "config") -> C:
+        """Build from values by field name.
 
-def _check_types(values: dict[str, Any], cls: type, where: str) -> None:
-    """Raise `ConfigError` unless the values have the annotated types.
+        Raises `ConfigError` for an unknown, missing or wrong value. An int is valid for a float field, but a
+        bool is valid for a bool field only.
+        """
+        fields = {item.name: item for item in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - fields.keys()):
+            names = ", ".join(map(repr, unknown))
+            raise ConfigError(f"{where}: unknown key {names}; known keys: {', '.join(fields)}")
+        required = [name for name, item in fields.items() if item.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in values]:
+            raise ConfigError(f"{where}: missing {', '.join(missing)}")
+        hints = typing.get_type_hints(cls)
+        for name, value in values.items():
+            allowed = typing.get_args(hints[name]) or (hints[name],)
+            if type(value) not in allowed and not (type(value) is int and float in allowed):
+                wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+                raise ConfigError(f"{where}: {name} must be {wanted}, not {value!r}")
+        config = cls(**values)
+        config.validate(f"{where}: ")
+        return config
 
-    An int is valid for a float field, but a bool is valid for a bool field only.
-    """
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        hint = hints[name]
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if type(value) not in allowed and not (type(value) is int and float in allowed):
-            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-            raise ConfigError(f"{where}: {name} must be {wanted}, not {value!r}")
+    @classmethod
+    def from_json(cls: type[C], path: str | Path) -> C:
+        """Build from a JSON file."""
+        return cls.from_dict(read_json(path), str(path))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by field name, of nested configs too."""
+        return dataclasses.asdict(self)
 
-def _check_metadata(config: ModelConfig | TrainConfig, prefix: str) -> None:
-    """Raise `ConfigError` for values outside their fields' bounds or choices."""
-    for item in dataclasses.fields(config):
-        value, bounds = getattr(config, item.name), item.metadata.get("bounds")
-        choices = item.metadata.get("choices", ())
-        options = f"one of {', '.join(choices)}" if choices else bounds
-        is_wrong = (bounds is not None and value not in bounds) or (choices and value not in choices)
-        _refuse(is_wrong, f"{prefix}{item.name} must be {options}, not {value!r}")
+    def validate(self, prefix: str = "") -> None:
+        """Raise `ConfigError`, with a message that starts with `prefix`, for values that cannot work."""
+        for item in dataclasses.fields(self):
+            value, limit = getattr(self, item.name), item.metadata.get("limit")
+            if not value and REQUIRED in item.metadata.get("rules", Rule(0)):
+                advice = "give it, or a --preset without --data_dir"
+                raise ConfigError(f"{prefix}--{item.name} is required: {item.metadata['help']}; {advice}")
+            if limit and value not in limit:
+                wanted = limit if isinstance(limit, Bounds) else f"one of {', '.join(limit)}"
+                raise ConfigError(f"{prefix}{self._dashes}{item.name} must be {wanted}, not {value!r}")
+        for problem in self.find_problems():
+            raise ConfigError(prefix + problem)
 
-
-def _refuse(is_wrong: object, message: str) -> None:
-    if is_wrong:
-        raise ConfigError(message)
-
-
-def _limited(default: T, bounds: Bounds | None = None, choices: tuple[str, ...] = ()) -> T:
-    return field(default=default, metadata={"bounds": bounds, "choices": choices})
+    def find_problems(self) -> Iterator[str]:
+        """Yield a message for each combination of values that cannot work."""
+        yield from ()
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """The configuration of one encoder with its head.
 
     Sizes are in units: hidden width, heads, layers, table rows.
     """
 
-    vocab_size: int = field(metadata={"bounds": FROM_ONE})
-    hidden_size: int = field(metadata={"bounds": FROM_ONE})
-    num_hidden_layers: int = field(metadata={"bounds": FROM_ONE})
-    num_attention_heads: int = field(metadata={"bounds": FROM_ONE})
-    intermediate_size: int = field(metadata={"bounds": FROM_ONE})
+    vocab_size: int = field(metadata={"limit": FROM_ONE})
+    hidden_size: int = field(metadata={"limit": FROM_ONE})
+    num_hidden_layers: int = field(metadata={"limit": FROM_ONE})
+    num_attention_heads: int = field(metadata={"limit": FROM_ONE})
+    intermediate_size: int = field(metadata={"limit": FROM_ONE})
     attention_head_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size / num_attention_heads
     embedding_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size
     max_position_embeddings: int = _limited(512, FROM_ONE)
@@ -187,10 +219,10 @@ class ModelConfig:
     position_buckets: int = -1  # < 1: a table row for every distance
     max_relative_positions: int = -1  # < 1: max_position_embeddings
     share_att_key: bool = False
-    norm_rel_ebd: str = _limited("none", choices=("none", "layer_norm"))
+    norm_rel_ebd: str = _limited("none", ("none", "layer_norm"))
     conv_kernel_size: int = _limited(0, FROM_ZERO)
-    conv_act: str = _limited("tanh", choices=ACTIVATIONS)
-    hidden_act: str = _limited("gelu", choices=ACTIVATIONS)
+    conv_act: str = _limited("tanh", ACTIVATIONS)
+    hidden_act: str = _limited("gelu", ACTIVATIONS)
     hidden_dropout_prob: float = _limited(0.1, PROPORTION_BELOW_ONE)
     attention_probs_dropout_prob: float = _limited(0.1, PROPORTION_BELOW_ONE)
     initializer_range: float = _limited(0.02, POSITIVE)
@@ -202,48 +234,27 @@ class ModelConfig:
 
         Keys that transformers adds are dropped. Raises `ConfigError` for an unknown, missing or wrong value.
         """
-        _refuse("generator" in values, f"{where}: the model config of an RTD model; give --task_name RTD")
-        values = convert_hub_config(values, where)
-        _check_keys(values, cls, where)
-        _check_types(values, cls, where)
-        config = cls(**values)
-        config._validate(where)
+        if "generator" in values:
+            raise ConfigError(f"{where}: the model config of an RTD model; give --task_name RTD")
+        config = super().from_dict(convert_hub_config(values, where), where)
         return dataclasses.replace(config, attention_head_size=config.head_size)
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> ModelConfig:
-        """Build from a JSON file with published field names."""
-        return cls.from_dict(read_json(path), where=str(path))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all values by field name."""
-        return dataclasses.asdict(self)
-
-    def _validate(self, where: str) -> None:
-        _check_metadata(self, f"{where}: ")
+    def find_problems(self) -> Iterator[str]:
+        """Yield a message for each combination of values that cannot work."""
         heads, kernel = self.num_attention_heads, self.conv_kernel_size
-        terms = {term.strip() for term in self.pos_att_type.lower().split("|")}
-        _refuse(
-            not self.attention_head_size and self.hidden_size % heads,
-            f"{where}: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
-            "set attention_head_size",
-        )
-        _refuse(
-            terms - {*POSITION_TERMS, "none", ""},
-            f"{where}: pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none",
-        )
-        _refuse(
-            kernel and kernel % 2 == 0,
-            f"{where}: conv_kernel_size must be odd to keep the length, not {kernel}",
-        )
-        _refuse(
-            kernel and self.num_hidden_layers < 2,
-            f"{where}: conv_kernel_size needs at least 2 layers: the convolution follows the first",
-        )
-        _refuse(
-            self.relative_attention and self.position_buckets == 1,
-            f"{where}: position_buckets must be at least 2, or below 1 for none",
-        )
+        if not self.attention_head_size and self.hidden_size % heads:
+            yield (
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
+                "set attention_head_size"
+            )
+        if set(self._named_terms) - {*POSITION_TERMS, "none", ""}:
+            yield f"pos_att_type {self.pos_att_type!r} may name only c2p and p2c, or be none"
+        if kernel and kernel % 2 == 0:
+            yield f"conv_kernel_size must be odd to keep the length, not {kernel}"
+        if kernel and self.num_hidden_layers < 2:
+            yield "conv_kernel_size needs at least 2 layers: the convolution follows the first"
+        if self.relative_attention and self.position_buckets == 1:
+            yield "position_buckets must be at least 2, or below 1 for none"
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
@@ -251,14 +262,16 @@ class ModelConfig:
         return (self,)
 
     @property
+    def _named_terms(self) -> list[str]:
+        return [term.strip() for term in self.pos_att_type.lower().split("|")]
+
+    @property
     def position_terms(self) -> tuple[str, ...]:
         """Return the position terms in use, of "c2p" and "p2c".
 
         The tuple is empty for attention without relative positions.
         """
-        if not self.relative_attention:
-            return ()
-        named = [term.strip() for term in self.pos_att_type.lower().split("|")]
+        named = self._named_terms if self.relative_attention else ()
         return tuple(term for term in POSITION_TERMS if term in named)
 
     @property
@@ -268,13 +281,12 @@ class ModelConfig:
 
     def describe_unusual_heads(self) -> str:
         """Return a warning if the heads together are not as wide as the model, else an empty string."""
-        heads, width = self.num_attention_heads, self.num_attention_heads * self.head_size
-        if width == self.hidden_size:
-            return ""
-        return (
-            f"attention_head_size {self.head_size} makes {heads} heads {width} wide, but hidden_size is "
-            f"{self.hidden_size}; omit attention_head_size for heads of hidden_size / num_attention_heads"
+        width = self.num_attention_heads * self.head_size
+        text = (
+            f"attention_head_size {self.head_size} makes {self.num_attention_heads} heads {width} wide, but "
+            f"hidden_size is {self.hidden_size}; omit attention_head_size for heads that are as wide together"
         )
+        return text if width != self.hidden_size else ""
 
     @property
     def embedding_width(self) -> int:
@@ -298,7 +310,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class RTDConfig:
+class RTDConfig(Config):
     """Generator, discriminator, and their embedding sharing.
 
     Source: DeBERTaV3, section 3.3.
@@ -306,7 +318,7 @@ class RTDConfig:
 
     generator: ModelConfig
     discriminator: ModelConfig
-    embedding_sharing: str = _limited("gdes", choices=SHARING)
+    embedding_sharing: str = _limited("gdes", ("gdes", "es", "nes"))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "RTD config") -> RTDConfig:
@@ -314,306 +326,194 @@ class RTDConfig:
 
         Raises `ConfigError` for a wrong value, and when the tables cannot be shared.
         """
-        _refuse("hidden_size" in values, f"{where}: the model config of an MLM model; give --task_name MLM")
-        for name in ("generator", "discriminator"):
-            if name in values and not isinstance(values[name], dict):
-                raise ConfigError(f"{where}: {name} must be a model config, not {values[name]!r}")
-        _check_keys(values, cls, where)
-        sharing = values.get("embedding_sharing", "gdes")
-        if not isinstance(sharing, str) or sharing.lower() not in SHARING:
-            options = ", ".join(SHARING)
-            raise ConfigError(f"{where}: embedding_sharing must be one of {options}, not {sharing!r}")
-        config = cls(
-            generator=ModelConfig.from_dict(values["generator"], f"{where}: generator"),
-            discriminator=ModelConfig.from_dict(values["discriminator"], f"{where}: discriminator"),
-            embedding_sharing=sharing.lower(),
-        )
-        config._validate(where)
-        return config
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> RTDConfig:
-        """Build from a JSON file in the published layout."""
-        return cls.from_dict(read_json(path), where=str(path))
+        if "hidden_size" in values:
+            raise ConfigError(f"{where}: the model config of an MLM model; give --task_name MLM")
+        read = dict(values)
+        for name, value in values.items():
+            if name in ("generator", "discriminator") and isinstance(value, dict):
+                read[name] = ModelConfig.from_dict(value, f"{where}: {name}")
+            if name == "embedding_sharing" and isinstance(value, str):
+                read[name] = value.lower()
+        return super().from_dict(read, where)
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
         """Return the configs of generator and discriminator."""
         return self.generator, self.discriminator
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all values by field name, with the two models as nested dicts."""
-        return dataclasses.asdict(self)
-
-    def _validate(self, where: str) -> None:
+    def find_problems(self) -> Iterator[str]:
+        """Yield a message for each size that the models must share, but do not."""
         tables = ("embedding_width", "max_position_embeddings") if self.embedding_sharing != "nes" else ()
         for name in ("vocab_size", *tables):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
-                raise ConfigError(
-                    f"{where}: {name} differs between generator ({ours}) and discriminator ({theirs}), "
+                yield (
+                    f"{name} differs between generator ({ours}) and discriminator ({theirs}), "
                     f"which {self.embedding_sharing} does not allow"
                 )
 
 
-class Rule(enum.Flag):
-    """Properties of a flag that can be combined."""
-
-    NONE = 0
-    REQUIRED = enum.auto()
-    RESUME = enum.auto()  # a resumed run may have another value
-    NODE = enum.auto()  # each node may have its own value
-    HIDDEN = enum.auto()  # a published name that works, but is not listed by --help
-
-
-REQUIRED, RESUME, NODE, HIDDEN = Rule.REQUIRED, Rule.RESUME, Rule.NODE, Rule.HIDDEN
-
-
-def _flag(
-    default: T,
-    help: str,
-    unit: str = "",
-    bounds: Bounds | None = None,
-    rules: Rule = Rule.NONE,
-    choices: tuple[str, ...] = (),
-    group: str = "",  # of this flag and those that follow
-) -> T:
-    facts = {"help": help, "unit": unit, "bounds": bounds, "rules": rules, "choices": choices, "group": group}
-    return field(default=default, metadata=facts)
-
-
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """The settings of one run, with one flag of the same name per field."""
 
+    _dashes = "--"
+
     task_name: str = _flag(
-        "MLM", "masked language modeling or replaced token detection", choices=("MLM", "RTD"), group="task"
+        "MLM", "masked language modeling or replaced token detection", ("MLM", "RTD"), group="task"
     )
     do_train: bool = _flag(False, "train", rules=RESUME)
     do_eval: bool = _flag(False, "evaluate on valid.txt, and on test.txt if there is one", rules=RESUME)
 
-    model_config: str = _flag(  # compared by content
+    model_config: str = _flag(
         "",
-        "JSON model config (experiments/language_model has some), or the config.json of a run",
-        rules=REQUIRED | RESUME | NODE,
+        "JSON file (experiments/language_model has some), or the config.json of a run",
+        rules=INPUT,
         group="model",
     )
-    vocab_size: int = _flag(  # compared by content, with the model config
-        0, "size of the word table; 0: by the model config, or the vocabulary", "rows", FROM_ZERO, RESUME
-    )
+    # Compared by content, with the model config.
+    vocab_size: int = _flag(0, "word table; 0: by config and vocabulary", FROM_ZERO, "rows", RESUME)
     init_model: str = _flag(
-        "",
-        "MLM: start from these weights: a .bin or .safetensors file, the directory of a model or a run, or "
-        "hf:OWNER/NAME[@REVISION]",
-        rules=NODE,
+        "", "MLM: initial weights: file, model or run directory, or hf:OWNER/NAME[@REVISION]", rules=NODE
     )
     init_generator: str = _flag(
-        "",
-        "RTD: start the generator from these weights, as --init_model; from-discriminator: the first layers, "
-        "tables and LM head of the other file",
-        rules=NODE,
+        "", "RTD: as --init_model; from-discriminator: first layers, tables, LM head of that file", rules=NODE
     )
-    init_discriminator: str = _flag(
-        "", "RTD: start the discriminator from these weights, as --init_model", rules=NODE
-    )
-    fresh_head: bool = _flag(
-        False, "start a head or position table new that the file of --init_* does not have"
-    )
+    init_discriminator: str = _flag("", "RTD: initial weights, as --init_model", rules=NODE)
+    fresh_head: bool = _flag(False, "start heads and position tables new that the file of --init_* lacks")
     resize_vocab: str = _flag(
         "",
-        "the vocabulary of the weights of --init_*, if it is not --vocab_path (a file, a directory with "
-        "spm.model, or hf:OWNER/NAME): rows of common pieces are kept, others start at a mean",
+        "the vocabulary of --init_*, if another (as --init_model): common pieces keep their rows",
         rules=NODE,
     )
 
-    data_dir: str = _flag(  # compared by content
-        "",
-        "directory with train.txt and valid.txt (and test.txt), as prepare_data.py writes them",
-        rules=REQUIRED | RESUME | NODE,
-        group="data",
+    data_dir: str = _flag(
+        "", "directory with train.txt, valid.txt (and test.txt) of prepare_data.py", rules=INPUT, group="data"
     )
     replay: str = _flag(  # compared by content
         "",
-        "directory with train.txt and valid.txt of what the model was trained on before, to mix in and to "
-        "watch for forgetting",
+        "as --data_dir: text of earlier training, to mix in and to watch for forgetting",
         rules=RESUME | NODE,
     )
-    replay_share: float = _flag(  # a fraction whose denominator is at most 10,000, neither 0 nor 1
-        0.2, "proportion of --replay in the training sequences", "", Bounds(0.0001, 0.9999)
-    )
-    vocab_path: str = _flag("", "SentencePiece model of the data", rules=REQUIRED | RESUME | NODE)
-    vocab_type: str = _flag("spm", "kind of vocabulary", rules=HIDDEN, choices=("spm",))
-    max_seq_length: int = _flag(512, "sequence length, [CLS] and [SEP] included", "tokens", Bounds(3))
-    max_ngram: int = _flag(1, "MLM: longest masked span; 1: single tokens", "words", FROM_ONE)
-    train_batch_size: int = _flag(256, "batch size over all ranks", "sequences per optimizer step", FROM_ONE)
-    accumulative_update: int = _flag(
-        1, "micro-batches of a rank, to need less memory", "micro-batches per optimizer step", FROM_ONE
-    )
-    eval_batch_size: int = _flag(32, "batch size of the evaluation", "sequences", FROM_ONE, RESUME)
-    workers: int = _flag(2, "data workers; 0: none", "processes per rank", FROM_ZERO, RESUME | NODE)
-    seed: int = _flag(
-        42, "seed of weights, data order, masks, dropout and sampling", "", Bounds(0, 2**63 - 1)
-    )
+    # A fraction whose denominator is at most 10,000, neither 0 nor 1.
+    replay_share: float = _flag(0.2, "proportion of --replay in training sequences", Bounds(0.0001, 0.9999))
+    vocab_path: str = _flag("", "SentencePiece model of the data", rules=INPUT)
+    vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",), rules=HIDDEN)
+    max_seq_length: int = _flag(512, "sequence length, [CLS] and [SEP] included", Bounds(3), "tokens")
+    max_ngram: int = _flag(1, "MLM: longest masked span; 1: single tokens", FROM_ONE, "words")
+    train_batch_size: int = _flag(256, "batch size over all ranks", FROM_ONE, "sequences per optimizer step")
+    accumulative_update: int = _flag(1, "micro-batches per step of a rank, to need less memory", FROM_ONE)
+    eval_batch_size: int = _flag(32, "batch size of the evaluation", FROM_ONE, "sequences", RESUME)
+    workers: int = _flag(2, "data workers; 0: none", FROM_ZERO, "processes per rank", RESUME | NODE)
+    seed: int = _flag(42, "seed of weights, data order, masks, dropout and sampling", Bounds(0, 2**63 - 1))
 
     num_training_steps: int = _flag(
-        0, "length of the run; 0: by --num_train_epochs", "optimizer steps", FROM_ZERO, group="optimization"
+        0, "length of the run; 0: by --num_train_epochs", FROM_ZERO, "steps", group="optimization"
     )
     num_train_epochs: float = _flag(
-        1.0, "passes over the data, when --num_training_steps is not given", "epochs", NOT_NEGATIVE, RESUME
+        1.0, "length without --num_training_steps", NOT_NEGATIVE, "epochs", RESUME
     )
-    learning_rate: float = _flag(1e-4, "peak learning rate", "", POSITIVE)
-    discriminator_learning_rate: float = _flag(
-        0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate", "", NOT_NEGATIVE
-    )
-    warmup: float = _flag(
-        10000.0, "linear warm-up", "optimizer steps if >= 1, else proportion of all steps", NOT_NEGATIVE
-    )
+    learning_rate: float = _flag(1e-4, "peak learning rate", POSITIVE)
+    discriminator_learning_rate: float = _flag(0.0, "RTD: the discriminator's; 0: the same", NOT_NEGATIVE)
+    warmup: float = _flag(10000.0, "linear warm-up", NOT_NEGATIVE, "steps if >= 1, else proportion of all")
     lr_schedule: str = _flag(
         "linear",
         "after warm-up; linear, cosine: decay to the last step; wsd: decay over the last tenth of all steps",
-        choices=SCHEDULES,
+        ("linear", "cosine", "wsd", "constant"),
     )
-    lr_schedule_ends: float = _flag(0.0, "final learning rate", "proportion of the peak", PROPORTION)
-    weight_decay: float = _flag(0.01, "AdamW weight decay (not of biases and LayerNorm)", "", NOT_NEGATIVE)
-    adam_beta1: float = _flag(0.9, "AdamW beta1", "", PROPORTION_BELOW_ONE)
-    adam_beta2: float = _flag(0.999, "AdamW beta2", "", PROPORTION_BELOW_ONE)
-    epsilon: float = _flag(1e-6, "AdamW epsilon", "", NOT_NEGATIVE)
-    max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0: no clipping", "", NOT_NEGATIVE)
-    max_skipped_steps: int = _flag(
-        20, "stop after as many consecutive skipped updates", "optimizer steps", FROM_ONE, RESUME
-    )
-    skip_spikes: bool = _flag(
-        False, "skip updates whose loss is above 6 standard deviations of the losses of the last 128 steps"
-    )
-    rtd_lambda: float = _flag(10.0, "RTD: weight of the discriminator's loss", "", NOT_NEGATIVE)
+    lr_schedule_ends: float = _flag(0.0, "final learning rate", PROPORTION, "proportion of the peak")
+    weight_decay: float = _flag(0.01, "AdamW weight decay (not of biases and LayerNorm)", NOT_NEGATIVE)
+    adam_beta1: float = _flag(0.9, "AdamW beta1", PROPORTION_BELOW_ONE)
+    adam_beta2: float = _flag(0.999, "AdamW beta2", PROPORTION_BELOW_ONE)
+    epsilon: float = _flag(1e-6, "AdamW epsilon", NOT_NEGATIVE)
+    max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0: no clipping", NOT_NEGATIVE)
+    max_skipped_steps: int = _flag(20, "stop after as many skipped updates in a row", FROM_ONE, rules=RESUME)
+    skip_spikes: bool = _flag(False, "skip updates of losses 6 sigma above those of the last 128 steps")
+    rtd_lambda: float = _flag(10.0, "RTD: weight of the discriminator's loss", NOT_NEGATIVE)
     decoupled_training: bool = _flag(True, "RTD: step on the generator's loss, then on the other (not es)")
 
     precision: str = _flag(
         "auto",
         "auto: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        ("auto", "fp32", "bf16", "fp16"),
         group="computation",
     )
     # The resolved precision is compared on resume in place of this flag.
     fp16: bool | None = _flag(None, "--precision auto, or fp32 if False", rules=HIDDEN | RESUME)
     kernels: str = _flag(  # compared on resume: auto and off draw different dropout masks
-        "auto",
-        "auto: faster implementations of DeBERTa/ops where they exist; off: plain PyTorch, --attention eager",
-        choices=("auto", "off"),
+        "auto", "auto: the fastest of DeBERTa/ops; off: plain PyTorch, --attention eager", ("auto", "off")
     )
     attention: str = _flag(
         "auto",
-        "auto: the fastest for the device; eager: plain operations; sdpa: PyTorch's fused attention; "
-        "triton: kernels for CUDA GPUs",
-        choices=ATTENTION,
+        "auto: the fastest here; eager: plain; sdpa: PyTorch's fused attention; triton: kernels for GPUs",
+        ("auto", "eager", "sdpa", "triton"),
     )
-    gradient_checkpointing: bool = _flag(
-        False, "recompute layers in the backward pass: less memory, a third more time", rules=RESUME
-    )
+    gradient_checkpointing: bool = _flag(False, "recompute layers: less memory, a third slower", rules=RESUME)
     deterministic: bool = _flag(False, "on a GPU: the same bits in every run, at some cost in speed")
     tf32: bool = _flag(True, "on a GPU: multiply float32 matrices in TF32")
     compile: bool | None = _flag(  # compared on resume as resolved
-        None,
-        "torch.compile the encoder's layers, and on a GPU the LM head's passes over logits; by default on "
-        "GPUs where the package triton is installed; on CPUs this needs a C++ compiler",
+        None, "torch.compile layers, LM head (GPU); default: on GPUs with triton; CPUs need a C++ compiler"
     )
 
     nproc_per_node: int = _flag(
-        0, "ranks on this node; 0: one per GPU, or one", "processes", FROM_ZERO, RESUME | NODE, group="ranks"
+        0, "ranks on this node; 0: one per GPU, or one", FROM_ZERO, "processes", RESUME | NODE, group="ranks"
     )
     sharding: str = _flag(
         "none",
-        "none: every rank holds the model (DDP); zero2: gradients and optimizer state are sharded; fsdp: and "
-        "parameters",
+        "none: a full model per rank (DDP); zero2: shard gradients and optimizer state; fsdp: and parameters",
+        ("none", "zero2", "fsdp"),
         rules=RESUME,
-        choices=("none", "zero2", "fsdp"),
     )
-    max_restarts: int = _flag(0, "restarts of all ranks after one was lost", "restarts", FROM_ZERO, RESUME)
-    dist_timeout: int = _flag(600, "limit of waiting for other nodes and ranks", "seconds", FROM_ONE, RESUME)
+    max_restarts: int = _flag(0, "restarts of all ranks after one was lost", FROM_ZERO, "restarts", RESUME)
+    dist_timeout: int = _flag(600, "limit of waiting for other nodes and ranks", FROM_ONE, "seconds", RESUME)
 
-    output_dir: str = _flag(
-        "", "run directory; empty: output/TAG", rules=RESUME | NODE, group="run directory"
-    )
+    output_dir: str = _flag("", "path; empty: output/TAG", rules=RESUME | NODE, group="run directory")
     tag: str = _flag("run", "name of this run", rules=RESUME)
-    dump_interval: int = _flag(
-        10000, "interval of checkpoints and evaluations", "optimizer steps", FROM_ONE, RESUME
-    )
-    keep_last: int = _flag(
-        3, "newest checkpoints to keep, besides the best by validation loss", "checkpoints", FROM_ONE, RESUME
-    )
+    dump_interval: int = _flag(10000, "interval of checkpoints and evaluations", FROM_ONE, "steps", RESUME)
+    keep_last: int = _flag(3, "newest checkpoints to keep, besides the best", FROM_ONE, "checkpoints", RESUME)
     fresh: bool = _flag(False, "start over; an earlier run is moved to OUTPUT_DIR.old-1, ...", rules=RESUME)
     dry_run: bool = _flag(
-        False, "take a few steps, report what the run needs (memory, time, disk), and stop", rules=RESUME
+        False, "take a few steps, report memory, time and disk needed, and stop", rules=RESUME
     )
-    log_interval: int = _flag(100, "interval of metrics.jsonl", "optimizer steps", FROM_ONE, RESUME)
-    log_level: str = _flag("info", "least severe console messages", rules=RESUME | NODE, choices=LOG_LEVELS)
+    log_interval: int = _flag(100, "interval of metrics.jsonl", FROM_ONE, "steps", RESUME)
+    log_level: str = _flag("info", "least severe console messages", LOG_LEVELS, rules=RESUME | NODE)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "settings") -> TrainConfig:
-        """Build from flag names.
-
-        Raises `ConfigError` for unknown names and wrong types. Values are checked by `validate`.
-        """
-        _check_keys(values, cls, where)
-        _check_types(values, cls, where)
-        return cls(**values)
-
-    def validate(self) -> None:
-        """Raise `ConfigError` for values that cannot work, naming the flag."""
-        for item in dataclasses.fields(self):
-            is_missing = REQUIRED in item.metadata["rules"] and not getattr(self, item.name)
-            advice = "give it, or a --preset without --data_dir"
-            _refuse(is_missing, f"--{item.name} is required: {item.metadata['help']}; {advice}")
-        _check_metadata(self, "--")
+    def find_problems(self) -> Iterator[str]:
+        """Yield a message for each combination of flags that cannot work."""
         batch, parts = self.train_batch_size, self.accumulative_update
-        rtd_weights = (self.init_generator, self.init_discriminator)
-        _refuse(not (self.do_train or self.do_eval), "nothing to do: give --do_train, --do_eval, or both")
-        _refuse(self.fresh and not self.do_train, "--fresh starts training over: give --do_train too")
-        _refuse(self.dry_run and not self.do_train, "--dry_run tries training: give --do_train, too")
-        _refuse(
-            batch % parts, f"--train_batch_size {batch} is not a multiple of --accumulative_update {parts}"
-        )
-        _refuse(
-            not (self.num_training_steps or self.num_train_epochs),
-            "--num_train_epochs must be above 0 when --num_training_steps is not given",
-        )
-        _refuse(
-            self.lr_schedule == "constant" and self.lr_schedule_ends,
-            "--lr_schedule_ends: --lr_schedule constant ends at the peak; give one of the two",
-        )
-        _refuse(
-            self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"),
-            f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them",
-        )
-        _refuse(
-            self.kernels == "off" and self.attention in ("sdpa", "triton"),
-            f"--attention {self.attention}: --kernels off has plain attention only; give one of the two",
-        )
-        _refuse(
-            self.task_name == "MLM" and any(rtd_weights),
-            "--init_generator and --init_discriminator belong to --task_name RTD: MLM takes --init_model",
-        )
-        _refuse(
-            self.task_name == "RTD" and self.init_model,
-            "--init_model belongs to MLM: RTD takes --init_generator and --init_discriminator",
-        )
-        _refuse(
-            any(rtd_weights) and not all(rtd_weights),
-            "--init_generator and --init_discriminator belong together: give both or neither",
-        )
-        _refuse(
-            (self.fresh_head or self.resize_vocab) and not (self.init_model or any(rtd_weights)),
-            "--fresh_head and --resize_vocab are for the weights of --init_*: give them, too",
-        )
+        if not (self.do_train or self.do_eval):
+            yield "nothing to do: give --do_train, --do_eval, or both"
+        if self.fresh and not self.do_train:
+            yield "--fresh starts training over: give --do_train too"
+        if self.dry_run and not self.do_train:
+            yield "--dry_run tries training: give --do_train, too"
+        if batch % parts:
+            yield f"--train_batch_size {batch} is not a multiple of --accumulative_update {parts}"
+        if not (self.num_training_steps or self.num_train_epochs):
+            yield "--num_train_epochs must be above 0 when --num_training_steps is not given"
+        if self.lr_schedule == "constant" and self.lr_schedule_ends:
+            yield "--lr_schedule_ends: --lr_schedule constant ends at the peak; give one of the two"
+        if self.fp16 is not None and self.precision not in ("auto", "fp16" if self.fp16 else "fp32"):
+            yield f"--fp16 {self.fp16} contradicts --precision {self.precision}: give one of them"
+        if self.kernels == "off" and self.attention in ("sdpa", "triton"):
+            yield f"--attention {self.attention}: --kernels off has plain attention only; give one of the two"
+        yield from self._find_wrong_weights()
+
+    def _find_wrong_weights(self) -> Iterator[str]:
+        pair = (self.init_generator, self.init_discriminator)
+        if self.task_name == "MLM" and any(pair):
+            yield "--init_generator and --init_discriminator are for --task_name RTD: MLM takes --init_model"
+        if self.task_name == "RTD" and self.init_model:
+            yield "--init_model belongs to MLM: RTD takes --init_generator and --init_discriminator"
+        if any(pair) and not all(pair):
+            yield "--init_generator and --init_discriminator belong together: give both or neither"
+        if (self.fresh_head or self.resize_vocab) and not (self.init_model or any(pair)):
+            yield "--fresh_head and --resize_vocab are for the weights of --init_*: give them, too"
 
     @property
     def run_dir(self) -> Path:
         """Return the directory of this run's checkpoints, metrics and models."""
-        return Path(self.output_dir) if self.output_dir else Path("output") / self.tag
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all values by flag name."""
-        return dataclasses.asdict(self)
+        return Path(self.output_dir or f"output/{self.tag}")
 
 
 def find_flags(rule: Rule) -> frozenset[str]:

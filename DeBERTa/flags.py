@@ -42,20 +42,18 @@ class FlagParser(argparse.ArgumentParser):
         """
         values, unknown = self.parse_known_args(argv)
         if unknown:
-            self._report(unknown[0].partition("=")[0])
+            flag = unknown[0].partition("=")[0]
+            if flag in REPLACED:
+                self.error(f"no flag {flag}: it was replaced, give {REPLACED[flag]}")
+            if flag in PRESETS:
+                self.error(f"unexpected argument {flag!r}: give --preset {flag}")
+            if not flag.startswith("-"):
+                self.error(f"unexpected argument {flag!r}: flags begin with --")
+            known = re.findall(r"--\w+", self.format_help())
+            longer = sorted({name for name in known if name.startswith(flag)})
+            closest = " or ".join(longer or difflib.get_close_matches(flag, known, n=1))
+            self.error(f"no flag {flag}: did you mean {closest}" if closest else f"no flag {flag}")
         return vars(values)
-
-    def _report(self, flag: str) -> NoReturn:
-        if flag in REPLACED:
-            self.error(f"no flag {flag}: it was replaced, give {REPLACED[flag]}")
-        if flag in PRESETS:
-            self.error(f"unexpected argument {flag!r}: give --preset {flag}")
-        if not flag.startswith("-"):
-            self.error(f"unexpected argument {flag!r}: flags begin with --")
-        known = re.findall(r"--\w+", self.format_help())
-        longer = sorted({name for name in known if name.startswith(flag)})
-        closest = " or ".join(longer or difflib.get_close_matches(flag, known, n=1))
-        self.error(f"no flag {flag}: did you mean {closest}" if closest else f"no flag {flag}")
 
 
 def parse_flags(argv: Sequence[str]) -> TrainConfig:
@@ -100,8 +98,8 @@ def _describe(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     form: dict[str, Any] = {"help": argparse.SUPPRESS if HIDDEN in metadata["rules"] else text}
     if hint is bool or bool in typing.get_args(hint):
         return form | {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
-    if metadata["choices"]:
-        return form | {"choices": metadata["choices"]}
+    if isinstance(metadata["limit"], tuple):
+        return form | {"choices": metadata["limit"]}
     return form | {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
 
 
@@ -143,6 +141,5 @@ def read_settings(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not the config.json of a run: it has no section 'train'")
     config = TrainConfig.from_dict(values, f"{path}: train")
-    config.validate()
     omitted = {"fresh", *(f.name for f in dataclasses.fields(config) if HIDDEN in f.metadata["rules"])}
     return {k: v for k, v in config.to_dict().items() if k not in omitted} | {"model_config": path}

@@ -81,11 +81,11 @@ def format_default(value: Any) -> str:
 
 def describe_values(field: dataclasses.Field) -> str:
     """Return the type and the permitted values of a field."""
-    choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds")
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
+    limit = field.metadata.get("limit")
+    if isinstance(limit, tuple):
+        return ", ".join(f"`{choice}`" for choice in limit)
     kind = {"str": "text", "bool": "switch", "bool | None": "switch", "int": "int", "float": "float"}
-    return f"{kind[str(field.type)]}{f', {bounds}' if bounds else ''}"
+    return f"{kind[str(field.type)]}{f', {limit}' if limit else ''}"
 
 
 def describe_flags() -> str:

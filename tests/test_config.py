@@ -11,6 +11,8 @@ from DeBERTa.config import FREE_PER_NODE, FREE_TO_CHANGE, Bounds
 from DeBERTa.errors import ConfigError
 from tests.conftest import TINY, tiny_model, tiny_rtd
 
+PATHS = {"model_config": "m", "data_dir": "d", "vocab_path": "v"}
+
 
 @pytest.mark.parametrize(
     ("change", "named"),
@@ -136,7 +138,7 @@ def test_nes_allows_different_widths():
     ],
 )
 def test_train_config(change, named):
-    values = {"model_config": "m", "data_dir": "d", "vocab_path": "v", "do_train": True}
+    values = PATHS | {"do_train": True}
     TrainConfig(**values).validate()
     with pytest.raises(ConfigError, match=named):
         TrainConfig(**values | change).validate()
@@ -166,7 +168,7 @@ def test_settings_of_a_run_are_typed(change, named):
 
 
 def test_settings_survive_json():
-    config = TrainConfig(warmup=3.0, fp16=True)
+    config = TrainConfig(do_train=True, warmup=3.0, fp16=True, **PATHS)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -178,9 +180,9 @@ def test_every_flag_is_described_once():
         metadata = field.metadata
         assert metadata["help"]
         if type(field.default) in (int, float):
-            assert field.default in metadata["bounds"]
-        if metadata["choices"]:
-            assert field.default in metadata["choices"]
+            assert isinstance(metadata["limit"], Bounds)
+        if metadata["limit"]:
+            assert field.default in metadata["limit"]
 
 
 def test_what_a_resumed_run_must_have_in_common():
