@@ -1,30 +1,30 @@
-"""What the small commands share: messages and exit status."""
+"""What all commands share: messages and exit status."""
 
 import logging
 from collections.abc import Callable
 
-from DeBERTa.errors import DebertaError, describe_os_error
+from DeBERTa.errors import DebertaError, ReportedError, describe_os_error
 from DeBERTa.log import set_up_logging
 
 logger = logging.getLogger(__name__)
 
 
-def run_command(command: Callable[[], None], interrupted: str = "interrupted") -> int:
-    """Run a command and return its exit status.
+def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a command, log its error, and return its exit status.
 
-    It is 0 on success, 1 after an error, 2 for wrong flags, 130 after an interrupt, which is logged as
-    `interrupted`.
+    It is what the command returns, 1 after an error, 2 for wrong flags, 130 after an interrupt, which is
+    logged as `interrupted`.
     """
     set_up_logging()
     try:
-        command()
+        return command() or 0
     except DebertaError as error:
-        logger.error("%s", error)
+        if not isinstance(error, ReportedError):
+            logger.error("%s", error)
         return error.exit_status
-    except OSError as error:
+    except OSError as error:  # a full disk, a directory that cannot be written
         logger.error("%s", describe_os_error(error))
         return 1
     except KeyboardInterrupt:
         logger.error("%s", interrupted)
         return 130
-    return 0

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,19 +38,16 @@ def main() -> int:
         return 1
     from DeBERTa.command import run_command
 
-    failures: list[int] = []
-    checks = (check_device, check_machine, check_network)
-    status = run_command(lambda: failures.extend(write_checks(check()) for check in checks))
-    return status or int(any(failures))
+    return run_command(lambda: write_checks(chain(check_device(), check_machine(), check_network())))
 
 
 def write_checks(checks: Iterable[Check]) -> int:
-    """Print a line per check, and return how many are not ok."""
-    failures = 0
+    """Print a line per check, and return 1 unless all are ok."""
+    status = 0
     for name, text, advice in checks:
-        failures += bool(advice)
+        status |= bool(advice)
         sys.stdout.write(f"{'look' if advice else 'ok'}\t{name}: {text}{'; ' if advice else ''}{advice}\n")
-    return failures
+    return status
 
 
 def check_packages() -> Iterator[Check]:
@@ -66,8 +64,7 @@ def check_device() -> Iterator[Check]:
 
     from DeBERTa.config import TrainConfig
     from DeBERTa.training.banner import get_device_name
-    from DeBERTa.training.execution import resolve_compile
-    from DeBERTa.training.precision import resolve_precision
+    from DeBERTa.training.execution import resolve_compile, resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_unused = device.type == "cpu" and NVIDIA_DRIVER.exists()
@@ -118,21 +115,17 @@ def check_network() -> Iterator[Check]:
     from DeBERTa.data.corpus import WIKITEXT_103
 
     for url in (WIKITEXT_103.urls[0], os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
-        yield "network", *check_host(url)
-
-
-def check_host(url: str) -> tuple[str, str]:
-    """Return the host of a URL, and what to do if it cannot be reached."""
-    parts = urlsplit(url)
-    if parts.scheme not in PORTS or not parts.hostname:
-        return url, "it is not a URL: write https:// before the host in HF_ENDPOINT"
-    try:
-        port = parts.port or PORTS[parts.scheme]
-        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:  # ValueError: a port that is no number
-        mirror = "mirrors go into DEBERTA_WIKITEXT_URL and HF_ENDPOINT"
-        return parts.hostname, f"it cannot be reached ({error}): the tiny presets do without; {mirror}"
-    return parts.hostname, ""
+        parts, advice = urlsplit(url), ""
+        if parts.scheme not in PORTS or not parts.hostname:
+            yield "network", url, "it is not a URL: write https:// before the host in HF_ENDPOINT"
+            continue
+        try:
+            port = parts.port or PORTS[parts.scheme]
+            socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:  # ValueError: a port that is no number
+            advice = f"it cannot be reached ({error}): the tiny presets do without; mirrors go into "
+            advice += "DEBERTA_WIKITEXT_URL and HF_ENDPOINT"
+        yield "network", parts.hostname, advice
 
 
 if __name__ == "__main__":

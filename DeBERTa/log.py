@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 QUIET_SECONDS = 60.0  # without a message, after which the log says what is going on
 # Control characters other than the line end, and those that change the direction of text.
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -64,30 +63,22 @@ def secure_console() -> None:
 
 
 class StderrHandler(logging.Handler):
-    """Write records to stderr, above the progress bar if there is one."""
+    """Write records to stderr, above the progress bar if there is one.
+
+    Warnings and errors start with their level. When stderr is not a terminal, each line starts with the time.
+    Control characters are escaped, since messages quote what others wrote: texts, files, servers.
+    """
 
     last_time = 0.0  # of the last message, monotonic clock
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         StderrHandler.last_time = time.monotonic()
-        tqdm.write(self.format(record), file=sys.stderr)
-        sys.stderr.flush()
-
-
-class LineFormatter(logging.Formatter):
-    """Prefix warnings and errors with their level.
-
-    When stderr is not a terminal, each line starts with the time. Control characters are escaped, since
-    messages quote what others wrote: texts, files, servers.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text to write."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        time = "" if sys.stderr.isatty() else f"{self.formatTime(record, TIME_FORMAT)} "
-        message = CONTROL.sub(lambda match: ascii(match[0])[1:-1], record.getMessage())
-        return "\n".join(time + line for line in f"{level}{message}".split("\n"))
+        start = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
+        message = CONTROL.sub(lambda match: ascii(match[0])[1:-1], level + record.getMessage())
+        tqdm.write("\n".join(start + line for line in message.split("\n")), file=sys.stderr)
+        sys.stderr.flush()
 
 
 def set_up_logging(level: str = "info") -> None:
@@ -99,9 +90,7 @@ def set_up_logging(level: str = "info") -> None:
     logger.setLevel(level.upper())
     logger.propagate = False
     if not logger.handlers:
-        handler = StderrHandler()
-        handler.setFormatter(LineFormatter())
-        logger.addHandler(handler)
+        logger.addHandler(StderrHandler())
 
 
 @contextlib.contextmanager

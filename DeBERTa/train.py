@@ -18,42 +18,23 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from DeBERTa.config import (
-    FREE_PER_NODE,
-    ModelConfig,
-    RTDConfig,
-    TrainConfig,
-)
+from DeBERTa import command
+from DeBERTa.config import FREE_PER_NODE, ModelConfig, RTDConfig, TrainConfig
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, Replay, TrainingBatches
 from DeBERTa.data.loader import translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import (
-    ConfigError,
-    DataError,
-    DebertaError,
-    LaunchError,
-    ReportedError,
-    describe_os_error,
-)
+from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.training import distributed
 from DeBERTa.training.banner import collect_environment, describe_code, describe_run, format_rows
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
-from DeBERTa.training.distributed import (
-    broadcast_value,
-    gather_values,
-    get_rank,
-    get_world_size,
-    is_distributed,
-    is_rank_zero,
-    join_process_group,
-)
 from DeBERTa.training.dry_run import describe_dry_run
 from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
-from DeBERTa.training.execution import resolve_compile, set_execution
+from DeBERTa.training.execution import explain_precision, resolve_compile, resolve_precision, set_execution
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
@@ -62,7 +43,6 @@ from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
-from DeBERTa.training.precision import describe_replaced_precision, resolve_precision
 from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
@@ -79,41 +59,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0 on success, 1 after an error, 2 for wrong flags, 128 plus its number after a signal.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    set_up_logging()
-    try:
-        config = parse_flags(argv)
-        set_up_logging(config.log_level)
-        config.validate()
-        if config.dry_run:  # ranks have logs, which must not be in the run directory
-            config = dataclasses.replace(config, output_dir=f"{config.run_dir}.dry-run")
-        job = find_job(config)
-        if job is not None:
-            return launch(job, config, argv)
-        with Signals() as signals, ExitStack() as stack:
-            if is_worker():
-                stack.enter_context(log_rank(config.run_dir))
-                stack.enter_context(join_process_group(config.dist_timeout))
-            with translate_worker_errors(), translate_memory_errors():
-                run(config, signals)
-    except ReportedError as error:
-        return error.exit_status
-    except DebertaError as error:
-        logger.error("%s", error)
-        return error.exit_status
-    except OSError as error:  # a full disk, a directory that cannot be written
-        logger.error("%s", describe_os_error(error))
-        return 1
-    except RunInterrupted as error:
-        logger.info("stopped by %s; the same command resumes from the last checkpoint", error)
-        return error.exit_status
-    return 0
+    return command.run_command(lambda: start(sys.argv[1:] if argv is None else argv))
 
 
 def run_command() -> NoReturn:
     """Run the console command, and exit with its status."""
     secure_console()
     exit_process(main())
+
+
+def start(argv: Sequence[str]) -> int:
+    """Launch the workers of this node, or be one, and return the exit status."""
+    config = parse_flags(argv)
+    set_up_logging(config.log_level)
+    config.validate()
+    if config.dry_run:  # ranks have logs, which must not be in the run directory
+        config = dataclasses.replace(config, output_dir=f"{config.run_dir}.dry-run")
+    try:
+        job = find_job(config)
+        if job is not None:
+            return launch(job, config, argv)
+        with Signals() as signals, ExitStack() as stack:
+            if is_worker():
+                stack.enter_context(log_rank(config.run_dir))
+                stack.enter_context(distributed.join_process_group(config.dist_timeout))
+            with translate_worker_errors(), translate_memory_errors():
+                run(config, signals)
+    except RunInterrupted as stop:
+        logger.info("stopped by %s; the same command resumes from the last checkpoint", stop)
+        return stop.exit_status
+    return 0
 
 
 def run(config: TrainConfig, signals: Signals) -> None:
@@ -124,7 +99,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
         keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
     model_config, notes = load_model_config(config, tokenizer)
-    notes += describe_replaced_precision(config, precision)
+    notes += explain_precision(config, precision)
     for note in notes:
         logger.warning("%s", note)
     is_rtd = config.task_name == "RTD"
@@ -134,60 +109,48 @@ def run(config: TrainConfig, signals: Signals) -> None:
     rows = model_config.models[0].vocab_size
     counts = batches.store.count_ids(rows) if batches and is_rtd else None
     evaluation = open_evaluation(config, tokenizer, masker, counts)
-    data = {"vocabulary_sha256": tokenizer.fingerprint}
-    texts = describe_evaluation(evaluation)
 
     torch.manual_seed(config.seed)
     model = build_model(model_config)
-    initial_weights = load_initial_weights(config, model, tokenizer)
+    loaded = load_initial_weights(config, model, tokenizer)
     model = model.to(device)
     execution = set_execution(model, config, device)
-    outputs: Outputs
-    if batches is not None:
-        total_steps = count_steps(config, batches)
-        training = build_step(config, model, precision, device, total_steps)
-        warmup = count_warmup_steps(config, total_steps)
-        resolved = {"num_training_steps": total_steps, "warmup": warmup, "precision": precision}
-        resolved |= {"kernels": execution["kernels"], "compile": resolve_compile(config, device)}
-        if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
-            resolved["attention"] = execution["attention"]
-        settings = {
-            "train": config.to_dict() | resolved,
-            "model": model_config.to_dict(),
-            "data": describe_data(batches) | data,
-            "validation": {name: texts.get(name) for name in ("valid_sha256", "replay_valid_sha256")},
-            "code": describe_code(),
-        }
+    texts = describe_evaluation(evaluation)
+    settings: dict[str, dict] = {
+        "train": config.to_dict(),
+        "model": model_config.to_dict(),
+        "data": {"vocabulary_sha256": tokenizer.fingerprint},
+        "validation": {name: texts.get(name) for name in ("valid_sha256", "replay_valid_sha256")},
+        "code": describe_code(),
+    }
+    outputs: Outputs = partial(compute_outputs, model)
+    if batches is None:
         check_same_on_all_ranks(settings | {"evaluation": texts})
-        attention = execution["attention"]
+        load_trained(config, model)
+    else:
+        steps = count_steps(config, batches)
+        settings["train"] |= {"num_training_steps": steps, "warmup": count_warmup_steps(config, steps)}
+        settings["train"] |= {"precision": precision, "kernels": execution["kernels"]}
+        settings["train"]["compile"] = resolve_compile(config, device)
+        if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
+            settings["train"]["attention"] = "eager"
+        settings["data"] |= describe_data(batches)
+        check_same_on_all_ranks(settings | {"evaluation": texts})
+        training = build_step(config, model, precision, device, steps)
+        interval, attention = Interval(device), execution["attention"]
         this_run = Run(
-            config,
-            model,
-            training,
-            batches,
-            evaluation,
-            settings,
-            Interval(device),
-            attention,
-            initial_weights,
-            notes,
+            config, model, training, batches, evaluation, settings, interval, attention, loaded, notes
         )
         if config.dry_run:
             logger.info(describe_dry_run(this_run))
             return
         train_and_save(this_run, signals, tokenizer.path)
         outputs = training.compute_outputs
-    else:
-        settings = {"train": config.to_dict(), "model": model_config.to_dict(), "data": data | texts}
-        settings["code"] = describe_code()
-        check_same_on_all_ranks(settings)
-        load_trained(config, model)
-        outputs = partial(compute_outputs, model)
     if config.do_eval:
         results = evaluate_splits(model, outputs, evaluation, config, precision, device)
         for split, metrics in results.items():
             logger.info("%s  %s", split, format_metrics(metrics))
-        if is_rank_zero():
+        if distributed.is_rank_zero():
             config.run_dir.mkdir(parents=True, exist_ok=True)
             finite = {split: replace_non_finite(metrics) for split, metrics in results.items()}
             write_json(config.run_dir / "evaluation.json", finite)
@@ -199,7 +162,7 @@ def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
     logger.info(format_rows(describe_run(this_run, first_step)))
     Trainer(this_run, first_step, signals).train()
     full_model = get_full_model(this_run.config, this_run.model)
-    if is_rank_zero():
+    if distributed.is_rank_zero():
         this_run.check_lock()
         directories = save_models(this_run.run_dir, full_model, vocabulary)
         logger.info(format_rows(describe_end(this_run.run_dir, directories)))
@@ -214,35 +177,20 @@ def build_step(
     return ReplacedTokenStep(model, config, precision, device, total_steps)
 
 
-def check_batch_size(config: TrainConfig) -> None:
-    """Raise `ConfigError` when a rank would have no sequence in some micro-batch."""
-    needed = get_world_size() * config.accumulative_update
-    if config.train_batch_size < needed:
-        raise ConfigError(
-            f"--train_batch_size {config.train_batch_size} is too small for {get_world_size()} ranks with "
-            f"--accumulative_update {config.accumulative_update}: give at least {needed}"
-        )
-
-
 def check_same_on_all_ranks(settings: dict) -> None:
     """Raise `ConfigError` on every rank unless all ranks have the same settings.
 
     The message names the settings that differ. Flags that may differ per node are not compared: paths are
     compared by the content that is read from them.
     """
-    everywhere = gather_values(
-        {name: value for section in settings.values() for name, value in flatten(section).items()}
-    )
-    for number, values in enumerate(everywhere):
-        names = sorted((values.keys() | everywhere[0].keys()) - FREE_PER_NODE)
-        differing = [
-            f"{name} ({everywhere[0].get(name)} and {values.get(name)})"
-            for name in names
-            if values.get(name) != everywhere[0].get(name)
-        ]
-        if differing:
+    own = {name: value for section in settings.values() for name, value in flatten(section).items()}
+    first, *others = distributed.gather_values(own)
+    for rank, values in enumerate(others, start=1):
+        names = sorted((values.keys() | first.keys()) - FREE_PER_NODE)
+        pairs = [(name, first.get(name), values.get(name)) for name in names]
+        if differing := [f"{name} ({ours} and {theirs})" for name, ours, theirs in pairs if ours != theirs]:
             raise ConfigError(
-                f"ranks 0 and {number} differ in {', '.join(differing)}: start the same command with the "
+                f"ranks 0 and {rank} differ in {', '.join(differing)}: start the same command with the "
                 "same package, model config, data and vocabulary on every node"
             )
 
@@ -260,12 +208,18 @@ def open_split(config: TrainConfig, directory: str, split: str, tokenizer: Token
 
 
 def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> TrainingBatches:
-    """Return this rank's batches of the training split."""
-    check_batch_size(config)
+    """Return this rank's batches of the training split.
+
+    Raises `ConfigError` when a rank would have no sequence in some micro-batch.
+    """
+    batch, ranks, parts = config.train_batch_size, distributed.get_world_size(), config.accumulative_update
+    if batch < ranks * parts:
+        raise ConfigError(
+            f"--train_batch_size {batch} is too small for {ranks} ranks with --accumulative_update {parts}: "
+            f"give at least {ranks * parts}"
+        )
     store = open_split(config, config.data_dir, "train", tokenizer)
-    plan = BatchPlan(
-        config.seed, config.train_batch_size, config.max_seq_length, get_rank(), get_world_size()
-    )
+    plan = BatchPlan(config.seed, batch, config.max_seq_length, distributed.get_rank(), ranks)
     replay = None
     if config.replay:
         share = Fraction(config.replay_share).limit_denominator(10_000)
@@ -325,14 +279,14 @@ def load_trained(config: TrainConfig, model: Model) -> None:
     if config.init_model or config.init_generator:
         return
     weights = None
-    if is_rank_zero():  # nodes may have disks of their own
+    if distributed.is_rank_zero():  # nodes may have disks of their own
         step, damages = find_newest_valid(config.run_dir)
         for damage in damages:
             logger.warning("damaged checkpoint: %s", damage)
         if step:
             weights = read_model(config.run_dir, step, model)
             logger.info("evaluating %s", get_checkpoint_path(config.run_dir, step))
-    if not broadcast_value(weights is not None):
+    if not distributed.broadcast_value(weights is not None):
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
@@ -345,10 +299,10 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
 
     All ranks must call it.
     """
-    if config.sharding == "none" or not is_distributed():
+    if config.sharding == "none" or not distributed.is_distributed():
         return model
     weights = gather_to_rank_zero(model.state_dict())
-    if is_rank_zero():
+    if distributed.is_rank_zero():
         model = build_model(model.config)
         model.load_state_dict(weights, assign=True)
     return model
@@ -391,7 +345,7 @@ def start_or_resume(this_run: Run) -> int:
     """
     config, device = this_run.config, this_run.training.device
     step, problem = 0, None
-    if is_rank_zero():
+    if distributed.is_rank_zero():
         try:
             # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
             fresh = config.fresh and os.environ.get(RESTART_COUNT, "0") == "0"
@@ -401,7 +355,7 @@ def start_or_resume(this_run: Run) -> int:
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
         except DebertaError as error:
             problem = error
-    step, message = broadcast_value((step, str(problem) if problem else ""))
+    step, message = distributed.broadcast_value((step, str(problem) if problem else ""))
     if message:
         raise problem or LaunchError(message)
     if step:

@@ -17,8 +17,8 @@ from DeBERTa.log import log_regularly
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import all_reduce_sums, gather_vectors, get_rank, get_world_size
+from DeBERTa.training.execution import autocast
 from DeBERTa.training.metrics import Metrics, Sums, add, average_losses, warn_of_undefined
-from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import make_scalar, sum_masked_lm
 
 Outputs = Callable[[Batch], tuple[MaskedLoss, ReplacedTokenOutput | None]]

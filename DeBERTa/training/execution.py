@@ -1,6 +1,6 @@
-"""Execution of a model: kernels, attention, checkpointing, compilation.
+"""Execution of a model on a device: precision, kernels, attention, checkpointing, compilation.
 
-The flags are `--kernels`, `--attention`, `--gradient_checkpointing` and `--compile`.
+The flags are `--precision`, `--kernels`, `--attention`, `--gradient_checkpointing` and `--compile`.
 """
 
 import importlib.util
@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Encoder
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_GRAPHS = 64  # of torch.compile, per function
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,11 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
         # Graphs of all layers count together, by width, mode and length (static, then dynamic). With the
         # default of 8, generators of another width run eagerly at some lengths, and recomputed layers fail.
         torch.compiler.config.recompile_limit = MAX_GRAPHS
-    if device.type == "cuda":
-        set_matmul_precision(config)
+    if device.type == "cuda":  # before the first matmul
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True)
     resolved = select_kernels(model, config, device)
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
         encoder.gradient_checkpointing = config.gradient_checkpointing
@@ -54,18 +59,6 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> bool:
 def has_triton() -> bool:
     """Return whether the package triton is installed, with which torch.compile works on a GPU."""
     return importlib.util.find_spec("triton") is not None
-
-
-def set_matmul_precision(config: TrainConfig) -> None:
-    """Apply `--tf32` and `--deterministic` to this process.
-
-    Call it before the first matmul on the GPU.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    torch.backends.cudnn.allow_tf32 = config.tf32
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
 
 
 def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
@@ -91,15 +84,12 @@ def check_compiler(device: torch.device) -> None:
 
     That is Triton on a GPU and a C++ compiler on a CPU.
     """
-    if device.type != "cpu":
-        if not has_triton():
-            raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
-        return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    if device.type != "cpu" and not has_triton():
+        raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
+    if device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile: there is no C++ compiler {compiler}; install it, name another one in the "
-            "environment variable CXX, or omit --compile"
+            f"--compile: no C++ compiler {compiler}; install it, name another one in CXX, or omit --compile"
         )
 
 
@@ -111,3 +101,48 @@ def describe_kernels(kernels: str, attention: str, config: TrainConfig, device: 
     from DeBERTa.ops import describe_implementations
 
     return f"{describe_implementations(device, is_compiled)}, {attention} attention"
+
+
+def resolve_precision(config: TrainConfig, device: torch.device) -> str:
+    """Return the precision to use: fp32, bf16 or fp16.
+
+    "auto" selects bf16 where the hardware multiplies it natively, fp16 with loss scaling on GPUs that do not,
+    and fp32 elsewhere. Raises `ConfigError` for bf16 on a GPU without it.
+    """
+    has_bf16, is_gpu = has_native_bf16(device), device.type == "cuda"
+    if config.precision == "bf16" and is_gpu and not has_bf16:
+        raise ConfigError("--precision bf16: this GPU has no bfloat16 arithmetic; give fp16 or auto")
+    if config.precision != "auto":
+        return config.precision
+    if config.fp16 is False:
+        return "fp32"
+    return "bf16" if has_bf16 else "fp16" if is_gpu else "fp32"
+
+
+def explain_precision(config: TrainConfig, precision: str) -> list[str]:
+    """Return a note if `--fp16 True` does not mean float16 on this hardware."""
+    if not config.fp16 or precision == "fp16":
+        return []
+    name = {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    return [f"--fp16 True trains in {name} on this device; --precision fp16 selects float16"]
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Return whether bfloat16 arithmetic is native.
+
+    It is on GPUs from Ampere on, and on CPUs with AMX or AVX-512 bfloat16 instructions.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Return the context in which matmuls run in `precision`."""
+    return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), precision in DTYPES)
+
+
+def build_loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Return the loss scaler, which is enabled for fp16 only."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -20,8 +20,8 @@ from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import is_rank_zero
+from DeBERTa.training.execution import autocast
 from DeBERTa.training.parallel import all_gather_full
-from DeBERTa.training.precision import autocast
 from DeBERTa.training.steps import TrainingStep
 
 SENTENCES, TOKENS = 3, 30  # the first tokens of as many lines, spread over the validation text

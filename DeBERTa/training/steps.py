@@ -13,6 +13,7 @@ from DeBERTa.model.losses import MaskedLoss
 from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.model.sharing import SharedTables
 from DeBERTa.training.distributed import all_reduce_sum, broadcast_value, get_world_size
+from DeBERTa.training.execution import autocast, build_loss_scaler
 from DeBERTa.training.guard import UpdateGuard
 from DeBERTa.training.metrics import Sums, add
 from DeBERTa.training.objectives import DiscriminatorObjective, GeneratorObjective, MaskedLMObjective
@@ -30,7 +31,6 @@ from DeBERTa.training.parallel import (
     sync_gradients,
     wrap_parallel,
 )
-from DeBERTa.training.precision import autocast, build_loss_scaler
 
 
 class TrainingStep:
