@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -28,18 +28,11 @@ import torch.distributed as dist
 from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError, LaunchError, StorageError
 from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
-from DeBERTa.training.failures import Failure, get_stop_signal
+from DeBERTa.training import worker
 from DeBERTa.training.network import find_interface
 from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
 from DeBERTa.training.signals import RunInterrupted
-from DeBERTa.training.worker import (
-    FAILURE_FILE,
-    LAUNCHER_PID,
-    RESTART_COUNT,
-    get_log_path,
-    is_worker,
-    redirect_stderr,
-)
+from DeBERTa.training.worker import Failure, get_stop_signal
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +43,7 @@ def find_job(config: TrainConfig) -> Job | None:
     A process trains as a worker (of our launcher or torchrun's), and for one process on one node. Raises
     `ConfigError` for variables and flags that cannot work.
     """
-    if is_worker():
+    if worker.is_worker():
         return None
     nodes, node = _read_integer("WORLD_SIZE", 1), _read_integer("RANK", 0)
     if nodes < 1:
@@ -64,12 +57,11 @@ def find_job(config: TrainConfig) -> Job | None:
     if nodes == 1:
         return Job(1, 0, "127.0.0.1", 0, processes) if processes > 1 else None
     address, port = os.environ.get("MASTER_ADDR", ""), _read_integer("MASTER_PORT", 0)
-    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
-        if not value:
-            raise ConfigError(
-                f"WORLD_SIZE is {nodes}, but {name} is not set: export MASTER_ADDR and MASTER_PORT, "
-                "the address of node 0, on every node"
-            )
+    if not (address and port):
+        raise ConfigError(
+            f"WORLD_SIZE is {nodes}, but {'MASTER_PORT' if address else 'MASTER_ADDR'} is not set: export "
+            "MASTER_ADDR and MASTER_PORT, the address of node 0, on every node"
+        )
     if not 0 < port < 2**16:
         raise ConfigError(f"MASTER_PORT is {port}: export a port from 1 to 65535 that is free on node 0")
     return Job(nodes, node, address, port, processes)
@@ -89,9 +81,9 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     It is 0 if all workers of all nodes succeeded, and 128 plus its number after a signal. Raises
     `LaunchError` if the nodes cannot start together, or with the message of the worker that failed.
     """
-    logs = get_log_path(config.run_dir, 0).parent
+    logs = worker.get_log_path(config.run_dir, 0).parent
     try:
-        _, sys.stderr = redirect_stderr(logs / f"node-{job.node:04d}.log")
+        _, sys.stderr = worker.redirect_stderr(logs / f"node-{job.node:04d}.log")
     except OSError as error:
         raise StorageError(f"cannot write {logs}: {error.strerror}; give another --output_dir") from None
     supervisor = Supervisor(job, config, arguments)
@@ -137,15 +129,6 @@ def run_attempts(supervisor: "Supervisor", coordinator: Coordinator, config: Tra
         logger.info(f"{failure.message}; restart {coordinator.attempt} of {config.max_restarts}")
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A rank on this node."""
-
-    rank: int
-    process: subprocess.Popen
-    failure_file: Path
-
-
 class Supervisor:
     """Start the workers of this node, forward signals to them, and end them together.
 
@@ -158,7 +141,7 @@ class Supervisor:
         self.stop_signal = 0  # received while workers were running
         self._stop_deadline = math.inf  # monotonic clock
         self._has_workers = False
-        self._workers: list[Worker] = []
+        self._workers: dict[int, subprocess.Popen] = {}  # by rank
         for number in list_handled_signals():
             signal.signal(number, self._receive)
 
@@ -184,29 +167,29 @@ class Supervisor:
             try:
                 self._start(members, coordinator, Path(directory))
                 wait_until(lambda: self._is_ending(coordinator), math.inf)
-                failures = self._read_failures()
+                failures = self._read_failures(Path(directory))
                 remote = coordinator.remote_failure
                 is_remote_stop = remote is not None and remote.is_stop and not failures
                 grace = self.config.dist_timeout if is_remote_stop else GRACE_SECONDS
             finally:
                 self._terminate(grace)
                 self._has_workers = False
-        if self.stop_signal and any(worker.process.returncode for worker in self._workers):
+        if self.stop_signal and any(process.returncode for process in self._workers.values()):
             failures.append(describe_failure(Failure.from_exit_code(-self.stop_signal), self.job))
         return min(failures, key=lambda failure: failure.order, default=None)
 
     def _start(self, members: list[Member], coordinator: Coordinator, directory: Path) -> None:
         environment = self._make_environment(members, coordinator)
         first_rank = sum(member.processes for member in members[: self.job.node])
-        self._workers = []
+        self._workers = {}
         # Workers inherit that SIGUSR1 is blocked, and receive it once they have a handler.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        command = [sys.executable, "-m", "DeBERTa.train", *self.arguments]
         for local_rank in range(self.job.processes):
-            rank, failure_file = first_rank + local_rank, directory / f"{local_rank}.json"
-            own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), FAILURE_FILE: str(failure_file)}
-            command = [sys.executable, "-m", "DeBERTa.train", *self.arguments]
-            process = subprocess.Popen(command, env=environment | own, stderr=sys.stderr)
-            self._workers.append(Worker(rank, process, failure_file))
+            rank = first_rank + local_rank
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+            environment[worker.FAILURE_FILE] = str(directory / f"{rank}.json")
+            self._workers[rank] = subprocess.Popen(command, env=environment, stderr=sys.stderr)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         if self.stop_signal:  # received meanwhile
             self._send(self.stop_signal)
@@ -214,8 +197,7 @@ class Supervisor:
     def _make_environment(self, members: list[Member], coordinator: Coordinator) -> dict[str, str]:
         """Return the variables of all workers of this node, and log their start."""
         job, environment = self.job, dict(os.environ)
-        interface = find_interface(job.address)
-        if interface:
+        if interface := find_interface(job.address):
             if job.nodes == 1:  # the loopback interface, whatever is set for runs on several nodes
                 environment["GLOO_SOCKET_IFNAME"] = interface
                 environment.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -227,7 +209,7 @@ class Supervisor:
         hosts = ", ".join(member.host for member in members)
         where = f"node {job.node} of {job.nodes} ({hosts})" if job.nodes > 1 else "this node"
         number = f"{job.processes} process{'es' if job.processes > 1 else ''}"
-        logs = get_log_path(self.config.run_dir, 0).parent
+        logs = worker.get_log_path(self.config.run_dir, 0).parent
         logger.info(f"{where}: starting {number}{threads}; logs in {logs}")
         return environment | {
             "WORLD_SIZE": str(sum(member.processes for member in members)),
@@ -236,13 +218,13 @@ class Supervisor:
             "GROUP_WORLD_SIZE": str(job.nodes),
             "MASTER_ADDR": job.address,
             "MASTER_PORT": str(coordinator.port),
-            LAUNCHER_PID: str(os.getpid()),
-            RESTART_COUNT: str(coordinator.attempt),
+            worker.LAUNCHER_PID: str(os.getpid()),
+            worker.RESTART_COUNT: str(coordinator.attempt),
         }
 
     def _is_ending(self, coordinator: Coordinator) -> bool:
         """Return whether all workers have ended, or the running ones must end."""
-        codes = [worker.process.poll() for worker in self._workers]
+        codes = [process.poll() for process in self._workers.values()]
         if None not in codes:
             return True
         if self.stop_signal:
@@ -251,29 +233,29 @@ class Supervisor:
         has_failed = any(code and not get_stop_signal(code) for code in codes)
         return has_failed or coordinator.remote_failure is not None
 
-    def _read_failures(self) -> list[Failure]:
+    def _read_failures(self, directory: Path) -> list[Failure]:
         return [
             describe_failure(
-                Failure.from_exit_code(worker.process.returncode, worker.failure_file),
+                Failure.from_exit_code(process.returncode, directory / f"{rank}.json"),
                 self.job,
-                f"rank {worker.rank}",
-                get_log_path(self.config.run_dir, worker.rank),
+                f"rank {rank}",
+                worker.get_log_path(self.config.run_dir, rank),
             )
-            for worker in self._workers
-            if worker.process.poll()
+            for rank, process in self._workers.items()
+            if process.poll()
         ]
 
     def _send(self, number: int) -> None:
-        for worker in self._workers:
-            worker.process.send_signal(number)
+        for process in self._workers.values():
+            process.send_signal(number)
 
     def _terminate(self, grace: float) -> None:
         """Send SIGTERM to the workers that still run, and SIGKILL after `grace` seconds."""
         self._send(signal.SIGTERM)
-        wait_until(lambda: all(worker.process.poll() is not None for worker in self._workers), grace)
+        wait_until(lambda: all(p.poll() is not None for p in self._workers.values()), grace)
         self._send(signal.SIGKILL)
-        for worker in self._workers:
-            worker.process.wait()
+        for process in self._workers.values():
+            process.wait()
 
 
 def describe_failure(failure: Failure, job: Job, rank: str = "", log: Path | None = None) -> Failure:

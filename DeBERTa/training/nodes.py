@@ -19,9 +19,8 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from DeBERTa.errors import LaunchError
-from DeBERTa.training.failures import Failure
 from DeBERTa.training.network import check_host, describe_silence
-from DeBERTa.training.worker import STORE_THREAD
+from DeBERTa.training.worker import STORE_THREAD, Failure
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5  # for workers to end after a failure, and for nodes to read it

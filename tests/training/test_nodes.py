@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from DeBERTa.errors import LaunchError
-from DeBERTa.training.failures import Failure
 from DeBERTa.training.nodes import LONGEST_MESSAGE, Coordinator, Job, Member, read_failure
+from DeBERTa.training.worker import Failure
 from tests.commands import free_port
 
 UNREADABLE = "another node reported a failure that cannot be read"

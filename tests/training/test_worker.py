@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from DeBERTa.errors import ConfigError, DataWorkerError, PeerLostError
-from DeBERTa.training.failures import Failure, get_stop_signal
+from DeBERTa.training.worker import Failure, get_stop_signal
 
 
 @pytest.mark.parametrize(
