@@ -10,24 +10,9 @@ from DeBERTa.config import TrainConfig
 from DeBERTa.data.files import get_cache_dir, hash_file
 from DeBERTa.errors import UsageError
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text that presets train on, and its vocabulary.
-
-    Attributes:
-        vocabulary: path of the vocabulary, relative to the cache directory.
-        train_vocab: number of pieces of a vocabulary trained on the text; 0: fetch the published one.
-    """
-
-    vocabulary: str
-    train_vocab: int = 0
-
-
-CORPORA = {
-    "sample": Corpus("sample/spm.model", train_vocab=8000),
-    "wikitext-103": Corpus("deberta-v3-base/spm.model"),
-}
+# Texts that presets train on: the path of the vocabulary in the cache directory, and the number of pieces of
+# a vocabulary that is trained on the text, or 0 for the published one.
+CORPORA = {"sample": ("sample/spm.model", 8000), "wikitext-103": ("deberta-v3-base/spm.model", 0)}
 
 
 @dataclass(frozen=True)
@@ -141,22 +126,15 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
         **weights,
     }
     if "data_dir" not in given:
-        values |= _locate(corpus or preset.corpus, given.get("max_seq_length", preset.max_seq_length), given)
+        corpus, length = corpus or preset.corpus, given.get("max_seq_length", preset.max_seq_length)
+        folder = get_cache_dir() / corpus / str(length)
+        if "vocab_path" in given:  # another vocabulary gives another text
+            if not Path(given["vocab_path"]).is_file():
+                raise UsageError(f"--vocab_path {given['vocab_path']}: there is no such file; check the path")
+            folder = folder.with_name(f"{length}-{hash_file(Path(given['vocab_path']))[:8]}")
+        vocabulary = str(get_cache_dir() / CORPORA[corpus][0])
+        values |= {"data_dir": str(folder), "vocab_path": vocabulary}
     return values
-
-
-def _locate(corpus: str, max_seq_length: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that locate the prepared text and its vocabulary in the cache."""
-    folder = get_cache_dir() / corpus
-    if "vocab_path" in given:  # another vocabulary gives another text
-        if not Path(given["vocab_path"]).is_file():
-            raise UsageError(f"--vocab_path {given['vocab_path']}: there is no such file; check the path")
-        fingerprint = hash_file(Path(given["vocab_path"]))[:8]
-        return {"data_dir": str(folder / f"{max_seq_length}-{fingerprint}")}
-    return {
-        "data_dir": str(folder / str(max_seq_length)),
-        "vocab_path": str(get_cache_dir() / CORPORA[corpus].vocabulary),
-    }
 
 
 def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]:
@@ -173,8 +151,9 @@ def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]
     corpus = flags.get("corpus") or PRESETS[flags["preset"]].corpus
     arguments = ["--corpus", corpus, "--output", config.data_dir]
     arguments += ["--max_seq_length", str(config.max_seq_length)]
+    pieces = CORPORA[corpus][1]
     if "vocab_path" in flags:
         arguments += ["--vocab_path", flags["vocab_path"]]
-    elif CORPORA[corpus].train_vocab:
-        arguments += ["--train_vocab", str(CORPORA[corpus].train_vocab)]
+    elif pieces:
+        arguments += ["--train_vocab", str(pieces)]
     return arguments

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from DeBERTa import __version__
-from DeBERTa.config import TrainConfig
 from DeBERTa.data.files import hash_file
 from DeBERTa.hub.published import LoadedWeights
-from DeBERTa.model.pretraining import (
-    MaskedLanguageModel,
-    RTDModel,
-    count_backbone_parameters,
-    count_embedding_parameters,
-)
+from DeBERTa.model.pretraining import RTDModel, count_backbone_parameters, count_embedding_parameters
 from DeBERTa.training.distributed import get_world_size
 from DeBERTa.training.execution import describe_kernels
 from DeBERTa.training.optimizer import compute_lr_factor, describe_schedule
@@ -45,20 +40,36 @@ def describe_run(run: Run, first_step: int) -> dict[str, str]:
     batch = f"{config.train_batch_size} sequences of {config.max_seq_length}"
     if config.accumulative_update > 1:
         batch += f", in {config.accumulative_update} micro-batches"
-    if get_world_size() > 1:
-        batch += f", {config.train_batch_size / get_world_size():g} per rank"
+    ranks, nodes = get_world_size(), get_num_nodes()
+    processes = "1"
+    if ranks > 1:
+        batch += f", {config.train_batch_size / ranks:g} per rank"
+        processes = (
+            f"{ranks} processes on {nodes} node{'s' if nodes > 1 else ''}, {SHARDING[config.sharding]}"
+        )
     tokens = config.train_batch_size * config.max_seq_length
+    task = "masked language modeling"
+    models: dict[str, nn.Module] = {"model": run.model}
+    if isinstance(run.model, RTDModel):
+        models = dict(run.model.named_children())
+        order = "decoupled" if "generator" in training.optimizers else "joint"
+        task = f"replaced token detection, {run.model.config.embedding_sharing.upper()}, {order} updates"
+    sizes = [
+        f"{name} {count_backbone_parameters(model) / 2**20:.1f}M + "
+        f"{count_embedding_parameters(model) / 2**20:.1f}M embedding"
+        for name, model in models.items()
+    ]
     splits = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
     kernels = describe_kernels(run.settings["train"]["kernels"], run.attention, config, training.device)
     rows = {
         "run": str(run.run_dir),
-        "task": _describe_task(run),
+        "task": task,
         "device": f"{get_device_name(training.device)}, precision {training.precision}, {kernels}",
-        "processes": _describe_processes(config),
+        "processes": processes,
         "batch": f"{batch}: {tokens:,} tokens per step",
         "steps": f"{training.total_steps:,}, {describe_schedule(config, training.total_steps)}"
         + (f"; {_describe_resume(run, first_step)}" if first_step else ""),
-        "parameters": f"{_describe_sizes(run.model)} (M = 2^20)",
+        "parameters": f"{', '.join(sizes)} (M = 2^20)",
         **{f"from ({name})": str(loaded) for name, loaded in run.initial_weights.items()},
         "data": f"{config.data_dir}: {store.meta.num_tokens:,} tokens in {len(store):,} lines; "
         + (", ".join(splits) or "no validation split"),
@@ -74,29 +85,6 @@ def _describe_resume(run: Run, first_step: int) -> str:
         return f"resuming from step {first_step:,}, the last"
     factor = compute_lr_factor(first_step + 1, total_steps, run.config)
     return f"resuming from step {first_step:,} at {factor:.3g} of the peak learning rate"
-
-
-def _describe_processes(config: TrainConfig) -> str:
-    if get_world_size() == 1:
-        return "1"
-    nodes = f"{get_num_nodes()} node{'s' if get_num_nodes() > 1 else ''}"
-    return f"{get_world_size()} processes on {nodes}, {SHARDING[config.sharding]}"
-
-
-def _describe_task(run: Run) -> str:
-    if not isinstance(run.model, RTDModel):
-        return "masked language modeling"
-    order = "decoupled" if "generator" in run.training.optimizers else "joint"
-    return f"replaced token detection, {run.model.config.embedding_sharing.upper()}, {order} updates"
-
-
-def _describe_sizes(model: MaskedLanguageModel | RTDModel) -> str:
-    models = dict(model.named_children()) if isinstance(model, RTDModel) else {"model": model}
-    return ", ".join(
-        f"{name} {count_backbone_parameters(named_model) / 2**20:.1f}M + "
-        f"{count_embedding_parameters(named_model) / 2**20:.1f}M embedding"
-        for name, named_model in models.items()
-    )
 
 
 def describe_code() -> dict[str, str]:

@@ -134,14 +134,8 @@ def broadcast_value(value: Any) -> Any:
 
     Other ranks receive what JSON has: lists for tensors and tuples, text for keys.
     """
-    if not is_distributed():
-        return value
-    sent = _encode(value)
-    length = torch.tensor(len(sent))
-    dist.broadcast(length, src=0)
-    received = sent if is_rank_zero() else torch.empty(_check_length(int(length)), dtype=torch.uint8)
-    dist.broadcast(received, src=0)
-    return value if is_rank_zero() else _decode(received)
+    received = gather_values(value if is_rank_zero() else None)[0]
+    return value if is_rank_zero() else received
 
 
 def gather_vectors(vector: torch.Tensor) -> list[torch.Tensor]:
@@ -150,20 +144,16 @@ def gather_vectors(vector: torch.Tensor) -> list[torch.Tensor]:
         return [vector]
     lengths = [torch.tensor(0) for _ in range(get_world_size())]
     dist.all_gather(lengths, torch.tensor(len(vector)))
-    longest = _check_length(max(map(int, lengths)))
+    longest = max(map(int, lengths))
+    if not 0 <= longest <= MAX_ELEMENTS:
+        raise PeerLostError(
+            f"another rank announced {longest} values: not a rank of this run; use a network of your own"
+        )
     padded = vector.new_zeros(longest)
     padded[: len(vector)] = vector
     gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded)
     return [values[: int(length)] for values, length in zip(gathered, lengths, strict=True)]
-
-
-def _check_length(length: int) -> int:
-    if not 0 <= length <= MAX_ELEMENTS:
-        raise PeerLostError(
-            f"another rank announced {length} values: not a rank of this run; use a network of your own"
-        )
-    return length
 
 
 def _encode(value: object) -> torch.Tensor:

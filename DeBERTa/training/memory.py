@@ -1,7 +1,6 @@
 """Memory: large temporary tensors on a CPU, and what to do when it runs out."""
 
 import ctypes
-import errno
 import os
 import platform
 import re
@@ -9,12 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from DeBERTa.errors import MemoryLimitError
 
-# PyTorch has a class for this error on a GPU only. The texts are of its CPU allocator, CUDA and cuBLAS.
-OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc")
+# PyTorch has a class for this error on a GPU only. The texts are of the system, PyTorch, CUDA and cuBLAS.
+OUT_OF_MEMORY = re.compile("can(no|')t allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 REQUEST = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 # Parameters of glibc's mallopt, from its malloc.h; advice of Linux's madvise, from its mman.h.
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4
@@ -61,10 +58,7 @@ def translate_memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if isinstance(error, OSError):
-            is_known = error.errno == errno.ENOMEM
-        if not is_known and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         request = REQUEST.search(str(error))
         raise MemoryLimitError(

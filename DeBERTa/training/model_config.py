@@ -26,8 +26,8 @@ def load_model_config(config: TrainConfig, tokenizer: Tokenizer) -> tuple[ModelC
     kind = RTDConfig if config.task_name == "RTD" else ModelConfig
     if config.vocab_size:
         _set_vocab_size(values, config.vocab_size)
-    model_config = kind.from_dict(values, str(path))
-    rows, note = resolve_vocab_size(config, model_config.models[0].vocab_size, tokenizer, path)
+    rows = kind.from_dict(values, str(path)).models[0].vocab_size
+    rows, note = resolve_vocab_size(config, rows, tokenizer, path)
     _set_vocab_size(values, rows)
     model_config = kind.from_dict(values, str(path))
     positions = min(model.max_position_embeddings for model in model_config.models)

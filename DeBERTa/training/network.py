@@ -26,17 +26,16 @@ def check_host(address: str) -> None:
 
 def describe_silence(address: str, port: int, timeout: int) -> str:
     """Return why the store of node 0 could not be reached within `timeout` seconds."""
+    where = f"MASTER_ADDR {address}, MASTER_PORT {port}"
     try:
         socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
     except OSError as error:
         return (
-            f"node 0 did not answer at MASTER_ADDR {address}, MASTER_PORT {port} within --dist_timeout "
-            f"{timeout} s ({error.strerror or error}): start the command there, check address and firewall"
+            f"node 0 did not answer at {where} within --dist_timeout {timeout} s "
+            f"({error.strerror or error}): start the command there, check address and firewall"
         )
-    return (
-        f"what answers at MASTER_ADDR {address}, MASTER_PORT {port} is not the launcher of node 0: "
-        "start the command with RANK 0 there, with an unused MASTER_PORT"
-    )
+    advice = "start the command with RANK 0 there, with an unused MASTER_PORT"
+    return f"what answers at {where} is not the launcher of node 0: {advice}"
 
 
 def find_interface(address: str) -> str | None:
