@@ -308,33 +308,28 @@ def get_full_model(config: TrainConfig, model: Model) -> Model:
     return model
 
 
+def describe_texts(stores: dict[str, TokenStore]) -> dict:
+    """Return the SHA-256 of text and of token ids of each store, by name."""
+    texts = {f"{name}_sha256": store.meta.text_sha256 for name, store in stores.items()}
+    return texts | {f"{name}_ids_sha256": store.fingerprint for name, store in stores.items()}
+
+
 def describe_data(batches: TrainingBatches) -> dict:
-    """Return the SHA-256 of text and token ids, lines and tokens of the training split.
-
-    Of the text of `--replay`, the SHA-256 of text and token ids.
-    """
+    """Return the hashes of the training split and of `--replay`, and lines and tokens of the first."""
     store, replay = batches.store, batches.replay
-    return {
-        "replay_sha256": replay.store.meta.text_sha256 if replay.share else None,
-        "replay_ids_sha256": replay.store.fingerprint if replay.share else None,
-        "train_sha256": store.meta.text_sha256,
-        "train_ids_sha256": store.fingerprint,
-        "train_lines": len(store),
-        "train_tokens": store.meta.num_tokens,
-    }
+    texts = describe_texts({"train": store, "replay": replay.store})
+    if not replay.share:
+        texts |= {"replay_sha256": None, "replay_ids_sha256": None}
+    return texts | {"train_lines": len(store), "train_tokens": store.meta.num_tokens}
 
 
-def describe_evaluation(evaluation: dict[str, EvaluationBatches]) -> dict[str, str]:
-    """Return the SHA-256 of text and token ids of the evaluated splits.
+def describe_evaluation(evaluation: dict[str, EvaluationBatches]) -> dict:
+    """Return the hashes of the evaluated splits.
 
     That of `--replay` is "replay_valid": `describe_data` names its training split "replay".
     """
-    described = {}
-    for split, batches in evaluation.items():
-        name = "replay_valid" if split == "replay" else split
-        described[f"{name}_sha256"] = batches.store.meta.text_sha256
-        described[f"{name}_ids_sha256"] = batches.store.fingerprint
-    return described
+    names = {"replay": "replay_valid"}
+    return describe_texts({names.get(split, split): batches.store for split, batches in evaluation.items()})
 
 
 def start_or_resume(this_run: Run) -> int:
