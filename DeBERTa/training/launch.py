@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.errors import ConfigError, LaunchError, StorageError
+from DeBERTa.data.files import raise_storage_errors
+from DeBERTa.errors import ConfigError, LaunchError
 from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
 from DeBERTa.training import worker
 from DeBERTa.training.network import find_interface
@@ -82,10 +83,8 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     `LaunchError` if the nodes cannot start together, or with the message of the worker that failed.
     """
     logs = worker.get_log_path(config.run_dir, 0).parent
-    try:
+    with raise_storage_errors(logs):
         _, sys.stderr = worker.redirect_stderr(logs / f"node-{job.node:04d}.log")
-    except OSError as error:
-        raise StorageError(f"cannot write {logs}: {error.strerror}; give another --output_dir") from None
     supervisor = Supervisor(job, config, arguments)
     coordinator = None
     try:
