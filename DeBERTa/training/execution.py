@@ -89,7 +89,7 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile: no C++ compiler {compiler}; install it, name another one in CXX, or omit --compile"
+            f"--compile: there is no C++ compiler {compiler}; install it, name one in CXX, or omit --compile"
         )
 
 
