@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,7 +32,7 @@ from DeBERTa.training import distributed
 from DeBERTa.training.banner import collect_environment, describe_code, describe_run, format_rows
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
 from DeBERTa.training.dry_run import describe_dry_run
-from DeBERTa.training.evaluation import Outputs, compute_outputs, evaluate_splits
+from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.execution import explain_precision, resolve_compile, resolve_precision, set_execution
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
@@ -123,12 +122,12 @@ def run(config: TrainConfig, signals: Signals) -> None:
         "validation": {name: texts.get(name) for name in ("valid_sha256", "replay_valid_sha256")},
         "code": describe_code(),
     }
-    outputs: Outputs = partial(compute_outputs, model)
+    steps = count_steps(config, batches) if batches else 0
+    training = build_step(config, model, precision, device, steps)
     if batches is None:
         check_same_on_all_ranks(settings | {"evaluation": texts})
         load_trained(config, model)
     else:
-        steps = count_steps(config, batches)
         settings["train"] |= {"num_training_steps": steps, "warmup": count_warmup_steps(config, steps)}
         settings["train"] |= {"precision": precision, "kernels": execution["kernels"]}
         settings["train"]["compile"] = resolve_compile(config, device)
@@ -136,7 +135,6 @@ def run(config: TrainConfig, signals: Signals) -> None:
             settings["train"]["attention"] = "eager"
         settings["data"] |= describe_data(batches)
         check_same_on_all_ranks(settings | {"evaluation": texts})
-        training = build_step(config, model, precision, device, steps)
         interval, attention = Interval(device), execution["attention"]
         this_run = Run(
             config, model, training, batches, evaluation, settings, interval, attention, loaded, notes
@@ -145,9 +143,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
             logger.info(describe_dry_run(this_run))
             return
         train_and_save(this_run, signals, tokenizer.path)
-        outputs = training.compute_outputs
     if config.do_eval:
-        results = evaluate_splits(model, outputs, evaluation, config, precision, device)
+        results = evaluate_splits(training, evaluation)
         for split, metrics in results.items():
             logger.info("%s  %s", split, format_metrics(metrics))
         if distributed.is_rank_zero():

@@ -23,9 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.about import about  # noqa: E402
 from benchmarks.training_step import make_batch, ours  # noqa: E402
-from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, verify  # noqa: E402
+from DeBERTa.training.checkpoint import Saver, Snapshot, get_checkpoint_path, verify  # noqa: E402
 from DeBERTa.training.parallel import gather_to_rank_zero  # noqa: E402
-from DeBERTa.training.saving import Saver  # noqa: E402
 from DeBERTa.training.steps import TrainingStep  # noqa: E402
 
 

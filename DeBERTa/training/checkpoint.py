@@ -8,16 +8,22 @@
         manifest.json       size and SHA-256 of the files above
 
 A checkpoint is written to a temporary directory: the files, then the manifest, each synced to disk. Then the
-directory is renamed. Random numbers are functions of (seed, step, rank or row), so that no state of a random
-number generator is saved.
+directory is renamed. A thread does this while training continues. `checkpoints/best.json` records the best
+checkpoint by validation loss, which pruning does not remove. Random numbers are functions of (seed, step,
+rank or row), so that no state of a random number generator is saved.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import stat
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +42,12 @@ from DeBERTa.data.files import (
 from DeBERTa.errors import DamagedCheckpointError, StorageError, describe_os_error
 from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.weights import read_weights, write_tensors
-from DeBERTa.training.run_lock import RunLock
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json")
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+BEST_BY = ("discriminator_loss", "loss")  # the first that an evaluation has
+NICENESS = 10  # of the thread that writes, of -20 to 19
 HASH_CHUNK_BYTES = 16 << 20
 MAX_JSON_BYTES = 1 << 20
 
@@ -67,23 +75,25 @@ def get_checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def list_steps(run_dir: Path) -> list[int]:
     """Return the steps of all complete checkpoints, oldest first."""
-    names = {path.name for path in (run_dir / "checkpoints").glob("step-*")}
-    steps = {int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name)}
-    return sorted(step for step in steps if get_checkpoint_path(run_dir, step).name in names)
+    paths = (run_dir / "checkpoints").glob("step-*")
+    return sorted(int(found[1]) for path in paths if (found := NAME.fullmatch(path.name)))
 
 
 def write_checkpoint(
-    run_dir: Path, snapshot: Snapshot, keep_last: int, best: int | None, lock: RunLock | None = None
+    run_dir: Path,
+    snapshot: Snapshot,
+    keep_last: int,
+    best: int | None,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the checkpoint, then remove older ones.
 
     The newest `keep_last` and that of step `best` remain. Raises `StorageError` when the disk is full or not
-    writable, and when the run directory is no longer the one that `lock` locks. The incomplete checkpoint is
-    removed, but nothing in the directory of another run.
+    writable. `check_lock` raises it when the run directory is no longer that of this run. The incomplete
+    checkpoint is removed, but nothing in the directory of another run.
     """
     path = get_checkpoint_path(run_dir, snapshot.step)
     temporary = path.with_name(path.name + ".tmp")
-    check_lock = lock.check if lock else lambda: None
     check_lock()
     try:
         remove(temporary)
@@ -99,7 +109,13 @@ def write_checkpoint(
         check_lock()
         with contextlib.suppress(OSError):
             remove(temporary)
-        raise StorageError(_describe_failure(run_dir, snapshot.step, error)) from error
+        older = [saved for saved in list_steps(run_dir) if saved != snapshot.step]
+        resume = f"; the same command resumes from step {older[-1]}" if older else ""
+        raise StorageError(
+            f"cannot write the checkpoint of step {snapshot.step} to {path.parent}: "
+            f"{describe_os_error(error)}{describe_free_space(run_dir)}; free space there, or move the run "
+            f"directory and give its new path as --output_dir{resume}"
+        ) from error
     prune(run_dir, snapshot.step, keep_last, best)
     return path
 
@@ -111,41 +127,21 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     for name, values in (("state.json", snapshot.state), ("config.json", snapshot.settings)):
         with name_file(folder / name) as path:
             path.write_text(_to_json(values))
-    for name in FILES:
+    write_manifest(folder, snapshot.step)
+    for name in (*FILES, MANIFEST):
         with name_file(folder / name) as path:
             sync(path)
-    write_manifest(folder, snapshot.step)
     sync(folder)
 
 
 def write_manifest(folder: Path, step: int) -> None:
     """Record size and SHA-256 of the files in `folder`, for `verify`."""
     entries = [
-        {
-            "name": name,
-            "size": (folder / name).stat().st_size,
-            "sha256": hash_file(folder / name, HASH_CHUNK_BYTES),
-        }
+        {"name": name, "size": (folder / name).stat().st_size, "sha256": _hash(folder / name)}
         for name in FILES
     ]
     with name_file(folder / MANIFEST) as path:
         path.write_text(_to_json({"step": step, "files": entries}))
-        sync(path)
-
-
-def _describe_failure(run_dir: Path, step: int, error: OSError) -> str:
-    older = [saved for saved in list_steps(run_dir) if saved != step]
-    resume = f"; the same command resumes from step {older[-1]}" if older else ""
-    return (
-        f"cannot write the checkpoint of step {step} to {run_dir / 'checkpoints'}: "
-        f"{describe_os_error(error)}{describe_free_space(run_dir)}; "
-        f"free space there, or move the run directory and give its new path as --output_dir{resume}"
-    )
-
-
-def format_megabytes(size: float) -> str:
-    """Format a number of bytes in MB (10^6)."""
-    return f"{size / 1e6:,.1f} MB"
 
 
 def prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
@@ -170,8 +166,7 @@ def verify(folder: Path) -> None:
     """
     path = folder / MANIFEST
     try:
-        _check_is_file(path)
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if _get_size(path) > MAX_JSON_BYTES:
             raise DamagedCheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes")
         manifest = json.loads(path.read_bytes())
         entries = {entry["name"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
@@ -181,12 +176,10 @@ def verify(folder: Path) -> None:
             )
         for name in FILES:
             path = folder / name
-            _check_is_file(path)
-            size, sha256 = entries[name]
-            found = path.stat().st_size
+            found, (size, sha256) = _get_size(path), entries[name]
             if found != size:
                 raise DamagedCheckpointError(f"{path} has {found} bytes, but {size} were written")
-            if hash_file(path, HASH_CHUNK_BYTES) != sha256:
+            if _hash(path) != sha256:
                 raise DamagedCheckpointError(f"{path} differs from what was written (SHA-256)")
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is missing") from None
@@ -196,19 +189,19 @@ def verify(folder: Path) -> None:
         raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read") from None
 
 
-def _check_is_file(path: Path) -> None:
-    """Raise `DamagedCheckpointError` for a device or a pipe, which reading might never end."""
-    if not stat.S_ISREG(path.stat().st_mode):
+def _get_size(path: Path) -> int:
+    """Return the size of a file.
+
+    Raises `DamagedCheckpointError` for a device or a pipe, which reading might never end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise DamagedCheckpointError(f"{path} is not a file")
+    return status.st_size
 
 
-def find_damage(folder: Path) -> DamagedCheckpointError | None:
-    """Return the error that `verify` raises, or None if the checkpoint is valid."""
-    try:
-        verify(folder)
-    except DamagedCheckpointError as error:
-        return error
-    return None
+def _hash(path: Path) -> str:
+    return hash_file(path, HASH_CHUNK_BYTES)
 
 
 def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]:
@@ -219,10 +212,12 @@ def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]
     """
     damages: list[DamagedCheckpointError] = []
     for step in reversed(list_steps(run_dir)):
-        damage = find_damage(get_checkpoint_path(run_dir, step))
-        if damage is None:
+        try:
+            verify(get_checkpoint_path(run_dir, step))
+        except DamagedCheckpointError as error:  # noqa: PERF203 (verifying takes longer by far)
+            damages.append(error)
+        else:
             return step, damages
-        damages.append(damage)
     if damages:
         raise DamagedCheckpointError(
             f"none of the checkpoints in {run_dir / 'checkpoints'} is valid: {'; '.join(map(str, damages))}; "
@@ -269,3 +264,81 @@ def write_json(path: Path, values: dict) -> None:
 
 def _to_json(values: dict) -> str:
     return json.dumps(values, indent=2) + "\n"
+
+
+class Saver:
+    """Asynchronous writer of the snapshots of one run.
+
+    The next `save`, `check` or `wait` raises the error of its thread.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, check_lock: Callable[[], None] = lambda: None) -> None:
+        self.run_dir, self.keep_last, self.check_lock = run_dir, keep_last, check_lock
+        self._executor = ThreadPoolExecutor(1, initializer=lower_thread_priority)
+        self._writing: Future | None = None
+
+    def save(self, snapshot: Snapshot, best: int | None) -> None:
+        """Start writing `snapshot`.
+
+        `best` is the step of a checkpoint that is not pruned.
+        """
+        self.wait()
+        self._writing = self._executor.submit(
+            write_checkpoint, self.run_dir, snapshot, self.keep_last, best, self.check_lock
+        )
+
+    def check(self) -> Path | None:
+        """Return the checkpoint completed since the last call, if any.
+
+        Raises `StorageError` if it could not be written.
+        """
+        return self.wait() if self._writing and self._writing.done() else None
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint being written, if any, and return it.
+
+        Raises `StorageError` if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        return writing.result() if writing else None
+
+    def close(self) -> None:
+        """Wait until nothing is being written, without raising errors."""
+        self._executor.shutdown(wait=True)
+
+
+def lower_thread_priority() -> None:
+    """Lower the priority of this thread below that of training."""
+    if sys.platform == "linux":  # elsewhere the call applies to the full process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def find_best(run_dir: Path, evaluations: dict[int, dict]) -> int | None:
+    """Return the saved step with the lowest validation loss.
+
+    Returns the earliest of equal ones, and None if no saved step was evaluated.
+    """
+    steps = list_steps(run_dir)
+    losses = {step: loss for step in steps for loss in select_loss(evaluations.get(step, {})).values()}
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def select_loss(metrics: dict) -> dict[str, float]:
+    """Return the loss that selects the best checkpoint, by its name.
+
+    The result is empty where it, or the generator's loss, was not finite or undefined.
+    """
+    name = next((name for name in BEST_BY if name in metrics), "")
+    loss = metrics.get(name) if metrics.get("generator_loss", 0.0) is not None else None
+    return {name: loss} if isinstance(loss, int | float) and math.isfinite(loss) else {}
+
+
+def record_best(run_dir: Path, evaluations: dict[int, dict]) -> None:
+    """Write `checkpoints/best.json`, or remove it when no saved step was evaluated."""
+    path = run_dir / "checkpoints" / "best.json"
+    step = find_best(run_dir, evaluations)
+    if step is None:
+        path.unlink(missing_ok=True)
+    else:
+        name = get_checkpoint_path(run_dir, step).name
+        write_json(path, {"step": step, "checkpoint": name} | select_loss(evaluations[step]))

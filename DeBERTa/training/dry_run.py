@@ -79,8 +79,7 @@ def time_evaluation(run: Run) -> float:
     training, seconds = run.training, 0.0
     for batches in (run.evaluation[split] for split in ("valid", "replay") if split in run.evaluation):
         started = read_clock(training.device)
-        evaluate(run.model, training.compute_outputs, [batches[0]], training.precision, training.device, 1,
-                 batches.token_counts)  # fmt: skip
+        evaluate(training, [batches[0]], 1, batches.token_counts)
         seconds += (read_clock(training.device) - started) * math.ceil(len(batches) / get_world_size())
     return seconds
 

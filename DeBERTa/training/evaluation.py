@@ -1,48 +1,25 @@
 """Evaluation on full splits: each line once, with the same masks every time."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches
 from DeBERTa.data.loader import load_batches
 from DeBERTa.log import log_regularly
-from DeBERTa.model.losses import MaskedLoss
-from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenOutput, RTDModel
 from DeBERTa.training.distributed import all_reduce_sums, gather_vectors, get_rank, get_world_size
-from DeBERTa.training.execution import autocast
 from DeBERTa.training.metrics import Metrics, Sums, add, average_losses, warn_of_undefined
-from DeBERTa.training.steps import make_scalar, sum_masked_lm
+from DeBERTa.training.steps import TrainingStep, make_scalar, sum_masked_lm
 
-Outputs = Callable[[Batch], tuple[MaskedLoss, ReplacedTokenOutput | None]]
 MAX_LOG_PERPLEXITY = 700.0  # exp of more is not finite
 
 
-def compute_outputs(
-    model: MaskedLanguageModel | RTDModel, batch: Batch
-) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
-    """Return losses and logits of a model that every rank holds in full."""
-    if isinstance(model, MaskedLanguageModel):
-        return model.compute_masked_loss(batch, sample=False), None
-    generated, detected = model(batch, per_token=True)
-    return generated.masked, detected
-
-
-def evaluate_splits(
-    model: nn.Module,
-    outputs: Outputs,
-    splits: dict[str, EvaluationBatches],
-    config: TrainConfig,
-    precision: str,
-    device: torch.device,
-) -> dict[str, Metrics]:
+def evaluate_splits(training: TrainingStep, splits: dict[str, EvaluationBatches]) -> dict[str, Metrics]:
     """Return metrics by split, over all ranks.
 
     Masks and samples depend on `--seed` alone. Collective: every rank calls it.
@@ -52,31 +29,20 @@ def evaluate_splits(
     for split, batches in splits.items():
         # Every rank computes the same number of batches, because the outputs may be collective. Those past
         # the end repeat the last batch and are not counted.
-        num_counted = len(range(rank, len(batches), world_size))
-        num_rounds = math.ceil(len(batches) / world_size)
-        indices = [min(rank + number * world_size, len(batches) - 1) for number in range(num_rounds)]
-        loader = tqdm(
-            load_batches(batches, indices, config.workers),
-            desc="evaluating",
-            total=num_rounds,
-            leave=False,
-            disable=None,
-        )
+        last = len(batches) - 1
+        indices = [min(first + rank, last) for first in range(0, len(batches), world_size)]
+        loader = load_batches(batches, indices, training.config.workers)
+        shown = tqdm(loader, desc="evaluating", total=len(indices), leave=False, disable=None)
         with log_regularly(partial("evaluating {}: {} batches".format, split, len(batches))):
-            results[split] = evaluate(
-                model, outputs, loader, precision, device, num_counted, batches.token_counts
-            )
+            num_counted = len(range(rank, len(batches), world_size))
+            results[split] = evaluate(training, shown, num_counted, batches.token_counts)
         warn_of_undefined(results[split], split)
     return results
 
 
-@torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    outputs: Outputs,
+    training: TrainingStep,
     batches: Iterable[Batch],
-    precision: str,
-    device: torch.device,
     num_counted: int,
     token_counts: np.ndarray | None = None,
 ) -> Metrics:
@@ -84,42 +50,32 @@ def evaluate(
 
     MLM: loss (nats per masked token), perplexity, accuracy. RTD: the same for the generator; for the
     discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, and ROC
-    AUC, on tokens sampled from the generator. None where nothing is counted. Restores the mode of `model`.
+    AUC, on tokens sampled from the generator. None where nothing is counted.
 
     token_counts: int64 [ids], how often each id occurs in the training text. With it, the ROC AUC that the
     rarity of a token alone gives is included.
     """
     sums: Sums = {}
-    scores, replaced, ids = [np.zeros(0, np.float32)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
-    was_training = model.training
-    model.eval()
+    tokens = []  # by batch: logit, label and id of each real token
     for number, batch in enumerate(batches):
-        batch = batch.to(device)
-        with autocast(precision, device):
-            masked, detected = outputs(batch)
+        batch, is_counted = batch.to(training.device), number < num_counted
+        (masked, corrupted_ids), detected = training.evaluate(batch)
         more = sum_masked_lm(masked, "generator_" if detected else "")
         if detected:
             more["discriminator_loss"] = detected.loss.sum()
-            more["discriminator_targets"] = make_scalar(detected.labels.numel(), device)
+            more["discriminator_targets"] = make_scalar(detected.labels.numel(), training.device)
+            is_real = (batch.input_mask > 0) & is_counted
+            scores = detected.logits[is_real].float().cpu()
+            tokens.append((scores, detected.labels.bool()[: len(scores)].cpu(), corrupted_ids[is_real].cpu()))
         # A batch that is not counted adds zeros: the names must be the same on all ranks.
-        add(sums, {name: value * (number < num_counted) for name, value in more.items()})
-        if detected and number < num_counted:
-            is_real = batch.input_mask > 0
-            scores.append(detected.logits[is_real].float().cpu().numpy())
-            replaced.append(detected.labels.bool().cpu().numpy())
-            assert masked.samples is not None
-            corrupted = batch.input_ids.masked_scatter(batch.labels > 0, masked.samples)
-            ids.append(corrupted[is_real].cpu().numpy())
-    model.train(was_training)
+        add(sums, {name: value * is_counted for name, value in more.items()})
 
     metrics = average_losses(all_reduce_sums(sums))
-    for name in ("loss", "generator_loss"):
-        if name in metrics:
-            loss = metrics[name]
-            perplexity = None if loss is None else math.exp(min(loss, MAX_LOG_PERPLEXITY))
-            metrics[name.replace("loss", "perplexity")] = perplexity
-    if "discriminator_loss" in metrics:
-        ours = (torch.from_numpy(np.concatenate(arrays)) for arrays in (scores, replaced, ids))
+    prefix = "generator_" if tokens else ""
+    loss = metrics[f"{prefix}loss"]
+    metrics[f"{prefix}perplexity"] = None if loss is None else math.exp(min(loss, MAX_LOG_PERPLEXITY))
+    if tokens:
+        ours = (torch.cat(column) for column in zip(*tokens, strict=True))
         all_scores, all_replaced, all_ids = (torch.cat(gather_vectors(each)).numpy() for each in ours)
         metrics |= compute_detection_metrics(all_scores, all_replaced)
         if token_counts is not None:

@@ -6,7 +6,7 @@ leaves weights and moments unchanged on all ranks. It synchronizes with the devi
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ MIN_WINDOW = 32  # losses needed before any can be a spike
 SIGMAS = 6.0
 
 
-@dataclass(frozen=True)
-class Spike:
+class Spike(NamedTuple):
     """A loss (nats per target) far above the mean of the losses before it."""
 
     name: str
@@ -55,35 +54,32 @@ class UpdateGuard:
         The result is the same on all ranks. `names` are the losses in `sums` that the update minimizes. Once
         an update is skipped, all later ones of the same step are skipped, too.
         """
-        values = [(~torch.isfinite(norm)).double()]
-        for name in names:
-            values += [sums[name].double(), sums[name.replace("loss", "targets")].double()]
-        non_finite_norms, *pairs = all_reduce_sum(torch.stack(values)).tolist()
-        losses = zip(names, pairs[::2], pairs[1::2], strict=True)
-        new = {name: loss / targets for name, loss, targets in losses if targets}
-        self.losses |= new
-        spikes = [spike for name, loss in new.items() if (spike := self._detect_spike(name, loss))]
-        self.spikes += spikes
-        is_finite = non_finite_norms == 0 and self.has_finite_losses()
-        if not is_finite or (spikes and self.skip_spikes):
+        columns = [~torch.isfinite(norm), *(sums[name] for name in names)]
+        columns += [sums[name.replace("loss", "targets")] for name in names]
+        totals = all_reduce_sum(torch.stack([column.double() for column in columns])).tolist()
+        is_finite, losses, targets = not totals[0], totals[1 : len(names) + 1], totals[len(names) + 1 :]
+        for name, loss, count in zip(names, losses, targets, strict=True):
+            if count:
+                self.losses[name] = loss / count
+                self._detect_spike(name, loss / count)
+        is_finite &= self.has_finite_losses()
+        if not is_finite or (self.spikes and self.skip_spikes):
             self.is_skipped = True
         return not self.is_skipped
 
-    def _detect_spike(self, name: str, loss: float) -> Spike | None:
+    def _detect_spike(self, name: str, loss: float) -> None:
         """Compare a loss with its window, then add it.
 
         A lasting rise is thus a spike for a few steps only.
         """
         if not math.isfinite(loss):
-            return None
+            return
         window = self.windows.setdefault(name, deque(maxlen=WINDOW))
-        spike = None
         if len(window) >= MIN_WINDOW:
             mean, sigma = float(np.mean(window)), float(np.std(window))
             if loss > mean + SIGMAS * sigma:
-                spike = Spike(name, loss, mean, sigma)
+                self.spikes.append(Spike(name, loss, mean, sigma))
         window.append(loss)
-        return spike
 
     def end_step(self) -> None:
         """Count the step if its update was skipped."""
@@ -92,14 +88,12 @@ class UpdateGuard:
 
     def has_finite_losses(self) -> bool:
         """Return whether this step's losses are finite and can enter a mean."""
-        return all(math.isfinite(loss) for loss in self.losses.values())
+        return all(map(math.isfinite, self.losses.values()))
 
     def describe_skip(self) -> str:
         """Return why this step's update was skipped."""
-        if non_finite := [
-            f"{name} is {loss}" for name, loss in self.losses.items() if not math.isfinite(loss)
-        ]:
-            return ", ".join(non_finite)
+        if not self.has_finite_losses():
+            return ", ".join(f"{n} is {loss}" for n, loss in self.losses.items() if not math.isfinite(loss))
         losses = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
         return f"a loss spike ({losses})" if self.spikes else f"the gradient is not finite ({losses})"
 

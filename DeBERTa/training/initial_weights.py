@@ -21,12 +21,6 @@ logger = logging.getLogger(__name__)
 GENERATOR_FILE = "pytorch_model.generator.bin"
 VOCABULARY_FILE = "spm.model"
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-# Settings that change what a model computes, but not the shape of any weight.
-SILENT_SETTINGS = (
-    *("position_biased_input", "relative_attention", "pos_att_type", "share_att_key", "norm_rel_ebd"),
-    *("position_buckets", "max_relative_positions", "num_attention_heads"),
-    *("hidden_act", "conv_act", "layer_norm_eps"),
-)
 
 
 def load_initial_weights(
@@ -36,26 +30,24 @@ def load_initial_weights(
 
     Raises `ConfigError` if they cannot be found or read, or do not match the model.
     """
+    generator = model if isinstance(model, MaskedLanguageModel) else model.generator
     resize = None
     if config.resize_vocab:
-        models = [model.config] if isinstance(model, MaskedLanguageModel) else [model.config.generator]
         old = Tokenizer(find_vocabulary(config.resize_vocab))
-        vocabulary = VocabularyMap(old, tokenizer, models[0].vocab_size)
+        vocabulary = VocabularyMap(old, tokenizer, generator.config.vocab_size)
         logger.info("--resize_vocab: %d of %d pieces keep their rows", vocabulary.num_kept, len(tokenizer))
         resize = vocabulary.convert
     options = LoadOptions(config.fresh_head, resize)
-    if isinstance(model, MaskedLanguageModel):
-        if not config.init_model:
-            return {}
+    if isinstance(model, MaskedLanguageModel) and config.init_model:
         path = find_weights(config.init_model, "model", model.config)
         return {"model": load_masked_lm(model, path, options)}
-    if not config.init_generator:
-        return {}
-    generator: str | Path = config.init_generator
-    if generator != FROM_DISCRIMINATOR:
-        generator = find_weights(config.init_generator, "generator", model.config.generator)
-    discriminator = find_weights(config.init_discriminator, "discriminator", model.config.discriminator)
-    return load_rtd(model, generator, discriminator, options)
+    if isinstance(model, RTDModel) and config.init_generator:
+        source: str | Path = config.init_generator
+        if source != FROM_DISCRIMINATOR:
+            source = find_weights(config.init_generator, "generator", generator.config)
+        path = find_weights(config.init_discriminator, "discriminator", model.config.discriminator)
+        return load_rtd(model, source, path, options)
+    return {}
 
 
 def find_vocabulary(reference: str) -> Path:
@@ -78,23 +70,17 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
         config: the model to load it into. Raises `ConfigError` if the `config.json` beside the file differs
             in a setting that no shape would reveal.
     """
-    if reference.startswith(HUB):
-        path = fetch_weights(reference, role)
-    else:
+    if not reference.startswith(HUB):
         path = find_in_directory(Path(reference), role) if Path(reference).is_dir() else Path(reference)
+    elif role == "generator":
+        hint = f"give --init_generator {FROM_DISCRIMINATOR}, or the file of a generator"
+        path = fetch_from_hub(reference, (GENERATOR_FILE,), hint)
+    else:
+        path = fetch_from_hub(reference, MODEL_FILES, "give a file")
+        with suppress(DownloadError):  # it is compared if there is one
+            fetch_from_hub(reference, ("config.json",), "give a file")
     if path.name != GENERATOR_FILE:  # the config.json beside that is the discriminator's
         check_silent_settings(path, role, config)
-    return path
-
-
-def fetch_weights(reference: str, role: str) -> Path:
-    """Fetch the weights of a model on the hub, and its config."""
-    if role == "generator":
-        hint = f"give --init_generator {FROM_DISCRIMINATOR}, or the file of a generator"
-        return fetch_from_hub(reference, (GENERATOR_FILE,), hint)
-    path = fetch_from_hub(reference, MODEL_FILES, "give a file")
-    with suppress(DownloadError):  # it is compared if there is one
-        fetch_from_hub(reference, ("config.json",), "give a file")
     return path
 
 
@@ -129,11 +115,13 @@ def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
     values = read_json(config_path) if config_path.is_file() else {}
     if isinstance(models := values.get("model"), dict):  # of a run, with one model or two
         values = models.get(role, models)
-    known = {k: v for k, v in convert_hub_config(values, str(config_path)).items() if k in SILENT_SETTINGS}
-    there = describe_computation(ModelConfig.from_dict(config.to_dict() | known, str(config_path)))
-    here = describe_computation(config)
+    fields = config.to_dict()
+    known = {k: v for k, v in convert_hub_config(values, str(config_path)).items() if k in fields}
+    there = describe_computation(ModelConfig.from_dict(fields | known, str(config_path)))
     differing = [
-        f"{name} ({there[name]} there, {here[name]} here)" for name in here if there[name] != here[name]
+        f"{name} ({there.get(name, 'none')} there, {value} here)"
+        for name, value in describe_computation(config).items()
+        if there.get(name, "none") != value
     ]
     if differing:
         raise ConfigError(
@@ -143,7 +131,10 @@ def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
 
 
 def describe_computation(config: ModelConfig) -> dict[str, object]:
-    """Return the settings that SILENT_SETTINGS amount to, those without effect omitted."""
+    """Return the settings that no shape of a weight shows.
+
+    They change what a model computes.
+    """
     described: dict[str, object] = {
         "num_attention_heads": config.num_attention_heads,
         "position_biased_input": config.position_biased_input,
@@ -152,10 +143,9 @@ def describe_computation(config: ModelConfig) -> dict[str, object]:
         "layer_norm_eps": config.layer_norm_eps,
         "conv_act": config.conv_act if config.conv_kernel_size else "none",
     }
-    relative = {
-        "share_att_key": config.share_att_key,
-        "norm_rel_ebd": config.norm_rel_ebd,
-        "position_buckets": config.position_span,
-        "max_relative_positions": config.max_distance,
-    }
-    return described | {name: value if config.position_terms else "none" for name, value in relative.items()}
+    if config.position_terms:
+        described["share_att_key"] = config.share_att_key
+        described["norm_rel_ebd"] = config.norm_rel_ebd
+        described["position_buckets"] = config.position_span
+        described["max_relative_positions"] = config.max_distance
+    return described

@@ -37,12 +37,10 @@ def average_losses(sums: Sums) -> Metrics:
     values = dict(zip(sums, torch.stack([v.detach().double() for v in sums.values()]).tolist(), strict=True))
     means: Metrics = {}
     for name, value in values.items():
-        if name.endswith("targets"):
-            continue
-        targets = 1.0
-        if name.endswith(("loss", "correct")):
-            targets = values[name.replace("loss", "targets").replace("correct", "targets")]
-        means[name.replace("correct", "accuracy")] = value / targets if targets else None
+        kind = name.rpartition("_")[2]
+        targets = values[name.removesuffix(kind) + "targets"] if kind in ("loss", "correct") else 1.0
+        if kind != "targets":
+            means[name.replace("correct", "accuracy")] = value / targets if targets else None
     return means
 
 
@@ -72,7 +70,7 @@ class MetricsLog:
         self,
         path: Path,
         first_step: int,
-        texts: dict[str, str | None] | None = None,
+        texts: dict[str, str | None],
         elapsed_seconds: float = 0.0,
         is_writer: bool = True,
     ) -> None:
@@ -82,16 +80,13 @@ class MetricsLog:
         the SHA-256 of the texts to evaluate on, "valid" and "replay", if any. `elapsed_seconds` is the
         training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
         """
-        self._path = path
-        self._texts: dict[str, str | None] = {"valid": None, "replay": None, **(texts or {})}
+        self._path, self._texts = path if is_writer else Path(os.devnull), texts
         self._started = time.monotonic() - elapsed_seconds
         # By split ("replay": that of --replay) and step.
-        self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in self._texts}
-        if not is_writer:
-            self._path = Path(os.devnull)
-        elif first_step == 0:
+        self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in texts}
+        if is_writer and not first_step:
             move_previous_lines(path)
-        elif path.exists():
+        elif is_writer and path.exists():
             self._remove_later_lines(first_step)
         self._file = self._path.open("a", buffering=1)
 
@@ -176,23 +171,15 @@ class Progress:
         self.step += 1
         self.bar.update()
 
-    def show(self, step: int, metrics: Metrics) -> None:
-        """Show the metrics of the interval that ends at `step`, and the time left."""
+    def show(self, metrics: Metrics) -> None:
+        """Show the metrics of the interval that ends here, and the time left."""
         text = format_metrics(metrics)
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
-        seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-        time_left = tqdm.format_interval(seconds_per_step * (self.total_steps - step))
-        logger.info("step %d/%d  %s  %s to go", step, self.total_steps, text, time_left)
-
-    def describe(self) -> str:
-        """Return the number of completed steps."""
-        return f"step {self.step}/{self.total_steps} is done"
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self.bar.close()
+        seconds_per_step = (time.monotonic() - self._started) / (self.step - self.first_step)
+        time_left = tqdm.format_interval(seconds_per_step * (self.total_steps - self.step))
+        logger.info("step %d/%d  %s  %s to go", self.step, self.total_steps, text, time_left)
 
 
 FORMATS = {

@@ -59,14 +59,13 @@ class Member:
         Raises `LaunchError` for anything else.
         """
         try:
-            values = json.loads(text)
-            member = Member(str(values["host"]), values["nodes"], values["processes"], str(values["token"]))
+            member = Member(**json.loads(text))
             is_valid = all(isinstance(n, int) and 0 < n < 2**20 for n in (member.nodes, member.processes))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, RecursionError):
             is_valid = False
         if not is_valid:
             raise LaunchError(FOREIGN)
-        return replace(member, host=_shorten(member.host))
+        return replace(member, host=_shorten(str(member.host)))
 
 
 class Coordinator:
@@ -82,8 +81,11 @@ class Coordinator:
         self._is_answering = True
         self._is_over = threading.Event()  # ends the watcher of an attempt
         check_host(job.address)
-        self._root = self._serve() if job.node == 0 else self._reach()
-        self.port = self._root.port
+        # Bounded: the connection waits forever for a server that sends nothing.
+        root = self._serve() if job.node == 0 else self._call(self._connect, timeout)
+        if root is None:
+            raise LaunchError(describe_silence(job.address, job.port, timeout))
+        self._root, self.port = root, root.port
         self._enter_attempt()
 
     def _serve(self) -> dist.TCPStore:
@@ -113,25 +115,10 @@ class Coordinator:
         store.set("attempt", "0")
         return store
 
-    def _reach(self) -> dist.TCPStore:
-        """Connect to the store of node 0.
-
-        Raises `LaunchError` if there is none, or if another server uses the port.
-        """
-
-        def connect() -> dist.TCPStore:
-            store = self._connect()
-            store.wait(["attempt"])
-            return store
-
-        # Bounded: the connection waits forever for a server that sends nothing.
-        store = self._call(connect, self.timeout)
-        if store is None:
-            raise LaunchError(describe_silence(self.job.address, self.job.port, self.timeout))
-        return store
-
     def _connect(self) -> dist.TCPStore:
-        return dist.TCPStore(self.job.address, self.port, timeout=timedelta(seconds=self.timeout))
+        store = dist.TCPStore(self.job.address, self.port, timeout=timedelta(seconds=self.timeout))
+        store.wait(["attempt"])
+        return store
 
     def _enter_attempt(self) -> None:
         attempt = self._root.get("attempt")
@@ -148,22 +135,22 @@ class Coordinator:
         Returns the members by node number. Raises `LaunchError` if one does not register in time, or if RANK
         or WORLD_SIZE do not fit together.
         """
-        own = Member(socket.gethostname(), self.job.nodes, self.job.processes, uuid.uuid4().hex)
-        first = self._store.compare_set(f"node-{self.job.node}", "", json.dumps(asdict(own)))
-        registered = Member.from_json(first)
-        if registered != own:
-            self._refuse(f"two nodes have RANK {self.job.node}: {registered.host} and {own.host}")
+        job = self.job
+        own = Member(socket.gethostname(), job.nodes, job.processes, uuid.uuid4().hex)
+        first = Member.from_json(self._store.compare_set(f"node-{job.node}", "", json.dumps(asdict(own))))
+        if first != own:
+            self._refuse(f"two nodes have RANK {job.node}: {first.host} and {own.host}")
         if not wait_until(self._is_complete, self.timeout):
-            missing = ", ".join(str(node) for node in range(self.job.nodes) if node not in self._members)
+            missing = ", ".join(str(node) for node in range(job.nodes) if node not in self._members)
             self._refuse(
                 f"no node with RANK {missing} registered within --dist_timeout {self.timeout} s: start the "
-                f"same command there with WORLD_SIZE={self.job.nodes}"
+                f"same command there with WORLD_SIZE={job.nodes}"
             )
         self._store.set("complete", "")
         self._is_over.clear()
         self._watcher = threading.Thread(target=self._watch, daemon=True, name=STORE_THREAD)
         self._watcher.start()
-        return [self._members[node] for node in range(self.job.nodes)]
+        return [self._members[node] for node in range(job.nodes)]
 
     def _is_complete(self) -> bool:
         """Return whether all nodes have registered, and read their members.

@@ -42,14 +42,6 @@ def compute_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     return nn.utils.get_total_norm(rows)
 
 
-def clip_gradients(parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """Scale all gradients to a common norm of at most `max_norm`.
-
-    `norm` is their common norm. With `max_norm` 0 they are not clipped.
-    """
-    nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
-
-
 def count_warmup_steps(config: TrainConfig, total_steps: int) -> int:
     """Return `--warmup` in steps.
 
@@ -79,20 +71,11 @@ def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> flo
 
 def describe_schedule(config: TrainConfig, total_steps: int) -> str:
     """Return the schedule in words."""
-    kinds = {
-        "linear": "linear decay",
-        "cosine": "cosine decay",
-        "wsd": f"linear decay from step {round(WSD_DECAY_START * total_steps):,}",
-    }
-    end = (
-        f"{kinds[config.lr_schedule]} to {config.lr_schedule_ends:g}"
-        if config.lr_schedule in kinds
-        else "constant"
-    )
-    return f"warm-up {count_warmup_steps(config, total_steps):,}, {end}"
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the learning rate of each group to `factor` times its peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+    warmup, kind = count_warmup_steps(config, total_steps), config.lr_schedule
+    if kind == "constant":
+        return f"warm-up {warmup:,}, constant"
+    if kind == "wsd":
+        kind = f"linear decay from step {round(WSD_DECAY_START * total_steps):,}"
+    else:
+        kind += " decay"
+    return f"warm-up {warmup:,}, {kind} to {config.lr_schedule_ends:g}"

@@ -8,8 +8,8 @@ rank never holds more than its own state and one more tensor. `torch.distributed
 the same with `full_state_dict=True`, but its all-gather makes gloo corrupt memory (see `all_gather_full`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from DeBERTa.config import TrainConfig
@@ -29,8 +30,23 @@ from DeBERTa.training.distributed import broadcast_value, get_world_size, is_dis
 all_gather_into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Return the module to call in training, with rank 0's weights on all ranks.
+class Objective(nn.Module):
+    """A module whose forward pass is a method of its model.
+
+    DDP and FSDP act on the forward passes of modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Return the result of a method of the model."""
+        return method(*args, **kwargs)
+
+
+def wrap_parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Return the objective to call for `model`, with rank 0's weights on all ranks.
 
     `--sharding none`: DDP. Every rank holds parameters, gradients and optimizer state.
     `--sharding zero2`: FSDP2 with `reshard_after_forward=False`. Gradients, optimizer state and, between
@@ -38,21 +54,19 @@ def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.devic
     `--sharding fsdp`: the parameters of a layer are freed after its forward pass and all-gathered again for
     its backward pass. Those outside of layers (embeddings, heads) are not freed: they are needed again first.
 
-    Sharding replaces the parameters: build optimizers after this.
+    Sharding replaces the parameters: build optimizers after this. To evaluate only, nothing is wrapped.
     """
-    if not is_distributed():
+    objective = Objective(model)
+    if not is_distributed() or not config.do_train:
         return objective
     if config.sharding == "none":
         # Which parameters have no gradient depends on the config: position tables, for example, where
         # positions are relative. Finding them takes a traversal of the graph per step.
-        device_ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(
-            objective, device_ids=device_ids, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
-    for tensor in objective.state_dict().values():
+        return DistributedDataParallel(objective, find_unused_parameters=True, gradient_as_bucket_view=True)
+    for tensor in model.state_dict().values():
         dist.broadcast(tensor, src=0)
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    for module in objective.modules():
+    for module in model.modules():
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh, reshard_after_forward=config.sharding == "fsdp")
             register_fsdp_forward_method(module, "decode")
@@ -60,21 +74,17 @@ def wrap_parallel(objective: nn.Module, config: TrainConfig, device: torch.devic
     return objective
 
 
-@contextmanager
-def sync_gradients(objective: nn.Module, is_last: bool) -> Iterator[None]:
-    """Run forward and backward pass of one micro-batch in this context.
+def sync_gradients(objective: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Return the context for the forward and backward pass of one micro-batch.
 
     Gradients are reduced in the backward pass of the last micro-batch.
     Until then sharded ranks accumulate full gradients: they trade memory for one reduction per step.
     """
     if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(is_last)
-        yield
-    elif isinstance(objective, DistributedDataParallel) and not is_last:
-        with objective.no_sync():
-            yield
-    else:
-        yield
+    if isinstance(objective, DistributedDataParallel) and not is_last:
+        return objective.no_sync()
+    return nullcontext()
 
 
 def all_gather_full(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,7 +141,6 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict | No
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     full = {} if state is None else state["state"]
-    _check_shapes(full, parameters)
     # Scalars are sent as numbers; None stands for a tensor of the parameter's shape.
     scalars = [
         (index, {name: None if value.dim() else value for name, value in values.items()})
@@ -139,31 +148,21 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict | No
     ]
     loaded: dict[int, dict[str, torch.Tensor]] = {}
     for index, values in broadcast_value(scalars):
-        loaded[index] = {}
-        for name, value in values.items():
-            if value is not None:
-                loaded[index][name] = torch.as_tensor(value)
-                continue
+        loaded[index] = {name: torch.as_tensor(v) for name, v in values.items() if v is not None}
+        for name in (name for name, value in values.items() if value is None):
             loaded[index][name] = torch.empty_like(parameters[index], requires_grad=False)
-            _load_tensor(loaded[index][name], None if state is None else full[index][name])
+            _load_tensor(loaded[index][name], full[index][name] if full else None)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
-
-
-def _check_shapes(state: dict[int, dict[str, torch.Tensor]], parameters: list[torch.Tensor]) -> None:
-    shapes = {index: tuple(parameter.shape) for index, parameter in enumerate(parameters)}
-    for index, values in state.items():
-        for name, value in values.items():
-            if value.dim() and tuple(value.shape) != shapes.get(index):
-                raise DamagedCheckpointError(
-                    f"optimizer.pt does not fit the model: {name} of parameter {index} has shape "
-                    f"{tuple(value.shape)}, the parameter {shapes.get(index)}; resume with the version that "
-                    "wrote it"
-                )
 
 
 @torch.no_grad()
 def _load_tensor(target: torch.Tensor, full: torch.Tensor | None) -> None:
     """Set `target` from rank 0's full tensor: broadcast it, or scatter its rows."""
+    if full is not None and full.shape != target.shape:
+        raise DamagedCheckpointError(
+            f"the checkpoint does not fit the model: a tensor has shape {tuple(full.shape)}, its parameter "
+            f"{tuple(target.shape)}; resume with the version that wrote it"
+        )
     if isinstance(target, DTensor):
         shard, local, shards = _padded_shard(target), target.to_local(), None
         if full is not None:
@@ -178,8 +177,6 @@ def _load_tensor(target: torch.Tensor, full: torch.Tensor | None) -> None:
 
 
 def _gather_shards(tensor: DTensor) -> torch.Tensor | None:
-    if tensor.placements != (Shard(0),):
-        raise ValueError(f"placements {tensor.placements}: only tensors sharded by rows are saved")
     shard, full, shards = _padded_shard(tensor), None, None
     if is_rank_zero():
         full = shard.new_empty(len(shard) * get_world_size(), *shard.shape[1:])
@@ -197,13 +194,10 @@ def _padded_shard(tensor: DTensor) -> torch.Tensor:
 
 
 def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    if len(tensor) == rows:
-        return tensor.contiguous()
-    padded = tensor.new_zeros(rows, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    return padded
+    if len(tensor) < rows:
+        tensor = F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, rows - len(tensor)])
+    return tensor.contiguous()
 
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    copied = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-    return copied.copy_(tensor.detach())
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

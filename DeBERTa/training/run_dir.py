@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, read_json
-from DeBERTa.data.files import find_unused_path, raise_storage_errors, remove
+from DeBERTa.data.files import describe_free_space, find_unused_path, remove
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import (
     ConfigError,
@@ -22,13 +22,11 @@ from DeBERTa.errors import (
     VocabularyError,
     describe_os_error,
 )
-from DeBERTa.hub.export import ExportedModel, list_models, write_model, write_plain_model
+from DeBERTa.hub.export import list_models, write_model, write_plain_model
 from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
-from DeBERTa.report.read import RunRecord
 from DeBERTa.training.checkpoint import (
     find_newest_valid,
-    format_megabytes,
     get_checkpoint_path,
     list_steps,
     rename_damaged,
@@ -44,6 +42,12 @@ INPUTS = (
     *("data_dir", "vocab_path", "replay", "model_config"),
     *("init_model", "init_generator", "init_discriminator", "resize_vocab"),
 )
+# By section of the settings, what a difference in it means.
+WARNINGS = {
+    "code": "resuming with other code: %s; results may differ from here on",
+    "validation": "resuming with another validation split: %s; the best checkpoint is chosen, and forgetting "
+    "measured, among evaluations on one split, the newest; to keep the one that best.json names now, copy it",
+}
 
 
 def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> tuple[int, RunLock]:
@@ -62,13 +66,12 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
             move_previous_run(run_dir, [Path(path) for path in inputs if path])
         step, damages = find_newest_valid(run_dir)
         if step:
-            check_same_run(
-                read_json(get_checkpoint_path(run_dir, step) / "config.json"), settings, run_dir, step
-            )
+            saved = read_json(get_checkpoint_path(run_dir, step) / "config.json")
+            check_same_run(saved, settings, run_dir, step)
         remove_unfinished(run_dir)
         for damage in damages:
             logger.warning("damaged checkpoint: %s", damage)
-        for newer in [saved for saved in list_steps(run_dir) if saved > step]:
+        for newer in (other for other in list_steps(run_dir) if other > step):
             renamed = rename_damaged(get_checkpoint_path(run_dir, newer))
             logger.warning("resuming from step %d instead; step %d is now %s", step, newer, renamed)
         write_json(run_dir / "config.json", settings)
@@ -101,23 +104,22 @@ def move_previous_run(run_dir: Path, inputs: list[Path]) -> None:
     if not previous:
         return
     real = run_dir.resolve()
-    for path in (Path.cwd(), *inputs):
-        if path.resolve().is_relative_to(real):
-            raise ConfigError(
-                f"--fresh would move {path}, which is in use, with the other files of {real}; give another "
-                "--output_dir"
-            )
+    if used := [path for path in (Path.cwd(), *inputs) if path.resolve().is_relative_to(real)]:
+        raise ConfigError(
+            f"--fresh would move {used[0]}, which is in use, with the other files of {real}; give another "
+            "--output_dir"
+        )
     target = find_unused_path(real.with_name(real.name + ".old"))
     try:
         target.mkdir()
         previous[0].rename(target / previous[0].name)
-        previous.pop(0)
     except OSError:
         with suppress(OSError):
             target.rmdir()
         target = find_unused_path(run_dir / "old")
         target.mkdir()
-    for path in previous:
+        previous[0].rename(target / previous[0].name)
+    for path in previous[1:]:
         path.rename(target / path.name)
     logger.info("--fresh: the previous files of %s are now in %s", run_dir, target)
 
@@ -155,15 +157,9 @@ def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> 
             f"{run_dir} holds a run with other settings: {', '.join(differing)}; "
             "give another --tag or --output_dir, or the settings of that run to resume it"
         )
-    if differing := list_differences(saved.get("code") or {}, current["code"]):
-        logger.warning("resuming with other code: %s; results may differ from here on", ", ".join(differing))
-    if differing := list_differences(saved.get("validation") or {}, current["validation"]):
-        logger.warning(
-            "resuming with another validation split: %s; the best checkpoint is chosen, and forgetting "
-            "measured, among evaluations on one split, the newest; to keep the one that best.json names now, "
-            "copy it",
-            ", ".join(differing),
-        )
+    for section, message in WARNINGS.items():
+        if differing := list_differences(saved.get(section) or {}, current[section]):
+            logger.warning(message, ", ".join(differing))
 
 
 def omit_length(old: dict, new: dict, step: int) -> dict:
@@ -174,12 +170,8 @@ def omit_length(old: dict, new: dict, step: int) -> dict:
     steps, more = old.get("num_training_steps"), new.get("num_training_steps", 0)
     if not isinstance(steps, int) or more <= steps:
         return old
-    logger.info(
-        "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps",
-        steps,
-        step,
-        more,
-    )
+    text = "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps"
+    logger.info(text, steps, step, more)
     is_warm = max(old["warmup"], new["warmup"]) <= step
     return {k: v for k, v in old.items() if k != "num_training_steps" and not (is_warm and k == "warmup")}
 
@@ -212,22 +204,24 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
     if isinstance(model, RTDModel) and model.config.embedding_sharing == "es":
         final += sum(table.nbytes for table in model.generator.get_tables())
     checkpoint, free = weights + moments, shutil.disk_usage(run_dir).free
+    sizes = f"the disk of {run_dir} has {format_megabytes(free)} free"
     if free < checkpoint + final:
         raise StorageError(
-            f"the disk of {run_dir} has {format_megabytes(free)} free, but one checkpoint "
-            f"({format_megabytes(checkpoint)}) and the final models ({format_megabytes(final)}) need "
-            f"{format_megabytes(checkpoint + final)}; "
-            "make room there or give another --output_dir"
+            f"{sizes}, but one checkpoint ({format_megabytes(checkpoint)}) and the final models "
+            f"({format_megabytes(final)}) need {format_megabytes(checkpoint + final)}; make room there or "
+            "give another --output_dir"
         )
     # The newest ones, the best one, and the one that is being written.
     needed = min(remaining, max(keep_last + 2 - len(list_steps(run_dir)), 1))
     room = int((free - final) / checkpoint)
     if room < needed:
-        logger.warning(
-            "the disk of %s has %s free: room for %d of %d more checkpoints (%s each); "
-            "make room there, or save fewer with --keep_last",
-            run_dir, format_megabytes(free), room, needed, format_megabytes(checkpoint),
-        )  # fmt: skip
+        rest = f"room for {room} of {needed} more checkpoints ({format_megabytes(checkpoint)} each)"
+        logger.warning("%s: %s; make room there, or save fewer with --keep_last", sizes, rest)
+
+
+def format_megabytes(size: float) -> str:
+    """Format a number of bytes in MB (10^6)."""
+    return f"{size / 1e6:,.1f} MB"
 
 
 def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary: Path) -> list[Path]:
@@ -237,26 +231,17 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
     when the disk is full; the same command then writes them again.
     """
     models, tokenizer, run = list_models(model), Tokenizer(vocabulary), read_record(run_dir)
-    for exported in models:
-        directory = run_dir / exported.name
-        try:
-            with raise_storage_errors(directory):
-                write_final_model(exported, directory, tokenizer, run)
-        except StorageError as error:
-            reason = str(error).removeprefix("cannot write ").rpartition(";")[0]
-            raise StorageError(
-                f"cannot write the final model: {reason}; make room there, then the same command writes it "
-                "without training again"
-            ) from error
-    return [run_dir / exported.name for exported in models]
-
-
-def write_final_model(
-    model: ExportedModel, directory: Path, tokenizer: Tokenizer, run: RunRecord | None
-) -> None:
-    """Write one model, in the simple form where transformers has no such model or vocabulary."""
     try:
-        write_model(model, directory, tokenizer, run)
-    except (ConfigError, VocabularyError) as error:
-        logger.warning("%s; %s is for this package alone", error, directory)
-        write_plain_model(model, directory, tokenizer.path)
+        for exported in models:
+            directory = run_dir / exported.name
+            try:
+                write_model(exported, directory, tokenizer, run)
+            except (ConfigError, VocabularyError) as error:
+                logger.warning("%s; %s is for this package alone", error, directory)
+                write_plain_model(exported, directory, vocabulary)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the final model: {describe_os_error(error)}{describe_free_space(run_dir)}; make "
+            "room there, then the same command writes it without training again"
+        ) from error
+    return [run_dir / exported.name for exported in models]

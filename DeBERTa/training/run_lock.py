@@ -1,6 +1,5 @@
 """Lock of a run directory: one process at a time writes there."""
 
-import errno
 import fcntl
 import os
 import socket
@@ -30,21 +29,21 @@ class RunLock:
             self._file = (run_dir / LOCK).open("a+", errors="replace")
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise ConfigError(self._describe_holder()) from None
+            except (BlockingIOError, PermissionError):
+                self._file.seek(0)
+                holder = "".join(filter(str.isprintable, self._file.read(MAX_HOLDER_BYTES)))
+                self._file.close()
+                raise ConfigError(
+                    f"another process ({holder}) is training in {run_dir}: stop it, or give another --tag"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
             if self.is_held():
                 break
             self._file.close()  # it was removed or replaced in the meantime
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
-
-    def _describe_holder(self) -> str:
-        self._file.seek(0)
-        holder = "".join(filter(str.isprintable, self._file.read(MAX_HOLDER_BYTES)))
-        self._file.close()
-        return f"another process ({holder}) is training in {self.run_dir}: stop it, or give another --tag"
 
     def is_held(self) -> bool:
         """Return whether the locked file is still that of the run directory.

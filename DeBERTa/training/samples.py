@@ -17,36 +17,27 @@ from torch import nn
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches, make_batch
 from DeBERTa.data.tokenizer import WORD_MARK
-from DeBERTa.model.losses import MaskedLoss
-from DeBERTa.model.pretraining import ReplacedTokenOutput, RTDModel
+from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.distributed import is_rank_zero
-from DeBERTa.training.execution import autocast
 from DeBERTa.training.parallel import all_gather_full
-from DeBERTa.training.steps import TrainingStep
+from DeBERTa.training.steps import Outputs, TrainingStep
 
 SENTENCES, TOKENS = 3, 30  # the first tokens of as many lines, spread over the validation text
 
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def write_samples(
-    path: Path, step: int, model: nn.Module, training: TrainingStep, batches: EvaluationBatches
-) -> None:
+def write_samples(path: Path, step: int, training: TrainingStep, batches: EvaluationBatches) -> None:
     """Append a line to `samples.jsonl`, and log the first sentence.
 
     Failing to write it is logged, and the run continues. Collective: every rank calls it.
     """
     batch = make_sample_batch(batches)
-    was_training = model.training
-    model.eval()
-    with autocast(training.precision, training.device):
-        masked, detected = training.compute_outputs(batch.to(training.device))
-    model.train(was_training)
-    drift = measure_residual_drift(model)
+    outputs = training.evaluate(batch.to(training.device))
+    drift = measure_residual_drift(training.model)
     if not is_rank_zero():
         return
-    sentences = describe_sentences(batch, batches.tokenizer.pieces, masked, detected)
+    sentences = describe_sentences(batch, batches.tokenizer.pieces, outputs)
     logger.info("step %d: %s", step, format_sentence(sentences[0]))
     line = {"step": step, "residual_drift": drift, "sentences": sentences}
     try:
@@ -77,24 +68,20 @@ def measure_residual_drift(model: nn.Module) -> float | None:
     return residual / table
 
 
-def describe_sentences(
-    batch: Batch, pieces: list[str], masked: MaskedLoss, detected: ReplacedTokenOutput | None
-) -> list[list[dict]]:
+def describe_sentences(batch: Batch, pieces: list[str], outputs: Outputs) -> list[list[dict]]:
     """Return the tokens of each sentence, [CLS] and [SEP] excluded, as they stand in `samples.jsonl`."""
+    (masked, corrupted_ids), detected = outputs
     originals = torch.where(batch.labels > 0, batch.labels, batch.input_ids)
     tokens: list[list[dict]] = [[{"token": pieces[i]} for i in row] for row in originals.tolist()]
-    guesses = masked.samples.tolist() if masked.samples is not None else []
-    width = batch.input_ids.size(1)
-    probabilities = torch.exp(-masked.loss).tolist()
-    for number, index in enumerate(batch.masked.flat_index.tolist()):
-        token = tokens[index // width][index % width]
-        token["probability"] = round(probabilities[number], 4)
-        if guesses:  # the table may have spare rows, which are no pieces
-            token["guess"] = pieces[guesses[number]] if guesses[number] < len(pieces) else "?"
+    flat = [token for row in tokens for token in row]
+    guesses, probabilities = corrupted_ids.flatten().tolist(), torch.exp(-masked.loss).tolist()
+    for index, probability in zip(batch.masked.flat_index.tolist(), probabilities, strict=True):
+        flat[index]["probability"] = round(probability, 4)
+        # The table may have spare rows, which are no pieces.
+        flat[index]["guess"] = pieces[guesses[index]] if guesses[index] < len(pieces) else "?"
     if detected:
-        for row, scores in zip(tokens, torch.sigmoid(detected.logits.float()).tolist(), strict=True):
-            for token, score in zip(row, scores, strict=True):
-                token["replaced"] = round(score, 4)
+        for token, score in zip(flat, torch.sigmoid(detected.logits.float()).flatten().tolist(), strict=True):
+            token["replaced"] = round(score, 4)
     lengths = batch.input_mask.sum(1).tolist()
     return [row[1 : length - 1] for row, length in zip(tokens, lengths, strict=True)]
 
@@ -108,6 +95,6 @@ def format_sentence(tokens: list[dict]) -> str:
     for token in tokens:
         text += token["token"]
         if "probability" in token:
-            text += f" [{token.get('guess', '?').lstrip(WORD_MARK)}, original {token['probability']:.0%}"
+            text += f" [{token['guess'].lstrip(WORD_MARK)}, original {token['probability']:.0%}"
             text += f", replaced {token['replaced']:.0%}]" if "replaced" in token else "]"
     return text.replace(WORD_MARK, " ").strip()

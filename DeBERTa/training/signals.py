@@ -73,23 +73,22 @@ class Signals:
             return
         if number == signal.SIGUSR1:
             self.is_save_requested = True
-        elif self.stop_signal and (number == signal.SIGHUP or self._is_duplicate(number)):
             return
-        elif self._is_deferred and self.stop_signal:
-            os._exit(128 + number)
-        else:
-            self.stop_signal, self._stop_time = number, time.monotonic()
-            if not self._is_deferred:
-                raise RunInterrupted(number)
-            # Not the logger: the signal may have arrived while it held its lock.
-            message = "finishing the step, then saving; a second signal exits at once"
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
-            if self._is_waiting:
-                signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
-
-    def _is_duplicate(self, number: int) -> bool:
-        return self.stop_signal == number and time.monotonic() - self._stop_time < DUPLICATE_SECONDS
+        if self.stop_signal:
+            is_recent = time.monotonic() - self._stop_time < DUPLICATE_SECONDS
+            if number == signal.SIGHUP or (number == self.stop_signal and is_recent):
+                return
+            if self._is_deferred:
+                os._exit(128 + number)
+        self.stop_signal, self._stop_time = number, time.monotonic()
+        if not self._is_deferred:
+            raise RunInterrupted(number)
+        # Not the logger: the signal may have arrived while it held its lock.
+        message = "finishing the step, then saving; a second signal exits at once"
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+        if self._is_waiting:
+            signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
 
     @contextlib.contextmanager
     def defer_stop(self) -> Iterator[None]:
@@ -125,15 +124,14 @@ class Signals:
             if self.stop_signal:
                 signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
             try:
-                try:
-                    batch = next(batches, None)
-                finally:
-                    self._is_waiting = False
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                batch = next(batches, None)
             except _WaitTimeoutError:
                 if get_world_size() > 1:
                     raise RunInterrupted(self.stop_signal) from None
                 return
+            finally:
+                self._is_waiting = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
             if batch is None:
                 return
             yield batch
@@ -150,12 +148,9 @@ class Signals:
         """
         if get_world_size() > 1 and device.type != "cpu" and step % GPU_STEPS_PER_EXCHANGE:
             return 0, False
-        stop_signal, is_save_requested = self.stop_signal, self.is_save_requested
+        requests = [*(self.stop_signal == number for number in STOP_SIGNALS), self.is_save_requested]
         self.is_save_requested = False
         if get_world_size() > 1:
-            requests = [*(stop_signal == number for number in STOP_SIGNALS), is_save_requested]
-            counts = all_reduce_sum(torch.tensor(requests, dtype=torch.float64, device=device)).tolist()
-            stops = [number for number, count in zip(STOP_SIGNALS, counts[:-1], strict=True) if count]
-            stop_signal = stops[0] if stops else 0
-            is_save_requested = counts[-1] > 0
-        return int(stop_signal), is_save_requested
+            requests = all_reduce_sum(torch.tensor(requests, dtype=torch.float64, device=device)).tolist()
+        stops = [int(number) for number, is_sent in zip(STOP_SIGNALS, requests, strict=False) if is_sent]
+        return next(iter(stops), 0), bool(requests[-1])

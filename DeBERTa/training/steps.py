@@ -5,25 +5,27 @@ micro-batch divided by the target count of the global batch, so that gradients o
 those of the batch.
 """
 
+import math
+
 import torch
+from torch import nn
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.batch import Batch
 from DeBERTa.model.losses import MaskedLoss
-from DeBERTa.model.pretraining import DetectionLoss, MaskedLanguageModel, ReplacedTokenOutput, RTDModel
+from DeBERTa.model.pretraining import (
+    DetectionLoss,
+    Generated,
+    MaskedLanguageModel,
+    ReplacedTokenOutput,
+    RTDModel,
+)
 from DeBERTa.model.sharing import SharedTables
 from DeBERTa.training.distributed import all_reduce_sum, broadcast_value, get_world_size
 from DeBERTa.training.execution import autocast, build_loss_scaler
 from DeBERTa.training.guard import UpdateGuard
 from DeBERTa.training.metrics import Sums, add
-from DeBERTa.training.objectives import DiscriminatorObjective, GeneratorObjective, MaskedLMObjective
-from DeBERTa.training.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    compute_gradient_norm,
-    compute_lr_factor,
-    set_learning_rate,
-)
+from DeBERTa.training.optimizer import build_optimizer, compute_gradient_norm, compute_lr_factor
 from DeBERTa.training.parallel import (
     all_gather_full,
     gather_to_rank_zero,
@@ -32,16 +34,44 @@ from DeBERTa.training.parallel import (
     wrap_parallel,
 )
 
+Outputs = tuple[Generated, ReplacedTokenOutput | None]  # of the model or generator, and the discriminator
+
 
 class TrainingStep:
     """Base class of both tasks: precision, learning rate and update."""
 
-    def __init__(self, config: TrainConfig, precision: str, device: torch.device, total_steps: int) -> None:
-        self.config, self.precision, self.device = config, precision, device
+    def __init__(
+        self,
+        model: MaskedLanguageModel | RTDModel,
+        config: TrainConfig,
+        precision: str,
+        device: torch.device,
+        total_steps: int,
+    ) -> None:
+        self.model, self.config, self.precision, self.device = model, config, precision, device
         self.total_steps = total_steps
         self.scaler = build_loss_scaler(precision, device)
-        self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.guard = UpdateGuard(config, device)
+        self.wrapped: dict[str, nn.Module] = {}  # what DDP or FSDP wraps for an update, by its name
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        for name, models in self.list_updates().items():
+            self.wrapped[name] = wrap_parallel(models[0][0] if len(models) == 1 else model, config, device)
+            self.optimizers[name] = build_optimizer(models, config)
+
+    def list_updates(self) -> dict[str, list[tuple[nn.Module, float]]]:
+        """Return the models of each update, with their peak learning rates."""
+        raise NotImplementedError
+
+    def step(self, batch: Batch) -> Sums:
+        """Return the sums of one step."""
+        raise NotImplementedError
+
+    def compute_outputs(self, batch: Batch) -> Outputs:
+        """Return losses, samples and logits of a batch on the device.
+
+        Collective: every rank calls it.
+        """
+        raise NotImplementedError
 
     def __call__(self, batch: Batch) -> Sums:
         """Take one step on this rank's batch and return its sums.
@@ -54,16 +84,15 @@ class TrainingStep:
         self.guard.end_step()
         return sums
 
-    def step(self, batch: Batch) -> Sums:
-        """Return the sums of one step."""
-        raise NotImplementedError
-
-    def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput | None]:
-        """Return losses and logits of a batch, for evaluation.
-
-        Collective: every rank calls it.
-        """
-        raise NotImplementedError
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Outputs:
+        """Return `compute_outputs` without gradients and dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        with autocast(self.precision, self.device):
+            outputs = self.compute_outputs(batch)
+        self.model.train(was_training)
+        return outputs
 
     def state_dict(self) -> dict:
         """Return the state of the next step besides weights and step number.
@@ -84,31 +113,21 @@ class TrainingStep:
         """
         for name, optimizer in self.optimizers.items():
             load_full_optimizer_state(optimizer, state["optimizers"][name] if state else None)
-        others = {name: state[name] for name in ("scaler", "stability")} if state else None
-        others = broadcast_value(others)
-        self.scaler.load_state_dict(others["scaler"])
-        self.guard.load_state_dict(others["stability"])
+        scaler, guard = broadcast_value((state["scaler"], state["stability"]) if state else None)
+        self.scaler.load_state_dict(scaler)
+        self.guard.load_state_dict(guard)
 
-    def set_learning_rate(self, update: int) -> float:
-        """Set the learning rate of every optimizer for update number `update` (from 1).
-
-        Returns the factor on the peak learning rates.
-        """
+    def set_learning_rate(self, update: int) -> None:
+        """Set the learning rate of every optimizer for update number `update` (from 1)."""
         factor = compute_lr_factor(update, self.total_steps, self.config)
         for optimizer in self.optimizers.values():
-            set_learning_rate(optimizer, factor)
-        return factor
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
 
     def split(self, batch: Batch) -> list[tuple[Batch, bool]]:
-        """Return this rank's micro-batches on the device.
-
-        Each comes with a flag that is true for the last one.
-        """
-        micro_batches = batch.split(self.config.accumulative_update)
-        return [
-            (b.to(self.device), number == len(micro_batches))
-            for number, b in enumerate(micro_batches, start=1)
-        ]
+        """Return this rank's micro-batches on the device, and whether each is the last."""
+        *others, last = (part.to(self.device) for part in batch.split(self.config.accumulative_update))
+        return [*((part, False) for part in others), (last, True)]
 
     def count_targets(self, batch: Batch) -> torch.Tensor:
         """Return the numbers of masked and real tokens per rank, float32 [2].
@@ -118,10 +137,6 @@ class TrainingStep:
         """
         counts = torch.tensor([batch.masked_tokens, batch.real_tokens], dtype=torch.float32)
         return all_reduce_sum(counts.to(self.device, non_blocking=True)).clamp(min=1) / get_world_size()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of `loss`, scaled for float16."""
-        self.scaler.scale(loss).backward()
 
     def update(self, name: str, sums: Sums, prefix: str, losses: tuple[str, ...]) -> bool:
         """Clip gradients by their common norm, step, and clear them.
@@ -136,7 +151,7 @@ class TrainingStep:
         sums[f"{prefix}grad_norm"] = all_gather_full(norm)
         is_allowed = self.guard.allows_update(sums, losses, sums[f"{prefix}grad_norm"])
         if is_allowed:
-            clip_gradients(parameters, norm, self.config.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm or math.inf, norm)
             self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         return is_allowed
@@ -145,38 +160,29 @@ class TrainingStep:
 class MaskedLMStep(TrainingStep):
     """Masked language modeling (DeBERTa, section 3.2; BERT, section 3.1)."""
 
-    def __init__(
-        self,
-        model: MaskedLanguageModel,
-        config: TrainConfig,
-        precision: str,
-        device: torch.device,
-        total_steps: int,
-    ) -> None:
-        super().__init__(config, precision, device, total_steps)
-        self.objective = MaskedLMObjective(model)
-        self.wrapped = wrap_parallel(self.objective, config, device)
-        self.optimizers["model"] = build_optimizer([(model, config.learning_rate)], config)
+    model: MaskedLanguageModel
+
+    def list_updates(self) -> dict[str, list[tuple[nn.Module, float]]]:
+        """Return the one update."""
+        return {"model": [(self.model, self.config.learning_rate)]}
 
     def step(self, batch: Batch) -> Sums:
         """Return the sums of one step."""
+        objective = self.wrapped["model"]
         targets, _ = self.count_targets(batch)
         sums: Sums = {}
         for micro_batch, is_last in self.split(batch):
-            with sync_gradients(self.wrapped, is_last):
+            with sync_gradients(objective, is_last):
                 with autocast(self.precision, self.device):
-                    masked = self.wrapped(micro_batch)
-                self.backward(masked.loss.sum() / targets)
+                    masked = objective(self.model.compute_masked_loss, micro_batch, sample=False)
+                self.scaler.scale(masked.loss.sum() / targets).backward()
             add(sums, sum_masked_lm(masked, ""))
         self.update("model", sums, "", ("loss",))
         return sums
 
-    def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, None]:
-        """Return the losses of a batch, for evaluation.
-
-        Collective: every rank calls it.
-        """
-        return self.objective(batch), None
+    def compute_outputs(self, batch: Batch) -> Outputs:
+        """Return losses and samples of a batch."""
+        return self.wrapped["model"](self.model.generate, batch), None
 
 
 class ReplacedTokenStep(TrainingStep):
@@ -191,64 +197,63 @@ class ReplacedTokenStep(TrainingStep):
     discriminator's is skipped.
     """
 
-    def __init__(
-        self, model: RTDModel, config: TrainConfig, precision: str, device: torch.device, total_steps: int
-    ) -> None:
-        super().__init__(config, precision, device, total_steps)
-        self.model = model
-        self.is_decoupled = config.decoupled_training and model.config.embedding_sharing != "es"
-        peak = config.discriminator_learning_rate or config.learning_rate
-        models = {
-            "generator": (model.generator, config.learning_rate),
-            "discriminator": (model.discriminator, peak),
-        }
+    model: RTDModel
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Return whether each model has an update of its own."""
+        return self.config.decoupled_training and self.model.config.embedding_sharing != "es"
+
+    def list_updates(self) -> dict[str, list[tuple[nn.Module, float]]]:
+        """Return the updates of generator and discriminator, or the joint one."""
+        rate = self.config.learning_rate
+        generator = (self.model.generator, rate)
+        discriminator = (self.model.discriminator, self.config.discriminator_learning_rate or rate)
         if self.is_decoupled:
-            self.generator = GeneratorObjective(model.generator)
-            self.discriminator = DiscriminatorObjective(model.discriminator)
-            self.wrapped_generator = wrap_parallel(self.generator, config, device)
-            self.wrapped_discriminator = wrap_parallel(self.discriminator, config, device)
-            self.optimizers = {name: build_optimizer([part], config) for name, part in models.items()}
-        else:
-            self.wrapped = wrap_parallel(model, config, device)
-            self.optimizers = {"both": build_optimizer(list(models.values()), config)}
+            return {"generator": [generator], "discriminator": [discriminator]}
+        return {"both": [generator, discriminator]}
 
     def step(self, batch: Batch) -> Sums:
         """Return the sums of one step."""
         return self._step_decoupled(batch) if self.is_decoupled else self._step_joint(batch)
 
     def _step_decoupled(self, batch: Batch) -> Sums:
+        generator, discriminator = self.wrapped.values()
         masked_targets, targets = self.count_targets(batch)
         sums: Sums = {}
         corrupted = []
         for micro_batch, is_last in self.split(batch):
-            with sync_gradients(self.wrapped_generator, is_last):
+            with sync_gradients(generator, is_last):
                 with autocast(self.precision, self.device):
-                    generated = self.wrapped_generator(micro_batch)
-                self.backward(generated.masked.loss.sum() / masked_targets)
-            add(sums, sum_masked_lm(generated.masked, "generator_"))
-            corrupted.append((micro_batch, is_last, generated.corrupted_ids))
+                    masked, corrupted_ids = generator(self.model.generator.generate, micro_batch)
+                self.scaler.scale(masked.loss.sum() / masked_targets).backward()
+            add(sums, sum_masked_lm(masked, "generator_"))
+            corrupted.append((micro_batch, is_last, corrupted_ids))
         if not self.update("generator", sums, "generator_", ("generator_loss",)):
             return sums
         shared = self.gather_shared_tables()
+        detect = self.model.discriminator.compute_detection_loss
         for micro_batch, is_last, corrupted_ids in corrupted:
-            with sync_gradients(self.wrapped_discriminator, is_last):
+            mask, labels = micro_batch.input_mask, micro_batch.labels
+            with sync_gradients(discriminator, is_last):
                 with autocast(self.precision, self.device):
-                    detected = self.wrapped_discriminator(micro_batch, corrupted_ids, shared)
-                self.backward(self.config.rtd_lambda * detected.loss / targets)
+                    detected = discriminator(detect, corrupted_ids, mask, labels, shared)
+                self.scaler.scale(self.config.rtd_lambda * detected.loss / targets).backward()
             add(sums, sum_detection(detected, micro_batch))
         self.update("discriminator", sums, "discriminator_", ("discriminator_loss",))
         return sums
 
     def _step_joint(self, batch: Batch) -> Sums:
+        both = self.wrapped["both"]
         masked_targets, targets = self.count_targets(batch)
         sums: Sums = {}
         for micro_batch, is_last in self.split(batch):
-            with sync_gradients(self.wrapped, is_last):
+            with sync_gradients(both, is_last):
                 with autocast(self.precision, self.device):
-                    (masked, _), detected = self.wrapped(micro_batch)
-                self.backward(
-                    masked.loss.sum() / masked_targets + self.config.rtd_lambda * detected.loss / targets
-                )
+                    (masked, _), detected = both(self.model, micro_batch)
+                mlm = masked.loss.sum() / masked_targets
+                rtd = self.config.rtd_lambda * detected.loss / targets
+                self.scaler.scale(mlm + rtd).backward()
             add(sums, sum_masked_lm(masked, "generator_") | sum_detection(detected, micro_batch))
         self.update("both", sums, "", ("generator_loss", "discriminator_loss"))
         return sums
@@ -261,18 +266,16 @@ class ReplacedTokenStep(TrainingStep):
         shared = self.model.get_shared_tables()
         return SharedTables(*(all_gather_full(table.detach()) for table in shared)) if shared else None
 
-    def compute_outputs(self, batch: Batch) -> tuple[MaskedLoss, ReplacedTokenOutput]:
-        """Return losses and logits of a batch, for evaluation.
-
-        Collective: every rank calls it.
-        """
+    def compute_outputs(self, batch: Batch) -> Outputs:
+        """Return losses, samples and logits of a batch."""
         if not self.is_decoupled:
-            generated, detected = self.model(batch, per_token=True)
-        else:
-            generated = self.generator(batch)
-            shared = self.gather_shared_tables()
-            detected = self.discriminator(batch, generated.corrupted_ids, shared, per_token=True)
-        return generated.masked, detected
+            return self.wrapped["both"](self.model, batch, per_token=True)
+        generator, discriminator = self.wrapped.values()
+        generated = generator(self.model.generator.generate, batch)
+        shared = self.gather_shared_tables()
+        return generated, discriminator(
+            self.model.discriminator, generated.corrupted_ids, batch.input_mask, batch.labels, shared
+        )
 
 
 def sum_masked_lm(masked: MaskedLoss, prefix: str) -> Sums:

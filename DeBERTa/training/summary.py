@@ -8,7 +8,7 @@ from DeBERTa.config import read_json
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.model_card import read_record
 from DeBERTa.report.read import format_duration
-from DeBERTa.training.best import select_loss
+from DeBERTa.training.checkpoint import select_loss
 
 NEXT = {  # by the name of a final model: a command to see what it learned
     "discriminator": 'python -m DeBERTa.detect {} "A sentence with a banana word."',

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -21,9 +20,16 @@ from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.log import log_regularly
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.page import update_report
-from DeBERTa.training.best import find_best, record_best
-from DeBERTa.training.checkpoint import Snapshot, get_checkpoint_path, read_model, read_training
-from DeBERTa.training.distributed import barrier, broadcast_value, get_world_size, is_rank_zero
+from DeBERTa.training.checkpoint import (
+    Saver,
+    Snapshot,
+    find_best,
+    get_checkpoint_path,
+    read_model,
+    read_training,
+    record_best,
+)
+from DeBERTa.training.distributed import broadcast_value, get_world_size, is_rank_zero
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.metrics import (
@@ -38,12 +44,13 @@ from DeBERTa.training.metrics import (
 from DeBERTa.training.parallel import all_gather_full, gather_to_rank_zero, load_full_weights
 from DeBERTa.training.run_lock import RunLock
 from DeBERTa.training.samples import write_samples
-from DeBERTa.training.saving import Saver
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import TrainingStep
 
 logger = logging.getLogger(__name__)
 
+# The evaluations to remember, and their texts in the settings.
+TEXTS = {"valid": "valid", "replay": "replay_valid"}
 MAX_FORGETTING = 0.05  # relative increase of a loss on the text of --replay that is reported
 MAX_LINES_SHOWN = 16  # of a batch whose update was skipped
 START_OVER = "start over with a lower --learning_rate or a longer --warmup under another --tag"
@@ -64,6 +71,7 @@ class Run:
     initial_weights: dict[str, LoadedWeights] = field(default_factory=dict)  # of --init_*, by model
     notes: list[str] = field(default_factory=list)  # on settings that are not what one may expect
     lock: RunLock | None = None  # of the run directory, held by rank 0
+    elapsed_seconds: float = 0.0  # training time before this process, on rank 0
 
     @property
     def run_dir(self) -> Path:
@@ -84,21 +92,17 @@ class Trainer:
 
         `signals` may end the run or request a checkpoint.
         """
-        self.run, self.first_step, self.signals = run, first_step, signals
-        self.saved_step = first_step
+        self.run, self.signals = run, signals
+        self.first_step = self.saved_step = first_step
         self.total_steps = run.training.total_steps
         self.progress = Progress(first_step, self.total_steps)
-        self.saver = Saver(run.run_dir, run.config.keep_last, run.lock)
+        self.saver = Saver(run.run_dir, run.config.keep_last, run.check_lock)
         self.samples = run.run_dir / "samples.jsonl"
-        elapsed = 0.0
         if not first_step and is_rank_zero():
             move_previous_lines(self.samples)
-        elif is_rank_zero():
-            state = read_json(get_checkpoint_path(run.run_dir, first_step) / "state.json")
-            elapsed = state.get("elapsed_seconds", 0.0)  # older checkpoints lack it
-        texts = {"valid": run.settings["validation"]["valid_sha256"]}
-        texts["replay"] = run.settings["validation"]["replay_valid_sha256"]
-        self.log = MetricsLog(run.run_dir / "metrics.jsonl", first_step, texts, elapsed, is_rank_zero())
+        texts = {split: run.settings["validation"][f"{name}_sha256"] for split, name in TEXTS.items()}
+        path = run.run_dir / "metrics.jsonl"
+        self.log = MetricsLog(path, first_step, texts, run.elapsed_seconds, is_rank_zero())
 
     def train(self) -> None:
         """Train to the last step.
@@ -112,9 +116,9 @@ class Trainer:
         with (
             self.signals.defer_stop(),
             closing(self.log),
-            closing(self.progress),
+            closing(self.progress.bar),
             closing(self.saver),
-            log_regularly(self.progress.describe),
+            log_regularly(lambda: f"step {self.progress.step}/{self.total_steps} is done"),
         ):
             self.evaluate_if_missed()
             batches = load_batches(
@@ -137,16 +141,15 @@ class Trainer:
                 if is_due or is_save_requested or stop_signal:
                     self.save(step)
                 if stop_signal:
-                    self.stop(stop_signal)
+                    break
                 if is_due:
                     self.evaluate(step)
                 self.report_saved(self.saver.check())
-            if step < self.total_steps:  # stopped while it waited for a batch
-                if self.saved_step < step:
-                    self.save(step)
-                self.stop(self.signals.stop_signal)
+            if self.saved_step < step:  # stopped while it waited for a batch
+                self.save(step)
             self.report_saved(self.saver.wait())
-            # A signal may have come while the last checkpoint was written.
+            # Also for a signal that came while the last checkpoint was written. No rank exits before rank 0
+            # has saved: that would end rank 0, too.
             stop_signal, _ = self.signals.exchange_requests(0, training.device)
             if stop_signal:
                 raise RunInterrupted(stop_signal)
@@ -158,12 +161,16 @@ class Trainer:
         """
         training = self.run.training
         self.run.check_lock()
-        metrics = self.run.interval.finish() | get_learning_rates(training)
+        metrics = self.run.interval.finish()
+        optimizers = list(training.optimizers.values())
+        metrics["learning_rate"] = optimizers[0].param_groups[0]["lr"]  # of the model or the generator
+        if self.run.config.task_name == "RTD":
+            metrics["discriminator_learning_rate"] = optimizers[-1].param_groups[-1]["lr"]
         metrics["skipped_steps"] = training.guard.skipped_steps
         metrics["peak_memory_gb"] = round(measure_peak_memory(training.device), 3)
         self.log.write(step, "train", metrics)
         warn_of_undefined(metrics, f"step {step}")
-        self.progress.show(step, metrics)
+        self.progress.show(metrics)
 
     def report_skipped_update(self, step: int) -> None:
         """Log spikes and a skipped update.
@@ -172,21 +179,19 @@ class Trainer:
         """
         guard, run = self.run.training.guard, self.run
         for spike in guard.spikes:
-            values = {"mean": spike.mean, "sigma": spike.sigma, "skipped": guard.is_skipped}
-            self.log.write(step, "spike", {spike.name: spike.loss, **values})
-            before = f"{spike.mean:.4g} ± {spike.sigma:.2g}"
-            logger.info("step %d: spike: %s %.4g after %s", step, spike.name, spike.loss, before)
-        if not guard.is_skipped:
-            return
-        logger.info("step %d: update skipped: %s", step, guard.describe_skip())
-        if guard.consecutive_skips < run.config.max_skipped_steps:
-            return
-        lines = describe_lines(run.train_batches, step - 1)
-        raise NonFiniteError(
-            f"step {step}: the updates of {guard.consecutive_skips} steps in a row were skipped "
-            f"(--max_skipped_steps): {guard.describe_skip()} on {lines}; "
-            f"look at these lines, or {START_OVER} (the checkpoints in {run.run_dir} are older)"
-        )
+            name, loss, mean, sigma = spike
+            more = {"mean": mean, "sigma": sigma, "skipped": guard.is_skipped}
+            self.log.write(step, "spike", {name: loss, **more})
+            logger.info("step %d: spike: %s %.4g after %.4g ± %.2g", step, name, loss, mean, sigma)
+        if guard.is_skipped:
+            logger.info("step %d: update skipped: %s", step, guard.describe_skip())
+        if guard.consecutive_skips >= run.config.max_skipped_steps:
+            lines = describe_lines(run.train_batches, step - 1)
+            raise NonFiniteError(
+                f"step {step}: the updates of {guard.consecutive_skips} steps in a row were skipped "
+                f"(--max_skipped_steps): {guard.describe_skip()} on {lines}; look at these lines, or "
+                f"{START_OVER} (the checkpoints in {run.run_dir} are older)"
+            )
 
     def save(self, step: int) -> None:
         """Copy the state after `step` updates, and start writing it.
@@ -209,23 +214,15 @@ class Trainer:
             self.run.check_lock()
             record_best(self.run.run_dir, self.log.evaluations["valid"])
 
-    def stop(self, signal_number: int) -> NoReturn:
-        """End the run after the checkpoint is written."""
-        self.report_saved(self.saver.wait())
-        barrier()  # a rank that exits before rank 0 has saved would end rank 0, too
-        raise RunInterrupted(signal_number)
-
     def evaluate(self, step: int, wanted: Collection[str] = ("valid", "replay")) -> None:
         """Evaluate on the validation split and on the text of `--replay`, those that are there and `wanted`.
 
         A stop signal interrupts the evaluation at once.
         """
-        run, training = self.run, self.run.training
+        run = self.run
         splits = {name: part for name, part in run.evaluation.items() if name in wanted}
         with self.signals.allow_stop():
-            results = evaluate_splits(
-                run.model, training.compute_outputs, splits, run.config, training.precision, training.device
-            )
+            results = evaluate_splits(run.training, splits)
         run.check_lock()
         for split, metrics in results.items():
             self.log.write(step, split, metrics)
@@ -234,7 +231,7 @@ class Trainer:
             first = next(iter(self.log.evaluations["replay"].values()), {})
             warn_of_forgetting(step, first, results["replay"])
         if "valid" in splits:
-            write_samples(self.samples, step, run.model, training, splits["valid"])
+            write_samples(self.samples, step, run.training, splits["valid"])
         if is_rank_zero():
             update_report(run.run_dir)
         run.interval.started = time.monotonic()
@@ -259,12 +256,11 @@ class Trainer:
 def describe_lines(batches: TrainingBatches, step: int) -> str:
     """Return the numbers, from 1, of the first lines of the global batch of `step`, by file."""
     described = []
-    files = ("train.txt", "train.txt of --replay")
-    for file, lines in zip(files, batches.select_global_lines(step), strict=True):
-        shown = [str(line + 1) for line in lines[:MAX_LINES_SHOWN]]
-        shown += ["..."] * (len(lines) > MAX_LINES_SHOWN)
-        if shown:
-            described.append(f"lines {', '.join(shown)} of {file}")
+    own, replayed = batches.select_global_lines(step)
+    for file, lines in (("train.txt", own), ("train.txt of --replay", replayed)):
+        if len(lines):
+            shown = ", ".join(str(line + 1) for line in lines[:MAX_LINES_SHOWN])
+            described.append(f"lines {shown}{', ...' * (len(lines) > MAX_LINES_SHOWN)} of {file}")
     return " and ".join(described)
 
 
@@ -278,15 +274,6 @@ def warn_of_forgetting(step: int, before: Metrics, now: Metrics) -> None:
                 "model forgets; a larger --replay_share or a lower --learning_rate may help",
                 step, name, last, 100 * (last / first - 1), first,
             )  # fmt: skip
-
-
-def get_learning_rates(training: TrainingStep) -> dict[str, float]:
-    """Return the current learning rates: of model or generator, and discriminator."""
-    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
-    rates = {"learning_rate": groups[0]["lr"]}
-    if training.config.task_name == "RTD":
-        rates["discriminator_learning_rate"] = groups[-1]["lr"]
-    return rates
 
 
 def check_finite_weights(model: nn.Module, step: int, run_dir: Path) -> None:
@@ -309,19 +296,20 @@ def resume(run: Run, step: int) -> None:
 
     Rank 0 reads it: nodes may have separate disks.
     """
-    weights, state = None, {"training": None, "interval": None}
+    weights, state, path = None, {"training": None, "interval": None}, get_checkpoint_path(run.run_dir, step)
     if is_rank_zero():
         weights = read_model(run.run_dir, step, run.model)
         state = read_training(run.run_dir, step)
+        # Older checkpoints lack it.
+        run.elapsed_seconds = read_json(path / "state.json").get("elapsed_seconds", 0.0)
     load_full_weights(run.model, weights)
     try:
         run.training.load_state_dict(state["training"])
         run.interval.load_state_dict(broadcast_value(state["interval"]))
     except (LookupError, TypeError, AttributeError) as error:
-        path = get_checkpoint_path(run.run_dir, step) / "optimizer.pt"
         raise DamagedCheckpointError(
-            f"{path} has another content than this version writes ({type(error).__name__}: {error}); "
-            "resume with the version that wrote it"
+            f"{path / 'optimizer.pt'} has another content than this version writes ({type(error).__name__}: "
+            f"{error}); resume with the version that wrote it"
         ) from error
 
 

@@ -23,6 +23,7 @@ from DeBERTa.errors import DamagedCheckpointError, DebertaError, StorageError
 from DeBERTa.training.checkpoint import (
     FILES,
     MANIFEST,
+    Saver,
     Snapshot,
     find_newest_valid,
     get_checkpoint_path,
@@ -36,7 +37,6 @@ from DeBERTa.training.checkpoint import (
 from DeBERTa.training.parallel import gather_to_rank_zero
 from DeBERTa.training.run_dir import check_same_run, save_models
 from DeBERTa.training.run_lock import LOCK
-from DeBERTa.training.saving import Saver
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import GOLDEN, ROOT, strip_times, tiny_model, tiny_rtd
 from tests.runs import ForkedRun, command, copy_run, final_files, remove_after, run, tiny_flags

@@ -157,7 +157,8 @@ def list_shards_all(folder: Path) -> None:
     found = {}
     for mode in MODES:
         model, training = make_step("mlm", **MODES[mode])
-        loss = training.wrapped(select_rows(seed=0)).loss.sum()
+        masked = training.wrapped["model"](model.compute_masked_loss, select_rows(seed=0), sample=False)
+        loss = masked.loss.sum()
         after_forward = are_sharded(model)
         loss.backward()
         gradients = {isinstance(p.grad, DTensor) for p in model.parameters() if p.grad is not None}
@@ -360,13 +361,10 @@ def evaluate_all(prepared: Path, folder: Path, size: int) -> None:
         masker = Masker(tokenizer, 1, case != "mlm")
         store = open_store(prepared / "valid.txt", tokenizer, 62)
         for mode in MODES:
-            model, training = make_step(case, **MODES[mode])
+            _, training = make_step(case, **MODES[mode])
             for rows in (16, 3):  # 40 lines: 3 batches, and 14 with a short last one
                 splits = {"valid": EvaluationBatches(store, tokenizer, masker, BatchPlan(3, rows, 64))}
-                device = torch.device("cpu")
-                found = evaluate_splits(
-                    model, training.compute_outputs, splits, training.config, "fp32", device
-                )["valid"]
+                found = evaluate_splits(training, splits)["valid"]
                 if is_rank_zero():
                     np.save(folder / f"{case}-{mode}-{rows}-{size}.npy", found, allow_pickle=True)
 

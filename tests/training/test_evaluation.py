@@ -1,7 +1,6 @@
 """Evaluation metrics against naive counts."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,11 +13,14 @@ from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.training.evaluation import (
     compute_detection_metrics,
-    compute_outputs,
     compute_roc_auc,
     evaluate,
 )
+from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from tests.conftest import tiny_model, tiny_rtd
+from tests.training.batches import train_config
+
+CPU = torch.device("cpu")
 
 
 def naive_auc(scores, replaced):
@@ -80,16 +82,9 @@ def batches(store, tokenizer, rtd, size):
 def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     torch.manual_seed(0)
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3}))
+    training = MaskedLMStep(model, train_config(), "fp32", CPU, total_steps=10)
     results = [
-        evaluate(
-            model,
-            partial(compute_outputs, model),
-            list(batches(store, tokenizer, False, size)),
-            "fp32",
-            torch.device("cpu"),
-            6,
-        )
-        for size in (7, 40)
+        evaluate(training, list(batches(store, tokenizer, False, size)), num_counted=6) for size in (7, 40)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     model.eval()
@@ -103,12 +98,16 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     assert results[0]["perplexity"] == pytest.approx(np.exp(results[0]["loss"]))
 
 
+def build_step(model: RTDModel) -> ReplacedTokenStep:
+    return ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+
+
 def test_rarity_of_tokens_alone(prepared, store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     counts = open_store(prepared / "train.txt", tokenizer, max_tokens=62).count_ids(2008)
     data = list(batches(store, tokenizer, True, 16))[:2]
-    found = evaluate(model, partial(compute_outputs, model), data, "fp32", torch.device("cpu"), 2, counts)
+    found = evaluate(build_step(model), data, 2, counts)
     original, replaced = [], []  # counts of the tokens that the discriminator sees
     with torch.no_grad():
         for batch in data:
@@ -128,10 +127,7 @@ def test_rtd_evaluation_is_repeatable_and_restores_the_mode(store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
     data = list(batches(store, tokenizer, True, 16))
-    first, second = (
-        evaluate(model, partial(compute_outputs, model), data, "fp32", torch.device("cpu"), len(data))
-        for _ in range(2)
-    )
+    first, second = (evaluate(build_step(model), data, len(data)) for _ in range(2))
     assert first == second
     assert model.training
     assert first["generator_loss"] == pytest.approx(np.log(2008), rel=0.01)

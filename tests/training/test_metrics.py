@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from DeBERTa.errors import StorageError
-from DeBERTa.training.best import find_best, record_best
-from DeBERTa.training.checkpoint import get_checkpoint_path
+from DeBERTa.training.checkpoint import find_best, get_checkpoint_path, record_best
 from DeBERTa.training.metrics import (
     MetricsLog,
     average_losses,
@@ -21,6 +20,8 @@ from DeBERTa.training.metrics import (
     warn_of_undefined,
 )
 
+TEXTS = {"valid": None, "replay": None}
+
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -28,7 +29,7 @@ def read(path: Path) -> list[dict]:
 
 def test_lines_carry_the_time(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0, elapsed_seconds=100.0)
+    log = MetricsLog(path, 0, TEXTS, elapsed_seconds=100.0)
     log.write(1, "train", {"loss": math.nan, "norm": math.inf, "tokens_seen": 12})
     log.close()
     (line,) = read(path)
@@ -43,13 +44,13 @@ def test_lines_carry_the_time(tmp_path):
 def test_lines_after_the_checkpoint_are_removed(tmp_path):
     """And a line that a crash truncated; evaluations before it are remembered."""
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    log = MetricsLog(path, 0, TEXTS)
     for step in (1, 2, 3):
         log.write(step, "train", {"loss": 1.0})
         log.write(step, "valid", {"loss": step / 2})
     log.close()
     path.write_text(path.read_text() + '{"step": 2, "kind": "tr')
-    log = MetricsLog(path, 2)
+    log = MetricsLog(path, 2, TEXTS)
     assert [(line["step"], line["kind"]) for line in read(path)] == [
         (1, "train"), (1, "valid"), (2, "train"), (2, "valid")
     ]  # fmt: skip
@@ -71,7 +72,7 @@ def test_lines_of_any_shape(tmp_path, caplog):
     """Lines without a step are removed with a warning; the best checkpoint has a loss."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(LINES) + '\n{"step": 2, "kind": "valid", "loss": 7}\n', encoding="latin-1")
-    log = MetricsLog(path, 2)
+    log = MetricsLog(path, 2, TEXTS)
     log.close()
     assert [line["step"] for line in read(path)] == [1, 1, 1, 1, 1, 1, 1, 2]
     assert "9 damaged lines removed" in caplog.text
@@ -82,7 +83,7 @@ def test_lines_of_any_shape(tmp_path, caplog):
 
 def test_random_damage(tmp_path):
     path, generator = tmp_path / "metrics.jsonl", random.Random(3)
-    log = MetricsLog(path, 0, {"valid": "a"})
+    log = MetricsLog(path, 0, TEXTS | {"valid": "a"})
     for step in (1, 2, 3):
         log.write(step, "train", {"loss": 1.0})
         log.write(step, "valid", {"loss": step / 2})
@@ -94,7 +95,7 @@ def test_random_damage(tmp_path):
         for _ in range(generator.choice((1, 5, 50))):
             content[generator.randrange(len(content))] = generator.randrange(256)
         path.write_bytes(content)
-        log = MetricsLog(path, 3, {"valid": "a"})
+        log = MetricsLog(path, 3, TEXTS | {"valid": "a"})
         record_best(tmp_path, log.evaluations["valid"])
         log.close()
 
@@ -105,13 +106,13 @@ def test_evaluations_on_another_split_do_not_count(tmp_path, kind):
     # A line of an earlier version: its text is that of the next one.
     path.write_text(f'{{"step": 1, "kind": "{kind}", "loss": 1.0}}\n')
     for step, split in ((2, "a"), (3, "b"), (4, None)):
-        log = MetricsLog(path, step, {kind: split})
+        log = MetricsLog(path, step, TEXTS | {kind: split})
         if split:
             log.write(step, kind, {"loss": step + 0.5})
         log.close()
     assert [line.get("text_sha256") for line in read(path)] == [None, "a", "b"]
     for split, steps in (("a", [1, 2]), ("b", [3]), ("c", []), (None, [3])):
-        log = MetricsLog(path, 4, {kind: split})
+        log = MetricsLog(path, 4, TEXTS | {kind: split})
         log.close()
         assert list(log.evaluations[kind]) == steps
 
@@ -119,20 +120,20 @@ def test_evaluations_on_another_split_do_not_count(tmp_path, kind):
 def test_without_a_checkpoint_previous_lines_move(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 7, "kind": "train"}\n')
-    MetricsLog(path, 0).close()
+    MetricsLog(path, 0, TEXTS).close()
     assert path.read_text() == ""
     assert read(tmp_path / "metrics.jsonl-1") == [{"step": 7, "kind": "train"}]
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0, is_writer=False)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, TEXTS, is_writer=False)
     log.write(1, "valid", {"loss": 1.0})
     log.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, TEXTS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
     try:
@@ -171,7 +172,7 @@ def test_undefined_metrics_are_no_figures(caplog, tmp_path):
     warn_of_undefined(metrics, "valid")
     (message,) = caplog.messages
     assert message.startswith("valid: loss is undefined: no token was masked; discriminator_precision is ")
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, TEXTS)
     log.write(1, "valid", metrics)
     log.close()
     (line,) = read(tmp_path / "metrics.jsonl")

@@ -41,7 +41,7 @@ def test_they_are_what_the_model_computes(task, batches, tmp_path):
     model, training = build(task)
     model.train()
     for step in (2, 4):
-        write_samples(tmp_path / "samples.jsonl", step, model, training, batches)
+        write_samples(tmp_path / "samples.jsonl", step, training, batches)
     assert model.training
     first, second = read(tmp_path / "samples.jsonl")
     assert (first["step"], second["step"]) == (2, 4)
@@ -82,7 +82,7 @@ def test_they_are_what_the_model_computes(task, batches, tmp_path):
 @pytest.mark.parametrize(("task", "sharing"), [("MLM", ""), ("RTD", "es"), ("RTD", "nes"), ("RTD", "gdes")])
 def test_residual_drift(task, sharing, batches, tmp_path):
     model, training = build(task, sharing)
-    write_samples(tmp_path / "samples.jsonl", 1, model, training, batches)
+    write_samples(tmp_path / "samples.jsonl", 1, training, batches)
     (line,) = read(tmp_path / "samples.jsonl")
     assert line["residual_drift"] == (0 if sharing == "gdes" else None)
     if sharing == "gdes":
@@ -90,7 +90,7 @@ def test_residual_drift(task, sharing, batches, tmp_path):
         with torch.no_grad():
             (residual,) = model.discriminator.deberta.embeddings.word_embeddings.parameters()
             residual.copy_(table / 4)
-        write_samples(tmp_path / "samples.jsonl", 2, model, training, batches)
+        write_samples(tmp_path / "samples.jsonl", 2, training, batches)
         assert read(tmp_path / "samples.jsonl")[1]["residual_drift"] == pytest.approx(0.25)
 
 
