@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from DeBERTa.data.files import read_file
 from DeBERTa.errors import ConfigError
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises `ConfigError` when the file is missing or not a JSON object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_file(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, ValueError, RecursionError) as error:

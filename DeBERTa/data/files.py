@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from DeBERTa.errors import DataError, StorageError
 
 CHUNK_BYTES = 1 << 20
+MAX_BYTES = 1 << 30  # of a file that is read at once
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, an exhausted quota
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,31 @@ def name_file(path: Path) -> Iterator[Path]:
         raise OSError(number or errno.EIO, reason, str(path)) from error
 
 
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Return the descriptor of a regular file; the `opener` of `open`.
+
+    Anything else raises `OSError`: a pipe may block, a device may have no end. A link is followed, but not to
+    a file that the flags may create.
+    """
+    no_link = os.O_NOFOLLOW if flags & os.O_CREAT else 0
+    descriptor = os.open(path, flags | os.O_NONBLOCK | no_link, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return the content of a regular file of at most `MAX_BYTES`.
+
+    Anything else raises `OSError`.
+    """
+    with open(path, "rb", opener=open_regular) as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"more than {MAX_BYTES >> 20} MB", str(path))
+        return file.read(MAX_BYTES)
+
+
 @contextlib.contextmanager
 def raise_data_errors(path: Path) -> Iterator[None]:
     """Raise `DataError`, naming the file, in place of `OSError` from reading it."""
@@ -101,14 +128,16 @@ def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
     """Open and lock the partial file of `path`, for `commit` to complete.
 
     A partial file that is not committed is removed. With `resume`, existing content is kept at the start, and
-    a partial file with content is not removed at the end. Raises `StorageError` if the file cannot be
-    written.
+    a partial file with content is not removed at the end. Links are replaced, not written to. Raises
+    `StorageError` if the file cannot be written.
     """
     partial = get_partial_path(path)
     with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            with partial.open("a+b") as file:
+            if os.path.lexists(partial) and not _is_own(partial.lstat()):
+                partial.unlink()
+            with open(partial, "a+b", opener=open_regular) as file:
                 is_locked = _lock(file, path)
                 if not _is_at(partial, file):
                     continue  # the process that held the lock has renamed or removed it
@@ -162,6 +191,11 @@ def _lock(file: BinaryIO, path: Path) -> bool:
     return True
 
 
+def _is_own(status: os.stat_result) -> bool:
+    """Return whether a file has no other name, and is no link, pipe or device."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
 def _is_at(path: Path, file: BinaryIO) -> bool:
     """Return whether `path` is the name of this open file."""
     try:
@@ -176,7 +210,7 @@ def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
     Larger chunks take the GIL less often from other threads.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         for chunk in read_chunks(file, chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
@@ -192,7 +226,7 @@ def read_chunks(file: IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> Iterator[byt
 def is_recorded(record: Path, values: dict[str, Any]) -> bool:
     """Return whether a JSON file, which records how other files were made, has these values."""
     try:
-        return values.items() <= json.loads(record.read_text()).items()
+        return values.items() <= json.loads(read_file(record)).items()
     except (FileNotFoundError, ValueError, AttributeError):
         return False
 

@@ -15,6 +15,7 @@ written to the cache directory if it cannot be written next to the text.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -37,7 +38,9 @@ from DeBERTa.data.files import (
     get_cache_dir,
     get_state,
     open_partial,
+    open_regular,
     raise_data_errors,
+    raise_storage_errors,
     read_chunks,
 )
 from DeBERTa.data.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ FORMAT = 3
 BLOCK_TOKENS = 16 << 10
 VERIFIED_AT_OPEN = 65536  # blocks, 4 GB, verified when a store is opened; the others are on first use
 TRAILER_BYTES = 32 + 8
+FORMAT_1 = {"meta.json", "tokens.int32", "offsets.int64"}  # a directory of these files
 MAX_LINE_BYTES = 16 << 20  # no sequence is that long
 MAX_UNKNOWN_SHARE = 0.01
 PART = re.compile(r"\d+-of-(\d+)\.txt")  # the name of a part that prepare_data.py --shard wrote
@@ -69,6 +73,13 @@ class StoreMeta:
     unknown: int = 0  # pieces that are not in the vocabulary, other than a literal [UNK]
     recipe: dict[str, Any] | None = None  # the inputs of `prepare`, if it wrote the text
 
+    def is_valid(self) -> bool:
+        """Return whether this is of the present format, and all values have their types."""
+        values, defaults = asdict(self), asdict(StoreMeta(recipe=self.recipe))
+        is_typed = all(type(value) is type(defaults[name]) for name, value in values.items())
+        is_counted = all(value >= 0 for value in values.values() if isinstance(value, int))
+        return self.format == FORMAT and is_typed and is_counted and isinstance(self.recipe, dict | None)
+
 
 class StoreFile:
     """The store of one file.
@@ -83,11 +94,14 @@ class StoreFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        data = np.memmap(path, np.uint8, "r")
+        with open(path, "rb", opener=open_regular) as file:
+            data = np.memmap(file, np.uint8, "r")
         length = int.from_bytes(data[-8:].tobytes(), "little")
         arrays = data[: -TRAILER_BYTES - length]
         encoded = data[-TRAILER_BYTES - length : -TRAILER_BYTES].tobytes()
         self.meta = StoreMeta(**json.loads(encoded))
+        if not self.meta.is_valid():
+            raise ValueError("another format, or metadata of other types")
         blocks = _count_blocks(self.meta.num_tokens)
         ends = np.cumsum([-(-self.meta.num_tokens // 2) * 8, 8 * (self.meta.lines + 1), 4 * blocks])
         digest = hashlib.sha256(arrays[ends[0] :].data)
@@ -188,8 +202,6 @@ class TokenStoreWriter:
             digest.update(data)
             self._tokens.write(data)
         self._tokens.write(digest.digest() + len(encoded).to_bytes(8, "little"))
-        if self._path.is_dir():  # the store of format 1
-            shutil.rmtree(self._path)
         commit(self._tokens, self._path)
 
 
@@ -199,6 +211,12 @@ def write_store(path: Path) -> Iterator[TokenStoreWriter]:
 
     A store that is not committed is removed. Raises `StorageError` if it cannot be written.
     """
+    with raise_storage_errors(path):
+        if path.is_dir():
+            if others := sorted({file.name for file in path.iterdir()} - FORMAT_1):
+                reason = f"it is a directory with other files ({', '.join(others[:3])})"
+                raise FileExistsError(errno.EEXIST, reason, str(path))
+            shutil.rmtree(path)
     with open_partial(path) as tokens, tempfile.TemporaryFile(dir=path.parent) as offsets:
         yield TokenStoreWriter(path, tokens, offsets)
 
@@ -323,8 +341,8 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
         if store is not None and store.meta.recipe is not None:
             raise VocabularyError(
                 f"cannot read {text} with the vocabulary {tokenizer.path}: it was prepared with "
-                f"{store.meta.recipe['vocabulary_path']}; pass that as --vocab_path, prepare the text again, "
-                f"or remove {store.path} to look up its pieces in the other vocabulary"
+                f"{store.meta.recipe.get('vocabulary_path', 'another')}; pass that as --vocab_path, prepare "
+                f"the text again, or remove {store.path} to look up its pieces in the other vocabulary"
             )
         if path.exists():
             logger.info("%s is damaged, or not of this text and vocabulary: writing it again", path)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from DeBERTa.data.files import read_file
 from DeBERTa.errors import VocabularyError
 
 WORD_MARK = "\u2581"  # SentencePiece writes it in place of a space
@@ -52,7 +53,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            model = read_file(self.path)
         except OSError as error:
             what = f"cannot read the vocabulary {self.path}"
             raise VocabularyError(f"{what}: {error.strerror}; check --vocab_path") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from DeBERTa.data.encode import Recipe
-from DeBERTa.data.files import commit, hash_file, is_recorded, open_atomic, open_partial
+from DeBERTa.data.files import commit, hash_file, is_recorded, open_atomic, open_partial, read_file
 from DeBERTa.data.sources import STDIN, Reading, hash_states, name_sources, sample_documents, sample_lines
 from DeBERTa.data.text import split_lines
 from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer, train_vocabulary
@@ -62,7 +62,7 @@ def find_or_train_vocabulary(
             logger.info("training a vocabulary of %d pieces on %s", size, name_sources(sources))
             model = train_vocabulary((line.decode() for line in lines), size, character_coverage)
             # A process killed before it wrote the record left the same bytes.
-            if path.exists() and path.read_bytes() != model:
+            if path.exists() and read_file(path) != model:
                 raise refusal
             with open_atomic(path) as model_file:
                 model_file.write(model)

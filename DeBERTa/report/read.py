@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from DeBERTa.config import read_json
+from DeBERTa.data.files import read_file
 from DeBERTa.errors import ConfigError, DataError
 
 PAUSE_SECONDS = 3  # more time between two lines than training took: the run was stopped in between
@@ -91,7 +92,7 @@ def read_run(run_dir: Path) -> RunRecord:
 def read_lines(path: Path) -> list[dict]:
     """Return the JSON objects with a step in a file of one per line, without other lines."""
     with contextlib.suppress(OSError):
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = read_file(path).decode(errors="replace").splitlines()
         return [line for text in texts if (line := parse_line(text))]
     return []
 

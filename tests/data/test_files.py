@@ -8,16 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from DeBERTa.config import read_json
 from DeBERTa.data.files import (
     commit,
     find_unused_path,
     get_cache_dir,
     get_partial_path,
+    hash_file,
+    is_recorded,
     open_atomic,
     open_partial,
     raise_storage_errors,
+    read_file,
 )
-from DeBERTa.errors import StorageError
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.data.vocabulary import find_or_train_vocabulary
+from DeBERTa.errors import ConfigError, DataError, StorageError, VocabularyError
+from DeBERTa.report.read import read_run
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -137,3 +146,52 @@ def test_a_user_without_home_directory(monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # a user that no password file knows
     with pytest.raises(StorageError, match=r"HOME is not set.*set DEBERTA_CACHE"):
         get_cache_dir()
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
+    """A pipe would block, a device has no end; a file without data may be as large as the disk."""
+    monkeypatch.setattr("DeBERTa.data.files.MAX_BYTES", 1 << 20)
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    assert read_file(tmp_path / "file") == read_file(tmp_path / "link") == b"content"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        for read in (read_file, hash_file, lambda path: is_recorded(path, {})):
+            with pytest.raises(OSError, match=f"not a regular file: '{path}'"):
+                read(path)
+    os.truncate(tmp_path / "file", (1 << 20) + 1)
+    with pytest.raises(OSError, match="more than 1 MB"):
+        read_file(tmp_path / "file")
+
+
+def test_a_pipe_does_not_block_the_start(tmp_path):
+    """In place of a config, a vocabulary, its record, metrics and samples."""
+    for name in ("config.json", "spm.model", "spm.model.json", "metrics.jsonl", "samples.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"config\.json.*not a regular file"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(VocabularyError, match=r"spm\.model: not a regular file; check"):
+        Tokenizer(tmp_path / "spm.model")
+    with pytest.raises(VocabularyError, match=r"cannot write a vocabulary to .*spm\.model"):
+        find_or_train_vocabulary([GOLDEN / "input.txt"], 300, tmp_path / "spm.model")
+    with pytest.raises(DataError, match="no metrics"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling link", "pipe"])
+def test_what_is_elsewhere_is_not_written_to(tmp_path, kind, resume):
+    path, precious = tmp_path / "file", tmp_path / "precious"
+    partial = get_partial_path(path)
+    precious.write_bytes(b"precious")
+    if kind == "pipe":
+        os.mkfifo(partial)
+    elif kind == "hard link":
+        partial.hardlink_to(precious)
+    else:
+        partial.symlink_to(precious if kind == "link" else tmp_path / "none")
+    with open_partial(path, resume) as file:
+        file.write(b"content")
+        commit(file, path)
+    assert (path.read_bytes(), precious.read_bytes()) == (b"content", b"precious")
+    assert sorted(tmp_path.iterdir()) == [path, precious]

@@ -1,5 +1,7 @@
 """Token stores: the ids of the text, rebuilt when it changed, never incomplete."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -18,7 +20,7 @@ from DeBERTa.data.token_store import (
     open_store,
 )
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
-from DeBERTa.errors import DamagedStoreError, DataError, VocabularyError
+from DeBERTa.errors import DamagedStoreError, DataError, StorageError, VocabularyError
 from DeBERTa.log import set_up_logging
 from tests.data.texts import prepare
 
@@ -199,6 +201,46 @@ def test_the_directory_of_format_1_is_replaced(text):
     (get_store_path(text) / "meta.json").write_text("{}")
     assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert get_store_path(text).is_file()
+
+
+def test_other_directories_are_not_removed(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path / "cache"))
+    for name in ("meta.json", "thesis.tex"):
+        get_store_path(text).mkdir(exist_ok=True)
+        (get_store_path(text) / name).write_text("{}")
+    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert len(list(get_store_path(text).iterdir())) == 2
+    assert find_store(text).path.parent == tmp_path / "cache" / "token-stores"
+    with pytest.raises(StorageError, match=r"ids: it is a directory with other files \(thesis\.tex\);"):
+        prepare(GOLDEN / "input.txt", text, GOLDEN / "spm.model", 64, workers=1)
+
+
+def test_a_pipe_in_place_of_a_store_is_replaced(text):
+    os.mkfifo(get_store_path(text))
+    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert get_store_path(text).is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 1}, {"format": "3"}, {"longest": "5"}, {"longest": 62.0}, {"lines": None}, {"unknown": -7},
+        {"unknown": True}, {"text_sha256": None}, {"recipe": []}, {"num_tokens": 10**30}, {"num_tokens": -1},
+    ],
+)  # fmt: skip
+def test_metadata_of_other_types_is_rebuilt(text, change):
+    open_store(text, TOKENIZER, 62)
+    path = get_store_path(text)
+    content = path.read_bytes()
+    length = int.from_bytes(content[-8:], "little")
+    arrays, metadata = content[: -TRAILER_BYTES - length], json.loads(content[-TRAILER_BYTES - length : -40])
+    encoded = json.dumps(metadata | change).encode()
+    hashed = arrays[-(-metadata["num_tokens"] // 2) * 8 :] + encoded
+    trailer = hashlib.sha256(hashed).digest() + len(encoded).to_bytes(8, "little")
+    path.write_bytes(arrays + encoded + trailer)
+    assert find_store(text) is None
+    open_store(text, TOKENIZER, 62)
+    assert path.read_bytes() == content
 
 
 def overwrite(path: Path, position: int, data: bytes) -> None:
