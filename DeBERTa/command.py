@@ -1,10 +1,11 @@
 """What all commands share: messages and exit status."""
 
 import logging
+import sys
 from collections.abc import Callable
 
 from DeBERTa.errors import DebertaError, ReportedError, describe_os_error
-from DeBERTa.log import set_up_logging
+from DeBERTa.log import secure_console, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +16,8 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     It is what the command returns, 1 after an error, 2 for wrong flags, 130 after an interrupt, which is
     logged as `interrupted`.
     """
+    if sys.stdout is None or sys.stderr is None:  # closed when Python started
+        secure_console()
     set_up_logging()
     try:
         return command() or 0

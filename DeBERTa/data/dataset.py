@@ -16,6 +16,7 @@ from DeBERTa.data.batch import Batch
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DamagedStoreError
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this length: faster matmuls
 ORDER, MASKS, SAMPLES, REPLAY_ORDER = 0, 1, 2, 3  # independent streams of random numbers under one seed
@@ -202,6 +203,7 @@ def make_batch(
     """Add [CLS] and [SEP] to each sequence, pad to the longest, and mask.
 
     `sequences` have at most `max_seq_length - 2` ids; the first one is row `first_row` of the global batch.
+    Raises `DamagedStoreError` for ids that the vocabulary does not have.
     """
     rows, max_seq_length = len(sequences), plan.max_seq_length
     longest = max(map(len, sequences)) + 2
@@ -214,6 +216,11 @@ def make_batch(
         ids[row, 1:end] = sequence
         ids[row, end] = tokenizer.sep_id
         mask[row, : end + 1] = True
+    if ids.min() < 0 or ids.max() >= len(tokenizer):
+        raise DamagedStoreError(
+            f"token ids {ids.min()} to {ids.max()} are not all of {tokenizer.path}: a file of ids was "
+            "changed during the run; the same command builds it again"
+        )
     draws = (rows, Masker.count_draws(max_seq_length))
     input_ids, labels = masker(ids, draw_uniforms(plan.seed, MASKS, step, first_row, draws))
     samples = draw_uniforms(plan.seed, SAMPLES, step, first_row, (rows, -(-max_seq_length // 4) * 4))

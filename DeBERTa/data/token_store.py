@@ -123,8 +123,10 @@ class StoreFile:
 
         Raises `DamagedStoreError`, and removes the store, if the ids are not those that were written.
         """
-        start, end = self.offsets[line : line + 2]
-        if not all(map(self._verify, range(start // BLOCK_TOKENS, _count_blocks(int(end))))):
+        start, end = map(int, self.offsets[line : line + 2])
+        is_line = 0 <= start <= end <= min(start + self.meta.longest, self.meta.num_tokens)
+        blocks = range(start // BLOCK_TOKENS, _count_blocks(end)) if is_line else range(0)
+        if not (is_line and all(map(self._verify, blocks))):
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
             raise DamagedStoreError(

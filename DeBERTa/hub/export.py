@@ -14,7 +14,6 @@ It is written under a temporary name, synced to disk, and renamed.
 import contextlib
 import errno
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.data.files import name_file, remove, sync
+from DeBERTa.data.files import name_file, read_file, remove, sync
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.model_card import draw_curves, format_card
@@ -138,10 +137,10 @@ def _write_files(folder: Path, models: dict[str, StateDict], vocabulary: Path, t
         save: Callable[[StateDict, Path], None] = torch.save if name.endswith(".bin") else write_tensors
         with name_file(folder / name) as path:
             save(tensors, path)
-    shutil.copyfile(vocabulary, folder / "spm.model")
-    for name, text in texts.items():
+    contents = {name: text.encode() for name, text in texts.items()} | {"spm.model": read_file(vocabulary)}
+    for name, content in contents.items():
         with name_file(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
 
 
 def _to_json(values: dict[str, Any]) -> str:

@@ -123,6 +123,8 @@ def detect_replaced(
 
 def _encode_batch(encoder: PromptEncoder, text: str, config: ModelConfig) -> torch.Tensor:
     """Return the ids int64 [1, L]."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # a byte of an argument
+        raise ConfigError("the text is not valid UTF-8: some bytes are no characters; give it in UTF-8")
     ids = encoder.encode(text)
     if len(ids) > config.max_position_embeddings:
         raise ConfigError(

@@ -39,6 +39,8 @@ def read_weights(path: str | Path) -> StateDict:
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ConfigError(f"cannot read the weights in {path}: {empty[0]} has no values; give all")
     return tensors
 
 

@@ -1,7 +1,9 @@
 """Batches: a pure function of (seed, step, rank); every line once per epoch."""
 
 import dataclasses
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from DeBERTa.data.dataset import (
     derive_step_seed,
 )
 from DeBERTa.data.masking import Masker
-from DeBERTa.data.token_store import open_store
+from DeBERTa.data.token_store import get_store_path, open_store
+from DeBERTa.errors import DamagedStoreError
 
 PLAN = BatchPlan(seed=7, batch_size=24, max_seq_length=64)
 
@@ -165,3 +168,19 @@ def test_without_replay_nothing_is_replayed(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)
     assert not batches.is_replayed(5, np.arange(24)).any()
     assert [len(lines) for lines in batches.select_global_lines(5)] == [24, 0]
+
+
+@pytest.mark.parametrize("value", [-1, 2008, 2**31 - 1])
+def test_ids_that_change_during_a_run_end_it(prepared, tokenizer, masker, tmp_path, value):
+    """They were verified when the store was opened; what cannot be an id is found in its batch."""
+    text = Path(shutil.copy(prepared / "train.txt", tmp_path / "train.txt"))
+    store = open_store(text, tokenizer, max_tokens=62)
+    batches = training(store, tokenizer, masker, batch_size=len(store))
+    batches[0]
+    with get_store_path(text).open("r+b") as file:  # in place, while it is mapped
+        file.seek(4 * 100)
+        file.write(value.to_bytes(4, "little", signed=True))
+    with pytest.raises(DamagedStoreError, match=rf" {value}.* changed during the run; .*builds it again"):
+        batches[0]
+    with pytest.raises(DamagedStoreError):
+        EvaluationBatches(store, tokenizer, masker, PLAN)[0]

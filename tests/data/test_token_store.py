@@ -285,6 +285,19 @@ def test_ids_that_change_after_the_start_end_the_run(text, monkeypatch):
     assert pieces(open_store(text, TOKENIZER, 62)) == expected
 
 
+@pytest.mark.parametrize("value", [-1, 0, 61, 10**6, 2**62])
+def test_line_ends_that_change_during_a_run_end_it(text, value):
+    store = open_store(text, TOKENIZER, 62)
+    lines, path = len(store), get_store_path(text)
+    offset = -(-store.meta.num_tokens // 2) * 8 + 8 * 20
+    with path.open("r+b") as file:  # in place, while it is mapped
+        file.seek(offset)
+        file.write(value.to_bytes(8, "little", signed=True))
+    with pytest.raises(DamagedStoreError, match="builds it again"):
+        [store[line] for line in range(lines)]
+    assert not path.exists()
+
+
 def test_fingerprint_is_of_the_ids(text, tmp_path):
     """Other copies, dates and line ends have the same; other ids or line ends have not."""
     first = open_store(text, TOKENIZER, 62).fingerprint

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -181,6 +182,20 @@ def test_published_format_of_a_masked_language_model(tmp_path):
         "model_config.json",
         "spm.model",
     }
+
+
+def test_a_full_disk_names_the_file_that_is_written(tmp_path):
+    vocabulary = tmp_path / "spm.model"
+    vocabulary.write_bytes(bytes(6_000_000))
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_published(model, tmp_path / "out", vocabulary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path / ".out.tmp-export" / "spm.model")
 
 
 def test_vocabularies_that_the_format_cannot_express(tmp_path):

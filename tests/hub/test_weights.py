@@ -103,6 +103,12 @@ def test_entries_that_are_not_tensors_are_omitted(tmp_path):
             read_weights(tmp_path / "weights.bin")
 
 
+def test_tensors_without_values(tmp_path):
+    torch.save(STATE | {"bias": torch.zeros(3, device="meta")}, tmp_path / "weights.bin")
+    with pytest.raises(ConfigError, match=r"weights\.bin: bias has no values; give"):
+        read_weights(tmp_path / "weights.bin")
+
+
 def test_pickled_code_is_not_executed(tmp_path):
     class Trap:
         def __reduce__(self):
