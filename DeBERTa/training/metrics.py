@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors
+from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors, sync
 from DeBERTa.report.read import parse_line
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def measure_peak_memory(device: torch.device) -> float:
 class MetricsLog:
     """Writer of `metrics.jsonl`, one JSON object per line.
 
-    The kind of a line is "train", "spike" or the evaluated split.
+    The kind of a line is "train", "spike" or the evaluated split. The file is opened for every line, so that
+    none goes to a file that was removed or replaced.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class MetricsLog:
         elapsed_seconds: float = 0.0,
         is_writer: bool = True,
     ) -> None:
-        """Open the file, and remove lines after `first_step` that a killed run left.
+        """Create the file, or remove lines after `first_step` that a killed run left.
 
         Without a checkpoint to resume from, all previous lines move to another file. `texts` holds
         the SHA-256 of the texts to evaluate on, "valid" and "replay", if any. `elapsed_seconds` is the
@@ -88,7 +89,7 @@ class MetricsLog:
             move_previous_lines(path)
         elif is_writer and path.exists():
             self._remove_later_lines(first_step)
-        self._file = self._path.open("a", buffering=1)
+        self._append("")
 
     def _remove_later_lines(self, first_step: int) -> None:
         lines = self._path.read_text(errors="replace").splitlines()
@@ -100,6 +101,10 @@ class MetricsLog:
             file.writelines(f"{line}\n".encode() for line, _ in valid)
         for split, text in self._texts.items():
             self.evaluations[split] = select_evaluations([values for _, values in valid], split, text)
+
+    def _append(self, text: str) -> None:
+        with raise_storage_errors(self._path), self._path.open("a") as file:
+            file.write(text)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -117,20 +122,18 @@ class MetricsLog:
         if kind in self._texts:
             self.evaluations[kind][step] = finite
             line["text_sha256"] = self._texts[kind]
-        with raise_storage_errors(self._path):
-            self._file.write(json.dumps(line) + "\n")
+        if not self._path.exists():
+            logger.warning("%s was removed during the run: it starts again at step %d", self._path, step)
+        self._append(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Flush all lines to the disk.
 
         Raises `StorageError`.
         """
-        with raise_storage_errors(self._path):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        if self._path.exists():
+            with raise_storage_errors(self._path):
+                sync(self._path)
 
 
 def move_previous_lines(path: Path) -> None:

@@ -59,8 +59,8 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(run_dir)
         check_file_types(run_dir)
+        lock = RunLock(run_dir)
         if fresh:
             inputs = (settings["train"].get(name) for name in INPUTS)
             move_previous_run(run_dir, [Path(path) for path in inputs if path])
@@ -84,10 +84,20 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
 
 
 def check_file_types(run_dir: Path) -> None:
-    """Raise `StorageError` for a pipe or a device, which opening or reading might never end."""
+    """Raise `StorageError` for a file of another type than the run writes.
+
+    Opening or reading a pipe or a device might never end; a linked lock would overwrite another file.
+    """
     for path in run_dir.iterdir():
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise StorageError(f"{path} is neither a file nor a directory; remove it")
+        wanted = "file or a directory"
+        if path.name == "checkpoints":
+            is_right, wanted = path.is_dir(), "directory"
+        elif path.name == LOCK:
+            is_right, wanted = path.is_file() and not path.is_symlink(), "file, which no link may stand for"
+        else:
+            is_right = path.is_file() or path.is_dir() or not path.exists()
+        if not is_right:
+            raise StorageError(f"{path} must be a {wanted}; remove it")
 
 
 def move_previous_run(run_dir: Path, inputs: list[Path]) -> None:

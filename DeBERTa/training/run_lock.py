@@ -5,6 +5,7 @@ import os
 import socket
 from pathlib import Path
 
+from DeBERTa.data.files import open_regular
 from DeBERTa.errors import ConfigError, StorageError
 
 LOCK = ".lock"
@@ -26,7 +27,7 @@ class RunLock:
         """
         self.run_dir = run_dir
         while True:
-            self._file = (run_dir / LOCK).open("a+", errors="replace")
+            self._file = open(run_dir / LOCK, "a+", errors="replace", opener=open_regular)  # noqa: SIM115
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -41,22 +42,25 @@ class RunLock:
             if self.is_held():
                 break
             self._file.close()  # it was removed or replaced in the meantime
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        if os.fstat(self._file.fileno()).st_nlink == 1:  # it is no other file, too
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
 
     def is_held(self) -> bool:
         """Return whether the locked file is still that of the run directory.
 
-        Some network file systems change the inode numbers of files. A file with the time of our last write is
-        ours, too.
+        Some network file systems change the inode numbers of files. A file whose time changes with that of
+        ours is ours, too; a copy has the time of before.
         """
-        ours = os.fstat(self._file.fileno())
+        path, descriptor = self.run_dir / LOCK, self._file.fileno()
         try:
-            found = (self.run_dir / LOCK).stat()
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return True
+            os.utime(descriptor)
+            return os.fstat(descriptor).st_mtime_ns == path.lstat().st_mtime_ns
         except OSError:
             return False
-        return os.path.samestat(ours, found) or ours.st_mtime_ns == found.st_mtime_ns
 
     def check(self) -> None:
         """Raise `StorageError` if the run directory may be another run's."""

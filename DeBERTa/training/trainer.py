@@ -115,7 +115,6 @@ class Trainer:
         run, config, training, interval = self.run, self.run.config, self.run.training, self.run.interval
         with (
             self.signals.defer_stop(),
-            closing(self.log),
             closing(self.progress.bar),
             closing(self.saver),
             log_regularly(lambda: f"step {self.progress.step}/{self.total_steps} is done"),

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import resource
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from DeBERTa.training.metrics import (
     measure_peak_memory,
     warn_of_undefined,
 )
+from tests.runs import run, tiny_flags
 
 TEXTS = {"valid": None, "replay": None}
 
@@ -31,7 +33,6 @@ def test_lines_carry_the_time(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0, TEXTS, elapsed_seconds=100.0)
     log.write(1, "train", {"loss": math.nan, "norm": math.inf, "tokens_seen": 12})
-    log.close()
     (line,) = read(path)
     assert (line["step"], line["kind"], line["tokens_seen"]) == (1, "train", 12)
     assert line["loss"] is None
@@ -48,7 +49,6 @@ def test_lines_after_the_checkpoint_are_removed(tmp_path):
     for step in (1, 2, 3):
         log.write(step, "train", {"loss": 1.0})
         log.write(step, "valid", {"loss": step / 2})
-    log.close()
     path.write_text(path.read_text() + '{"step": 2, "kind": "tr')
     log = MetricsLog(path, 2, TEXTS)
     assert [(line["step"], line["kind"]) for line in read(path)] == [
@@ -56,7 +56,6 @@ def test_lines_after_the_checkpoint_are_removed(tmp_path):
     ]  # fmt: skip
     assert {step: values["loss"] for step, values in log.evaluations["valid"].items()} == {1: 0.5, 2: 1.0}
     log.write(3, "train", {"loss": 2.0})
-    log.close()
     assert read(path)[-1]["loss"] == 2.0
 
 
@@ -73,7 +72,6 @@ def test_lines_of_any_shape(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(LINES) + '\n{"step": 2, "kind": "valid", "loss": 7}\n', encoding="latin-1")
     log = MetricsLog(path, 2, TEXTS)
-    log.close()
     assert [line["step"] for line in read(path)] == [1, 1, 1, 1, 1, 1, 1, 2]
     assert "9 damaged lines removed" in caplog.text
     for step in (1, 2):
@@ -88,7 +86,6 @@ def test_random_damage(tmp_path):
         log.write(step, "train", {"loss": 1.0})
         log.write(step, "valid", {"loss": step / 2})
         get_checkpoint_path(tmp_path, step).mkdir(parents=True)
-    log.close()
     valid = path.read_bytes()
     for _ in range(100):
         content = bytearray(valid)
@@ -97,7 +94,6 @@ def test_random_damage(tmp_path):
         path.write_bytes(content)
         log = MetricsLog(path, 3, TEXTS | {"valid": "a"})
         record_best(tmp_path, log.evaluations["valid"])
-        log.close()
 
 
 @pytest.mark.parametrize("kind", ["valid", "replay"])
@@ -109,18 +105,16 @@ def test_evaluations_on_another_split_do_not_count(tmp_path, kind):
         log = MetricsLog(path, step, TEXTS | {kind: split})
         if split:
             log.write(step, kind, {"loss": step + 0.5})
-        log.close()
     assert [line.get("text_sha256") for line in read(path)] == [None, "a", "b"]
     for split, steps in (("a", [1, 2]), ("b", [3]), ("c", []), (None, [3])):
         log = MetricsLog(path, 4, TEXTS | {kind: split})
-        log.close()
         assert list(log.evaluations[kind]) == steps
 
 
 def test_without_a_checkpoint_previous_lines_move(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 7, "kind": "train"}\n')
-    MetricsLog(path, 0, TEXTS).close()
+    MetricsLog(path, 0, TEXTS)
     assert path.read_text() == ""
     assert read(tmp_path / "metrics.jsonl-1") == [{"step": 7, "kind": "train"}]
 
@@ -128,7 +122,6 @@ def test_without_a_checkpoint_previous_lines_move(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, TEXTS, is_writer=False)
     log.write(1, "valid", {"loss": 1.0})
-    log.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,6 +134,34 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
             log.write(1, "train", {"loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_is_named(tmp_path, prepared):
+    """No error without a file's name follows the one that names it."""
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"log_interval": 1, "dump_interval": 100_000}
+    assert run(flags | {"num_training_steps": 1, "tag": "data", "output_dir": tmp_path / "first"})[0] == 0
+    status, output = run(flags | {"num_training_steps": 3000}, LARGEST_FILE="8000")
+    assert status == 1, output
+    message = f"error: cannot write {flags['output_dir']}/metrics.jsonl: File too large; free space there, "
+    assert output.splitlines()[-1].startswith(message)
+
+
+def test_a_file_that_is_removed_or_replaced(tmp_path, caplog):
+    """Later lines go to the file that is there, and a removed one is reported."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0, TEXTS)
+    log.write(1, "train", {})
+    shutil.copy(path, tmp_path / "copy")
+    (tmp_path / "copy").replace(path)
+    log.write(2, "train", {})
+    assert [line["step"] for line in read(path)] == [1, 2]
+    assert not caplog.text
+    path.unlink()
+    log.sync()
+    log.write(3, "train", {})
+    log.write(4, "train", {})
+    assert [line["step"] for line in read(path)] == [3, 4]
+    assert caplog.text.count(f"{path} was removed during the run: it starts again at step 3") == 1
 
 
 def test_means_are_per_target():
@@ -174,7 +195,6 @@ def test_undefined_metrics_are_no_figures(caplog, tmp_path):
     assert message.startswith("valid: loss is undefined: no token was masked; discriminator_precision is ")
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, TEXTS)
     log.write(1, "valid", metrics)
-    log.close()
     (line,) = read(tmp_path / "metrics.jsonl")
     assert (line["loss"], line["discriminator_recall"]) == (None, 0.5)
 

@@ -56,7 +56,7 @@ def test_nested_settings_get_dotted_names():
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, kind, fresh):
     (os.mkfifo if kind == "pipe" else lambda path: path.symlink_to("/dev/zero"))(tmp_path / name)
-    with pytest.raises(StorageError, match=rf"{name} is neither a file nor a directory; remove it"):
+    with pytest.raises(StorageError, match=rf"{name} must be a file or a directory; remove it"):
         open_run_dir(tmp_path, settings(), {}, fresh)
 
 

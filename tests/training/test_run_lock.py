@@ -29,6 +29,17 @@ def replace_lock(run_dir: Path) -> Path:
     return run_dir
 
 
+def move_and_copy(run_dir: Path) -> Path:
+    """With all times, as `cp -a` does."""
+    return shutil.copytree(move(run_dir), run_dir)
+
+
+def link_lock(run_dir: Path) -> Path:
+    (run_dir / LOCK).rename(run_dir / "file")
+    (run_dir / LOCK).symlink_to("file")
+    return run_dir
+
+
 def remove_all(run_dir: Path) -> Path:
     shutil.rmtree(
         move(run_dir)
@@ -36,7 +47,7 @@ def remove_all(run_dir: Path) -> Path:
     return run_dir
 
 
-CHANGES = [move, remove_lock, replace_lock, remove_all]
+CHANGES = [move, remove_lock, replace_lock, remove_all, move_and_copy, link_lock]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -52,11 +63,10 @@ def test_a_lock_that_is_no_longer_the_directorys_is_noticed(tmp_path, change):
     lock.close()
 
 
-def test_a_file_system_that_changes_inode_numbers(tmp_path):
+def test_a_file_system_that_changes_inode_numbers(tmp_path, monkeypatch):
     """A network file system may: the same file seems to be another one, with the same times."""
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     lock = RunLock(tmp_path)
-    shutil.copy2(tmp_path / LOCK, tmp_path / "copy")
-    (tmp_path / "copy").replace(tmp_path / LOCK)
     lock.check()
     lock.close()
 
@@ -141,19 +151,39 @@ def test_the_final_models_go_to_a_locked_directory(tmp_path, prepared):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("directory", "Is a directory"), ("pipe", "not seekable"), ("link", "No such file")]
-)
-def test_a_lock_that_is_no_file(tmp_path, prepared, kind, reason):
+    ("name", "kind"), [(LOCK, "directory"), (LOCK, "pipe"), (LOCK, "link"), ("checkpoints", "file"),
+                       ("checkpoints", "link")]
+)  # fmt: skip
+def test_a_file_of_another_type(tmp_path, prepared, name, kind):
+    """Nothing is changed, not even the file that a link points to."""
     flags = tiny_flags(tmp_path, prepared, "MLM")
     flags["output_dir"].mkdir()
-    path = flags["output_dir"] / LOCK
+    path, precious = flags["output_dir"] / name, tmp_path / "precious"
+    (flags["output_dir"] / "metrics.jsonl").write_text('{"step": 1}\n')
+    precious.write_text("text")
     {
         "directory": path.mkdir,
         "pipe": lambda: os.mkfifo(path),
-        "link": lambda: path.symlink_to("/nowhere/lock"),
+        "file": path.touch,
+        "link": lambda: path.symlink_to(precious if name == LOCK else path),
     }[kind]()
+    before = sorted(flags["output_dir"].iterdir())
     status, output = run(flags)
     assert status == 1
-    assert output.splitlines()[-1].startswith("error: cannot write the run directory")
-    assert reason in output
-    assert "None" not in output
+    wanted = "file, which no link may stand for" if name == LOCK else "directory"
+    assert output.splitlines()[-1] == f"error: {path} must be a {wanted}; remove it"
+    assert sorted(flags["output_dir"].iterdir()) == before
+    assert precious.read_text() == "text"
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_linked_lock_is_not_written(tmp_path, link):
+    """Also where it replaces a file after the types of files were checked."""
+    (tmp_path / "precious").write_text("text")
+    link(tmp_path / LOCK, tmp_path / "precious")
+    if link == Path.symlink_to:
+        with pytest.raises(OSError, match="symbolic links"):
+            RunLock(tmp_path)
+    else:
+        RunLock(tmp_path).close()
+    assert (tmp_path / "precious").read_text() == "text"
