@@ -130,7 +130,7 @@ def convert_hub_config(values: dict[str, Any], where: str) -> dict[str, Any]:
 
     Raises `ConfigError` for the config of another kind of model.
     """
-    kind = values.get("model_type", "deberta")
+    kind = values.get("model_type") or "deberta"
     if kind not in ("deberta", "deberta-v2"):
         raise ConfigError(f"{where}: model_type is {kind!r}, not deberta or deberta-v2; give such a config")
     values = {name: value for name, value in values.items() if name not in HUB_KEYS}
@@ -166,7 +166,8 @@ class Config:
             allowed = typing.get_args(hints[name]) or (hints[name],)
             if type(value) not in allowed and not (type(value) is int and float in allowed):
                 wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-                raise ConfigError(f"{where}: {name} must be {wanted}, not {value!r}")
+                found = "null" if value is None else repr(value)
+                raise ConfigError(f"{where}: {name} must be {wanted}, not {found}")
         config = cls(**values)
         config.validate(f"{where}: ")
         return config

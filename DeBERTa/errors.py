@@ -3,6 +3,8 @@
 A message is one sentence `what: why; what to do`, lower case, without a period.
 """
 
+import errno
+
 
 class DebertaError(Exception):
     """The base class of all errors of the package.
@@ -86,6 +88,11 @@ class ReportedError(DebertaError):
     """An error that was logged and passed to the launcher already."""
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return a message with the name of the file and the reason of the failure."""
-    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+def describe_os_error(error: OSError, advice: str = "") -> str:
+    """Return a message with the name of the file, the reason of the failure and `advice`.
+
+    Where the reason is too many open files, the advice is another one.
+    """
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "; raise `ulimit -n`"
+    return f"{error.filename or 'input or output'}: {error.strerror or error}{advice}"

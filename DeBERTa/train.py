@@ -42,7 +42,7 @@ from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
-from DeBERTa.training.run_dir import check_disk_space, flatten, open_run_dir, save_models
+from DeBERTa.training.run_dir import check_disk_space, flatten, format_value, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from DeBERTa.training.summary import describe_end
@@ -184,7 +184,7 @@ def check_same_on_all_ranks(settings: dict) -> None:
     first, *others = distributed.gather_values(own)
     for rank, values in enumerate(others, start=1):
         names = sorted((values.keys() | first.keys()) - FREE_PER_NODE)
-        pairs = [(name, first.get(name), values.get(name)) for name in names]
+        pairs = [(name, *(format_value(v.get(name)) for v in (first, values))) for name in names]
         if differing := [f"{name} ({ours} and {theirs})" for name, ours, theirs in pairs if ours != theirs]:
             raise ConfigError(
                 f"ranks 0 and {rank} differ in {', '.join(differing)}: start the same command with the "

@@ -160,6 +160,7 @@ def test_bounds():
         ({"workers": "2"}, "workers must be int"),
         ({"do_train": 1}, "do_train must be bool"),
         ({"fp16": 1}, "fp16 must be bool or null"),
+        ({"workers": None}, "workers must be int, not null"),
     ],
 )
 def test_settings_of_a_run_are_typed(change, named):

@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from DeBERTa.errors import DataError, StorageError
+from DeBERTa.errors import DataError, StorageError, describe_os_error
 
 CHUNK_BYTES = 1 << 20
 MAX_BYTES = 1 << 30  # of a file that is read at once
@@ -53,12 +53,10 @@ def raise_storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = error.filename or path
-        space = describe_free_space(Path(name)) if error.errno in FULL else ""
-        raise StorageError(
-            f"cannot write {name}: {error.strerror or error}{space}; "
-            "free space there, or choose a directory that can be written"
-        ) from error
+        error.filename = error.filename or str(path)
+        space = describe_free_space(Path(error.filename)) if error.errno in FULL else ""
+        advice = f"{space}; free space there, or choose a directory that can be written"
+        raise StorageError(f"cannot write {describe_os_error(error, advice)}") from error
 
 
 @contextlib.contextmanager

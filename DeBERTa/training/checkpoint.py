@@ -107,14 +107,16 @@ def write_checkpoint(
         sync(run_dir)
     except OSError as error:
         check_lock()
+        older: list[int] = []
         with contextlib.suppress(OSError):
+            older = [saved for saved in list_steps(run_dir) if saved != snapshot.step]
             remove(temporary)
-        older = [saved for saved in list_steps(run_dir) if saved != snapshot.step]
         resume = f"; the same command resumes from step {older[-1]}" if older else ""
+        space = describe_free_space(run_dir)
+        advice = f"{space}; free space there, or move the run directory and give its new path as --output_dir"
         raise StorageError(
             f"cannot write the checkpoint of step {snapshot.step} to {path.parent}: "
-            f"{describe_os_error(error)}{describe_free_space(run_dir)}; free space there, or move the run "
-            f"directory and give its new path as --output_dir{resume}"
+            f"{describe_os_error(error, advice)}{resume}"
         ) from error
     prune(run_dir, snapshot.step, keep_last, best)
     return path
@@ -160,7 +162,7 @@ def prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise `DamagedCheckpointError` unless the manifest is of this step and all files match it.
+    """Raise `DamagedCheckpointError` unless all files match the manifest and are of this step.
 
     The message names the file that is missing or differs. Only files with known names are read.
     """
@@ -170,23 +172,30 @@ def verify(folder: Path) -> None:
             raise DamagedCheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes")
         manifest = json.loads(path.read_bytes())
         entries = {entry["name"]: (entry["size"], entry["sha256"]) for entry in manifest["files"]}
-        if get_checkpoint_path(folder, manifest["step"]).name != folder.name:
-            raise DamagedCheckpointError(
-                f"{folder} holds the checkpoint of step {manifest['step']}: it was copied or renamed ({path})"
-            )
-        for name in FILES:
-            path = folder / name
-            found, (size, sha256) = _get_size(path), entries[name]
+        wanted = [(folder / name, *entries[name]) for name in FILES]
+        _check_step(path, manifest)
+        for path, size, sha256 in wanted:
+            found = _get_size(path)
             if found != size:
                 raise DamagedCheckpointError(f"{path} has {found} bytes, but {size} were written")
             if _hash(path) != sha256:
                 raise DamagedCheckpointError(f"{path} differs from what was written (SHA-256)")
+        path = folder / "state.json"
+        _check_step(path, json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read") from None
+        raise DamagedCheckpointError(f"{path} cannot be read") from None
+
+
+def _check_step(path: Path, values: dict) -> None:
+    """Raise `DamagedCheckpointError` unless a file is of the step that its directory is named after."""
+    if get_checkpoint_path(path.parent, values["step"]).name != path.parent.name:
+        raise DamagedCheckpointError(
+            f"{path.parent} holds the checkpoint of step {values['step']}: it was copied or renamed ({path})"
+        )
 
 
 def _get_size(path: Path) -> int:

@@ -78,7 +78,8 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
         write_json(run_dir / "environment.json", environment)
     except OSError as error:
         raise StorageError(
-            f"cannot write the run directory {run_dir}: {describe_os_error(error)}; give another --output_dir"
+            f"cannot write the run directory {run_dir}: "
+            f"{describe_os_error(error, '; give another --output_dir')}"
         ) from error
     return step, lock
 
@@ -175,24 +176,31 @@ def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> 
 def omit_length(old: dict, new: dict, step: int) -> dict:
     """Return the saved flags without those that a longer run may change.
 
-    These are the number of steps and, where warm-up is a proportion of it, a warm-up that is over at `step`.
+    These are the number of steps, and a warm-up that is the same proportion of it or over at `step`.
     """
     steps, more = old.get("num_training_steps"), new.get("num_training_steps", 0)
     if not isinstance(steps, int) or more <= steps:
         return old
     text = "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps"
     logger.info(text, steps, step, more)
-    is_warm = max(old["warmup"], new["warmup"]) <= step
-    return {k: v for k, v in old.items() if k != "num_training_steps" and not (is_warm and k == "warmup")}
+    is_free = max(old["warmup"], new["warmup"]) <= step
+    # Both are rounded to steps.
+    is_free |= abs(old["warmup"] * more - new["warmup"] * steps) <= (steps + more) / 2
+    return {k: v for k, v in old.items() if k != "num_training_steps" and not (is_free and k == "warmup")}
 
 
 def list_differences(old: dict, new: dict, ignored: Collection[str] = ()) -> list[str]:
     """Describe the values that differ, of the names that both have."""
     return [
-        f"{name} ({old[name]} there, {new[name]} here)"
+        f"{name} ({format_value(old[name])} there, {format_value(new[name])} here)"
         for name in sorted((old.keys() & new.keys()) - set(ignored))
         if old[name] != new[name]
     ]
+
+
+def format_value(value: object) -> object:
+    """Return the value of a setting as a message shows it."""
+    return "none" if value is None else value
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -250,8 +258,9 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
                 logger.warning("%s; %s is for this package alone", error, directory)
                 write_plain_model(exported, directory, vocabulary)
     except OSError as error:
+        advice = f"{describe_free_space(run_dir)}; make room there"
         raise StorageError(
-            f"cannot write the final model: {describe_os_error(error)}{describe_free_space(run_dir)}; make "
-            "room there, then the same command writes it without training again"
+            f"cannot write the final model: {describe_os_error(error, advice)}, then the same command writes "
+            "it without training again"
         ) from error
     return [run_dir / exported.name for exported in models]

@@ -120,6 +120,17 @@ def test_a_checkpoint_under_the_number_of_another_step_is_found(copied):
     ]
 
 
+def test_a_checkpoint_whose_manifest_was_changed_to_another_step_is_found(copied):
+    folder = get_checkpoint_path(copied["output_dir"], 8)
+    shutil.copytree(get_checkpoint_path(copied["output_dir"], 4), folder)
+    write_manifest(folder, 8)
+    step, found = find_newest_valid(copied["output_dir"])
+    assert step == 6
+    assert [str(damage) for damage in found] == [
+        f"{folder} holds the checkpoint of step 4: it was copied or renamed ({folder / 'state.json'})"
+    ]
+
+
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("kind", ["device", "pipe", "directory", "dangling link", "loop"])
 def test_what_is_no_file_is_not_read(copied, name, kind):

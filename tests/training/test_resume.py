@@ -75,6 +75,15 @@ def test_a_finished_run_is_made_longer(tmp_path, prepared, schedule):
     assert "num_training_steps (10 there, 6 here)" in output
 
 
+def test_a_run_is_made_longer_by_the_same_command(tmp_path, prepared):
+    """A warm-up of half of all steps, over in the shorter run, begins again where the longer one's is."""
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"warmup": 0.5}
+    assert run(flags)[0] == 0
+    status, output = run(flags | {"num_training_steps": 20})
+    assert status == 0, output
+    assert "resuming from step 6 at 0.7 of the peak learning rate" in output
+
+
 def test_a_run_of_epochs_is_made_longer(tmp_path, prepared):
     """A warm-up that is a proportion of all steps is longer, too; here it is over."""
     flags = tiny_flags(tmp_path, prepared, "MLM") | {"train_batch_size": 200, "warmup": 0.34}

@@ -1,10 +1,14 @@
 """The run directory: what may change on resume, what is moved, and disks that are too small."""
 
+import contextlib
 import logging
 import os
+import re
+import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from torch import nn
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, RTDConfig, RTDModel
 from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError
+from DeBERTa.training.checkpoint import Snapshot, write_checkpoint, write_json
 from DeBERTa.training.run_dir import (
     INPUTS,
     check_disk_space,
@@ -45,6 +50,48 @@ def test_other_settings_are_refused_by_name(tmp_path):
     other = settings(seed=1) | {"model": {"generator": {"hidden_size": 16}}}
     with pytest.raises(ConfigError, match=r"generator.hidden_size \(8 there, 16 here\)"):
         check_same_run(settings(seed=1), other, tmp_path)
+
+
+def test_a_setting_that_is_missing_is_shown_in_words(tmp_path, caplog):
+    check_same_run(settings(), settings() | {"validation": {"valid_sha256": None}}, tmp_path)
+    assert "valid_sha256 (b there, none here)" in caplog.text
+    assert "None" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("warmup", "longer", "is_refused"), [(3, 10, False), (3, 11, False), (3, 20, True), (3, 3, False)]
+)
+def test_a_longer_run_may_warm_up_in_proportion(tmp_path, warmup, longer, is_refused):
+    """Of 6 and of 20 steps."""
+    saved = settings(num_training_steps=6, warmup=warmup)
+    with pytest.raises(ConfigError, match="warmup") if is_refused else contextlib.nullcontext():
+        check_same_run(saved, settings(num_training_steps=20, warmup=longer), tmp_path, step=6)
+
+
+@pytest.fixture
+def no_more_files() -> Iterator[None]:
+    """Allow the process as many open files as it has."""
+    before, unused = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(unused)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (unused, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+WRITERS: list[Callable[[Path], object]] = [
+    lambda path: write_checkpoint(path, Snapshot(1, {"a": torch.zeros(1)}, {}, {}, {}), 1, None),
+    lambda path: open_run_dir(path, settings(), {}, fresh=False),
+    lambda path: write_json(path / "evaluation.json", {}),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.usefixtures("no_more_files")
+def test_too_many_open_files(tmp_path, write):
+    """More space would not help."""
+    with pytest.raises(StorageError, match=r"Too many open files; raise `ulimit -n`") as error:
+        write(tmp_path)
+    assert not re.search("free|room|give", str(error.value))
 
 
 def test_nested_settings_get_dotted_names():
