@@ -176,7 +176,7 @@ RECIPES = {
     "deberta-v3-small-continue": CONTINUED | {"model_config": "rtd_small.json"},
     "deberta-v3-base-continue": CONTINUED | {"model_config": "rtd_base.json"},
     "deberta-v3-large-continue": CONTINUED | {"model_config": "rtd_large.json"},
-    "deberta-v3-tiny": {"max_seq_length": 128, "num_training_steps": 1200, "adam_beta2": 0.98},
+    "deberta-v3-tiny": {"max_seq_length": 128, "num_training_steps": 5000, "adam_beta2": 0.98},
     "deberta-tiny": {"max_seq_length": 128, "num_training_steps": 400, "max_ngram": 3},
     "bert-tiny": {"max_seq_length": 32, "num_training_steps": 800, "adam_beta2": 0.98},
 }

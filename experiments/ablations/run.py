@@ -80,8 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ROOT / "experiments" / "language_model" / "rtd_tiny.json"
-    results = Path(__file__).with_name("results.jsonl")
+    default, results = (Path(__file__).with_name(name) for name in ("model.json", "results.jsonl"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
     parser.add_argument(

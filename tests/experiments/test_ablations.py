@@ -98,5 +98,5 @@ def test_plots(tmp_path):
 
 
 def test_the_default_model_is_there():
-    config = read_json(ROOT / "experiments" / "language_model" / "rtd_tiny.json")
+    config = read_json(ROOT / "experiments" / "ablations" / "model.json")
     assert all(build_config(arm, config) for arm in ARMS)
