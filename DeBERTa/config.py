@@ -65,7 +65,8 @@ class Bounds:
 
 
 Limit = Bounds | tuple[str, ...] | None  # of the values of a field: numbers, or choices
-FROM_ONE, FROM_ZERO = Bounds(1), Bounds(0)
+LARGEST = 2**31 - 1  # larger numbers are mistakes, which overflow elsewhere
+FROM_ONE, FROM_ZERO = Bounds(1, LARGEST), Bounds(0, LARGEST)
 POSITIVE, NOT_NEGATIVE = Bounds(0.0, excludes_minimum=True), Bounds(0.0)
 PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_maximum=True)
 
@@ -401,7 +402,7 @@ class TrainConfig(Config):
     replay_share: float = _flag(0.2, "proportion of --replay in training sequences", Bounds(0.0001, 0.9999))
     vocab_path: str = _flag("", "SentencePiece model of the data", rules=INPUT)
     vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",), rules=HIDDEN)
-    max_seq_length: int = _flag(512, "sequence length, [CLS] and [SEP] included", Bounds(3), "tokens")
+    max_seq_length: int = _flag(512, "sequence length with [CLS] and [SEP]", Bounds(3, LARGEST), "tokens")
     max_ngram: int = _flag(1, "MLM: longest masked span; 1: single tokens", FROM_ONE, "words")
     train_batch_size: int = _flag(256, "batch size over all ranks", FROM_ONE, "sequences per optimizer step")
     accumulative_update: int = _flag(1, "micro-batches per step of a rank, to need less memory", FROM_ONE)

@@ -7,12 +7,19 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
+
+# Importing torch takes seconds, and there is no handler yet. Where the signal is blocked, it waits for one.
+if (
+    __name__ == "__main__" or Path(sys.argv[0]).name == "deberta-train"
+) and signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 import numpy as np
 import torch
@@ -37,7 +44,7 @@ from DeBERTa.training.execution import explain_precision, resolve_compile, resol
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
-from DeBERTa.training.memory import keep_freed_memory, translate_memory_errors
+from DeBERTa.training.memory import MODEL, keep_freed_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps
@@ -110,9 +117,10 @@ def run(config: TrainConfig, signals: Signals) -> None:
     evaluation = open_evaluation(config, tokenizer, masker, counts)
 
     torch.manual_seed(config.seed)
-    model = build_model(model_config)
-    loaded = load_initial_weights(config, model, tokenizer)
-    model = model.to(device)
+    with translate_memory_errors(MODEL):
+        model = build_model(model_config)
+        loaded = load_initial_weights(config, model, tokenizer)
+        model = model.to(device)
     execution = set_execution(model, config, device)
     texts = describe_evaluation(evaluation)
     settings: dict[str, dict] = {
@@ -258,7 +266,9 @@ def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     if config.num_training_steps:
         return config.num_training_steps
     lines_per_step = config.train_batch_size * (1 - batches.replay.share)
-    return math.ceil(config.num_train_epochs * len(batches.store) / lines_per_step)
+    steps = math.ceil(config.num_train_epochs * len(batches.store) / lines_per_step)
+    dataclasses.replace(config, num_training_steps=steps).validate("--num_train_epochs is too large: ")
+    return steps
 
 
 def build_model(model_config: ModelConfig | RTDConfig) -> Model:

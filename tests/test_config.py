@@ -130,6 +130,7 @@ def test_nes_allows_different_widths():
         ({"replay_share": 4e-5}, "--replay_share must be at least 0.0001"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0.0 and below 1.0, not 1.0"),
         ({"num_train_epochs": 0.0}, "--num_train_epochs"),
+        ({"num_training_steps": 2**31}, "--num_training_steps must be at least 0 and at most 2147483647"),
         ({"seed": 2**63}, "--seed"),
         ({"kernels": "off", "attention": "sdpa"}, "--kernels off"),
         ({"fresh": True, "do_train": False, "do_eval": True}, "--fresh"),
@@ -182,6 +183,7 @@ def test_every_flag_is_described_once():
         assert metadata["help"]
         if type(field.default) in (int, float):
             assert isinstance(metadata["limit"], Bounds)
+            assert type(field.default) is float or metadata["limit"].maximum < 2**63
         if metadata["limit"]:
             assert field.default in metadata["limit"]
 

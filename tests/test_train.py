@@ -260,11 +260,16 @@ def test_unknown_config_key(flags):
         ({"max_seq_length": 65}, ("--max_seq_length 65", "max_position_embeddings 64")),
         ({"init_generator": "no.bin", "init_discriminator": "no.bin"}, ("no.bin",)),
         ({"init_generator": "no.bin"}, ("--init_discriminator",)),
-        ({"task_name": "MLM"}, ("rtd.json", "unknown key")),
+        ({"task_name": "MLM"}, ("rtd.json", "give --task_name RTD")),
         ({"output_dir": "/proc/no-run"}, ("/proc/no-run", "--output_dir")),
         ({"learning_rate": "nan"}, ("--learning_rate", "finite")),
         ({"adam_beta1": 1.5}, ("--adam_beta1",)),
         ({"rtd_lambda": -1}, ("--rtd_lambda",)),
+        ({"num_training_steps": 10**20}, ("--num_training_steps must be", "at most 2147483647")),
+        (
+            {"num_training_steps": 0, "num_train_epochs": 1e20},
+            ("--num_train_epochs is too large: --num_training_steps must be", "at most 2147483647"),
+        ),
     ],
 )
 def test_refusals(flags, change, named):

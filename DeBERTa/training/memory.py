@@ -11,7 +11,9 @@ from pathlib import Path
 from DeBERTa.errors import MemoryLimitError
 
 # PyTorch has a class for this error on a GPU only. The texts are of the system, PyTorch, CUDA and cuBLAS.
-OUT_OF_MEMORY = re.compile("can(no|')t allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    "can(no|')t allocate memory|out of memory|ALLOC_FAILED|bad_alloc|size calculation overflow", re.IGNORECASE
+)
 REQUEST = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 # Parameters of glibc's mallopt, from its malloc.h; advice of Linux's madvise, from its mman.h.
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4
@@ -52,8 +54,15 @@ def keep_freed_memory() -> None:
         libc.free(block)
 
 
+MICRO_BATCHES = (
+    "the micro-batches are too large; give a larger --accumulative_update, a smaller --train_batch_size (in "
+    "evaluation: --eval_batch_size), or --gradient_checkpointing"
+)
+MODEL = "the model is too large; give smaller sizes in --model_config, or another --vocab_size"
+
+
 @contextmanager
-def translate_memory_errors() -> Iterator[None]:
+def translate_memory_errors(advice: str = MICRO_BATCHES) -> Iterator[None]:
     """Raise `MemoryLimitError` when the memory of the device or of the host ran out."""
     try:
         yield
@@ -61,11 +70,8 @@ def translate_memory_errors() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         request = REQUEST.search(str(error))
-        raise MemoryLimitError(
-            f"out of memory{f' ({request[0].lower()})' if request else ''}: the micro-batches are too large; "
-            "give a larger --accumulative_update, a smaller --train_batch_size (in evaluation: "
-            "--eval_batch_size), or --gradient_checkpointing"
-        ) from error
+        size = f" ({request[0].lower()})" if request else ""
+        raise MemoryLimitError(f"out of memory{size}: {advice}") from error
 
 
 def read_memory_limits() -> list[int]:

@@ -28,6 +28,7 @@ memory.keep_freed_memory()
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), True),
+        (RuntimeError("Storage size calculation overflowed with sizes=[1099511627776, 9]"), True),
         (OSError(errno.EIO, "Input/output error"), False),
         (RuntimeError("shape mismatch"), False),
     ],
@@ -42,9 +43,19 @@ def test_errors_of_memory_are_one_sentence(limit, is_translated):
         assert str(error.value).startswith("out of memory")
 
 
-def test_a_batch_that_is_too_large(tmp_path, prepared):
+BATCH = ("micro-batches are too", "--accumulative_update", "--train_batch_size", "--gradient_checkpointing")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train_batch_size": 40_000, "workers": 1}, BATCH),
+        ({"vocab_size": 100_000_000}, ("the model is too large", "--model_config", "--vocab_size")),
+    ],
+)
+def test_what_is_too_large(tmp_path, prepared, change, named):
     """A real limit of the process, as of a batch system."""
-    flags = tiny_flags(tmp_path, prepared) | {"train_batch_size": 40_000, "workers": 1}
+    flags = tiny_flags(tmp_path, prepared) | change
     line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
     script = f"ulimit -v 4000000; exec {line}"
     done = subprocess.run(
@@ -54,8 +65,7 @@ def test_a_batch_that_is_too_large(tmp_path, prepared):
     assert "Traceback" not in done.stderr
     last = strip_times(done.stderr).splitlines()[-1]
     assert last.startswith("error: out of memory (tried to allocate "), done.stderr
-    for flag in ("--accumulative_update", "--train_batch_size", "--gradient_checkpointing"):
-        assert flag in last
+    assert [part for part in named if part not in last] == []
 
 
 def test_limits_are_bytes():

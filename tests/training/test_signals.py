@@ -178,6 +178,18 @@ def test_usr1_saves_and_training_continues(tmp_path, undisturbed):
     assert final_files(flags["output_dir"]) == expected
 
 
+@pytest.mark.parametrize("name", [None, "deberta-train"])
+def test_usr1_while_packages_are_imported(tmp_path, name):
+    """It does nothing, whether the command is started as a module or as the installed script."""
+    arguments = ["-m", "DeBERTa.train"] if name is None else [str(tmp_path / name)]
+    (tmp_path / "deberta-train").write_text("from DeBERTa.train import run_command\nrun_command()\n")
+    started = subprocess.Popen([sys.executable, *arguments, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while started.poll() is None and "/numpy/" not in Path(f"/proc/{started.pid}/maps").read_text():
+        time.sleep(0.001)
+    started.send_signal(signal.SIGUSR1)
+    assert started.wait(PATIENCE) == 0
+
+
 def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
     """The evaluation ends at once, and the next start repeats it."""
     data = tmp_path / "data"
