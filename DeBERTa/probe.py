@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, find_experiments, read_json
-from DeBERTa.data.files import raise_storage_errors
+from DeBERTa.data.files import open_regular, raise_storage_errors
 from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer
 from DeBERTa.errors import DataError
 from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
@@ -107,7 +107,8 @@ def probe(arguments: argparse.Namespace) -> None:
         for model in list_models(load_checkpoint(run_dir, step, settings)):
             measured = measure(model.config, model.weights, path / model.name, vocabulary)
             figures |= {f"{model.name}_{name}": value for name, value in measured.items()}
-        with raise_storage_errors(run_dir), (run_dir / "probe.jsonl").open("a") as file:
+        output = run_dir / "probe.jsonl"
+        with raise_storage_errors(output), open(output, "a", opener=open_regular) as file:
             file.write(json.dumps(figures) + "\n")
 
 

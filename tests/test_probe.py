@@ -1,6 +1,7 @@
 """The probes: what they read, known answers, and the command on a run and on a model directory."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -160,6 +161,10 @@ def test_command(prepared, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert probe.main([str(run_dir / "discriminator")]) == 0
     assert f"tag_accuracy {lines[-1]['discriminator_tag_accuracy']:.4g}" in capsys.readouterr().err
+    (run_dir / "probe.jsonl").unlink()
+    os.mkfifo(run_dir / "probe.jsonl")
+    assert probe.main([str(run_dir), "--step", "2"]) == 1
+    assert f"cannot write {run_dir}/probe.jsonl: " in capsys.readouterr().err
     shutil.rmtree(run_dir / "checkpoints")
     assert probe.main([str(run_dir)]) == 1
     assert "no checkpoints" in capsys.readouterr().err

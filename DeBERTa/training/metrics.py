@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors, sync
+from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors, read_file, sync
 from DeBERTa.report.read import parse_line
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class MetricsLog:
         self._append("")
 
     def _remove_later_lines(self, first_step: int) -> None:
-        lines = self._path.read_text(errors="replace").splitlines()
+        lines = read_file(self._path).decode(errors="replace").splitlines()
         parsed = [(line, values) for line in lines if (values := parse_line(line))]
         if len(parsed) < len(lines):
             logger.warning("%s: %d damaged lines removed", self._path, len(lines) - len(parsed))

@@ -16,6 +16,7 @@ from torch import nn
 
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches, make_batch
+from DeBERTa.data.files import open_regular
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.distributed import is_rank_zero
@@ -41,7 +42,7 @@ def write_samples(path: Path, step: int, training: TrainingStep, batches: Evalua
     logger.info("step %d: %s", step, format_sentence(sentences[0]))
     line = {"step": step, "residual_drift": drift, "sentences": sentences}
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=open_regular) as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     except OSError as error:
         logger.warning("cannot write %s: %s; the run continues", path, error.strerror)

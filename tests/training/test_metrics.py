@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -40,6 +41,18 @@ def test_lines_carry_the_time(tmp_path):
     assert 100 <= line["elapsed_seconds"] < 160
     age = datetime.now(timezone.utc) - datetime.fromisoformat(line["time"])
     assert -1 <= age.total_seconds() < 60
+
+
+def test_a_pipe_or_a_huge_file_does_not_block_a_resumed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file: "):
+        MetricsLog(path, 4, TEXTS)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 20 << 30)  # without data
+    with pytest.raises(OSError, match="more than 1024 MB: "):
+        MetricsLog(path, 4, TEXTS)
 
 
 def test_lines_after_the_checkpoint_are_removed(tmp_path):

@@ -1,6 +1,7 @@
 """Sample predictions: what the models compute, the same sentences each time."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
+from DeBERTa.log import set_up_logging
 from DeBERTa.training.samples import SENTENCES, TOKENS, format_sentence, make_sample_batch, write_samples
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from tests.conftest import tiny_model, tiny_rtd
@@ -92,6 +94,20 @@ def test_residual_drift(task, sharing, batches, tmp_path):
             residual.copy_(table / 4)
         write_samples(tmp_path / "samples.jsonl", 2, training, batches)
         assert read(tmp_path / "samples.jsonl")[1]["residual_drift"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_nothing_but_a_file_is_written_to(batches, tmp_path, capsys, kind):
+    set_up_logging()
+    path, precious = tmp_path / "samples.jsonl", tmp_path / "precious"
+    precious.touch()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(precious)
+    write_samples(path, 1, build("MLM", "")[1], batches)
+    assert f"cannot write {path}: " in capsys.readouterr().err
+    assert precious.read_bytes() == b""
 
 
 def test_the_log_shows_guesses_and_probabilities():
