@@ -46,7 +46,7 @@ def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **envi
     [
         ("sh rtd.sh no-such-preset", "no preset 'no-such-preset'; usage: ./rtd.sh NAME [flags]"),
         ("python -m DeBERTa.train deberta-v3-tiny", "'deberta-v3-tiny': give --preset deberta-v3-tiny"),
-        ("python -m DeBERTa.train --do_train", "--model_config is required: JSON model config"),
+        ("python -m DeBERTa.train --do_train", "--model_config is required: JSON file"),
         (f"{TRAIN} --data_dir x", "give it, or a --preset without --data_dir"),
         (
             f"{TRAIN} --vocab_path none.model",
