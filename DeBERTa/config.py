@@ -386,7 +386,7 @@ class TrainConfig(Config):
     fresh_head: bool = _flag(False, "start heads and position tables new that the file of --init_* lacks")
     resize_vocab: str = _flag(
         "",
-        "the vocabulary of --init_*, if another (as --init_model): common pieces keep their rows",
+        "the vocabulary of --init_*, if it is another (as --init_model): pieces of both keep their rows",
         rules=NODE,
     )
 
@@ -414,10 +414,12 @@ class TrainConfig(Config):
         0, "length of the run; 0: by --num_train_epochs", FROM_ZERO, "steps", group="optimization"
     )
     num_train_epochs: float = _flag(
-        1.0, "length without --num_training_steps", NOT_NEGATIVE, "epochs", RESUME
+        1.0, "length of the run, without --num_training_steps", NOT_NEGATIVE, "epochs", RESUME
     )
     learning_rate: float = _flag(1e-4, "peak learning rate", POSITIVE)
-    discriminator_learning_rate: float = _flag(0.0, "RTD: the discriminator's; 0: the same", NOT_NEGATIVE)
+    discriminator_learning_rate: float = _flag(
+        0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate", NOT_NEGATIVE
+    )
     warmup: float = _flag(10000.0, "linear warm-up", NOT_NEGATIVE, "steps if >= 1, else proportion of all")
     lr_schedule: str = _flag(
         "linear",
@@ -431,7 +433,9 @@ class TrainConfig(Config):
     epsilon: float = _flag(1e-6, "AdamW epsilon", NOT_NEGATIVE)
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0: no clipping", NOT_NEGATIVE)
     max_skipped_steps: int = _flag(20, "stop after as many skipped updates in a row", FROM_ONE, rules=RESUME)
-    skip_spikes: bool = _flag(False, "skip updates of losses 6 sigma above those of the last 128 steps")
+    skip_spikes: bool = _flag(
+        False, "skip updates whose loss is 6 standard deviations above the mean of the last 128 steps"
+    )
     rtd_lambda: float = _flag(10.0, "RTD: weight of the discriminator's loss", NOT_NEGATIVE)
     decoupled_training: bool = _flag(True, "RTD: step on the generator's loss, then on the other (not es)")
 
@@ -455,7 +459,8 @@ class TrainConfig(Config):
     deterministic: bool = _flag(False, "on a GPU: the same bits in every run, at some cost in speed")
     tf32: bool = _flag(True, "on a GPU: multiply float32 matrices in TF32")
     compile: bool | None = _flag(  # compared on resume as resolved
-        None, "torch.compile layers, LM head (GPU); default: on GPUs with triton; CPUs need a C++ compiler"
+        None,
+        "compile layers, and on a GPU the LM head; default: on GPUs with Triton; CPUs need a C++ compiler",
     )
 
     nproc_per_node: int = _flag(

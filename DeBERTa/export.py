@@ -56,9 +56,11 @@ def export(arguments: argparse.Namespace) -> None:
     try:
         if arguments.published_format:
             directory: Path = arguments.output or output / "published"
+            directory.parent.mkdir(parents=True, exist_ok=True)
             write_published(model, directory, tokenizer.path)
             logger.info("published format: %s", directory)
             return
+        output.mkdir(parents=True, exist_ok=True)
         for exported in list_models(model):
             write_model(exported, output / exported.name, tokenizer, run, arguments.onnx)
             logger.info("%s: %s", exported.name, output / exported.name)

@@ -131,18 +131,16 @@ def run(config: TrainConfig, signals: Signals) -> None:
         "code": describe_code(),
     }
     steps = count_steps(config, batches) if batches else 0
-    training = build_step(config, model, precision, device, steps)
-    if batches is None:
-        check_same_on_all_ranks(settings | {"evaluation": texts})
-        load_trained(config, model)
-    else:
+    if batches:
         settings["train"] |= {"num_training_steps": steps, "warmup": count_warmup_steps(config, steps)}
         settings["train"] |= {"precision": precision, "kernels": execution["kernels"]}
         settings["train"]["compile"] = resolve_compile(config, device)
         if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
             settings["train"]["attention"] = "eager"
         settings["data"] |= describe_data(batches)
-        check_same_on_all_ranks(settings | {"evaluation": texts})
+    check_same_on_all_ranks(settings | {"evaluation": texts})  # before DDP compares shapes in its own words
+    training = build_step(config, model, precision, device, steps)
+    if batches:
         interval, attention = Interval(device), execution["attention"]
         this_run = Run(
             config, model, training, batches, evaluation, settings, interval, attention, loaded, notes
@@ -151,12 +149,15 @@ def run(config: TrainConfig, signals: Signals) -> None:
             logger.info(describe_dry_run(this_run))
             return
         train_and_save(this_run, signals, tokenizer.path)
+    else:
+        load_trained(config, model)
     if config.do_eval:
         results = evaluate_splits(training, evaluation)
         for split, metrics in results.items():
             logger.info("%s  %s", split, format_metrics(metrics))
         if distributed.is_rank_zero():
-            config.run_dir.mkdir(parents=True, exist_ok=True)
+            if not config.do_train:
+                config.run_dir.mkdir(parents=True, exist_ok=True)
             finite = {split: replace_non_finite(metrics) for split, metrics in results.items()}
             write_json(config.run_dir / "evaluation.json", finite)
 

@@ -122,16 +122,17 @@ def describe_free_space(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def open_partial(path: Path, resume: bool = False) -> Iterator[BinaryIO]:
+def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iterator[BinaryIO]:
     """Open and lock the partial file of `path`, for `commit` to complete.
 
     A partial file that is not committed is removed. With `resume`, existing content is kept at the start, and
-    a partial file with content is not removed at the end. Links are replaced, not written to. Raises
-    `StorageError` if the file cannot be written.
+    a partial file with content is not removed at the end. Links are replaced, not written to. `parents`:
+    whether missing directories are created. Raises `StorageError` if the file cannot be written.
     """
     partial = get_partial_path(path)
     with raise_storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             if os.path.lexists(partial) and not _is_own(partial.lstat()):
                 partial.unlink()
@@ -164,12 +165,13 @@ def commit(file: BinaryIO, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, parents: bool = True) -> Iterator[BinaryIO]:
     """Open a new empty file that replaces `path` when the block succeeds.
 
-    The new file is removed when the block fails. Raises `StorageError` if the file cannot be written.
+    The new file is removed when the block fails. `parents`: whether missing directories are created. Raises
+    `StorageError` if the file cannot be written.
     """
-    with open_partial(path) as file:
+    with open_partial(path, parents=parents) as file:
         yield file
         commit(file, path)
 

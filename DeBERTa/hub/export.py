@@ -154,13 +154,14 @@ def replace_directory(path: Path) -> Iterator[Path]:
     At any moment `path` is missing or complete. It may exist as a directory of the files that are written
     now; other files there are not removed: `OSError` is raised. After a SIGKILL between the two renames,
     `path` is missing, and its previous content is in `.NAME.old-export`. The next call restores it first.
+    The parent directory is not created: it may be that of a run, which was moved.
     """
     path = path.resolve()  # a link stays; what it points to is replaced
     temporary, previous = (path.with_name(f".{path.name}.{kind}-export") for kind in ("tmp", "old"))
     if previous.exists() and not path.exists():
         previous.rename(path)
     remove(temporary)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         known = {file.name for file in temporary.iterdir()} | OPTIONAL_FILES

@@ -35,7 +35,8 @@ def update_report(run_dir: Path) -> None:
 def write_report(runs: list[RunRecord], path: Path) -> None:
     """Write the page about one run, or the comparison of several."""
     page = format_page(runs).encode()
-    with open_atomic(path) as file:  # locked no longer than needed: training writes here, too
+    # Locked no longer than needed: training writes here, too, and never into a directory that it makes again.
+    with open_atomic(path, parents=False) as file:
         file.write(page)
 
 

@@ -97,7 +97,8 @@ def write_checkpoint(
     check_lock()
     try:
         remove(temporary)
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(exist_ok=True)
+        temporary.mkdir()
         _write_files(temporary, snapshot)
         check_lock()
         if os.path.lexists(path):  # written by another process that shares the directory without a lock
@@ -267,7 +268,7 @@ def read_training(run_dir: Path, step: int) -> dict:
 
 def write_json(path: Path, values: dict) -> None:
     """Replace a file atomically by `values` as indented JSON."""
-    with open_atomic(path) as file:
+    with open_atomic(path, parents=False) as file:  # a run directory that was moved is not made again
         file.write(_to_json(values).encode())
 
 

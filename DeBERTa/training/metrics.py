@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -13,7 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from DeBERTa.data.files import find_unused_path, open_atomic, raise_storage_errors, read_file, sync
+from DeBERTa.data.files import (
+    find_unused_path,
+    open_atomic,
+    open_regular,
+    raise_storage_errors,
+    read_file,
+    sync,
+)
 from DeBERTa.report.read import parse_line
 
 logger = logging.getLogger(__name__)
@@ -81,7 +87,7 @@ class MetricsLog:
         the SHA-256 of the texts to evaluate on, "valid" and "replay", if any. `elapsed_seconds` is the
         training time of the run so far. Only rank 0 is a writer: the lines of other ranks are discarded.
         """
-        self._path, self._texts = path if is_writer else Path(os.devnull), texts
+        self._path, self._texts, self._is_writer = path, texts, is_writer
         self._started = time.monotonic() - elapsed_seconds
         # By split ("replay": that of --replay) and step.
         self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in texts}
@@ -103,8 +109,9 @@ class MetricsLog:
             self.evaluations[split] = select_evaluations([values for _, values in valid], split, text)
 
     def _append(self, text: str) -> None:
-        with raise_storage_errors(self._path), self._path.open("a") as file:
-            file.write(text)
+        if self._is_writer:
+            with raise_storage_errors(self._path), open(self._path, "a", opener=open_regular) as file:
+                file.write(text)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -122,7 +129,7 @@ class MetricsLog:
         if kind in self._texts:
             self.evaluations[kind][step] = finite
             line["text_sha256"] = self._texts[kind]
-        if not self._path.exists():
+        if self._is_writer and not self._path.exists():
             logger.warning("%s was removed during the run: it starts again at step %d", self._path, step)
         self._append(json.dumps(line) + "\n")
 
@@ -131,7 +138,7 @@ class MetricsLog:
 
         Raises `StorageError`.
         """
-        if self._path.exists():
+        if self._is_writer and self._path.exists():
             with raise_storage_errors(self._path):
                 sync(self._path)
 

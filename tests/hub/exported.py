@@ -139,6 +139,7 @@ def compute_lm_logits(model: MaskedLanguageModel, batch: dict[str, torch.Tensor]
 def write_variant(variant: str, folder: Path) -> None:
     """Write both models of a variant, and `reference.pt` with the input and our results."""
     model, tokenizer = build_model(variant), Tokenizer(VOCABULARY)
+    folder.mkdir(parents=True, exist_ok=True)
     for exported in list_models(model):
         write_model(exported, folder / exported.name, tokenizer, None)
     # The encoder alone takes token types; heads are trained without.

@@ -94,6 +94,7 @@ def test_killed_at_every_call_that_changes_a_file(tmp_path, is_there):
     directory, log, places = tmp_path / "out" / "model", tmp_path / "log", []
     for number in itertools.count(1):
         shutil.rmtree(directory.parent, ignore_errors=True)
+        directory.parent.mkdir()
         if is_there:
             shutil.copytree(tmp_path / "before", directory)
         process = CONTEXT.Process(target=_write_and_die, args=(str(directory), number, str(log)))
@@ -144,6 +145,12 @@ def test_previous_model_after_a_kill_between_the_renames(tmp_path):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert read_all(tmp_path / "model") == before
+
+
+def test_a_parent_directory_that_was_moved_is_not_created_again(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_discriminator(tmp_path / "run" / "model")
+    assert not (tmp_path / "run").exists()
 
 
 def test_head_sizes_that_transformers_lacks(tmp_path):

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.config import read_json
 from DeBERTa.errors import DamagedCheckpointError, DebertaError, StorageError
+from DeBERTa.report.page import write_report
+from DeBERTa.report.read import RunRecord
 from DeBERTa.training.checkpoint import (
     FILES,
     MANIFEST,
@@ -32,8 +34,10 @@ from DeBERTa.training.checkpoint import (
     read_training,
     verify,
     write_checkpoint,
+    write_json,
     write_manifest,
 )
+from DeBERTa.training.metrics import MetricsLog
 from DeBERTa.training.parallel import gather_to_rank_zero
 from DeBERTa.training.run_dir import check_same_run, save_models
 from DeBERTa.training.run_lock import LOCK
@@ -267,6 +271,23 @@ def test_modes_follow_the_umask(tmp_path, umask):
     assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
 
 
+def test_a_run_directory_that_was_moved_is_not_created_again(tmp_path):
+    """It is moved after its lock was checked, by whatever is written next."""
+    run_dir, snapshot = tmp_path / "run", Snapshot(1, {"weight": torch.zeros(2)}, {}, {}, {})
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    record = RunRecord(run_dir, {}, {}, [{"step": 1, "kind": "train"}], {})
+    for write in (
+        lambda: write_checkpoint(run_dir, snapshot, 1, None),
+        lambda: write_json(run_dir / "checkpoints" / "best.json", {}),
+        lambda: write_report([record], run_dir / "report.html"),
+        lambda: save_models(run_dir, model, GOLDEN / "prepare" / "spm.model"),
+        lambda: MetricsLog(run_dir / "metrics.jsonl", 0, {}, 0.0, True),
+    ):
+        with pytest.raises(StorageError, match="No such file or directory"):
+            write()
+        assert not run_dir.exists()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_failed_write_names_the_file(tmp_path, name):
     """The libraries hide the system's error: "unexpected pos 17472 vs 17364"."""
@@ -446,6 +467,8 @@ def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
     _, training = make_step("gdes")
     training.set_learning_rate(1)
     training(random_batch())
+    for name in ("synchronous", "background"):
+        (tmp_path / name).mkdir()
     write_checkpoint(tmp_path / "synchronous", snapshot_of(training, 1), 3, None)
     saver = Saver(tmp_path / "background", 3)
     snapshot = snapshot_of(training, 1)

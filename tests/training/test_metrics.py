@@ -175,6 +175,12 @@ def test_a_file_that_is_removed_or_replaced(tmp_path, caplog):
     log.write(4, "train", {})
     assert [line["step"] for line in read(path)] == [3, 4]
     assert caplog.text.count(f"{path} was removed during the run: it starts again at step 3") == 1
+    path.unlink()
+    path.symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("text")
+    with pytest.raises(StorageError, match="cannot write"):
+        log.write(5, "train", {})
+    assert (tmp_path / "precious").read_text() == "text"
 
 
 def test_means_are_per_target():
