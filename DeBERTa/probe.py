@@ -227,8 +227,13 @@ def compute_word_states(model: Model, corpus: Corpus) -> torch.Tensor:
 
 @torch.no_grad()
 def probe_pairs(model: Model, corpus: Corpus, tokenizer: Tokenizer) -> Figures:
-    """Return how often the model prefers the verb of the corpus, ± the half width of the 95 % interval."""
+    """Return how often the model prefers the verb of the corpus, ± the half width of the 95 % interval.
+
+    Without pairs there is no figure but their number.
+    """
     pairs, correct = list_pairs(corpus, tokenizer), 0
+    if not pairs:  # of a vocabulary without these verbs
+        return {"pairs": 0}
     for batch, ids in make_batches([ids for ids, _, _ in pairs]):
         rows, (positions, wrong) = torch.arange(len(batch)), torch.tensor([pairs[i][1:] for i in batch]).T
         right, mask = ids[rows, positions], (ids > 0).long()
@@ -241,8 +246,8 @@ def probe_pairs(model: Model, corpus: Corpus, tokenizer: Tokenizer) -> Figures:
             of_wrong, of_right = (model.compute_logits(each, mask, None) for each in (other, ids))
             margins = (of_wrong - of_right)[rows, positions]
         correct += int((margins > 0).sum())
-    share = correct / max(len(pairs), 1)
-    margin = 1.96 * (share * (1 - share) / max(len(pairs), 1)) ** 0.5
+    share = correct / len(pairs)
+    margin = 1.96 * (share * (1 - share) / len(pairs)) ** 0.5
     return {"pair_accuracy": share, "pair_margin": margin, "pairs": len(pairs)}
 
 

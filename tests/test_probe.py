@@ -106,6 +106,11 @@ def test_pairs_are_balanced(corpus):
     assert figures["pair_margin"] == pytest.approx(1.96 * (0.25 / 1200) ** 0.5)
 
 
+def test_without_pairs_there_is_no_figure():
+    nothing = probe.Corpus([("", "")], {}, [], [])
+    assert probe.probe_pairs(build(MaskedLanguageModel), nothing, Tokenizer(VOCABULARY)) == {"pairs": 0}
+
+
 def test_verbs_of_the_pairs(corpus):
     """An infinitive is none: "has" is wrong after "to" whatever the number."""
     tokenizer = Tokenizer(VOCABULARY)

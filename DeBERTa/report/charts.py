@@ -122,7 +122,8 @@ def draw_svg(kind: Kind, curves: list[Curve]) -> str:
         parts.append(f'<text x="{LEFT - 5}" y="{height + 4}" text-anchor="end">{format_number(y)}</text>')
     for x in choose_ticks(0, max(last, 1)):
         across, _ = place(x, low)
-        parts.append(f'<text x="{across}" y="{HEIGHT - 6}" text-anchor="middle">{format_number(x)}</text>')
+        anchor = "middle" if across < WIDTH - 20 else "end"  # or the last label would be cut off
+        parts.append(f'<text x="{across}" y="{HEIGHT - 6}" text-anchor="{anchor}">{format_number(x)}</text>')
     for curve, points in zip(curves, lines, strict=True):
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in [*points, points[-1]]))
         style = f'class="curve c{curve.color}" stroke-dasharray="{DASHES[curve.dash]}"'

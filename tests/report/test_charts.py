@@ -58,3 +58,13 @@ def test_curves_stay_inside(kind, values):
     assert len(numbers) == len(values) + 1  # one more, so that a single point is visible
     assert all(LEFT <= x <= WIDTH - RIGHT and 10 <= y <= 186 for x, y in numbers)
     assert "a &amp; b" in svg
+
+
+@pytest.mark.parametrize("last", [1, 6, 5000, 9999, 1_000_000])
+def test_labels_of_steps_are_not_cut_off(last):
+    """With 7 units per character, more than the font has."""
+    svg = draw_svg(LINEAR, [Curve("a", [(0, 1.0), (last, 2.0)], 0, 0)])
+    labels = re.findall(r'x="([\d.]+)" y="204" text-anchor="(\w+)">([^<]+)<', svg)
+    assert labels
+    for x, anchor, text in labels:
+        assert float(x) + {"middle": 3.5, "end": 0}[anchor] * len(text) <= WIDTH
