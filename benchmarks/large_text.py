@@ -31,7 +31,7 @@ from DeBERTa.data.token_store import TokenStore, get_store_path, open_store  # n
 from DeBERTa.data.tokenizer import Tokenizer, split_at_spaces  # noqa: E402
 from DeBERTa.data.vocabulary import find_or_train_vocabulary  # noqa: E402
 
-LINE_BYTES = 600
+LINE_BYTES = 500
 
 
 def write_text(path: Path, megabytes: int) -> int:
