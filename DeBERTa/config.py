@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ C = TypeVar("C", bound="Config")
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 POSITION_TERMS = ("c2p", "p2c")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LARGEST = 2**31 - 1  # larger numbers are mistakes, which overflow elsewhere
 # Keys of a transformers config that do not change what a model here computes.
 HUB_KEYS = (
     *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
@@ -46,28 +46,26 @@ class Bounds:
     """
 
     minimum: float
-    maximum: float = math.inf
+    maximum: float = LARGEST
     excludes_minimum: bool = False
     excludes_maximum: bool = False
 
     def __contains__(self, value: float) -> bool:
-        """Return whether `value` is finite and lies in the interval."""
+        """Return whether `value` lies in the interval; NaN does not."""
         is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
         is_below = value < self.maximum or (value == self.maximum and not self.excludes_maximum)
-        return is_above and is_below and math.isfinite(value)
+        return is_above and is_below
 
     def __str__(self) -> str:
         """Return the interval in words, as it follows "must be" in a message."""
         text = f"{'above' if self.excludes_minimum else 'at least'} {self.minimum}"
-        if self.maximum < math.inf:
-            return f"{text} and {'below' if self.excludes_maximum else 'at most'} {self.maximum}"
-        return f"finite and {text}" if isinstance(self.minimum, float) else text
+        return f"{text} and {'below' if self.excludes_maximum else 'at most'} {self.maximum}"
 
 
 Limit = Bounds | tuple[str, ...] | None  # of the values of a field: numbers, or choices
-LARGEST = 2**31 - 1  # larger numbers are mistakes, which overflow elsewhere
-FROM_ONE, FROM_ZERO = Bounds(1, LARGEST), Bounds(0, LARGEST)
-POSITIVE, NOT_NEGATIVE = Bounds(0.0, excludes_minimum=True), Bounds(0.0)
+FROM_ONE, FROM_ZERO = Bounds(1), Bounds(0)
+# For figures in float32, with room for their products.
+POSITIVE, NOT_NEGATIVE = Bounds(0.0, 1e30, excludes_minimum=True), Bounds(0.0, 1e30)
 PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_maximum=True)
 
 
@@ -133,7 +131,9 @@ def convert_hub_config(values: dict[str, Any], where: str) -> dict[str, Any]:
     """
     kind = values.get("model_type") or "deberta"
     if kind not in ("deberta", "deberta-v2"):
-        raise ConfigError(f"{where}: model_type is {kind!r}, not deberta or deberta-v2; give such a config")
+        raise ConfigError(
+            f"{where}: model_type is {json.dumps(kind)}, not deberta or deberta-v2; give such a config"
+        )
     values = {name: value for name, value in values.items() if name not in HUB_KEYS}
     if "pos_att_type" in values:
         terms = values["pos_att_type"] or "none"
@@ -167,8 +167,7 @@ class Config:
             allowed = typing.get_args(hints[name]) or (hints[name],)
             if type(value) not in allowed and not (type(value) is int and float in allowed):
                 wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-                found = "null" if value is None else repr(value)
-                raise ConfigError(f"{where}: {name} must be {wanted}, not {found}")
+                raise ConfigError(f"{where}: {name} must be {wanted}, not {json.dumps(value)}")
         config = cls(**values)
         config.validate(f"{where}: ")
         return config
@@ -209,7 +208,7 @@ class ModelConfig(Config):
 
     vocab_size: int = field(metadata={"limit": FROM_ONE})
     hidden_size: int = field(metadata={"limit": FROM_ONE})
-    num_hidden_layers: int = field(metadata={"limit": FROM_ONE})
+    num_hidden_layers: int = field(metadata={"limit": Bounds(1, 1000)})
     num_attention_heads: int = field(metadata={"limit": FROM_ONE})
     intermediate_size: int = field(metadata={"limit": FROM_ONE})
     attention_head_size: int = _limited(0, FROM_ZERO)  # 0: hidden_size / num_attention_heads
@@ -219,8 +218,8 @@ class ModelConfig(Config):
     position_biased_input: bool = True
     relative_attention: bool = False
     pos_att_type: str = "none"  # "c2p", "p2c", "p2c|c2p" or "none"
-    position_buckets: int = -1  # < 1: a table row for every distance
-    max_relative_positions: int = -1  # < 1: max_position_embeddings
+    position_buckets: int = _limited(-1, Bounds(-1))  # < 1: a table row for every distance
+    max_relative_positions: int = _limited(-1, Bounds(-1))  # < 1: max_position_embeddings
     share_att_key: bool = False
     norm_rel_ebd: str = _limited("none", ("none", "layer_norm"))
     conv_kernel_size: int = _limited(0, FROM_ZERO)
@@ -402,7 +401,7 @@ class TrainConfig(Config):
     replay_share: float = _flag(0.2, "proportion of --replay in training sequences", Bounds(0.0001, 0.9999))
     vocab_path: str = _flag("", "SentencePiece model of the data", rules=INPUT)
     vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",), rules=HIDDEN)
-    max_seq_length: int = _flag(512, "sequence length with [CLS] and [SEP]", Bounds(3, LARGEST), "tokens")
+    max_seq_length: int = _flag(512, "sequence length with [CLS] and [SEP]", Bounds(3), "tokens")
     max_ngram: int = _flag(1, "MLM: longest masked span; 1: single tokens", FROM_ONE, "words")
     train_batch_size: int = _flag(256, "batch size over all ranks", FROM_ONE, "sequences per optimizer step")
     accumulative_update: int = _flag(1, "micro-batches per step of a rank, to need less memory", FROM_ONE)
@@ -414,13 +413,13 @@ class TrainConfig(Config):
         0, "length of the run; 0: by --num_train_epochs", FROM_ZERO, "steps", group="optimization"
     )
     num_train_epochs: float = _flag(
-        1.0, "length of the run, without --num_training_steps", NOT_NEGATIVE, "epochs", RESUME
+        1.0, "length of the run, without --num_training_steps", Bounds(0.0), "epochs", RESUME
     )
     learning_rate: float = _flag(1e-4, "peak learning rate", POSITIVE)
     discriminator_learning_rate: float = _flag(
         0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate", NOT_NEGATIVE
     )
-    warmup: float = _flag(10000.0, "linear warm-up", NOT_NEGATIVE, "steps if >= 1, else proportion of all")
+    warmup: float = _flag(10000.0, "linear warm-up", Bounds(0.0), "steps if >= 1, else proportion of all")
     lr_schedule: str = _flag(
         "linear",
         "after warm-up; linear, cosine: decay to the last step; wsd: decay over the last tenth of all steps",

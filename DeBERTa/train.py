@@ -47,7 +47,6 @@ from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import MODEL, keep_freed_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
-from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.run_dir import check_disk_space, flatten, format_value, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
@@ -132,8 +131,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
     }
     steps = count_steps(config, batches) if batches else 0
     if batches:
-        settings["train"] |= {"num_training_steps": steps, "warmup": count_warmup_steps(config, steps)}
-        settings["train"] |= {"precision": precision, "kernels": execution["kernels"]}
+        settings["train"] |= {"num_training_steps": steps, "precision": precision}
+        settings["train"]["kernels"] = execution["kernels"]
         settings["train"]["compile"] = resolve_compile(config, device)
         if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
             settings["train"]["attention"] = "eager"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from transformers import DebertaV2Config
@@ -87,7 +88,7 @@ def test_configs_of_the_hub(tmp_path):
         assert config == ModelConfig.from_dict(TINY | {"pos_att_type": expected})
     for change, named in (
         ({"hiden_size": 3}, "hiden_size"),
-        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"model_type": "bert"}, 'model_type is "bert"'),
         ({"model_type": ["bert"]}, "model_type is"),
         ({"pos_att_type": [3]}, "pos_att_type must be str"),
         ({"pos_att_type": {"c2p": 1}}, "pos_att_type must be str"),
@@ -125,7 +126,7 @@ def test_nes_allows_different_widths():
         ({"init_generator": "x"}, "--init_generator"),
         ({"task_name": "RTD", "init_generator": "x"}, "--init_discriminator"),
         ({"task_name": "GPT"}, "--task_name must be one of MLM, RTD, not 'GPT'"),
-        ({"learning_rate": float("nan")}, "--learning_rate must be finite and above 0.0, not nan"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be above 0.0 and at most 1e.30, not nan"),
         ({"replay_share": 0.99999}, "--replay_share must be at least 0.0001 and at most 0.9999, not 0.99999"),
         ({"replay_share": 4e-5}, "--replay_share must be at least 0.0001"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0.0 and below 1.0, not 1.0"),
@@ -152,6 +153,33 @@ def test_bounds():
     assert [value in Bounds(0.0, excludes_minimum=True) for value in (0.0, 1e-9, float("inf"))] == [
         False, True, False
     ]  # fmt: skip
+
+
+IMPOSSIBLE = [math.nan, math.inf, -math.inf, 1e300, -1e300, 10**40, -(10**40)]
+NUMBERS = [
+    (config, item.name)
+    for config in (TrainConfig, ModelConfig)
+    for item in dataclasses.fields(config)
+    if item.type in ("int", "float")
+]
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS)
+def test_numbers_are_bounded(config, name):
+    """No flag, and no field of a model config, takes a number that overflows elsewhere."""
+    usual = config.from_dict(tiny_model()) if config is ModelConfig else TrainConfig(**PATHS, do_train=True)
+    usual.validate()
+    is_count = type(getattr(usual, name)) is int or name in ("warmup", "num_train_epochs")
+    for value in [*IMPOSSIBLE, *[10**20, -(10**20)] * is_count]:
+        with pytest.raises(ConfigError, match=rf"{name} must be (at least|above) .* and (at most|below) "):
+            dataclasses.replace(usual, **{name: value}).validate()
+
+
+def test_wrong_types_are_shown_as_json():
+    for value, shown in ((None, "null"), (True, "true"), ([None], "[null]"), ({"a": False}, '{"a": false}')):
+        with pytest.raises(ConfigError) as error:
+            ModelConfig.from_dict(tiny_model() | {"hidden_size": value})
+        assert str(error.value) == f"model config: hidden_size must be int, not {shown}"
 
 
 @pytest.mark.parametrize(

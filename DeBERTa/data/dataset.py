@@ -203,7 +203,7 @@ def make_batch(
     """Add [CLS] and [SEP] to each sequence, pad to the longest, and mask.
 
     `sequences` have at most `max_seq_length - 2` ids; the first one is row `first_row` of the global batch.
-    Raises `DamagedStoreError` for ids that the vocabulary does not have.
+    Raises `DamagedStoreError` for ids that the vocabulary does not have, and for that of [PAD].
     """
     rows, max_seq_length = len(sequences), plan.max_seq_length
     longest = max(map(len, sequences)) + 2
@@ -216,10 +216,11 @@ def make_batch(
         ids[row, 1:end] = sequence
         ids[row, end] = tokenizer.sep_id
         mask[row, : end + 1] = True
-    if ids.min() < 0 or ids.max() >= len(tokenizer):
+    has_padding_inside = np.count_nonzero(ids) != np.count_nonzero(mask)  # the id of [PAD] is 0
+    if has_padding_inside or ids.min() < 0 or ids.max() >= len(tokenizer):
         raise DamagedStoreError(
-            f"token ids {ids.min()} to {ids.max()} are not all of {tokenizer.path}: a file of ids was "
-            "changed during the run; the same command builds it again"
+            f"token ids {ids.min()} to {ids.max()} are not all of {tokenizer.path}, or [PAD]: a file of ids "
+            "was changed during the run; the same command builds it again"
         )
     draws = (rows, Masker.count_draws(max_seq_length))
     input_ids, labels = masker(ids, draw_uniforms(plan.seed, MASKS, step, first_row, draws))

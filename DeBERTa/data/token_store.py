@@ -43,7 +43,7 @@ from DeBERTa.data.files import (
     raise_storage_errors,
     read_chunks,
 )
-from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from DeBERTa.errors import DamagedStoreError, DataError, StorageError, VocabularyError
 
 FORMAT = 3
@@ -74,10 +74,12 @@ class StoreMeta:
     recipe: dict[str, Any] | None = None  # the inputs of `prepare`, if it wrote the text
 
     def is_valid(self) -> bool:
-        """Return whether this is of the present format, and all values have their types."""
+        """Return whether this is of the present format, and its values have their types and are possible."""
         values, defaults = asdict(self), asdict(StoreMeta(recipe=self.recipe))
         is_typed = all(type(value) is type(defaults[name]) for name, value in values.items())
         is_counted = all(value >= 0 for value in values.values() if isinstance(value, int))
+        is_counted &= max(self.lines, self.longest, self.unknown) <= self.num_tokens
+        is_counted &= self.longest_line <= 1 + self.text.get("bytes", 0)
         return self.format == FORMAT and is_typed and is_counted and isinstance(self.recipe, dict | None)
 
 
@@ -383,11 +385,12 @@ def _read_lines(text: Path, file: BinaryIO, progress: bool) -> Iterator[bytes]:
 class _PieceLookup(dict[bytes, int]):
     """Ids by UTF-8 piece.
 
-    Missing pieces are counted and get the id of [UNK].
+    Missing pieces, and [PAD], which is no text, are counted and get the id of [UNK].
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__((piece.encode(), index) for index, piece in enumerate(tokenizer.pieces))
+        del self[SPECIAL_PIECES[tokenizer.pad_id].encode()]
         self.unk_id, self.unknown = tokenizer.unk_id, 0
         self.examples: list[str] = []
 

@@ -15,6 +15,7 @@ from DeBERTa.hub.published import FROM_DISCRIMINATOR, LoadedWeights, LoadOptions
 from DeBERTa.hub.vocabulary import VocabularyMap
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path
+from DeBERTa.training.run_dir import format_value
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,9 @@ def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
     known = {k: v for k, v in convert_hub_config(values, str(config_path)).items() if k in fields}
     there = describe_computation(ModelConfig.from_dict(fields | known, str(config_path)))
     differing = [
-        f"{name} ({there.get(name, 'none')} there, {value} here)"
+        f"{name} ({format_value(there.get(name))} there, {format_value(value)} here)"
         for name, value in describe_computation(config).items()
-        if there.get(name, "none") != value
+        if there.get(name) != value
     ]
     if differing:
         raise ConfigError(

@@ -89,6 +89,7 @@ class MetricsLog:
         """
         self._path, self._texts, self._is_writer = path, texts, is_writer
         self._started = time.monotonic() - elapsed_seconds
+        self._size = 0  # bytes of the file when a line was written last
         # By split ("replay": that of --replay) and step.
         self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in texts}
         if is_writer and not first_step:
@@ -112,6 +113,7 @@ class MetricsLog:
         if self._is_writer:
             with raise_storage_errors(self._path), open(self._path, "a", opener=open_regular) as file:
                 file.write(text)
+                self._size = file.tell()
 
     @property
     def elapsed_seconds(self) -> float:
@@ -129,8 +131,9 @@ class MetricsLog:
         if kind in self._texts:
             self.evaluations[kind][step] = finite
             line["text_sha256"] = self._texts[kind]
-        if self._is_writer and not self._path.exists():
-            logger.warning("%s was removed during the run: it starts again at step %d", self._path, step)
+        if self._is_writer and (self._path.stat().st_size if self._path.exists() else 0) < self._size:
+            message = "%s was removed or truncated during the run: lines from before step %d are missing"
+            logger.warning(message, self._path, step)
         self._append(json.dumps(line) + "\n")
 
     def sync(self) -> None:

@@ -42,12 +42,12 @@ def compute_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     return nn.utils.get_total_norm(rows)
 
 
-def count_warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Return `--warmup` in steps.
+def count_warmup_steps(warmup: float, total_steps: int) -> int:
+    """Return the value of `--warmup` in steps.
 
     Values of at least 1 are steps, and smaller ones a proportion of `total_steps`.
     """
-    return round(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
+    return round(warmup if warmup >= 1 else warmup * total_steps)
 
 
 def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> float:
@@ -58,7 +58,7 @@ def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> flo
     the updates (`wsd`: warm-up, stable, decay; Hu et al., MiniCPM, section 4). It depends on nothing else, so
     that a resumed run, also one made longer, has the rates of an uninterrupted one.
     """
-    warmup, end = count_warmup_steps(config, total_steps), config.lr_schedule_ends
+    warmup, end = count_warmup_steps(config.warmup, total_steps), config.lr_schedule_ends
     if update < warmup:
         return update / warmup
     start = max(warmup, round(WSD_DECAY_START * total_steps)) if config.lr_schedule == "wsd" else warmup
@@ -71,7 +71,7 @@ def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> flo
 
 def describe_schedule(config: TrainConfig, total_steps: int) -> str:
     """Return the schedule in words."""
-    warmup, kind = count_warmup_steps(config, total_steps), config.lr_schedule
+    warmup, kind = count_warmup_steps(config.warmup, total_steps), config.lr_schedule
     if kind == "constant":
         return f"warm-up {warmup:,}, constant"
     if kind == "wsd":

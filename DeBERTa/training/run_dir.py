@@ -3,6 +3,7 @@
 Final models are model/ (MLM), or generator/ and discriminator/ (RTD), as hub/export.py writes them.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -32,6 +33,7 @@ from DeBERTa.training.checkpoint import (
     rename_damaged,
     write_json,
 )
+from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.run_lock import LOCK, RunLock
 from DeBERTa.training.worker import LOGS
 
@@ -174,19 +176,23 @@ def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> 
 
 
 def omit_length(old: dict, new: dict, step: int) -> dict:
-    """Return the saved flags without those that a longer run may change.
+    """Return the saved flags without the number of steps, if there are more now, and an equal warm-up.
 
-    These are the number of steps, and a warm-up that is the same proportion of it or over at `step`.
+    A longer run has the warm-up of the shorter one as it was given. Otherwise, steps and a proportion may be
+    equal. Earlier versions recorded a proportion in steps, as an int.
     """
     steps, more = old.get("num_training_steps"), new.get("num_training_steps", 0)
-    if not isinstance(steps, int) or more <= steps:
+    if not isinstance(steps, int) or more < steps:
         return old
-    text = "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps"
-    logger.info(text, steps, step, more)
-    is_free = max(old["warmup"], new["warmup"]) <= step
-    # Both are rounded to steps.
-    is_free |= abs(old["warmup"] * more - new["warmup"] * steps) <= (steps + more) / 2
-    return {k: v for k, v in old.items() if k != "num_training_steps" and not (is_free and k == "warmup")}
+    omitted, warmup = [], old.get("warmup")
+    if more > steps:
+        text = "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps"
+        logger.info(text, steps, step, more)
+        omitted.append("num_training_steps")
+    if isinstance(warmup, int) or (isinstance(warmup, float) and more == steps):
+        is_equal = count_warmup_steps(warmup, steps) == count_warmup_steps(new["warmup"], steps)
+        omitted += ["warmup"] * is_equal
+    return {name: value for name, value in old.items() if name not in omitted}
 
 
 def list_differences(old: dict, new: dict, ignored: Collection[str] = ()) -> list[str]:
@@ -200,7 +206,7 @@ def list_differences(old: dict, new: dict, ignored: Collection[str] = ()) -> lis
 
 def format_value(value: object) -> object:
     """Return the value of a setting as a message shows it."""
-    return "none" if value is None else value
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

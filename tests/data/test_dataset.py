@@ -170,9 +170,9 @@ def test_without_replay_nothing_is_replayed(store, tokenizer, masker):
     assert [len(lines) for lines in batches.select_global_lines(5)] == [24, 0]
 
 
-@pytest.mark.parametrize("value", [-1, 2008, 2**31 - 1])
+@pytest.mark.parametrize("value", [-1, 0, 2008, 2**31 - 1])
 def test_ids_that_change_during_a_run_end_it(prepared, tokenizer, masker, tmp_path, value):
-    """They were verified when the store was opened; what cannot be an id is found in its batch."""
+    """They were verified when the store was opened; what cannot be an id in a line is found in its batch."""
     text = Path(shutil.copy(prepared / "train.txt", tmp_path / "train.txt"))
     store = open_store(text, tokenizer, max_tokens=62)
     batches = training(store, tokenizer, masker, batch_size=len(store))

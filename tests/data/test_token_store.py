@@ -127,6 +127,14 @@ def test_text_of_another_vocabulary_is_refused(text):
     assert not get_store_path(text).exists()
 
 
+def test_padding_is_no_text(text, capsys):
+    set_up_logging()
+    text.write_text("▁the ▁of ▁and ▁in\n" * 100 + "▁the [PAD]\n")
+    store = open_store(text, TOKENIZER, 62)
+    assert store[100].tolist() == [TOKENIZER.piece_to_id["▁the"], TOKENIZER.unk_id]
+    assert "1 of 402 pieces" in capsys.readouterr().err
+
+
 def test_written_unknown_pieces_are_not_unknown(text):
     text.write_text("[UNK] [UNK] ▁the\n")
     assert open_store(text, TOKENIZER, 62).meta.unknown == 0
@@ -225,10 +233,11 @@ def test_a_pipe_in_place_of_a_store_is_replaced(text):
     "change",
     [
         {"format": 1}, {"format": "3"}, {"longest": "5"}, {"longest": 62.0}, {"lines": None}, {"unknown": -7},
+        {"unknown": 10**9}, {"longest": 10**30}, {"longest_line": 10**9},
         {"unknown": True}, {"text_sha256": None}, {"recipe": []}, {"num_tokens": 10**30}, {"num_tokens": -1},
     ],
 )  # fmt: skip
-def test_metadata_of_other_types_is_rebuilt(text, change):
+def test_metadata_that_cannot_be_is_rebuilt(text, change):
     open_store(text, TOKENIZER, 62)
     path = get_store_path(text)
     content = path.read_bytes()

@@ -76,7 +76,7 @@ def test_directories_without_weights(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"position_biased_input": True}, "position_biased_input (True there, False here)"),
+        ({"position_biased_input": True}, "position_biased_input (true there, false here)"),
         ({"pos_att_type": ["c2p"]}, "pos_att_type (c2p there, c2p|p2c here)"),
         ({"share_att_key": False}, "share_att_key"),
         ({"norm_rel_ebd": "none"}, "norm_rel_ebd"),
@@ -85,7 +85,7 @@ def test_directories_without_weights(tmp_path):
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps"),
         ({"relative_attention": False}, "pos_att_type (none there, c2p|p2c here)"),
         ({"hidden_act": "swiglu"}, "hidden_act must be one of"),
-        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"model_type": "bert"}, 'model_type is "bert"'),
         ({"pos_att_type": "c2p|p2c", "num_hidden_layers": 9, "new_key": 1, "conv_act": "relu"}, None),
     ],
 )

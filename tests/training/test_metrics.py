@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up_is_named(tmp_path, prepared):
 
 
 def test_a_file_that_is_removed_or_replaced(tmp_path, caplog):
-    """Later lines go to the file that is there, and a removed one is reported."""
+    """Later lines go to the file that is there; one that was removed or truncated is reported."""
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0, TEXTS)
     log.write(1, "train", {})
@@ -174,12 +174,19 @@ def test_a_file_that_is_removed_or_replaced(tmp_path, caplog):
     log.write(3, "train", {})
     log.write(4, "train", {})
     assert [line["step"] for line in read(path)] == [3, 4]
-    assert caplog.text.count(f"{path} was removed during the run: it starts again at step 3") == 1
+    message = f"{path} was removed or truncated during the run: lines from before step"
+    assert caplog.text.count(f"{message} 3 are missing") == 1
+    os.truncate(path, 0)
+    log.write(5, "train", {})
+    log.write(6, "train", {})
+    assert [line["step"] for line in read(path)] == [5, 6]
+    assert caplog.text.count(f"{message} 5 are missing") == 1
+    assert caplog.text.count(message) == 2
     path.unlink()
     path.symlink_to(tmp_path / "precious")
     (tmp_path / "precious").write_text("text")
     with pytest.raises(StorageError, match="cannot write"):
-        log.write(5, "train", {})
+        log.write(7, "train", {})
     assert (tmp_path / "precious").read_text() == "text"
 
 

@@ -161,6 +161,6 @@ def test_other_schedules():
 
 
 def test_warmup_in_steps_or_as_a_proportion():
-    assert count_warmup_steps(train_config(warmup=10000.0), 1_000_000) == 10000
-    assert count_warmup_steps(train_config(warmup=0.05), 1000) == 50
-    assert count_warmup_steps(train_config(warmup=0.0), 1000) == 0
+    assert count_warmup_steps(10000.0, 1_000_000) == 10000
+    assert count_warmup_steps(0.05, 1000) == 50
+    assert count_warmup_steps(0.0, 1000) == 0

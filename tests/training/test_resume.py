@@ -82,6 +82,8 @@ def test_a_run_is_made_longer_by_the_same_command(tmp_path, prepared):
     status, output = run(flags | {"num_training_steps": 20})
     assert status == 0, output
     assert "resuming from step 6 at 0.7 of the peak learning rate" in output
+    for warmup, status in ((0.6, 1), (0.5, 0)):  # another is refused, and the one before is not
+        assert run(flags | {"num_training_steps": 40, "warmup": warmup})[0] == status
 
 
 def test_a_run_of_epochs_is_made_longer(tmp_path, prepared):

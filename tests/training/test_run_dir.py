@@ -59,13 +59,25 @@ def test_a_setting_that_is_missing_is_shown_in_words(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("warmup", "longer", "is_refused"), [(3, 10, False), (3, 11, False), (3, 20, True), (3, 3, False)]
+    ("saved", "given", "is_same", "is_same_in_longer"),
+    [
+        (0.5, 0.5, True, True),
+        (3.0, 3.0, True, True),
+        (0.5, 3.0, True, False),
+        (3.0, 0.5, True, False),
+        (0.5, 0.45, True, False),
+        (0.5, 0.6, False, False),
+        (3, 0.5, True, True),  # an earlier version recorded steps
+        (3, 3.0, True, True),
+        (3, 0.6, False, False),
+    ],
 )
-def test_a_longer_run_may_warm_up_in_proportion(tmp_path, warmup, longer, is_refused):
-    """Of 6 and of 20 steps."""
-    saved = settings(num_training_steps=6, warmup=warmup)
-    with pytest.raises(ConfigError, match="warmup") if is_refused else contextlib.nullcontext():
-        check_same_run(saved, settings(num_training_steps=20, warmup=longer), tmp_path, step=6)
+def test_warm_up_in_steps_or_in_proportion(tmp_path, saved, given, is_same, is_same_in_longer):
+    """Of a run of 6 steps, and of that run made longer."""
+    for steps, is_accepted in ((6, is_same), (20, is_same_in_longer)):
+        with contextlib.nullcontext() if is_accepted else pytest.raises(ConfigError, match="warmup"):
+            old = settings(num_training_steps=6, warmup=saved)
+            check_same_run(old, settings(num_training_steps=steps, warmup=given), tmp_path, step=6)
 
 
 @pytest.fixture
