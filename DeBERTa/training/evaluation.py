@@ -49,8 +49,8 @@ def evaluate(
     """Return metrics over the first `num_counted` batches of each rank.
 
     MLM: loss (nats per masked token), perplexity, accuracy. RTD: the same for the generator; for the
-    discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, and ROC
-    AUC, on tokens sampled from the generator. None where nothing is counted.
+    discriminator loss (nats per token), accuracy, precision and recall of "replaced" at logit 0, recall at
+    precision 0.5, and ROC AUC, on tokens sampled from the generator. None where nothing is counted.
 
     token_counts: int64 [ids], how often each id occurs in the training text. With it, the ROC AUC that the
     rarity of a token alone gives is included.
@@ -84,7 +84,9 @@ def evaluate(
 
 
 def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> Metrics:
-    """Return accuracy, precision and recall of "replaced" at score 0, and ROC AUC.
+    """Return accuracy, precision and recall of "replaced" at score 0, and of all thresholds.
+
+    The latter are ROC AUC, and the recall at a precision of at least 0.5.
 
     Precision is undefined (None) where no token is classified as replaced, recall where none is. Loss and
     accuracy of the best constant answer are included: the entropy of the share of replaced tokens (nats), and
@@ -98,6 +100,7 @@ def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> Metri
         "discriminator_accuracy": float((positive == replaced).mean()),
         "discriminator_precision": hits / int(positive.sum()) if positive.any() else None,
         "discriminator_recall": hits / int(replaced.sum()) if replaced.any() else None,
+        "discriminator_recall_at_precision_50": compute_recall_at_precision(scores, replaced, 0.5),
         "discriminator_auc": compute_roc_auc(scores, replaced),
         "discriminator_replaced": share,
         "discriminator_replaced_entropy": sum(-p * math.log(p) for p in (share, 1 - share) if p),
@@ -122,3 +125,19 @@ def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float | None:
     average_rank = last_rank - (sizes - 1) / 2
     rank_sum = float(average_rank[group[replaced]].sum())
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def compute_recall_at_precision(scores: np.ndarray, replaced: np.ndarray, precision: float) -> float | None:
+    """Return the largest recall of "replaced" that a threshold reaches with at least `precision`.
+
+    0 when no threshold reaches it. None when no token is replaced.
+
+    `scores` float [N], `replaced` bool [N].
+    """
+    if not replaced.any():
+        return None
+    order = np.argsort(-scores)
+    hits = np.cumsum(replaced[order])
+    is_threshold = np.append(np.diff(scores[order]) != 0, True)  # equal scores are not separated
+    is_reached = hits >= precision * np.arange(1, len(hits) + 1)
+    return int(hits[is_threshold & is_reached].max(initial=0)) / int(hits[-1])

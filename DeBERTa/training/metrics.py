@@ -207,6 +207,7 @@ FORMATS = {
     "discriminator_majority_accuracy": "(from the majority class alone {:.1%})",
     "discriminator_precision": "precision {:.1%}",
     "discriminator_recall": "recall {:.1%}",
+    "discriminator_recall_at_precision_50": "recall at 50% precision {:.1%}",
     "discriminator_auc": "ROC AUC {:.3f}",
     "discriminator_rarity_auc": "(from the rarity of tokens alone {:.3f})",
     "tokens_per_second": "{:,.0f} tokens/s",

@@ -13,6 +13,7 @@ from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.training.evaluation import (
     compute_detection_metrics,
+    compute_recall_at_precision,
     compute_roc_auc,
     evaluate,
 )
@@ -45,6 +46,27 @@ def test_auc_extremes():
     assert compute_roc_auc(scores, np.ones(4, bool)) is None
 
 
+@pytest.mark.parametrize("precision", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("seed", range(5))
+def test_recall_at_precision_against_scikit_learn(seed, precision):
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(seed)
+    replaced = generator.random(300) < 0.2
+    scores = np.round(generator.normal(size=300) + seed / 2 * replaced, 1).astype(np.float32)  # with ties
+    precisions, recalls, _ = metrics.precision_recall_curve(replaced, scores)
+    expected = recalls[precisions >= precision].max()
+    assert compute_recall_at_precision(scores, replaced, precision) == pytest.approx(expected, abs=1e-12)
+
+
+def test_recall_at_precision_extremes():
+    scores, replaced = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])
+    assert compute_recall_at_precision(scores, replaced, 1.0) == 1.0
+    assert compute_recall_at_precision(-scores, replaced, 0.6) == 0.0
+    assert compute_recall_at_precision(-scores, replaced, 0.5) == 1.0
+    assert compute_recall_at_precision(np.zeros(4), np.arange(4) == 0, 0.5) == 0.0
+    assert compute_recall_at_precision(scores, np.zeros(4, bool), 0.5) is None
+
+
 def test_precision_and_recall():
     scores = np.array([2.0, 1.0, -1.0, 3.0, -2.0, -3.0])
     replaced = np.array([True, False, True, True, False, False])
@@ -52,6 +74,7 @@ def test_precision_and_recall():
     assert metrics["discriminator_accuracy"] == pytest.approx(4 / 6)
     assert metrics["discriminator_precision"] == pytest.approx(2 / 3)
     assert metrics["discriminator_recall"] == pytest.approx(2 / 3)
+    assert metrics["discriminator_recall_at_precision_50"] == 1
     assert metrics["discriminator_replaced"] == pytest.approx(3 / 6)
 
 
