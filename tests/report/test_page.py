@@ -67,7 +67,9 @@ def test_a_run_writes_it(rtd):
     curves = {"ROC AUC", "Perplexity", "Learning rate", "Gradient norm", "Throughput", "Peak memory"}
     assert curves <= set(titles)
     assert "Other metrics" not in titles
-    assert "<title>discriminator recall at precision 50</title></polyline>" in (rtd / "report.html").read_text()
+    assert (
+        "<title>discriminator recall at precision 50</title></polyline>" in (rtd / "report.html").read_text()
+    )
     assert format_page([read_run(rtd)]) == (rtd / "report.html").read_text()
 
 
