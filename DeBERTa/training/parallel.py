@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from DeBERTa.config import TrainConfig
+from DeBERTa.data.batch import Batch
 from DeBERTa.errors import DamagedCheckpointError
 from DeBERTa.model.encoder import Layer
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.training.distributed import broadcast_value, get_world_size, is_distributed, is_rank_zero
 
 # PyTorch 2.13 renames the second to the first, and warns of the old name.
@@ -45,9 +47,15 @@ class Objective(nn.Module):
         return method(*args, **kwargs)
 
 
-def wrap_parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Return the objective to call for `model`, with rank 0's weights on all ranks.
+def wrap_parallel(
+    model: MaskedLanguageModel | RTDModel,
+    parts: dict[str, nn.Module],
+    config: TrainConfig,
+    device: torch.device,
+) -> dict[str, nn.Module]:
+    """Return the objectives to call for the parts of `model`, with rank 0's weights on all ranks.
 
+    parts: the modules with an update of their own; they contain all parameters.
     `--sharding none`: DDP. Every rank holds parameters, gradients and optimizer state.
     `--sharding zero2`: FSDP2 with `reshard_after_forward=False`. Gradients, optimizer state and, between
     steps, parameters are sharded. Parameters are all-gathered once per micro-batch, in the forward pass.
@@ -56,22 +64,68 @@ def wrap_parallel(model: nn.Module, config: TrainConfig, device: torch.device) -
 
     Sharding replaces the parameters: build optimizers after this. To evaluate only, nothing is wrapped.
     """
-    objective = Objective(model)
+    objectives = {name: Objective(part) for name, part in parts.items()}
     if not is_distributed() or not config.do_train:
-        return objective
+        return dict(objectives)
     if config.sharding == "none":
-        # Which parameters have no gradient depends on the config: position tables, for example, where
-        # positions are relative. Finding them takes a traversal of the graph per step.
-        return DistributedDataParallel(objective, find_unused_parameters=True, gradient_as_bucket_view=True)
-    for tensor in model.state_dict().values():
+        ordered = order_by_gradient(model)
+        return {name: replicate(objective, ordered) for name, objective in objectives.items()}
+    return {name: shard(objective, config, device) for name, objective in objectives.items()}
+
+
+def shard(objective: Objective, config: TrainConfig, device: torch.device) -> Objective:
+    """Shard the parameters of an objective and of the layers in it by FSDP2, with rank 0's values."""
+    for tensor in objective.state_dict().values():
         dist.broadcast(tensor, src=0)
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    for module in model.modules():
+    for module in objective.modules():
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh, reshard_after_forward=config.sharding == "fsdp")
             register_fsdp_forward_method(module, "decode")
     fully_shard(objective, mesh=mesh, reshard_after_forward=False)
     return objective
+
+
+def replicate(objective: Objective, ordered: list[nn.Parameter]) -> DistributedDataParallel:
+    """Return the objective under DDP, whose buckets follow `ordered` from the first step on.
+
+    DDP first has one bucket for all gradients, and after its first backward pass several, in the order of
+    that pass. From three ranks on, other buckets mean sums in another order. A resumed run would therefore
+    have other bits after its first step, if a backward pass that computes nothing did not come before.
+    With `find_unused_parameters` buckets stay. It was not taken: it traverses the graph and reduces a map of
+    used parameters in every step, for which a GPU waits, and the relative-position table, whose gradient is
+    complete last, is in one of the first buckets and holds back the others.
+    """
+    own = set(objective.parameters())
+    ordered = [parameter for parameter in ordered if parameter in own]
+    for parameter in own - set(ordered):
+        parameter.requires_grad_(False)  # DDP would wait for its gradient
+    replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    # Backward passes go from the last summand to the first.
+    replicated(lambda: torch.stack([parameter.sum() for parameter in reversed(ordered)]).sum()).backward()
+    replicated.zero_grad(set_to_none=True)
+    return replicated
+
+
+def order_by_gradient(model: MaskedLanguageModel | RTDModel) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient, in the order in which it is complete.
+
+    Which ones have none depends on the config: position tables, for example, where positions are relative.
+    They are found by a backward pass of the plain model on the meta device, which computes nothing.
+    """
+    parameters, ordered = dict(model.named_parameters()), []
+    with torch.device("meta"):
+        twin = type(model)(model.config)  # type: ignore[arg-type]  # the config is of this type
+    for name, parameter in twin.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ordered.append(parameters[name]))
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    batch = Batch.from_tensors(ids, ids > 0, ids, torch.zeros(1, 2)).to(torch.device("meta"))
+    if isinstance(twin, RTDModel):
+        generated, detected = twin(batch)
+        (generated.masked.loss.sum() + detected.loss).backward()
+    else:
+        twin.compute_masked_loss(batch, sample=False).loss.sum().backward()
+    return ordered
 
 
 def sync_gradients(objective: nn.Module, is_last: bool) -> AbstractContextManager:

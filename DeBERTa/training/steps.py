@@ -52,11 +52,10 @@ class TrainingStep:
         self.total_steps = total_steps
         self.scaler = build_loss_scaler(precision, device)
         self.guard = UpdateGuard(config, device)
-        self.wrapped: dict[str, nn.Module] = {}  # what DDP or FSDP wraps for an update, by its name
-        self.optimizers: dict[str, torch.optim.AdamW] = {}
-        for name, models in self.list_updates().items():
-            self.wrapped[name] = wrap_parallel(models[0][0] if len(models) == 1 else model, config, device)
-            self.optimizers[name] = build_optimizer(models, config)
+        updates = self.list_updates()
+        parts = {name: models[0][0] if len(models) == 1 else model for name, models in updates.items()}
+        self.wrapped = wrap_parallel(model, parts, config, device)  # by the name of the update
+        self.optimizers = {name: build_optimizer(models, config) for name, models in updates.items()}
 
     def list_updates(self) -> dict[str, list[tuple[nn.Module, float]]]:
         """Return the models of each update, with their peak learning rates."""
