@@ -14,7 +14,6 @@ MAX_LINE_BYTES = 64 << 10
 # Kinds of blocks, by what a document is in them.
 TEXT, PARAGRAPHS, LINES, JSON_LINES, STRINGS = "text", "paragraphs", "lines", "JSON lines", "strings"
 BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n")
-BLANK_LINES = (b"\n\n", b"\n\r\n", b"\n \n")
 JSON_VALUE = re.compile(rb'\s*(\[\s*\{\s*"|\{\s*\n\s*")')  # an array of objects, an object over several lines
 TAR_MARK = 257  # where a tar archive has "ustar"
 ARCHIVES = {
@@ -53,8 +52,8 @@ def find_block_end(block: bytes, kind: str) -> int:
     if kind == JSON_LINES:
         return block.rfind(b"\n") + 1
     if kind == PARAGRAPHS:
-        end = max(block.rfind(mark) + len(mark) for mark in BLANK_LINES)
-        if end > max(map(len, BLANK_LINES)):
+        end = max((match.end() for match in BLANK_LINE.finditer(block)), default=0)
+        if end:
             return end
     line_end = max(block.rfind(b"\n"), block.rfind(b"\r"))
     if line_end >= 0:

@@ -97,6 +97,8 @@ def test_formats_and_compressions_by_content(tmp_path, compression, form):
     for name in ("data", "data.xz", "data.txt"):
         (tmp_path / name).write_bytes(packed)
         assert read(tmp_path / name) == DOCUMENTS
+    (tmp_path / "empty").write_bytes(pack(b""))
+    assert read(tmp_path / "empty") == []
     if compression != "plain":
         (tmp_path / "damaged").write_bytes(packed[: len(packed) * 2 // 3])
         with pytest.raises(DataError, match=r"damaged is not a complete \w+ file"):
@@ -123,6 +125,7 @@ def test_documents_of_records(tmp_path):
         ("one\ntwo\n\nthree\n \t\n\n four \n", ["one\ntwo", "three", "four"]),
         ("one\r\ntwo\r\n\r\nthree\r\n", ["one\ntwo", "three"]),
         ("one\ntwo\nthree", ["one", "two", "three"]),
+        ("".join(f"{n}\n{n}.\n \t \n" for n in range(500)), [f"{n}\n{n}." for n in range(500)]),
         ('{"not": "text"} is how JSON looks\n{\n', ['{"not": "text"} is how JSON looks', "{"]),
         ("", []),
     ],
