@@ -127,14 +127,20 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
     }
     if "data_dir" not in given:
         corpus, length = corpus or preset.corpus, given.get("max_seq_length", preset.max_seq_length)
-        folder = get_cache_dir() / corpus / str(length)
+        folder, vocabulary = get_cache_dir() / corpus / str(length), choose_vocabulary(preset, corpus)[0]
+        if vocabulary != CORPORA[corpus][0]:
+            folder = folder.with_name(f"{length}-published")
         if "vocab_path" in given:  # another vocabulary gives another text
             if not Path(given["vocab_path"]).is_file():
                 raise UsageError(f"--vocab_path {given['vocab_path']}: there is no such file; check the path")
             folder = folder.with_name(f"{length}-{hash_file(Path(given['vocab_path']))[:8]}")
-        vocabulary = str(get_cache_dir() / CORPORA[corpus][0])
-        values |= {"data_dir": str(folder), "vocab_path": vocabulary}
+        values |= {"data_dir": str(folder), "vocab_path": str(get_cache_dir() / vocabulary)}
     return values
+
+
+def choose_vocabulary(preset: Preset, corpus: str) -> tuple[str, int]:
+    """Return the entry of `CORPORA` with the vocabulary: of published weights, if any, else of the text."""
+    return CORPORA["wikitext-103" if preset.is_continued else corpus]
 
 
 def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]:
@@ -148,10 +154,11 @@ def list_preparation(flags: Mapping[str, Any], config: TrainConfig) -> list[str]
     """
     if "data_dir" in flags:
         return []
-    corpus = flags.get("corpus") or PRESETS[flags["preset"]].corpus
+    preset = PRESETS[flags["preset"]]
+    corpus = flags.get("corpus") or preset.corpus
     arguments = ["--corpus", corpus, "--output", config.data_dir]
     arguments += ["--max_seq_length", str(config.max_seq_length)]
-    pieces = CORPORA[corpus][1]
+    pieces = choose_vocabulary(preset, corpus)[1]
     if "vocab_path" in flags:
         arguments += ["--vocab_path", flags["vocab_path"]]
     elif pieces:

@@ -237,6 +237,10 @@ def test_flags_override_the_preset(tmp_path, monkeypatch):
             ["--preset", "deberta-v3-base", "--corpus", "sample", "--max_seq_len", "64"],
             "--corpus sample --output C/sample/64 --max_seq_length 64 --train_vocab 8000",
         ),
+        (  # published weights, and so their vocabulary
+            ["--preset", "deberta-v3-small-continue", "--corpus", "sample"],
+            "--corpus sample --output C/sample/512-published --max_seq_length 512",
+        ),
         (
             ["--preset", "bert-base", "--vocab_path", "V"],
             "--corpus wikitext-103 --output C/wikitext-103/512-H --max_seq_length 512 --vocab_path V",
@@ -260,7 +264,11 @@ def test_what_is_prepared_for_a_preset(flags, expected, tmp_path, monkeypatch):
     )
     assert read_preset_flags(flags) == expected.split()
     if expected:
-        assert parse_flags(flags).data_dir in expected.split()
+        config = parse_flags(flags)
+        assert config.data_dir in expected.split()
+        if "--vocab_path" not in flags:
+            folder = "sample" if "--train_vocab" in expected else "deberta-v3-base"
+            assert config.vocab_path == str(tmp_path / folder / "spm.model")
 
 
 def test_a_request_to_save_while_data_is_prepared_does_nothing(tmp_path):
