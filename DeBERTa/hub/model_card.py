@@ -70,6 +70,8 @@ def format_card(name: str, config: dict[str, Any], run: RunRecord | None) -> str
 def _format_run(run: RunRecord) -> list[str]:
     """Return the sections about recipe, data, results and losses."""
     recipe = {name: run.train[name] for name in RECIPE if name in run.train}
+    if not run.train.get("replay"):
+        recipe.pop("replay_share", None)
     last: dict = next((row for row in reversed(run.rows) if row["kind"] == "valid"), {})
     results = {k: f"{v:.5g}" for k, v in last.items() if is_number(v) and k not in NO_RESULTS}
     return [

@@ -24,6 +24,7 @@ SETTINGS = {
         "tag": "my-run",
         "learning_rate": 1e-4,
         "lr_schedule": "wsd",
+        "replay": "/private/old",
         "replay_share": 0.2,
         "data_dir": "/private/data",
         "task_name": "MLM",
@@ -68,6 +69,12 @@ def test_card_up_to_a_step(tmp_path):
     card = format_card("model", get_config(), read_made_run(tmp_path, step=4))
     assert "## Recipe, up to step 4\n" in card
     assert "Validation" not in card
+
+
+def test_no_share_without_replay(tmp_path):
+    run = read_made_run(tmp_path)
+    del run.train["replay"]
+    assert "replay_share" not in format_card("model", get_config(), run)
 
 
 def test_card_without_a_run(tmp_path):
