@@ -13,7 +13,7 @@ PACKAGES = ["onnx", "onnxscript", "onnx_ir", "onnxruntime", "ml_dtypes", "protob
 def test_onnx(tmp_path):
     python = make_environment(tmp_path / "venv", alone=PACKAGES, packages=[])
     result = subprocess.run(
-        [python, "-m", "pytest", "tests/hub/test_onnx.py"],
+        [python, "-m", "pytest", "tests/hub/test_onnx.py", "-k", "test_encoder"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
