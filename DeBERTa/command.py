@@ -1,9 +1,13 @@
 """What all commands share: messages and exit status."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
 
+from DeBERTa.data.files import name_file
 from DeBERTa.errors import DebertaError, ReportedError, describe_os_error
 from DeBERTa.log import secure_console, set_up_logging
 
@@ -20,7 +24,10 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
         secure_console()
     set_up_logging()
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            write_output("")  # what is not written yet, such as the text of --help
     except DebertaError as error:
         if not isinstance(error, ReportedError):
             logger.error("%s", error)
@@ -31,3 +38,21 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     except KeyboardInterrupt:
         logger.error("%s", interrupted)
         return 130
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            discard_unwritten(stream)
+
+
+def write_output(text: str) -> None:
+    """Write to standard output at once; raise `OSError`, naming it, where that is not possible."""
+    with name_file(Path("standard output")):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def discard_unwritten(stream: TextIO) -> None:
+    """Discard what cannot be written: Python would try it again at its end, and fail with a traceback."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from DeBERTa.command import run_command
+from DeBERTa.command import run_command, write_output
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.inference import TokenProbability, detect_replaced, open_model
@@ -25,7 +25,7 @@ def show_tokens(argv: Sequence[str] | None) -> None:
     parser.add_argument("--html", action="store_true", help="print a page instead of lines")
     arguments = parser.parse_args(argv)
     tokens = detect_replaced(*open_model(arguments.model, ReplacedTokenDetectionModel), arguments.text)
-    sys.stdout.write(format_page(tokens) if arguments.html else format_lines(tokens, sys.stdout.isatty()))
+    write_output(format_page(tokens) if arguments.html else format_lines(tokens, sys.stdout.isatty()))
 
 
 def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:

@@ -5,6 +5,9 @@ A message is one sentence `what: why; what to do`, lower case, without a period.
 
 import errno
 
+# What is at the path is of another kind: more space or another permission would not help.
+IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL)
+
 
 class DebertaError(Exception):
     """The base class of all errors of the package.
@@ -88,11 +91,14 @@ class ReportedError(DebertaError):
     """An error that was logged and passed to the launcher already."""
 
 
-def describe_os_error(error: OSError, advice: str = "") -> str:
+def describe_os_error(error: OSError, advice: str = "", other: str = "path") -> str:
     """Return a message with the name of the file, the reason of the failure and `advice`.
 
-    Where the reason is too many open files, the advice is another one.
+    Where the reason is too many open files, or what is at the path, the advice is another one; `other`: what
+    to give another of.
     """
     if error.errno in (errno.EMFILE, errno.ENFILE):
         advice = "; raise `ulimit -n`"
+    if error.errno in IN_THE_WAY:
+        advice = f"; remove what is in the way, or give another {other}"
     return f"{error.filename or 'input or output'}: {error.strerror or error}{advice}"

@@ -66,7 +66,8 @@ def export(arguments: argparse.Namespace) -> None:
             logger.info("%s: %s", exported.name, output / exported.name)
     except OSError as error:
         raise StorageError(
-            f"cannot write the export: {describe_os_error(error)}; free space there, or give another --output"
+            "cannot write the export: "
+            f"{describe_os_error(error, '; free space there, or give another --output', '--output')}"
         ) from error
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from DeBERTa.command import run_command
+from DeBERTa.command import run_command, write_output
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.inference import fill_masks, open_model
@@ -31,7 +31,7 @@ def show_predictions(argv: Sequence[str] | None) -> None:
         "\n".join(f"{probability:7.2%}  {piece.replace(WORD_MARK, ' ')}" for piece, probability in block)
         for block in blocks
     )
-    sys.stdout.write("\n\n".join(lines) + "\n")
+    write_output("\n\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

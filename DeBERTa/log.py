@@ -72,13 +72,14 @@ class StderrHandler(logging.Handler):
     last_time = 0.0  # of the last message, monotonic clock
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
+        """Write one record, which is lost where it cannot be written."""
         StderrHandler.last_time = time.monotonic()
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         start = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
         message = CONTROL.sub(lambda match: ascii(match[0])[1:-1], level + record.getMessage())
-        tqdm.write("\n".join(start + line for line in message.split("\n")), file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write("\n".join(start + line for line in message.split("\n")), file=sys.stderr)
+            sys.stderr.flush()
 
 
 def set_up_logging(level: str = "info") -> None:

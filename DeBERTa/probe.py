@@ -116,8 +116,10 @@ def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Pat
     """Return the figures of both probes for the weights in `path`, and log them."""
     is_detector = "mask_predictions.classifier.bias" in weights
     kind = ReplacedTokenDetectionModel if is_detector else MaskedLanguageModel
-    model = kind(config).eval()
-    model.load_state_dict(select_weights(model, weights, path))
+    with torch.device("meta"):  # wrong sizes are found without memory for them
+        model = kind(config)
+    model.load_state_dict(select_weights(model, weights, path), assign=True)
+    model.float().eval()
     corpus = read_corpus(vocabulary, config.max_position_embeddings)
     figures = probe_tags(model, corpus) | measure_random_weights(kind, config, vocabulary)
     figures |= probe_pairs(model, corpus, Tokenizer(vocabulary))

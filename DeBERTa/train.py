@@ -31,7 +31,7 @@ from DeBERTa.data.loader import translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
+from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError, MemoryLimitError
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
@@ -44,7 +44,7 @@ from DeBERTa.training.execution import explain_precision, resolve_compile, resol
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
-from DeBERTa.training.memory import MODEL, keep_freed_memory, translate_memory_errors
+from DeBERTa.training.memory import MODEL, keep_freed_memory, measure_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
@@ -117,6 +117,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
 
     torch.manual_seed(config.seed)
     with translate_memory_errors(MODEL):
+        check_size(model_config, config, device)
         model = build_model(model_config)
         loaded = load_initial_weights(config, model, tokenizer)
         model = model.to(device)
@@ -276,6 +277,18 @@ def build_model(model_config: ModelConfig | RTDConfig) -> Model:
     if isinstance(model_config, ModelConfig):
         return MaskedLanguageModel(model_config)
     return RTDModel(model_config)
+
+
+def check_size(model_config: ModelConfig | RTDConfig, config: TrainConfig, device: torch.device) -> None:
+    """Raise `MemoryLimitError` if the model cannot fit the memory, which takes minutes to fill."""
+    with torch.device("meta"):
+        size = sum(parameter.nbytes for parameter in build_model(model_config).parameters())
+    what, limit = "weights alone", measure_memory()
+    if device.type == "cpu" and config.do_train and config.sharding == "none":
+        what, size = "weights with gradients and moments", 4 * size
+    if size > limit:
+        sizes = f"{what} take {size / 1e9:,.1f} GB of {limit / 1e9:,.1f}"
+        raise MemoryLimitError(f"out of memory ({sizes}): {MODEL}")
 
 
 def load_trained(config: TrainConfig, model: Model) -> None:

@@ -110,7 +110,7 @@ def test_errors(finished, tmp_path, capsys):
     (run_dir / "export").touch()
     status, error = fails(capsys, run_dir)
     assert status == 1
-    assert "give another --output" in error
+    assert error.endswith("Not a directory; remove what is in the way, or give another --output")
     weights = get_checkpoint_path(run_dir, 6) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     status, error = fails(capsys, run_dir, "--step", 6, "--output", tmp_path / "out")

@@ -1,6 +1,8 @@
 """The command that fills masks."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.fill_mask import main
 from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.hub.inference import fill_masks, open_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY, strip_times
 from tests.hub.exported import VOCABULARY, build_model
 
 TEXT = "The [MASK] of the [MASK]."
@@ -29,19 +31,40 @@ def test_predictions(tmp_path, capsys):
         assert lines == [f"{p:7.2%}  {piece.replace(chr(0x2581), ' ')}" for piece, p in predictions]
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def run_in_shell(redirections: str, *arguments: str) -> subprocess.CompletedProcess:
+    script = f'unset PYTHONUNBUFFERED; "$0" -m DeBERTa.fill_mask "$@" {redirections}'
+    command = ["bash", "-c", script, sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_closed_output(tmp_path, closed):
     """No traceback, and the status of the command, as all commands."""
     (generator, _) = list_models(build_model("deberta-v3"))
     write_model(generator, tmp_path / "generator", Tokenizer(VOCABULARY), None)
     for text, status in ((TEXT, 0), ("nothing to fill", 1)):
-        script = f'"$0" -m DeBERTa.fill_mask "$1" "$2" {closed}'
-        arguments = [sys.executable, str(tmp_path / "generator"), text]
-        done = subprocess.run(
-            ["bash", "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        done = run_in_shell(closed, str(tmp_path / "generator"), text)
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[TEXT], [TEXT, "--top_k", "2000"], ["--help"]])
+def test_a_full_output(tmp_path, arguments):
+    """The result cannot be written: one sentence, and not the status of a success."""
+    (generator, _) = list_models(build_model("deberta-v3"))
+    write_model(generator, tmp_path / "generator", Tokenizer(VOCABULARY), None)
+    done = run_in_shell(">/dev/full", str(tmp_path / "generator"), *arguments)
+    assert done.returncode == 1
+    assert strip_times(done.stderr) == "error: standard output: No space left on device\n"
+
+
+def test_a_pipe_in_place_of_weights(tmp_path, capsys):
+    os.mkfifo(tmp_path / "model.safetensors")
+    shutil.copy(VOCABULARY, tmp_path / "spm.model")
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert main([str(tmp_path), TEXT]) == 1
+    message = f"no weights file {tmp_path}/model.safetensors: it is not a regular file; check the path"
+    assert message in capsys.readouterr().err
 
 
 def test_text_in_another_encoding(tmp_path, capsys):

@@ -96,7 +96,7 @@ def read_file(path: str | Path) -> bytes:
     """
     with open(path, "rb", opener=open_regular) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
-            raise OSError(errno.EFBIG, f"more than {MAX_BYTES >> 20} MB", str(path))
+            raise OSError(errno.EINVAL, f"more than {MAX_BYTES >> 20} MB", str(path))
         return file.read(MAX_BYTES)
 
 
@@ -127,10 +127,13 @@ def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iter
 
     A partial file that is not committed is removed. With `resume`, existing content is kept at the start, and
     a partial file with content is not removed at the end. Links are replaced, not written to. `parents`:
-    whether missing directories are created. Raises `StorageError` if the file cannot be written.
+    whether missing directories are created. Raises `StorageError` if the file cannot be written, and where
+    `path` is a directory, a pipe or a device.
     """
     partial = get_partial_path(path)
     with raise_storage_errors(path):
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         while True:

@@ -221,6 +221,8 @@ def write_store(path: Path) -> Iterator[TokenStoreWriter]:
                 reason = f"it is a directory with other files ({', '.join(others[:3])})"
                 raise FileExistsError(errno.EEXIST, reason, str(path))
             shutil.rmtree(path)
+        elif path.is_fifo():
+            path.unlink()
     with open_partial(path) as tokens, tempfile.TemporaryFile(dir=path.parent) as offsets:
         yield TokenStoreWriter(path, tokens, offsets)
 
@@ -279,6 +281,8 @@ def list_parts(text: Path) -> list[Path]:
     if text.is_file():
         return [text]
     parts = sorted(part for part in text.glob("*.txt") if part.is_file())
+    if not parts and text.exists():
+        raise DataError(f"no prepared text {text}: it is neither a file nor a directory of parts; remove it")
     if not parts:
         raise DataError(f"no prepared text {text}: the file does not exist; write it with prepare_data.py")
     names = {part.name for part in parts}

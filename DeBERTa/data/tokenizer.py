@@ -56,7 +56,7 @@ class Tokenizer:
             model = read_file(self.path)
         except OSError as error:
             what = f"cannot read the vocabulary {self.path}"
-            raise VocabularyError(f"{what}: {error.strerror}; check --vocab_path") from error
+            raise VocabularyError(f"{what}: {error.strerror}; check the path") from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             if not model:

@@ -70,17 +70,19 @@ def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Prompt
     Raises `ConfigError` if `directory` is not that of a model, or is that of a model with another head.
     """
     path = directory / "model.safetensors"
-    if not path.is_file():
+    if not path.exists():
         models = ", ".join(str(path.parent) for path in sorted(directory.glob("*/model.safetensors")))
         hint = f"give one of {models}" if models else "python -m DeBERTa.export writes one from a run"
         raise ConfigError(f"{directory}: no model.safetensors, so not the directory of a model; {hint}")
     encoder = PromptEncoder(Tokenizer(directory / "spm.model"))
-    model, weights = model_class(ModelConfig.from_json(directory / "config.json")), read_weights(path)
+    config, weights = ModelConfig.from_json(directory / "config.json"), read_weights(path)
     head, other = HEADS[model_class]
     if head not in weights:
         raise ConfigError(f"{directory}: the model has another head ({head} is missing); try {other}")
-    model.load_state_dict(select_weights(model, weights, path))
-    return model.eval(), encoder
+    with torch.device("meta"):  # wrong sizes are found without memory for them
+        model = model_class(config)
+    model.load_state_dict(select_weights(model, weights, path), assign=True)
+    return model.float().eval(), encoder
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ def read_weights(path: str | Path) -> StateDict:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"no weights file {path}: it does not exist; check the path")
+        reason = "it is not a regular file" if path.exists() else "it does not exist"
+        raise ConfigError(f"no weights file {path}: {reason}; check the path")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except ConfigError:

@@ -38,7 +38,7 @@ def report() -> None:
     flags = parser.parse_args()
     runs = [read_run(path) for path in flags.runs]
     page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
-    write_report(runs, page)
+    write_report(runs, page.resolve())  # a link stays, and what it points to is replaced
     for run in runs if flags.reference else ():
         for finding in compare_with_reference(run):
             logger.info("%s: %s: %s %s", run.name, *finding)
@@ -78,7 +78,7 @@ def draw_png(runs: list[RunRecord], path: Path) -> None:
             line = {"color": f"C{curve.color}", "ls": ("-", "--", ":", "-.")[curve.dash]}
             axes.plot(*np.transpose(curve.points), label=curve.label, **line)
         axes.legend(fontsize=8)
-    with open_atomic(path) as file:
+    with open_atomic(path.resolve()) as file:
         figure.savefig(file, format="png")
 
 

@@ -117,7 +117,7 @@ def write_checkpoint(
         advice = f"{space}; free space there, or move the run directory and give its new path as --output_dir"
         raise StorageError(
             f"cannot write the checkpoint of step {snapshot.step} to {path.parent}: "
-            f"{describe_os_error(error, advice)}{resume}"
+            f"{describe_os_error(error, advice, '--output_dir')}{resume}"
         ) from error
     prune(run_dir, snapshot.step, keep_last, best)
     return path

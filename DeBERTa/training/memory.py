@@ -46,8 +46,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, -1)
     libc.mallopt(M_TOP_PAD, 64 << 20)
     libc.mallopt(M_MMAP_MAX, 0)
-    page = os.sysconf("SC_PAGE_SIZE")
-    size = min([page * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()]) // 2
+    page, size = os.sysconf("SC_PAGE_SIZE"), measure_memory() // 2
     block = libc.malloc(size)  # the heap's end moves up, and stays there when the block is freed
     if block:
         libc.madvise(-(-block // page) * page, size - page, MADV_HUGEPAGE)
@@ -72,6 +71,11 @@ def translate_memory_errors(advice: str = MICRO_BATCHES) -> Iterator[None]:
         request = REQUEST.search(str(error))
         size = f" ({request[0].lower()})" if request else ""
         raise MemoryLimitError(f"out of memory{size}: {advice}") from error
+
+
+def measure_memory() -> int:
+    """Return the memory of the host that this process may use, in bytes."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()])
 
 
 def read_memory_limits() -> list[int]:

@@ -81,7 +81,7 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
     except OSError as error:
         raise StorageError(
             f"cannot write the run directory {run_dir}: "
-            f"{describe_os_error(error, '; give another --output_dir')}"
+            f"{describe_os_error(error, '; give another --output_dir', '--output_dir')}"
         ) from error
     return step, lock
 
@@ -92,15 +92,14 @@ def check_file_types(run_dir: Path) -> None:
     Opening or reading a pipe or a device might never end; a linked lock would overwrite another file.
     """
     for path in run_dir.iterdir():
-        wanted = "file or a directory"
+        is_right, problem = path.is_file() or path.is_dir() or not path.exists(), "is a pipe or a device"
         if path.name == "checkpoints":
-            is_right, wanted = path.is_dir(), "directory"
+            is_right, problem = path.is_dir(), "must be a directory"
         elif path.name == LOCK:
-            is_right, wanted = path.is_file() and not path.is_symlink(), "file, which no link may stand for"
-        else:
-            is_right = path.is_file() or path.is_dir() or not path.exists()
+            is_right = path.is_file() and not path.is_symlink()
+            problem = "must be a file, which no link may stand for"
         if not is_right:
-            raise StorageError(f"{path} must be a {wanted}; remove it")
+            raise StorageError(f"{path} {problem}; remove it")
 
 
 def move_previous_run(run_dir: Path, inputs: list[Path]) -> None:

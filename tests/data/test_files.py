@@ -86,6 +86,19 @@ def test_a_full_disk_is_a_storage_error():
         file.write(b"content")
 
 
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    """More space would not help."""
+    path = Path("/dev/null") if kind == "device" else tmp_path / "path"
+    if kind != "device":
+        (Path.mkdir if kind == "directory" else os.mkfifo)(path)
+    before = path.stat().st_mode
+    reason = "not a regular file; remove what is in the way, or give another path"
+    with pytest.raises(StorageError, match=f"^cannot write {path}: {reason}$"), open_atomic(path):
+        pass
+    assert path.stat().st_mode == before
+
+
 def test_a_path_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError) as error, open_atomic(tmp_path / "file" / "below"):
@@ -172,7 +185,7 @@ def test_a_pipe_does_not_block_the_start(tmp_path):
         read_json(tmp_path / "config.json")
     with pytest.raises(VocabularyError, match=r"spm\.model: not a regular file; check"):
         Tokenizer(tmp_path / "spm.model")
-    with pytest.raises(VocabularyError, match=r"cannot write a vocabulary to .*spm\.model"):
+    with pytest.raises(StorageError, match=r"cannot write .*spm\.model\.json: not a regular file; remove"):
         find_or_train_vocabulary([GOLDEN / "input.txt"], 300, tmp_path / "spm.model")
     with pytest.raises(DataError, match="no metrics"):
         read_run(tmp_path)

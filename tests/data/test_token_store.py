@@ -164,6 +164,13 @@ def test_text_without_lines(text, content):
         open_store(text, TOKENIZER, 62)
 
 
+def test_a_pipe_in_place_of_a_text(text):
+    text.unlink()
+    os.mkfifo(text)
+    with pytest.raises(DataError, match=r"train\.txt: it is neither a file nor a directory of parts"):
+        open_store(text, TOKENIZER, 62)
+
+
 def test_missing_text(tmp_path):
     with pytest.raises(DataError, match=r"valid\.txt: .*prepare_data\.py"):
         open_store(tmp_path / "valid.txt", TOKENIZER, 62)

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,21 @@ def test_one_run_and_several(runs, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["a"] * 4 + ["b"] * 4
     assert rows[-1] == {"run": "b", "step": "2", "kind": "valid", "loss": "0.5"}
+
+
+def test_where_the_page_cannot_go(runs, tmp_path):
+    """A device is not replaced by a file, and a link to a file stays."""
+    reason = "not a regular file; remove what is in the way, or give another path"
+    assert report(runs[0], "--html", "/dev/full") == (1, f"error: cannot write /dev/full: {reason}\n")
+    assert Path("/dev/full").is_char_device()
+    status, output = report(runs[0], "--csv", "/dev/full")
+    assert status == 1
+    assert output.startswith("error: cannot write /dev/full: No space left on device (")
+    (tmp_path / "page.html").touch()
+    (tmp_path / "link").symlink_to("page.html")
+    assert report(runs[0], "--html", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page.html").stat().st_size
 
 
 def test_png(runs, tmp_path):

@@ -610,4 +610,4 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, prepared):
         .splitlines()[-1]
         .startswith(f"error: cannot write the run directory {tmp_path / 'file'}/run: ")
     )
-    assert "Not a directory; give another --output_dir" in output
+    assert "Not a directory; remove what is in the way, or give another --output_dir" in output

@@ -1,6 +1,7 @@
 """Memory limits of control groups, which may be absent, and errors when memory runs out."""
 
 import errno
+import json
 import shlex
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import torch
 
 from DeBERTa.errors import MemoryLimitError
 from DeBERTa.training.memory import read_memory_limits, translate_memory_errors
-from tests.conftest import ROOT, strip_times
-from tests.runs import PATIENCE, command, tiny_flags
+from tests.conftest import ROOT, strip_times, tiny_model
+from tests.runs import PATIENCE, command, run, tiny_flags
 
 # In a process of its own: the configuration of the heap lasts as long as the process.
 CODE = """
@@ -53,7 +54,7 @@ BATCH = ("micro-batches are too", "--accumulative_update", "--train_batch_size",
         ({"vocab_size": 100_000_000}, ("the model is too large", "--model_config", "--vocab_size")),
     ],
 )
-def test_what_is_too_large(tmp_path, prepared, change, named):
+def test_what_does_not_fit_a_limit(tmp_path, prepared, change, named):
     """A real limit of the process, as of a batch system."""
     flags = tiny_flags(tmp_path, prepared) | change
     line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
@@ -64,8 +65,29 @@ def test_what_is_too_large(tmp_path, prepared, change, named):
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = strip_times(done.stderr).splitlines()[-1]
-    assert last.startswith("error: out of memory (tried to allocate "), done.stderr
+    assert last.startswith("error: out of memory ("), done.stderr
     assert [part for part in named if part not in last] == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers must be at least 1 and at most 1000, not 1000000000",
+        ),
+        ({"intermediate_size": 2**30}, "out of memory (weights with gradients and moments take 2,"),
+        ({"position_buckets": 2**31 - 1}, "out of memory (weights with gradients and moments take 2,"),
+        ({"hidden_size": 2**31 - 2, "intermediate_size": 2**31 - 1}, "out of memory: the model is too large"),
+    ],
+)
+def test_a_model_that_is_too_large(tmp_path, prepared, sizes, named):
+    """It is found before any memory is taken."""
+    flags = tiny_flags(tmp_path, prepared, "MLM")
+    flags["model_config"].write_text(json.dumps(tiny_model() | sizes))
+    status, output = run(flags)
+    assert status == 1
+    assert f"error: {named}" in output or f": {named}" in output
 
 
 def test_limits_are_bytes():

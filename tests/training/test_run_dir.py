@@ -115,7 +115,7 @@ def test_nested_settings_get_dotted_names():
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, kind, fresh):
     (os.mkfifo if kind == "pipe" else lambda path: path.symlink_to("/dev/zero"))(tmp_path / name)
-    with pytest.raises(StorageError, match=rf"{name} must be a file or a directory; remove it"):
+    with pytest.raises(StorageError, match=rf"{name} is a pipe or a device; remove it"):
         open_run_dir(tmp_path, settings(), {}, fresh)
 
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_without_settings_is_refused(tmp_path, section, value):
 
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot write the run directory .*; give another --output_dir"):
+    with pytest.raises(StorageError, match=r"cannot write the run directory .* give another --output_dir"):
         open_run_dir(tmp_path / "file" / "run", settings(), {}, fresh=False)
 
 
