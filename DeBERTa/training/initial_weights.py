@@ -41,12 +41,15 @@ def load_initial_weights(
     options = LoadOptions(config.fresh_head, resize)
     if isinstance(model, MaskedLanguageModel) and config.init_model:
         path = find_weights(config.init_model, "model", model.config)
+        check_vocabulary(path, tokenizer, config.resize_vocab)
         return {"model": load_masked_lm(model, path, options)}
     if isinstance(model, RTDModel) and config.init_generator:
         source: str | Path = config.init_generator
         if source != FROM_DISCRIMINATOR:
             source = find_weights(config.init_generator, "generator", generator.config)
+            check_vocabulary(source, tokenizer, config.resize_vocab)
         path = find_weights(config.init_discriminator, "discriminator", model.config.discriminator)
+        check_vocabulary(path, tokenizer, config.resize_vocab)
         return load_rtd(model, source, path, options)
     return {}
 
@@ -78,11 +81,25 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
         path = fetch_from_hub(reference, (GENERATOR_FILE,), hint)
     else:
         path = fetch_from_hub(reference, MODEL_FILES, "give a file")
-        with suppress(DownloadError):  # it is compared if there is one
-            fetch_from_hub(reference, ("config.json",), "give a file")
+        for name in ("config.json", VOCABULARY_FILE):
+            with suppress(DownloadError):  # it is compared if there is one
+                fetch_from_hub(reference, (name,), "give a file")
     if path.name != GENERATOR_FILE:  # the config.json beside that is the discriminator's
         check_silent_settings(path, role, config)
     return path
+
+
+def check_vocabulary(path: Path, tokenizer: Tokenizer, resize_vocab: str) -> None:
+    """Raise `ConfigError` if the vocabulary in the directory of a file has other pieces than `tokenizer`.
+
+    With `resize_vocab` it may.
+    """
+    own = path.with_name(VOCABULARY_FILE)
+    if not resize_vocab and own.is_file() and Tokenizer(own).pieces != tokenizer.pieces:
+        raise ConfigError(
+            f"{path} is of another vocabulary than {tokenizer.path}: it is that of {own}; give it as "
+            "--vocab_path with text prepared with it, or as --resize_vocab"
+        )
 
 
 def find_in_directory(directory: Path, role: str) -> Path:
