@@ -64,6 +64,7 @@ class Bounds:
 
 Limit = Bounds | tuple[str, ...] | None  # of the values of a field: numbers, or choices
 FROM_ONE, FROM_ZERO = Bounds(1), Bounds(0)
+PROCESSES = Bounds(0, 1024)  # of one machine
 # For figures in float32, with room for their products.
 POSITIVE, NOT_NEGATIVE = Bounds(0.0, 1e30, excludes_minimum=True), Bounds(0.0, 1e30)
 PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_maximum=True)
@@ -406,7 +407,7 @@ class TrainConfig(Config):
     train_batch_size: int = _flag(256, "batch size over all ranks", FROM_ONE, "sequences per optimizer step")
     accumulative_update: int = _flag(1, "micro-batches per step of a rank, to need less memory", FROM_ONE)
     eval_batch_size: int = _flag(32, "batch size of the evaluation", FROM_ONE, "sequences", RESUME)
-    workers: int = _flag(2, "data workers; 0: none", FROM_ZERO, "processes per rank", RESUME | NODE)
+    workers: int = _flag(2, "data workers; 0: none", PROCESSES, "processes per rank", RESUME | NODE)
     seed: int = _flag(42, "seed of weights, data order, masks, dropout and sampling", Bounds(0, 2**63 - 1))
 
     num_training_steps: int = _flag(
@@ -463,7 +464,7 @@ class TrainConfig(Config):
     )
 
     nproc_per_node: int = _flag(
-        0, "ranks on this node; 0: one per GPU, or one", FROM_ZERO, "processes", RESUME | NODE, group="ranks"
+        0, "ranks on this node; 0: one per GPU, or one", PROCESSES, "processes", RESUME | NODE, group="ranks"
     )
     sharding: str = _flag(
         "none",
@@ -496,6 +497,9 @@ class TrainConfig(Config):
             yield "--dry_run tries training: give --do_train, too"
         if batch % parts:
             yield f"--train_batch_size {batch} is not a multiple of --accumulative_update {parts}"
+        if self.do_train and batch < (least := parts * self.nproc_per_node):
+            ranks = f"--nproc_per_node {self.nproc_per_node}"
+            yield f"--train_batch_size {batch} is too small for {ranks}: give at least {least}"
         if not (self.num_training_steps or self.num_train_epochs):
             yield "--num_train_epochs must be above 0 when --num_training_steps is not given"
         if self.lr_schedule == "constant" and self.lr_schedule_ends:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from DeBERTa import command
+from DeBERTa.config import LARGEST
 from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.encode import Recipe
 from DeBERTa.data.files import get_cache_dir
@@ -158,8 +159,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--check and --train_vocab exclude each other": arguments.check and arguments.train_vocab is not None,
         "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
         "--shard and fractions are for --input": not has_input and (arguments.shard or sum(fractions)),
-        "fractions must be at least 0, and below 1 together": min(fractions) < 0 or sum(fractions) >= 1,
-        "--workers must be at least 1": arguments.workers is not None and arguments.workers < 1,
+        "fractions must be at least 0, and below 1 together": not (
+            min(fractions) >= 0 and sum(fractions) < 1
+        ),
+        "--workers must be from 1 to 1024": arguments.workers is not None
+        and not 1 <= arguments.workers <= 1024,
+        f"--train_vocab must be at most {LARGEST}": (arguments.train_vocab or 0) > LARGEST,
+        f"--max_seq_length must be at most {LARGEST}": arguments.max_seq_length > LARGEST,
         "--character_coverage must be from 0.98 to 1": not 0.98 <= arguments.character_coverage <= 1,
         f"--max_seq_length must be at least {MIN_SEQ_LENGTH}": arguments.max_seq_length < MIN_SEQ_LENGTH,
     }

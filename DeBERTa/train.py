@@ -27,11 +27,11 @@ import torch
 from DeBERTa import command
 from DeBERTa.config import FREE_PER_NODE, ModelConfig, RTDConfig, TrainConfig
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, Replay, TrainingBatches
-from DeBERTa.data.loader import translate_worker_errors
+from DeBERTa.data.loader import BYTES_PER_TOKEN, translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError, MemoryLimitError
+from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
@@ -44,7 +44,7 @@ from DeBERTa.training.execution import explain_precision, resolve_compile, resol
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
-from DeBERTa.training.memory import MODEL, keep_freed_memory, measure_memory, translate_memory_errors
+from DeBERTa.training.memory import MODEL, check_size, keep_freed_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
@@ -117,7 +117,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
 
     torch.manual_seed(config.seed)
     with translate_memory_errors(MODEL):
-        check_size(model_config, config, device)
+        check_model_size(model_config, config, device)
         model = build_model(model_config)
         loaded = load_initial_weights(config, model, tokenizer)
         model = model.to(device)
@@ -226,6 +226,7 @@ def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> 
         )
     store = open_split(config, config.data_dir, "train", tokenizer)
     plan = BatchPlan(config.seed, batch, config.max_seq_length, distributed.get_rank(), ranks)
+    check_size(plan.max_tokens * BYTES_PER_TOKEN, "a batch of one rank", "give a smaller --train_batch_size")
     replay = None
     if config.replay:
         share = Fraction(config.replay_share).limit_denominator(10_000)
@@ -279,16 +280,16 @@ def build_model(model_config: ModelConfig | RTDConfig) -> Model:
     return RTDModel(model_config)
 
 
-def check_size(model_config: ModelConfig | RTDConfig, config: TrainConfig, device: torch.device) -> None:
-    """Raise `MemoryLimitError` if the model cannot fit the memory, which takes minutes to fill."""
+def check_model_size(
+    model_config: ModelConfig | RTDConfig, config: TrainConfig, device: torch.device
+) -> None:
+    """Raise `MemoryLimitError` if the model cannot fit the memory."""
     with torch.device("meta"):
         size = sum(parameter.nbytes for parameter in build_model(model_config).parameters())
-    what, limit = "weights alone", measure_memory()
+    what = "the weights alone"
     if device.type == "cpu" and config.do_train and config.sharding == "none":
-        what, size = "weights with gradients and moments", 4 * size
-    if size > limit:
-        sizes = f"{what} take {size / 1e9:,.1f} GB of {limit / 1e9:,.1f}"
-        raise MemoryLimitError(f"out of memory ({sizes}): {MODEL}")
+        what, size = "the weights with gradients and moments", 4 * size
+    check_size(size, what, MODEL)
 
 
 def load_trained(config: TrainConfig, model: Model) -> None:

@@ -131,6 +131,8 @@ def test_nes_allows_different_widths():
         ({"replay_share": 4e-5}, "--replay_share must be at least 0.0001"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0.0 and below 1.0, not 1.0"),
         ({"num_train_epochs": 0.0}, "--num_train_epochs"),
+        ({"nproc_per_node": 300}, "--train_batch_size 256 is too small for --nproc_per_node 300"),
+        ({"workers": 10_000}, "--workers must be at least 0 and at most 1024"),
         ({"num_training_steps": 2**31}, "--num_training_steps must be at least 0 and at most 2147483647"),
         ({"seed": 2**63}, "--seed"),
         ({"kernels": "off", "attention": "sdpa"}, "--kernels off"),

@@ -73,6 +73,15 @@ def translate_memory_errors(advice: str = MICRO_BATCHES) -> Iterator[None]:
         raise MemoryLimitError(f"out of memory{size}: {advice}") from error
 
 
+def check_size(size: int, what: str, advice: str) -> None:
+    """Raise `MemoryLimitError` if `size` bytes exceed the memory, which would take minutes to fill."""
+    limit = measure_memory()
+    if size > limit:
+        raise MemoryLimitError(
+            f"out of memory ({what}: {size / 1e9:,.1f} GB of {limit / 1e9:,.1f}): {advice}"
+        )
+
+
 def measure_memory() -> int:
     """Return the memory of the host that this process may use, in bytes."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()])
