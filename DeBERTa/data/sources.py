@@ -46,6 +46,7 @@ SAMPLE_BLOCK_BYTES = 64 << 10
 STDIN = Path("-")
 HEAD_BYTES = 512
 PARQUET = b"PAR1"
+LZMA = b"\x5d\0\0"  # of the format before xz, .lzma
 BZIP2 = (b"1AY&SY", b"\x17rE8P\x90")  # after "BZh" and a digit: a block, or the end of an empty file
 ROWS = 64  # of Parquet, per batch
 TEXT_TYPES = re.compile(r"(large_)?string|dictionary<values=(large_)?string")
@@ -220,7 +221,7 @@ def open_compressed(path: Path, beginning: bytes, rest: IO[bytes]) -> tuple[IO[b
     stream: Any = io.BufferedReader(_Resumed(beginning, rest))
     if beginning.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.open(stream)), "gzip"
-    if beginning.startswith(b"\xfd7zXZ\0"):
+    if beginning.startswith((b"\xfd7zXZ\0", LZMA)):
         return lzma.open(stream), "xz"
     if beginning.startswith(b"BZh") and beginning[4:10] in BZIP2:
         return bz2.open(stream), "bzip2"

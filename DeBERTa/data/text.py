@@ -19,6 +19,7 @@ TAR_MARK = 257  # where a tar archive has "ustar"
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
     b"\x04\x22\x4d\x18": "lz4 data", b"\x1f\x9d": "a .Z file", b"%PDF-": "a PDF document",
+    b"\x1f\x8b": "compressed twice", b"\xfd7zXZ": "compressed twice", b"\x28\xb5\x2f\xfd": "compressed twice",
 }  # fmt: skip
 MAX_BAD_SHARE = 0.05  # of invalid bytes and control characters in text
 

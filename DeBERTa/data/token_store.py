@@ -368,7 +368,7 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
         if meta.unknown > MAX_UNKNOWN_SHARE * meta.num_tokens:
             raise VocabularyError(
                 f"{text} does not fit the vocabulary {tokenizer.path}: "
-                f"{meta.unknown / meta.num_tokens:.2%} of its pieces are not in it, for example "
+                f"{meta.unknown / meta.num_tokens:.2%} of its pieces are not in it, or [PAD], for example "
                 f"{', '.join(lookup.examples)}; pass the --vocab_path of the text, or prepare it again"
             )
         writer.commit()

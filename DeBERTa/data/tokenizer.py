@@ -6,6 +6,7 @@ file: it takes the id right after the last piece, as in the published models.
 
 import hashlib
 import io
+import re
 import string
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ ROLES = ("pad", "bos", "eos", "unk")  # what SentencePiece calls them
 SPECIAL, STARTS_WORD, CONTINUES_WORD, PUNCTUATION = range(4)  # kinds of pieces, for masking of words
 
 # SentencePiece drops training sentences above 4192 bytes; longer ones are split below that.
+MOST_PIECES = 10_000_000
 MAX_SENTENCE_BYTES = 4000
 # SentencePiece also drops sentences with these characters: it uses U+2585 itself.
 DROPPING = {0: " ", 0x2585: " "}
@@ -151,8 +153,8 @@ def train_vocabulary(sentences: Iterable[str], size: int, character_coverage: fl
     Raises `VocabularyError` if the text does not suit the size.
     """
     failure = f"cannot train a vocabulary of {size} pieces"
-    if size <= len(SPECIAL_PIECES):
-        raise VocabularyError(f"{failure}: it is too small; pass some thousands")
+    if not len(SPECIAL_PIECES) < size <= MOST_PIECES:
+        raise VocabularyError(f"{failure}: no text suits that number; pass some thousands")
     special: dict[str, Any] = {f"{role}_id": index for index, role in enumerate(ROLES)}
     special |= {f"{role}_piece": piece for role, piece in zip(ROLES, SPECIAL_PIECES, strict=True)}
     model = io.BytesIO()
@@ -179,9 +181,9 @@ def _explain_training_error(message: str) -> str:
     if "Vocabulary size too high" in message:
         limit = message.rpartition("<=")[2].strip(" .")
         return f"there is too little text for more than {limit}; pass a smaller number"
-    if "smaller than required_chars" in message:
-        advice = "pass a larger number, or --character_coverage 0.9995 to leave out rare characters"
-        return f"the text has more different characters; {advice}"
+    if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+        advice = "pass more, or leave out rare characters of the text by --character_coverage 0.9995"
+        return f"its characters and printable ASCII take {found[1]}; {advice}"
     if "sentences_.empty()" in message:
         return "there is no text; check the input"
     return f"{message}; pass another number"

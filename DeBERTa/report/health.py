@@ -76,7 +76,7 @@ def measure_text(data_dir: str, vocab_path: str) -> tuple[float, float, float] |
     tokens = store.tokens[:TEXT_TOKENS]
     shares = np.bincount(tokens, minlength=len(tokenizer)) / len(tokens)
     starts, cut = (float(shares[tokenizer.piece_kinds == k].sum()) for k in (STARTS_WORD, CONTINUES_WORD))
-    entropy = -sum(share * math.log(share) for share in shares.tolist() if share)
+    entropy = sum(share * math.log(1 / share) for share in shares.tolist() if share)
     # Scripts without spaces have no pieces that start a word.
     return entropy, float(shares[tokenizer.unk_id]), cut if starts > 0.05 else 0.0
 
@@ -126,7 +126,7 @@ def check_generator(run: RunRecord) -> Finding | None:
     """Check that the loss on masked tokens is below what counting tokens gives."""
     loss = run.get_last(f"{get_prefix(run)}loss")
     text = measure_text(str(run.train.get("data_dir")), str(run.train.get("vocab_path")))
-    if not loss or text is None:
+    if not loss or text is None or not text[0]:
         return None
     who = "The generator" if get_prefix(run) else "The model"
     shown = f"Its loss is {loss:.2f} nats; the frequency of tokens alone gives {text[0]:.2f}."
@@ -186,11 +186,13 @@ def check_rate(run: RunRecord) -> Finding | None:
 
 
 def check_stability(run: RunRecord) -> Finding:
-    """Check for spikes, skipped updates, and a loss on masked tokens that rises or is not finite."""
+    """Check for spikes, skipped updates, and a loss on masked tokens that rises or is null."""
     name = f"{get_prefix(run)}loss"
     spikes, skipped = sum(row["kind"] == "spike" for row in run.rows), run.get_last("skipped_steps") or 0
     lost = sum(row.get(name, 0) is None for row in run.rows)
-    shown = f"{spikes} spikes, {skipped:.0f} skipped updates, {lost} losses that are not finite."
+    shown = f"{spikes} spikes, {skipped:.0f} skipped updates, {lost} losses that are null."
+    if lost:
+        shown += " They were not finite, or no token of theirs was masked."
     values = [value for _, value in run.list_values(name)]
     means = [median(values[i : i + 5]) for i in range(0, len(values) - 4, 5)]
     if means and means[-1] > 1.1 * min(means):

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "prepare"
 TEXT = (GOLDEN / "input.txt").read_text()
 DOCUMENTS = [line[:300].strip() for line in TEXT.split("\n") if line[:300].strip()]  # shorter than a block
-COMPRESSIONS = {"gzip": gzip.compress, "xz": lzma.compress, "bzip2": bz2.compress, "plain": bytes}
+COMPRESSIONS = {
+    "gzip": gzip.compress, "xz": lzma.compress, "bzip2": bz2.compress, "plain": bytes,
+    "lzma": partial(lzma.compress, format=lzma.FORMAT_ALONE),
+}  # fmt: skip
 
 
 def compress_zstandard(data: bytes) -> bytes:
@@ -192,6 +196,7 @@ def make_zip() -> bytes:
         lambda: b"some words, then\n" + random.Random(0).randbytes(5000),
         lambda: (GOLDEN / "spm.model").read_bytes(),
         lambda: "Русский текст в старой кодировке\n".encode("cp1251") * 50,
+        lambda: gzip.compress(gzip.compress(TEXT.encode())),
         lambda: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n",
     ],
 )
@@ -200,6 +205,7 @@ def test_binary_data_is_never_to_be_replaced(tmp_path, make: Callable[[], bytes]
     with pytest.raises(DataError) as error:
         read(tmp_path / "i")
     assert "--errors" not in str(error.value)
+    assert "iconv" in str(error.value) or "extract" in str(error.value)
 
 
 def test_a_few_bad_bytes_may_be_replaced(tmp_path):

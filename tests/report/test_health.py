@@ -118,7 +118,7 @@ def test_diverging(tmp_path):
     levels = {finding.title: finding.level for finding in examine(make_run(tmp_path, rows))}
     assert levels["Training diverges"] == PROBLEM
     rows = [{"step": n, "kind": "train", "loss": None} for n in range(60)]
-    assert "60 losses that are not finite" in examine(make_run(tmp_path, rows))[0].text
+    assert "60 losses that are null. They were not finite, or" in examine(make_run(tmp_path, rows))[0].text
 
 
 def test_rows_with_nothing(tmp_path):
