@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -52,6 +57,7 @@ def wrap_parallel(
     parts: dict[str, nn.Module],
     config: TrainConfig,
     device: torch.device,
+    precision: str,
 ) -> dict[str, nn.Module]:
     """Return the objectives to call for the parts of `model`, with rank 0's weights on all ranks.
 
@@ -61,6 +67,7 @@ def wrap_parallel(
     steps, parameters are sharded. Parameters are all-gathered once per micro-batch, in the forward pass.
     `--sharding fsdp`: the parameters of a layer are freed after its forward pass and all-gathered again for
     its backward pass. Those outside of layers (embeddings, heads) are not freed: they are needed again first.
+    Training in bfloat16 on a GPU, both all-gather the parameters of layers in bfloat16.
 
     Sharding replaces the parameters: build optimizers after this. To evaluate only, nothing is wrapped.
     """
@@ -70,17 +77,28 @@ def wrap_parallel(
     if config.sharding == "none":
         ordered = order_by_gradient(model)
         return {name: replicate(objective, ordered) for name, objective in objectives.items()}
-    return {name: shard(objective, config, device) for name, objective in objectives.items()}
+    # On a CPU, autocast leaves the dtype of LayerNorm to its input, and kernels take float32 parameters.
+    dtype = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else None
+    return {name: shard(objective, config, device, dtype) for name, objective in objectives.items()}
 
 
-def shard(objective: Objective, config: TrainConfig, device: torch.device) -> Objective:
-    """Shard the parameters of an objective and of the layers in it by FSDP2, with rank 0's values."""
+def shard(
+    objective: Objective, config: TrainConfig, device: torch.device, dtype: torch.dtype | None
+) -> Objective:
+    """Shard the parameters of an objective and of the layers in it by FSDP2, with rank 0's values.
+
+    dtype: of the layers' parameters in all-gathers and in the forward and backward pass, if not their own.
+    Autocast would cast the same weights after the all-gather. Of LayerNorm the weights alone are rounded. The
+    shards, the reduction of gradients, embeddings and heads stay in float32.
+    """
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for tensor in objective.state_dict().values():
         dist.broadcast(tensor, src=0)
     mesh = init_device_mesh(device.type, (get_world_size(),))
     for module in objective.modules():
         if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh, reshard_after_forward=config.sharding == "fsdp")
+            is_freed = config.sharding == "fsdp"
+            fully_shard(module, mesh=mesh, reshard_after_forward=is_freed, mp_policy=policy)
             register_fsdp_forward_method(module, "decode")
     fully_shard(objective, mesh=mesh, reshard_after_forward=False)
     return objective

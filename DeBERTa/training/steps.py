@@ -54,7 +54,7 @@ class TrainingStep:
         self.guard = UpdateGuard(config, device)
         updates = self.list_updates()
         parts = {name: models[0][0] if len(models) == 1 else model for name, models in updates.items()}
-        self.wrapped = wrap_parallel(model, parts, config, device)  # by the name of the update
+        self.wrapped = wrap_parallel(model, parts, config, device, precision)  # by the name of the update
         self.optimizers = {name: build_optimizer(models, config) for name, models in updates.items()}
 
     def list_updates(self) -> dict[str, list[tuple[nn.Module, float]]]:

@@ -1,16 +1,31 @@
-"""What DDP reduces: parameters that have a gradient, in buckets that are the same after a resume."""
+"""What DDP reduces, in buckets that are the same after a resume, and what FSDP gathers in bfloat16."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.batch import Batch
 from DeBERTa.training.distributed import get_rank, is_rank_zero
-from DeBERTa.training.parallel import load_full_weights, order_by_gradient
+from DeBERTa.training.optimizer import build_optimizer
+from DeBERTa.training.parallel import (
+    Objective,
+    all_gather_full,
+    gather_to_rank_zero,
+    load_full_optimizer_state,
+    load_full_weights,
+    order_by_gradient,
+    replicate,
+    shard,
+)
 from tests.conftest import tiny_model, tiny_rtd
-from tests.training.batches import random_batch
+from tests.training.batches import random_batch, train_config
 from tests.training.ranks import make_step, run_ranks, select_rows
 
 RESUMED = ("gdes-in-2", "es")
@@ -120,3 +135,89 @@ def test_rank_without_masked_tokens(tmp_path):
     """All parameters have a gradient, which is zero: no rank waits for another."""
     run_ranks(2, tmp_path, train_without_masked, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= set(UNMASKED)
+
+
+class FloatNorm(TorchFunctionMode):
+    """Run LayerNorm in float32, as autocast on CUDA does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class GatheredBytes(TorchDispatchMode):
+    """Add up what all-gathers return, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.c10d._allgather_base_.default:
+            self.total[args[0].dtype] += args[0].nbytes
+        return operation(*args, **(kwargs or {}))
+
+
+def train_in_bfloat16(mode: str, dtype: torch.dtype | None, first: int, last: int, state: tuple = ()) -> dict:
+    """Take steps with autocast on a plain MLM model; return losses, state and bytes gathered per step."""
+    torch.manual_seed(7)
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"num_hidden_layers": 4}))
+    config, device = train_config(sharding=mode), torch.device("cpu")
+    if mode == "none":
+        objective = replicate(Objective(model), order_by_gradient(model))
+    else:
+        objective = shard(Objective(model), config, device, dtype)
+    optimizer = build_optimizer([(model, 1e-3)], config)
+    if first:
+        load_full_weights(model, state[0] if state else None)
+        load_full_optimizer_state(optimizer, state[1] if state else None)
+    losses = []
+    for step in range(first, last):
+        torch.manual_seed(step)
+        with GatheredBytes() as gathered:
+            with FloatNorm(), torch.autocast("cpu", torch.bfloat16):
+                masked = objective(model.compute_masked_loss, select_rows(seed=step % 2), sample=False)
+            masked.loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(masked.loss.detach().mean())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+    weights = {name: all_gather_full(tensor).clone() for name, tensor in model.state_dict().items()}
+    return {
+        "losses": torch.stack(losses),
+        "weights": weights,
+        "optimizer": gather_to_rank_zero(optimizer.state_dict()),
+        "gathered": dict(gathered.total),
+    }
+
+
+def gather_in_bfloat16(folder: Path) -> None:
+    found = {"ddp": train_in_bfloat16("none", None, 0, 8)}
+    for mode in ("zero2", "fsdp"):
+        found[f"{mode} float32"] = train_in_bfloat16(mode, None, 0, 8)
+        found[mode] = train_in_bfloat16(mode, torch.bfloat16, 0, 8)
+        half = train_in_bfloat16(mode, torch.bfloat16, 0, 4)
+        state = (half["weights"], half["optimizer"]) if is_rank_zero() else ()
+        found[f"{mode} resumed"] = train_in_bfloat16(mode, torch.bfloat16, 4, 8, state)
+    if is_rank_zero():
+        torch.save(found, folder / "found.pt")
+
+
+def test_gathers_in_bfloat16(tmp_path):
+    """Layers take half the bytes, losses agree with DDP's, and a resumed run has the same bits."""
+    run_ranks(2, tmp_path, gather_in_bfloat16, tmp_path)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for mode, gathers in (("zero2", 1), ("fsdp", 2)):
+        low, full = found[mode], found[f"{mode} float32"]
+        layers = sum(w.nbytes for name, w in low["weights"].items() if ".layer." in name)
+        gathered = low["gathered"][torch.bfloat16]
+        assert full["gathered"][torch.float32] - low["gathered"][torch.float32] == 2 * gathered
+        assert gathered == gathers * layers / 2
+        # Weights of LayerNorm and scaled weights of queries are rounded: 2e-4 in eight steps.
+        torch.testing.assert_close(low["losses"], found["ddp"]["losses"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(full["losses"], found["ddp"]["losses"], rtol=1e-5, atol=0)
+        for name, weight in low["weights"].items():
+            assert torch.equal(found[f"{mode} resumed"]["weights"][name], weight), name
