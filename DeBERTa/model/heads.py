@@ -79,17 +79,20 @@ class EnhancedMaskDecoder(nn.Module):
         is_real = input_mask > 0
         embedded = embeddings.embed(words, input_ids, is_real, None, None)
         hidden_states = encoder(embedded, is_real, len(encoder.layer) - 1)  # the last layer's input
-        queries = hidden_states.gather(1, masked.positions[:, :, None].expand(-1, -1, hidden_states.size(2)))
+        batch, length = input_ids.shape
+        rows = masked.positions + length * torch.arange(batch, device=input_ids.device).unsqueeze(1)
+        # Not an index: `embedding` has a backward pass that adds rows in the same order every time, on a CPU
+        # and on a GPU.
+        queries = nn.functional.embedding(rows, hidden_states.flatten(0, 1))
         passes = 1
         if not self.position_biased_input:
             absolute = embeddings.position_embeddings(embeddings.make_position_ids(input_ids))
-            # Not an index: on a CPU its backward pass adds rows of equal positions in the order of threads.
             queries = queries + nn.functional.embedding(masked.positions, embeddings.embed_proj(absolute)[0])
             passes = 2
-        positions = encoder.compute_relative_positions(input_ids.size(1))
+        positions = encoder.compute_relative_positions(length)
         decode = cast(Layer, encoder.layer[-1]).decode
         decoded = encoder.run(decode, queries, masked.positions, hidden_states, is_real, positions, passes)
-        return decoded.flatten(0, 1).index_select(0, masked.valid_index)
+        return nn.functional.embedding(masked.valid_index, decoded.flatten(0, 1))
 
 
 class ReplacedTokenHead(nn.Module):

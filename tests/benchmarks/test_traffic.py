@@ -27,6 +27,16 @@ def test_one_micro_batch(case, attention):
     assert 0.95 * saved < traffic.saved / 1e9 <= saved
 
 
+@pytest.mark.parametrize(("attention", "attended"), [("triton", 2), ("sdpa", 19)])
+def test_additions_in_any_order(attention, attended):
+    """Without `--deterministic`: the word table's gradient, and the mask decoder's, as the page says."""
+    _, counter = count_micro_batch("rtd_base.json", 2, attention)
+    atomic = ("index_add", "index_put", "scatter_add", "scatter_reduce", "put_")
+    found = {name: calls for name, calls in counter.calls.items() if any(x in name for x in atomic)}
+    assert found == {"index_add_": 1, "scatter_add_": 3}
+    assert counter.calls["_scaled_dot_product_efficient_attention_backward"] == attended
+
+
 def test_counter():
     """Views move nothing, matmuls their operands, lookups and updates their rows; fills are written only."""
     x, table = torch.empty(4, 8, device=META), torch.empty(1000, 8, device=META)
