@@ -94,13 +94,14 @@ def check_compiler(device: torch.device) -> None:
 
 
 def describe_kernels(kernels: str, attention: str, config: TrainConfig, device: torch.device) -> str:
-    """Return a description of the resolved kernels and attention on `device`."""
+    """Return a description of the resolved kernels and attention on `device`, and of TF32 on a GPU."""
     is_compiled = resolve_compile(config, device)
+    tf32 = f", TF32 {'on' if config.tf32 else 'off'}" if device.type == "cuda" else ""
     if kernels == "off":
-        return "plain PyTorch" + (", layers compiled by torch.compile" if is_compiled else "")
+        return "plain PyTorch" + (", layers compiled by torch.compile" if is_compiled else "") + tf32
     from DeBERTa.ops import describe_implementations
 
-    return f"{describe_implementations(device, is_compiled)}, {attention} attention"
+    return f"{describe_implementations(device, is_compiled)}, {attention} attention{tf32}"
 
 
 def resolve_precision(config: TrainConfig, device: torch.device) -> str:

@@ -12,7 +12,13 @@ from torch._dynamo.utils import counters
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Layer
-from DeBERTa.training.execution import check_compiler, resolve_compile, select_kernels, set_execution
+from DeBERTa.training.execution import (
+    check_compiler,
+    describe_kernels,
+    resolve_compile,
+    select_kernels,
+    set_execution,
+)
 from tests.conftest import PATHS, TINY
 from tests.training.batches import random_batch, train_config
 
@@ -252,3 +258,11 @@ def test_what_the_flags_mean_here(flags, expected):
     names = list(model.state_dict())
     assert select_kernels(model, train_config(**flags), CPU) == expected
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("device", "tf32", "end"), [("cuda", True, ", TF32 on"), ("cuda", False, ", TF32 off"), ("cpu", True, "")]
+)
+def test_description_names_tf32_on_a_gpu(device, tf32, end):
+    config = train_config(kernels="off", compile=False, tf32=tf32)
+    assert describe_kernels("off", "eager", config, torch.device(device)) == f"plain PyTorch{end}"
