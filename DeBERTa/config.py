@@ -115,13 +115,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises `ConfigError` when the file is missing or not a JSON object.
     """
     try:
-        values = json.loads(read_file(path))
+        values = json.loads(read_file(path), object_pairs_hook=_refuse_repeated_keys)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable JSON file ({getattr(error, 'strerror', error)})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise `ValueError` where the parser would drop all but the last value of a key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands twice in an object")
     return values
 
 

@@ -125,6 +125,8 @@ def build_config(flags: dict[str, Any]) -> TrainConfig:
     values = read_preset(flags["preset"], flags.get("corpus"), given) if "preset" in flags else {}
     if "config" in flags:
         values = read_settings(flags["config"])
+        if "tag" in given:
+            values.pop("output_dir")  # of the run that is repeated
     if "num_train_epochs" in given:
         values.pop("num_training_steps", None)
     values |= given

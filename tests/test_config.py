@@ -177,6 +177,13 @@ def test_numbers_are_bounded(config, name):
             dataclasses.replace(usual, **{name: value}).validate()
 
 
+def test_a_key_that_stands_twice(tmp_path):
+    path = tmp_path / "twice.json"
+    path.write_text('{"hidden_size": 48, "layers": {"n": 1}, "hidden_size": 24}')
+    with pytest.raises(ConfigError, match=r"twice.json: .* \(a key stands twice in an object\)"):
+        ModelConfig.from_json(path)
+
+
 def test_wrong_types_are_shown_as_json():
     for value, shown in ((None, "null"), (True, "true"), ([None], "[null]"), ({"a": False}, '{"a": false}')):
         with pytest.raises(ConfigError) as error:

@@ -19,6 +19,7 @@ from DeBERTa import (
 )
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.flags import parse_flags
 from DeBERTa.train import get_full_model, main
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
@@ -204,6 +205,8 @@ def test_a_run_is_repeated_from_its_settings(flags, tmp_path):
     assert read_equal_metrics(tmp_path / "again") == read_equal_metrics(run)
     result = train("--config", tmp_path / "again" / "config.json")  # the finished run, from its own settings
     assert result.returncode == 0, result.stderr
+    values = parse_flags(["--config", str(run / "config.json"), "--tag", "another"])
+    assert values.run_dir == Path("output/another")
     assert_refused(train(*again, "--learning_rate", 1e-4), "learning_rate (0.001 there, 0.0001 here)")
     assert_refused(train("--config", run / "generator" / "config.json"), "not the config.json of a run")
     settings = json.loads((run / "config.json").read_text())

@@ -8,10 +8,11 @@ import sentencepiece
 import torch
 from torch import nn
 
-from DeBERTa.config import ModelConfig
+from DeBERTa.config import ModelConfig, read_json
 from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.published import select_weights
+from DeBERTa.hub.tokenizer_json import build_tokenizer_json
 from DeBERTa.hub.weights import read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 
@@ -75,6 +76,7 @@ def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Prompt
         hint = f"give one of {models}" if models else "python -m DeBERTa.export writes one from a run"
         raise ConfigError(f"{directory}: no model.safetensors, so not the directory of a model; {hint}")
     encoder = PromptEncoder(Tokenizer(directory / "spm.model"))
+    check_same_vocabulary(encoder.tokenizer, directory / "tokenizer.json")
     config, weights = ModelConfig.from_json(directory / "config.json"), read_weights(path)
     head, other = HEADS[model_class]
     if head not in weights:
@@ -83,6 +85,18 @@ def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Prompt
         model = model_class(config)
     model.load_state_dict(select_weights(model, weights, path), assign=True)
     return model.float().eval(), encoder
+
+
+def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise `ConfigError` if `tokenizer.json`, where there is one, has other pieces or scores."""
+    if path.exists():
+        vocabularies = [build_tokenizer_json(tokenizer), read_json(path)]
+        pieces = [each.get("model", {}).get("vocab", []) for each in vocabularies]
+        if any(tuple(own) != tuple(other) for own, other in zip(*pieces, strict=False)):
+            raise ConfigError(
+                f"{tokenizer.path} and {path.name} are not of the same vocabulary: one of them was replaced or "
+                "damaged; export the model again"
+            )
 
 
 @torch.no_grad()

@@ -286,7 +286,7 @@ def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: 
     elif not tensor.is_floating_point() or tensor.layout != torch.strided:
         problems = [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"]
     raise_misfits(file.path, problems, file.target)
-    check_finite(tensor, name, file.path)
+    check_finite(tensor.float(), name, file.path)
 
 
 def describe_shapes(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> str:
@@ -294,7 +294,7 @@ def describe_shapes(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> 
     return f"{name} has shape {list(tensor.shape)}, the model needs {list(expected.shape)}"
 
 
-def raise_misfits(path: str | Path, problems: list[str], target: str = "--model_config") -> None:
+def raise_misfits(path: str | Path, problems: list[str], target: str) -> None:
     """Raise `ConfigError` with the first problem and the number of the others, if there are any."""
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -311,5 +311,5 @@ def select_weights(model: nn.Module, state: StateDict, path: str | Path) -> Stat
     problems += [f"{name} is not part of the model" for name in state if name not in expected]
     pairs = [(name, state[name], tensor) for name, tensor in expected.items() if name in state]
     problems += [describe_shapes(*pair) for pair in pairs if pair[1].shape != pair[2].shape]
-    raise_misfits(path, problems)
+    raise_misfits(path, problems, "its config.json")
     return state

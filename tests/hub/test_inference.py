@@ -1,10 +1,12 @@
 """Masked and replaced tokens of a text."""
 
+import shutil
+
 import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ReplacedTokenDetectionModel
-from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_model
@@ -66,6 +68,20 @@ def test_detect_replaced(exported):
     expected = model.discriminate(ids, torch.ones_like(ids), ids).logits[0].sigmoid()[1:-1]
     assert [piece for piece, _ in tokens] == [encoder.tokenizer.pieces[i] for i in ids[0, 1:-1]]
     torch.testing.assert_close(torch.tensor([p for _, p in tokens]), expected, atol=1e-6, rtol=0)
+
+
+def test_a_vocabulary_that_was_replaced(exported, tmp_path):
+    """One byte of the score of a piece, or all of the file; without tokenizer.json it cannot be noticed."""
+    folder = shutil.copytree(exported[0] / "generator", tmp_path / "model")
+    content = bytearray((folder / "spm.model").read_bytes())
+    content[content.index("▁the".encode()) + 8] ^= 1
+    other = train_vocabulary(["αβγδ εζηθ ικλμ"] * 500, 112)
+    for data in (bytes(content), other):
+        (folder / "spm.model").write_bytes(data)
+        with pytest.raises(ConfigError, match=r"spm.model and tokenizer.json are not of the same vocabulary"):
+            open_model(folder, MaskedLanguageModel)
+    (folder / "tokenizer.json").unlink()
+    open_model(folder, MaskedLanguageModel)
 
 
 def test_errors(exported):

@@ -356,6 +356,10 @@ def test_weights_that_do_not_fit_are_named(published):
             {query: not_finite},
             rf"pytorch_model\.bin cannot be trained from: 32 of 1024 values of {query} are NaN",
         ),
+        (
+            {query: torch.full((32, 32), 1e300, dtype=torch.float64)},
+            rf"1024 of 1024 values of {query} are NaN",
+        ),
     ):
         state = {k: v for k, v in (discriminator.state_dict() | change).items() if v is not None}
         torch.save(state, path)
