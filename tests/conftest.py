@@ -2,10 +2,12 @@
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import lzma
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +42,18 @@ TINY = {
 def pytest_unconfigure() -> None:
     """Fail, and say where, when a thread or a process keeps the interpreter from exiting."""
     faulthandler.dump_traceback_later(120, exit=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds that each test file took, the longest first."""
+    seconds: Counter[str] = Counter()
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.location[0]] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("seconds per test file")
+        for path, duration in seconds.most_common():
+            terminalreporter.line(f"{duration:8.1f}  {path}")
 
 
 def strip_times(text: str) -> str:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, spelling, types and all tests; sets up what is missing. Arguments go to pytest: bash tests/run.sh -k masking
+# Lint, spelling, types, all tests and their line coverage; sets up what is missing.
+# Arguments go to pytest, without coverage: bash tests/run.sh -k masking
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,4 +11,12 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m codespell_lib
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+if (($#)); then
+  exec "$PYTHON" -m pytest "$@"
+fi
+COVERAGE_FILE=$(mktemp -d)/data  # and a file like it per process
+export COVERAGE_FILE
+trap 'rm -r "${COVERAGE_FILE%/*}"' EXIT
+"$PYTHON" -m coverage run -m pytest
+"$PYTHON" -m coverage combine -q
+"$PYTHON" -m coverage report
