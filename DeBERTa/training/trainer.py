@@ -199,10 +199,10 @@ class Trainer:
         """
         self.saved_step = step
         check_finite_weights(self.run.model, step, self.run.run_dir)
+        self.report_saved(self.saver.wait())  # first: one copy at a time in memory
         snapshot = take_snapshot(self.run, step)
         if snapshot:
             snapshot.state["elapsed_seconds"] = self.log.elapsed_seconds
-            self.report_saved(self.saver.wait())
             self.log.sync()
             self.saver.save(snapshot, best=find_best(self.run.run_dir, self.log.evaluations["valid"]))
 

@@ -12,7 +12,7 @@ from tests.training.test_dry_run import assert_peak_is_estimated, preset_flags
         ("rtd_tiny.json", {"precision": "bf16", "decoupled_training": "False"}),
         ("rtd_tiny.json", {"gradient_checkpointing": "True", "workers": 2}),
         ("deberta_tiny.json", {"kernels": "off", "train_batch_size": 192}),
-        ("bert_tiny.json", {"max_seq_length": 32, "train_batch_size": 768}),
+        ("bert_tiny.json", {"train_batch_size": 384}),
         ("rtd_base.json", {"train_batch_size": 4, "eval_batch_size": 4, "vocab_size": 8000}),
     ],
 )
