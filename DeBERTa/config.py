@@ -126,7 +126,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise `ValueError` where the parser would drop all but the last value of a key."""
+    """Return a JSON object; raise `ValueError` where the parser would keep the last of several values."""
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError("a key stands twice in an object")

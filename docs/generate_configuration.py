@@ -35,7 +35,8 @@ ignored.
 """
 # What the published names of a model config mean.
 MODEL_HELP = {
-    "vocab_size": "rows of the word table; new models get others where the vocabulary does not fit: the banner says so",
+    "vocab_size": "rows of the word table; new models get others where the vocabulary does not fit: "
+    "the banner says so",
     "hidden_size": "width of the encoder",
     "num_hidden_layers": "layers",
     "num_attention_heads": "attention heads per layer",

@@ -94,8 +94,8 @@ def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
         pieces = [each.get("model", {}).get("vocab", []) for each in vocabularies]
         if any(tuple(own) != tuple(other) for own, other in zip(*pieces, strict=False)):
             raise ConfigError(
-                f"{tokenizer.path} and {path.name} are not of the same vocabulary: one of them was replaced or "
-                "damaged; export the model again"
+                f"{tokenizer.path} and {path.name} are not of the same vocabulary: one of them was replaced "
+                "or damaged; export the model again"
             )
 
 
