@@ -34,6 +34,7 @@ from DeBERTa.errors import DataError
 from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models
+from DeBERTa.hub.inference import check_same_vocabulary
 from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.weights import StateDict, read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
@@ -93,6 +94,7 @@ def probe(arguments: argparse.Namespace) -> None:
     run_dir: Path = arguments.run
     if (path := run_dir / "model.safetensors").is_file():
         config = ModelConfig.from_json(run_dir / "config.json")
+        check_same_vocabulary(Tokenizer(run_dir / "spm.model"), run_dir / "tokenizer.json")
         measure(config, read_weights(path), path, run_dir / "spm.model")
         return
     steps = [arguments.step]

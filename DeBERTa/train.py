@@ -47,6 +47,7 @@ from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.memory import MODEL, check_size, keep_freed_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
+from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.run_dir import check_disk_space, flatten, format_value, open_run_dir, save_models
 from DeBERTa.training.signals import RunInterrupted, Signals
@@ -164,7 +165,10 @@ def run(config: TrainConfig, signals: Signals) -> None:
 
 def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
     """Resume or start the run, train to its end, and write the final models."""
-    first_step = start_or_resume(this_run)
+    first_step, steps = start_or_resume(this_run), this_run.training.total_steps
+    if (warmup := count_warmup_steps(this_run.config.warmup, steps)) > steps:
+        message = "the peak learning rate is not reached: the warm-up is %d steps, the run %d; lower --warmup"
+        logger.warning(message, warmup, steps)
     logger.info(format_rows(describe_run(this_run, first_step)))
     Trainer(this_run, first_step, signals).train()
     full_model = get_full_model(this_run.config, this_run.model)

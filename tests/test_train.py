@@ -82,6 +82,7 @@ def assert_refused(result: subprocess.CompletedProcess, *named: str) -> None:
 def test_rtd_run_leaves_models_metrics_and_settings(flags):
     result = train(*command(flags), "--do_eval")
     assert result.returncode == 0, result.stderr
+    assert "peak learning rate is not reached" not in result.stderr
     for word in (
         "replaced token detection, GDES",
         "precision fp32",
@@ -247,6 +248,12 @@ def test_the_advice_for_a_missing_validation_split_works(flags, tmp_path):
     subprocess.run([sys.executable, *advice.split()], cwd=ROOT, check=True)
     result = train(*command(flags), "--do_eval", "--num_training_steps", 1)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_warm_up_longer_than_the_run(flags):
+    result = train(*command(flags | {"num_training_steps": 1}))
+    assert result.returncode == 0
+    assert "not reached: the warm-up is 2 steps, the run 1; lower --warmup" in result.stderr
 
 
 def test_unknown_config_key(flags):

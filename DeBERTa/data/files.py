@@ -97,7 +97,7 @@ def read_file(path: str | Path) -> bytes:
     with open(path, "rb", opener=open_regular) as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise OSError(errno.EINVAL, f"more than {MAX_BYTES >> 20} MB", str(path))
-        return file.read(MAX_BYTES)
+        return file.read()
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ def convert_names(state: StateDict, num_heads: int, role: str, path: str | Path)
     for name, tensor in state.items():
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
+        if name in converted:
+            raise ConfigError(f"{path} has two tensors for {name}: it is unclear which is meant; remove one")
         converted[name] = tensor
     for name in [name for name in converted if name.endswith(".in_proj.weight")]:
         _split_joint_projection(converted, name.removesuffix("in_proj.weight"), num_heads)

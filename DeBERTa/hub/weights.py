@@ -27,7 +27,7 @@ def read_weights(path: str | Path) -> StateDict:
         reason = "it is not a regular file" if path.exists() else "it does not exist"
         raise ConfigError(f"no weights file {path}: {reason}; check the path")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        state = load_file(path) if _is_safetensors(path) else _load_pickle(path)
     except ConfigError:
         raise
     # Every byte of a damaged file may be wrong: decoding it raises whatever the pickle of that moment does.
@@ -43,6 +43,12 @@ def read_weights(path: str | Path) -> StateDict:
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ConfigError(f"cannot read the weights in {path}: {empty[0]} has no values; give all")
     return tensors
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors do: a length in 8 bytes, and a JSON object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _load_pickle(path: Path) -> object:

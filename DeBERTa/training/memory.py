@@ -66,6 +66,9 @@ def translate_memory_errors(advice: str = MICRO_BATCHES) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
+        if "start new thread" in str(error):
+            advice = "raise the limit of memory or of processes (ulimit -v, ulimit -u)"
+            raise MemoryLimitError(f"no thread can be started: a limit is reached; {advice}") from error
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         request = REQUEST.search(str(error))

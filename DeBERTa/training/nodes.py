@@ -163,7 +163,8 @@ class Coordinator:
                 member = self._members[node] = Member.from_json(self._store.get(f"node-{node}"))
                 if member.nodes != job.nodes:
                     self._refuse(
-                        f"WORLD_SIZE is {member.nodes} on node {node} and {job.nodes} on node {job.node}"
+                        f"WORLD_SIZE is {member.nodes} on node {node} and {job.nodes} on node {job.node}: "
+                        "export the same number on every node"
                     )
         if self._store.check(["failure"]):
             self.leave()

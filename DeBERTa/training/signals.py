@@ -5,7 +5,8 @@ The first three end the run after the step and a checkpoint. SIGUSR1 requests a 
 Outside `defer_stop` the first three raise `RunInterrupted` immediately, as Ctrl-C does in any Python program.
 Inside, the first one takes effect after the step, and a second one exits at once. A signal to all processes
 of a job reaches a worker twice, directly and through its launcher. Within a second it counts once. SIGHUP is
-never a second signal: a closed terminal and its shell both send it, and systemd sends it after SIGTERM.
+never a second signal: a closed terminal and its shell both send it, and systemd sends it after SIGTERM. What
+follows it within a second is none either: session managers send SIGTERM then.
 """
 
 import contextlib
@@ -76,7 +77,8 @@ class Signals:
             return
         if self.stop_signal:
             is_recent = time.monotonic() - self._stop_time < DUPLICATE_SECONDS
-            if number == signal.SIGHUP or (number == self.stop_signal and is_recent):
+            is_same = self.stop_signal in (number, signal.SIGHUP)
+            if number == signal.SIGHUP or (is_same and is_recent):
                 return
             if self._is_deferred:
                 os._exit(128 + number)

@@ -140,6 +140,8 @@ def open_task(flags: argparse.Namespace) -> Task:
         raise ValueError(
             f"labels {sorted(unknown)[:5]} of the test rows are not among those of the training rows"
         )
+    if len(labels) == 1:
+        raise ValueError(f"all training rows are labeled {labels[0]}; give two classes, or --task regression")
     return Task(train, test, labels)
 
 

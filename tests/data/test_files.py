@@ -4,6 +4,8 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.data.vocabulary import find_or_train_vocabulary
 from DeBERTa.errors import ConfigError, DataError, StorageError, VocabularyError
 from DeBERTa.report.read import read_run
+from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 
@@ -175,6 +178,13 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     os.truncate(tmp_path / "file", (1 << 20) + 1)
     with pytest.raises(OSError, match="more than 1 MB"):
         read_file(tmp_path / "file")
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    code = "import resource, sys; from DeBERTa.data.files import read_file\n"
+    code += "resource.setrlimit(resource.RLIMIT_AS, (500 << 20,) * 2)\nread_file(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "file"], cwd=ROOT, check=True)
 
 
 def test_a_pipe_does_not_block_the_start(tmp_path):

@@ -108,6 +108,7 @@ def test_movies(model, tmp_path, capsys):
             "text\tlabel\na\tb\na\tc\n",
             "labels ['new'] of the test rows are not among those of the training rows",
         ),
+        ("text\tlabel\na\tnew\na\tnew\n", "all training rows are labeled new; give two classes"),
     ],
 )
 def test_errors(text, message, tmp_path, capsys):

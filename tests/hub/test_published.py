@@ -347,6 +347,7 @@ def test_weights_that_do_not_fit_are_named(published):
         ),
         (layer, "num_hidden_layers is 1, but that of the discriminator .* is 2"),
         ({query: None}, rf"{query} is missing; "),
+        ({f"module.{query}": torch.zeros(32, 32)}, rf"two tensors for {query}: it is unclear which"),
         ({f"{WORD}.weight": None}, r"word_embeddings\.weight is missing"),
         ({f"{WORD}.weight": torch.zeros(7, 32)}, r"\[7, 32\], the model needs \[2008, 32\]"),
         ({query: torch.zeros(16, 32)}, rf"{query} has shape \[16, 32\], the model needs \[32, 32\]"),

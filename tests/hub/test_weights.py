@@ -139,6 +139,13 @@ def test_other_files(tmp_path, name, content, named):
         read_weights(tmp_path / name)
 
 
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_formats_by_content(tmp_path, form):
+    write(tmp_path / "weights.bin", form)
+    state = read_weights(tmp_path / "weights.bin")
+    assert all(torch.equal(state[name], STATE[name]) for name in STATE)
+
+
 def test_a_missing_file_and_a_directory(tmp_path):
     for path in (tmp_path, tmp_path / "no.bin"):
         with pytest.raises(ConfigError, match="no weights file"):

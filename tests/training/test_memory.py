@@ -44,6 +44,14 @@ def test_errors_of_memory_are_one_sentence(limit, is_translated):
         assert str(error.value).startswith("out of memory")
 
 
+def test_a_limit_of_threads_is_one_sentence():
+    with (
+        pytest.raises(MemoryLimitError, match=r"no thread can be started: .*ulimit -v"),
+        translate_memory_errors(),
+    ):
+        raise RuntimeError("can't start new thread")
+
+
 BATCH = ("micro-batches are too", "--accumulative_update", "--train_batch_size", "--gradient_checkpointing")
 
 
