@@ -286,7 +286,7 @@ def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: 
     elif not tensor.is_floating_point() or tensor.layout != torch.strided:
         problems = [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"]
     raise_misfits(file.path, problems, file.target)
-    check_finite(tensor.float(), name, file.path)
+    check_finite(tensor, name, file.path)
 
 
 def describe_shapes(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> str:

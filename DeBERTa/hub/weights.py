@@ -88,9 +88,10 @@ def _guess_content(path: Path) -> str:
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: str | Path) -> None:
-    """Raise `ConfigError` if a tensor that was read from `path` has NaN or infinite values."""
-    if tensor.numel() and not torch.linalg.vector_norm(tensor, ord=torch.inf).isfinite():
-        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+    """Raise `ConfigError` if a tensor that was read from `path` has NaN or infinite values in float32."""
+    # Only the norm is converted: a copy of a word table would need as much memory as the table.
+    if tensor.numel() and not torch.linalg.vector_norm(tensor, ord=torch.inf).float().isfinite():
+        count = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
         raise ConfigError(
             f"{path} cannot be trained from: {count} of {tensor.numel()} values of {name} are NaN or "
             "infinite; give weights from before training diverged"
