@@ -10,6 +10,7 @@ from typing import TextIO
 from DeBERTa.data.files import name_file
 from DeBERTa.errors import DebertaError, ReportedError, describe_os_error
 from DeBERTa.log import secure_console, set_up_logging
+from DeBERTa.processes import RunInterrupted, raise_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -17,17 +18,18 @@ logger = logging.getLogger(__name__)
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command, log its error, and return its exit status.
 
-    It is what the command returns, 1 after an error, 2 for wrong flags, 130 after an interrupt, which is
-    logged as `interrupted`.
+    It is what the command returns, 1 after an error, 2 for wrong flags, 128 plus its number after a signal,
+    which is logged as `interrupted`.
     """
     if sys.stdout is None or sys.stderr is None:  # closed when Python started
         secure_console()
     set_up_logging()
     try:
-        try:
-            return command() or 0
-        finally:
-            write_output("")  # what is not written yet, such as the text of --help
+        with raise_interrupts():
+            try:
+                return command() or 0
+            finally:
+                write_output("")  # what is not written yet, such as the text of --help
     except DebertaError as error:
         if not isinstance(error, ReportedError):
             logger.error("%s", error)
@@ -35,9 +37,9 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     except OSError as error:  # a full disk, a directory that cannot be written
         logger.error("%s", describe_os_error(error))
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         logger.error("%s", interrupted)
-        return 130
+        return error.exit_status if isinstance(error, RunInterrupted) else 130
     finally:
         for stream in (sys.stdout, sys.stderr):
             discard_unwritten(stream)

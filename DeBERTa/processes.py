@@ -1,15 +1,49 @@
 """Signal handling that all processes of the package share.
 
-It defines the signals that stop a process, and ends a process with its parent.
+It defines the signals that stop a process, raises an exception for them, and ends a process with its parent.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process receives when its parent ends
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """End of a run by a signal, with the `exit_status` that shells expect."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+@contextlib.contextmanager
+def raise_interrupts() -> Iterator[None]:
+    """Raise `RunInterrupted` at SIGTERM and SIGHUP, so that `finally` blocks run.
+
+    Only the first one counts: a job and its shell, or `timeout`, often send several. Restores the handlers.
+    """
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for each in handlers:
+            signal.signal(each, signal.SIG_IGN)
+        raise RunInterrupted(number)
+
+    numbers = {signal.SIGTERM, signal.SIGHUP}.intersection(list_handled_signals())
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in handlers:
+            signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def list_handled_signals() -> list[signal.Signals]:

@@ -35,6 +35,7 @@ from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.processes import RunInterrupted
 from DeBERTa.training import distributed
 from DeBERTa.training.banner import collect_environment, describe_code, describe_run, format_rows
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
@@ -50,7 +51,7 @@ from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.run_dir import check_disk_space, flatten, format_value, open_run_dir, save_models
-from DeBERTa.training.signals import RunInterrupted, Signals
+from DeBERTa.training.signals import Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
 from DeBERTa.training.summary import describe_end
 from DeBERTa.training.trainer import Run, Trainer, resume

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import tempfile
@@ -126,7 +127,8 @@ class SourceFile:
     def read_blocks(self, reading: Reading) -> Iterator[Block]:
         """Yield the blocks in order.
 
-        A byte order mark is skipped. Raises `DataError` for what is not text, and damaged compressed files.
+        A byte order mark is skipped. Raises `DataError` for what is not text, for damaged compressed files,
+        and at the end for a file that became shorter.
         """
         with raise_data_errors(self.path), self._open_raw() as self._raw:
             beginning = self._raw.read(HEAD_BYTES)
@@ -139,6 +141,12 @@ class SourceFile:
                 yield from self._read_rows(self._raw, reading)
             else:
                 yield from self._read_copy(first, reading)
+            size = os.fstat(self._raw.fileno()).st_size
+            if size < self.bytes_on_disk:
+                change = f"from {self.bytes_on_disk:,} to {size:,} bytes"
+                raise DataError(
+                    f"{self.path} was cut off while it was read, {change}; prepare it when it is complete"
+                )
 
     def _open_raw(self) -> IO[bytes]:
         return open(sys.stdin.fileno(), "rb", closefd=False) if self._is_stdin else self.path.open("rb")

@@ -28,11 +28,10 @@ import torch.distributed as dist
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.files import raise_storage_errors
 from DeBERTa.errors import ConfigError, LaunchError
-from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
+from DeBERTa.processes import STOP_SIGNALS, RunInterrupted, list_handled_signals
 from DeBERTa.training import worker
 from DeBERTa.training.network import find_interface
 from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
-from DeBERTa.training.signals import RunInterrupted
 from DeBERTa.training.worker import Failure, get_stop_signal
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from DeBERTa.data.batch import Batch
-from DeBERTa.processes import STOP_SIGNALS, list_handled_signals
+from DeBERTa.processes import STOP_SIGNALS, RunInterrupted, list_handled_signals
 from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
 DUPLICATE_SECONDS = 1.0  # the same signal within this time was sent once and arrived twice
@@ -28,14 +28,6 @@ WAIT_SECONDS = 5  # after a stop signal, for a batch to come
 GPU_STEPS_PER_EXCHANGE = 10  # the all-reduce of requests synchronizes a GPU with its host
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
-
-
-class RunInterrupted(KeyboardInterrupt):
-    """End of a run by a signal, with the `exit_status` that shells expect."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_status = 128 + number
 
 
 class _WaitTimeoutError(Exception):

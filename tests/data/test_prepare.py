@@ -210,8 +210,8 @@ def start_and_wait_for_output(text: Path, output: Path) -> subprocess.Popen:
         stderr=pipe,
         text=True,
         start_new_session=True,
-        # A shell that runs tests in the background ignores Ctrl-C, and its children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # What runs tests in the background ignores Ctrl-C or SIGHUP, and its children would inherit that.
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
     )
     partial = output.with_name(output.name + ".part")
     while not partial.exists() or partial.stat().st_size == 0:
@@ -276,15 +276,34 @@ def test_killed_at_some_moment_and_run_again(tmp_path, moment):
     assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
-def test_an_interrupted_run(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupted_run(tmp_path, number, status):
     text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
     text.write_bytes(sample_megabytes(20))
     process = start_and_wait_for_output(text, output)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Traceback" not in errors
     assert errors.endswith("interrupted; run the same command again to finish\n")
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_an_input_that_is_cut_off_while_it_is_read(tmp_path, packed):
+    """Compressed, between two members: what is left is a valid file."""
+    text, output, member = tmp_path / "i", tmp_path / "out" / "train.txt", packed(sample_megabytes(10))
+    text.write_bytes(2 * member)
+    process = start_and_wait_for_output(text, output)
+    os.truncate(text, len(member))
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    change = f"from {2 * len(member):,} to {len(member):,} bytes"
+    assert errors.splitlines()[-1].partition("error: ")[2] == (
+        f"{text} was cut off while it was read, {change}; prepare it when it is complete"
+    )
     assert list(output.parent.iterdir()) == []
 
 
