@@ -37,6 +37,12 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     except OSError as error:  # a full disk, a directory that cannot be written
         logger.error("%s", describe_os_error(error))
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):
+            raise
+        limits = "`ulimit -v` and `ulimit -u`, or those of the container"
+        logger.error("too little memory, or too few threads: raise %s", limits)
+        return 1
     except KeyboardInterrupt as error:
         logger.error("%s", interrupted)
         return error.exit_status if isinstance(error, RunInterrupted) else 130

@@ -3,8 +3,13 @@
 A message is one sentence `what: why; what to do`, lower case, without a period.
 """
 
+import contextlib
 import errno
+import os
+import shutil
+from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, an exhausted quota
 # What is at the path is of another kind: more space or another permission would not help.
 IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL)
 
@@ -92,13 +97,35 @@ class ReportedError(DebertaError):
 
 
 def describe_os_error(error: OSError, advice: str = "", other: str = "path") -> str:
-    """Return a message with the name of the file, the reason of the failure and `advice`.
+    """Return a message with the name of the file, the reason of the failure and what to do.
 
-    Where the reason is too many open files, or what is at the path, the advice is another one; `other`: what
-    to give another of.
+    A full disk has its free space, and freeing it before `advice`. Where the reason is too many open files,
+    the limit of the size of files, or what is at the path, the advice is another one; `other`: what to give
+    another of.
     """
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        advice = "; raise `ulimit -n`"
-    if error.errno in IN_THE_WAY:
-        advice = f"; remove what is in the way, or give another {other}"
-    return f"{error.filename or 'input or output'}: {error.strerror or error}{advice}"
+    reason = str(error.strerror or error)
+    if error.errno in FULL and error.filename:
+        space, freed = describe_free_space(Path(error.filename))
+        reason += f" ({space})" if space else ""
+        advice = f"free {freed} there{', or ' if advice else ''}{advice}"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "raise `ulimit -n`"
+    elif error.errno == errno.EFBIG:
+        advice = f"raise `ulimit -f`, or give another {other} on a file system for larger files"
+    elif error.errno in IN_THE_WAY:
+        advice = f"remove what is in the way, or give another {other}"
+    return f"{error.filename or 'input or output'}: {reason}{'; ' if advice else ''}{advice}"
+
+
+def describe_free_space(path: Path) -> tuple[str, str]:
+    """Return what is free on the disk of a file, which may be missing, and what to free: space or inodes.
+
+    The first is empty if it is not known.
+    """
+    with contextlib.suppress(OSError):
+        existing = next((parent for parent in (path, *path.parents) if parent.exists()), path)
+        status = os.statvfs(existing)
+        if status.f_files and not status.f_favail:
+            return "no inodes free", "inodes"
+        return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free", "space"
+    return "", "space"

@@ -65,9 +65,9 @@ def export(arguments: argparse.Namespace) -> None:
             write_model(exported, output / exported.name, tokenizer, run, arguments.onnx)
             logger.info("%s: %s", exported.name, output / exported.name)
     except OSError as error:
+        error.filename = error.filename or str(output)
         raise StorageError(
-            "cannot write the export: "
-            f"{describe_os_error(error, '; free space there, or give another --output', '--output')}"
+            f"cannot write the export: {describe_os_error(error, 'give another --output', '--output')}"
         ) from error
 
 

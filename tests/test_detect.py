@@ -63,3 +63,5 @@ def test_errors(discriminator, tmp_path, capsys):
     capsys.readouterr()
     assert main([str(discriminator), "word " * 400]) == 1
     assert "the model takes 320" in capsys.readouterr().err
+    assert main([str(discriminator), "  "]) == 1
+    assert "the text is blank" in capsys.readouterr().err

@@ -88,4 +88,4 @@ def test_a_full_disk(tmp_path, prepared):
     assert "Traceback" not in done.stderr
     last = strip_times(done.stderr).splitlines()[-1]
     assert last.startswith("error: ")
-    assert "free space there, or move the run directory" in last
+    assert "File too large; raise `ulimit -f`, or give another --output_dir" in last

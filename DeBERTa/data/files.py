@@ -25,7 +25,6 @@ from DeBERTa.errors import DataError, StorageError, describe_os_error
 
 CHUNK_BYTES = 1 << 20
 MAX_BYTES = 1 << 30  # of a file that is read at once
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, an exhausted quota
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +48,14 @@ def get_partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def raise_storage_errors(path: Path) -> Iterator[None]:
-    """Raise `StorageError` in place of `OSError`, naming the file, and the free space if the disk is full."""
+    """Raise `StorageError` in place of `OSError`, naming the file: of a missing directory, `path`."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
-        space = describe_free_space(Path(error.filename)) if error.errno in FULL else ""
-        advice = f"{space}; free space there, or choose a directory that can be written"
+        is_partial = str(error.filename) == str(get_partial_path(path))
+        if not error.filename or (is_partial and error.errno == errno.ENOENT):
+            error.filename = str(path)
+        advice = "choose a directory that can be written"
         raise StorageError(f"cannot write {describe_os_error(error, advice)}") from error
 
 
@@ -108,17 +108,6 @@ def raise_data_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"cannot read {path}: {reason}; check its permissions and its disk") from error
-
-
-def describe_free_space(path: Path) -> str:
-    """Return the free space of the disk of a file as " (... MB free)".
-
-    The file may be missing. The result is empty if the space is not known.
-    """
-    existing = next((parent for parent in (path, *path.parents) if parent.exists()), path)
-    with contextlib.suppress(OSError):
-        return f" ({shutil.disk_usage(existing).free / 1e6:,.1f} MB free)"
-    return ""
 
 
 @contextlib.contextmanager

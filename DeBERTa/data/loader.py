@@ -182,7 +182,10 @@ def _describe_failed_start(error: OSError) -> str:
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
         return f"{failure}; give fewer --workers, or --workers 0"
     # Their locks are files there, of a page each.
-    advice = "enlarge it (for Docker: --shm-size 1g), or give --workers 0"
+    is_full = error.errno == errno.ENOSPC
+    advice = (
+        f"{'enlarge it (for Docker: --shm-size 1g)' if is_full else 'make it writable'}, or give --workers 0"
+    )
     return f"{failure}, for their locks in /dev/shm; {advice}"
 
 

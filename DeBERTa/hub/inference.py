@@ -128,9 +128,12 @@ def detect_replaced(
 ) -> list[TokenProbability]:
     """Return every piece of `text` with the probability that it was replaced.
 
-    `[CLS]` and `[SEP]` at the ends are omitted. Raises `ConfigError` for a text that is too long.
+    `[CLS]` and `[SEP]` at the ends are omitted. Raises `ConfigError` for a text without pieces, or one that
+    is too long.
     """
     input_ids = _encode_batch(encoder, text, model.config)
+    if input_ids.size(1) == 2:
+        raise ConfigError("the text is blank: nothing to look at; give a sentence")
     logits = model.compute_logits(input_ids, torch.ones_like(input_ids), None)
     probabilities = logits[0].sigmoid().tolist()
     pieces = [encoder.tokenizer.pieces[i] for i in input_ids[0].tolist()]

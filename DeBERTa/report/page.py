@@ -8,6 +8,7 @@ from pathlib import Path
 from DeBERTa.config import TrainConfig
 from DeBERTa.data.files import open_atomic
 from DeBERTa.data.tokenizer import WORD_MARK
+from DeBERTa.errors import DebertaError
 from DeBERTa.report.charts import DASHES, Chart, build_charts, draw_svg
 from DeBERTa.report.health import examine
 from DeBERTa.report.read import RunRecord, format_number, read_run
@@ -28,6 +29,8 @@ def update_report(run_dir: Path) -> None:
     """Write the report of a run that is training; an error is logged, and the run continues."""
     try:
         write_report([read_run(run_dir)], run_dir / "report.html")
+    except DebertaError as error:
+        logger.warning("no report.html: %s; the run continues", error)
     except Exception as error:
         logger.warning("no report.html: %s: %s; the run continues", type(error).__name__, error)
 

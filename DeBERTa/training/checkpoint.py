@@ -31,7 +31,6 @@ import torch
 from torch import nn
 
 from DeBERTa.data.files import (
-    describe_free_space,
     find_unused_path,
     hash_file,
     name_file,
@@ -113,8 +112,8 @@ def write_checkpoint(
             older = [saved for saved in list_steps(run_dir) if saved != snapshot.step]
             remove(temporary)
         resume = f"; the same command resumes from step {older[-1]}" if older else ""
-        space = describe_free_space(run_dir)
-        advice = f"{space}; free space there, or move the run directory and give its new path as --output_dir"
+        error.filename = error.filename or str(run_dir)
+        advice = "move the run directory and give its new path as --output_dir"
         raise StorageError(
             f"cannot write the checkpoint of step {snapshot.step} to {path.parent}: "
             f"{describe_os_error(error, advice, '--output_dir')}{resume}"

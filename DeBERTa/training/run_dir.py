@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, read_json
-from DeBERTa.data.files import describe_free_space, find_unused_path, remove
+from DeBERTa.data.files import find_unused_path, remove
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import (
     ConfigError,
@@ -79,9 +79,10 @@ def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) 
         write_json(run_dir / "config.json", settings)
         write_json(run_dir / "environment.json", environment)
     except OSError as error:
+        error.filename = error.filename or str(run_dir)
         raise StorageError(
             f"cannot write the run directory {run_dir}: "
-            f"{describe_os_error(error, '; give another --output_dir', '--output_dir')}"
+            f"{describe_os_error(error, 'give another --output_dir', '--output_dir')}"
         ) from error
     return step, lock
 
@@ -263,9 +264,9 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
                 logger.warning("%s; %s is for this package alone", error, directory)
                 write_plain_model(exported, directory, vocabulary)
     except OSError as error:
-        advice = f"{describe_free_space(run_dir)}; make room there"
+        error.filename = error.filename or str(run_dir)
         raise StorageError(
-            f"cannot write the final model: {describe_os_error(error, advice)}, then the same command writes "
-            "it without training again"
+            f"cannot write the final model: {describe_os_error(error, 'make it writable')}, then the same "
+            "command writes it without training again"
         ) from error
     return [run_dir / exported.name for exported in models]

@@ -28,6 +28,7 @@ def describe_end(run_dir: Path, models: Sequence[Path]) -> dict[str, str]:
         losses = [f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in select_loss(best).items()]
         rows["best"] = f"step {best['step']:,}, validation {', '.join(losses)}: {checkpoint}"
     rows["final models"] = ", ".join(map(str, models))
-    rows["report"] = str(run_dir / "report.html")
+    if (report := run_dir / "report.html").is_file():  # a failed write was logged
+        rows["report"] = str(report)
     rows["next"] = NEXT[models[-1].name].format(models[-1])
     return rows

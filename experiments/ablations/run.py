@@ -200,4 +200,7 @@ def measure_cosines(run_dir: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as failed:  # the command has logged its error
+        sys.exit(failed.returncode)

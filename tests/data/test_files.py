@@ -12,6 +12,7 @@ import pytest
 
 from DeBERTa.config import read_json
 from DeBERTa.data.files import (
+    MAX_BYTES,
     commit,
     find_unused_path,
     get_cache_dir,
@@ -27,7 +28,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.data.vocabulary import find_or_train_vocabulary
 from DeBERTa.errors import ConfigError, DataError, StorageError, VocabularyError
 from DeBERTa.report.read import read_run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, strip_times
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 
@@ -87,6 +88,50 @@ def test_a_full_disk_is_a_storage_error():
         Path("/dev/full").open("wb", buffering=0) as file,
     ):
         file.write(b"content")
+
+
+SMALL = """
+import pathlib, subprocess, sys
+from DeBERTa.command import run_command
+from DeBERTa.data.files import open_atomic
+folder = pathlib.Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", folder], check=True)
+def write():
+    with open_atomic(folder / "x"):
+        pass
+run_command(write)
+"""
+
+
+def test_a_disk_without_inodes(tmp_path):
+    """More space would not help."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    command = ["unshare", "-m", sys.executable, "-c", SMALL, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    reason = "No space left on device (no inodes free); free inodes there, or choose a directory that can be"
+    assert strip_times(done.stderr) == f"error: cannot write {tmp_path}/x.part: {reason} written\n"
+
+
+def test_a_small_file_needs_little_memory(tmp_path):
+    """Also where the memory is limited; what does not fit is one sentence."""
+    (tmp_path / "x").write_bytes(b"x" * 1000)
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", MAX_BYTES)
+    code = (
+        "import resource, sys; from DeBERTa.command import run_command; from DeBERTa.data.files import "
+        "read_file; resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9)); "
+        "block = bytearray(10**9); sys.exit(run_command(lambda: len(read_file(sys.argv[1])) - 1000))"
+    )
+    for name, status, output in (
+        ("x", 0, ""),
+        ("large", 1, "error: too little memory, or too few threads: raise `ulimit -v` and `ulimit -u`, or "),
+    ):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert strip_times(done.stderr).startswith(output)
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "device"])

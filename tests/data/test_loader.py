@@ -155,6 +155,8 @@ for size in ("64k", "4k"):
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
     load(size, 1)
 subprocess.run(["umount", "/dev/shm"], check=True)
+subprocess.run(["mount", "-o", "remount,ro", "/dev/shm"], check=True)
+load("locked", 1)
 subprocess.run(["umount", "/dev/shm"], check=True)
 load("before", 2)
 for limit in (14, 20, 26, 28, 30, 33, 36):
@@ -169,10 +171,13 @@ def test_little_shared_memory_and_few_open_files(prepared):
         pytest.skip("mounting a small /dev/shm is not permitted here")
     command = [shutil.which("unshare"), "-m", sys.executable, "-c", LIMITED, str(prepared)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    large, small, before, *limited = result.stdout.splitlines()
+    large, small, locked, before, *limited = result.stdout.splitlines()
     assert (large, before) == ("64k 1 1800", "before 2 1800")
     for part in ("/dev/shm", "--shm-size", "--workers 0"):
         assert part in small
+    assert locked.endswith(
+        "Read-only file system, for their locks in /dev/shm; make it writable, or give --workers 0"
+    )
     few = "files 2 data workers need more open files than allowed: raise `ulimit -n`, or give fewer --workers"
     assert set(limited) == {few, before.replace("before", "files")}
     assert result.stderr == ""

@@ -1,7 +1,10 @@
 """The ablations: arms, equal compute, cosines and tables. tests/slow/test_ablations.py runs the command."""
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.hub.weights import write_tensors
 from experiments.ablations.run import ARMS, WORDS, build_config, count_flops, measure_cosines
 from experiments.ablations.table import draw_curves, format_interval, format_tables
-from tests.conftest import GOLDEN, ROOT, tiny_model
+from tests.conftest import GOLDEN, ROOT, strip_times, tiny_model
 
 BASE = {"generator": tiny_model(), "discriminator": tiny_model() | {"num_hidden_layers": 4}}
 BASE = {name: model | {"max_position_embeddings": 128} for name, model in BASE.items()}
@@ -23,6 +26,21 @@ def test_arms(arm):
     config = build_config(arm, BASE)
     (RTDConfig if "generator" in config else ModelConfig).from_dict(config)
     assert [other for other in ARMS if build_config(other, BASE) == config] == [arm]
+
+
+def test_a_command_that_fails(tmp_path):
+    """It has logged one sentence, and a traceback adds nothing."""
+    (tmp_path / "cache").touch()
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "ablations" / "run.py", "--arms", "gdes", "--steps", "1"],
+        env=os.environ | {"DEBERTA_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert strip_times(done.stderr).startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_flops():

@@ -97,3 +97,14 @@ def test_errors(exported):
         fill_masks(opened, encoder, "nothing", 1)
     with pytest.raises(ConfigError, match="the model takes 320"):
         fill_masks(opened, encoder, "[MASK] " * 400, 1)
+    (folder / "mixed").mkdir()
+    for name, source in (
+        ("config.json", "generator"),
+        ("spm.model", "generator"),
+        ("model.safetensors", "discriminator"),
+    ):
+        shutil.copy(folder / source / name, folder / "mixed")
+    message = "model.safetensors does not fit its config.json: "
+    with pytest.raises(ConfigError, match=message):
+        open_model(folder / "mixed", ReplacedTokenDetectionModel)
+    shutil.rmtree(folder / "mixed")

@@ -81,7 +81,8 @@ def test_errors(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(ROWS[0]))
     status, output = report(tmp_path, "--html", "/proc/report.html")
     assert status == 1
-    assert output.startswith("error: cannot write /proc/report.html")
+    reason = "No such file or directory; choose a directory that can be written"
+    assert output == f"error: cannot write /proc/report.html: {reason}\n"
 
 
 def test_it_does_not_load_torch(runs):

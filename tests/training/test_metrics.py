@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up_is_named(tmp_path, prepared):
     assert run(flags | {"num_training_steps": 1, "tag": "data", "output_dir": tmp_path / "first"})[0] == 0
     status, output = run(flags | {"num_training_steps": 3000}, LARGEST_FILE="8000")
     assert status == 1, output
-    message = f"error: cannot write {flags['output_dir']}/metrics.jsonl: File too large; free space there, "
+    message = f"error: cannot write {flags['output_dir']}/metrics.jsonl: File too large; raise `ulimit -f`, "
     assert output.splitlines()[-1].startswith(message)
 
 
