@@ -126,8 +126,9 @@ def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iter
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            if os.path.lexists(partial) and not _is_own(partial.lstat()):
-                partial.unlink()
+            with contextlib.suppress(FileNotFoundError):  # another process may rename or remove it
+                if not _is_own(partial.lstat()):
+                    partial.unlink()
             with open(partial, "a+b", opener=open_regular) as file:
                 is_locked = _lock(file, path)
                 if not _is_at(partial, file):
