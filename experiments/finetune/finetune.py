@@ -136,8 +136,6 @@ def open_task(flags: argparse.Namespace) -> Task:
     else:
         train, test = (read_rows(path, flags.text, flags.label) for path in (flags.train, flags.test))
     labels = [] if is_regression else sorted({row.label for row in train})
-    if not is_regression and len(labels) < 2:
-        raise ValueError(f"the training rows have {len(labels)} different labels: give at least 2 classes")
     if unknown := {row.label for row in test} - set(labels) if labels else set():
         raise ValueError(
             f"labels {sorted(unknown)[:5]} of the test rows are not among those of the training rows"
