@@ -164,8 +164,8 @@ def test_no_sentence_is_dropped_from_training(tmp_path):
     ("sentences", "size", "complaint"),
     [
         (["hello you"], 500, "too little text"),
-        (["hello you"], 6, "pass a larger number"),
-        (["hello you"], 3, "too small"),
+        (["hello you"], 6, "printable ASCII take 99; pass more"),
+        (["hello you"], 3, "no text suits that number"),
         ([], 500, "no text"),
     ],
 )

@@ -97,4 +97,4 @@ def test_description():
     assert describe_implementations(CPU, True) == compiled
     assert describe_kernels("auto", "eager", TrainConfig(compile=True), CPU) == f"{compiled}, eager attention"
     config = TrainConfig(kernels="off")
-    assert describe_kernels("off", "eager", config, CUDA) == "plain PyTorch"
+    assert describe_kernels("off", "eager", config, CUDA) == "plain PyTorch, TF32 on"
