@@ -3,6 +3,7 @@
 A line per check: "ok" and what there is, or "look" with what to do.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -34,6 +35,7 @@ def main() -> int:
 
     Without a cache directory, it ends with the error of the other commands.
     """
+    argparse.ArgumentParser(prog="python -m DeBERTa.doctor", description=__doc__).parse_args()
     if write_checks(check_packages()):
         return 1
     from DeBERTa.command import run_command

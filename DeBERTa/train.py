@@ -38,7 +38,13 @@ from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.processes import RunInterrupted
 from DeBERTa.training import distributed
 from DeBERTa.training.banner import collect_environment, describe_code, describe_run, format_rows
-from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, read_model, write_json
+from DeBERTa.training.checkpoint import (
+    find_newest_valid,
+    get_checkpoint_path,
+    list_steps,
+    read_model,
+    write_json,
+)
 from DeBERTa.training.dry_run import describe_dry_run
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.execution import explain_precision, resolve_compile, resolve_precision, set_execution
@@ -93,7 +99,10 @@ def start(argv: Sequence[str]) -> int:
             with translate_worker_errors(), translate_memory_errors():
                 run(config, signals)
     except RunInterrupted as stop:
-        logger.info("stopped by %s; the same command resumes from the last checkpoint", stop)
+        # Only rank 0's node has the checkpoints.
+        is_unsaved = not is_worker() and not list_steps(config.run_dir)
+        begins = "starts again: nothing was saved yet" if is_unsaved else "resumes from the last checkpoint"
+        logger.info("stopped by %s; the same command %s", stop, begins)
         return stop.exit_status
     return 0
 

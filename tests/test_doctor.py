@@ -94,3 +94,10 @@ def test_a_driver_that_pytorch_cannot_use(tmp_path):
         pytest.skip("PyTorch uses the GPU")
     program = f"from pathlib import Path; doctor.NVIDIA_DRIVER = Path({str(tmp_path)!r})"
     assert "PyTorch cannot use the NVIDIA driver" in run(program=program)["device"][1]
+
+
+def test_an_unknown_flag():
+    command = [sys.executable, "-m", "DeBERTa.doctor", "--foo"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "unrecognized arguments: --foo" in result.stderr

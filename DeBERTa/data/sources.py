@@ -85,7 +85,7 @@ def find_sources(inputs: Iterable[Path]) -> list[Path]:
             matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207 (absolute ones too)
         found = [source for match in matches for source in _list_files(match)]
         if not found:
-            what = "the directory has no files" if given.is_dir() else "it does not exist"
+            what = "the directory has no files that are not hidden" if given.is_dir() else "it does not exist"
             raise DataError(f"no text file {given}: {what}; check the path")
         sources += found
     if sources.count(STDIN) > 1:

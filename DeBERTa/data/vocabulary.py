@@ -54,8 +54,8 @@ def find_or_train_vocabulary(
         if not _is_trained(path, record, recipe):
             refusal = VocabularyError(
                 f"cannot write a vocabulary to {path}: the one there was not trained with {size} pieces and "
-                f"character coverage {character_coverage} on {name_sources(sources)}; give another "
-                "--vocab_path, or remove it"
+                f"character coverage {character_coverage} on {name_sources(sources)}, or was changed since; "
+                "give another --vocab_path, or remove it"
             )
             if path.exists() and record.exists():
                 raise refusal
@@ -87,8 +87,8 @@ def _report_characters(tokenizer: Tokenizer, lines: Sequence[bytes]) -> None:
     single = sum(len(piece.removeprefix(WORD_MARK)) <= 1 for piece in tokenizer.pieces)
     if single > max(MANY_CHARACTERS, MANY_SHARE * len(tokenizer)):
         logger.warning(
-            "%d of the %d pieces of %s are single characters; --character_coverage 0.9995 leaves out rare "
-            "ones, or pass a larger --train_vocab",
+            "%d of the %d pieces of %s are single characters; a lower --character_coverage leaves out rare "
+            "ones (0.9995 for large scripts), or pass a larger --train_vocab",
             single, len(tokenizer), tokenizer.path,
         )  # fmt: skip
 

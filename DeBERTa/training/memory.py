@@ -54,8 +54,9 @@ def keep_freed_memory() -> None:
 
 
 MICRO_BATCHES = (
-    "the micro-batches are too large; give a larger --accumulative_update, a smaller --train_batch_size (in "
-    "evaluation: --eval_batch_size), or --gradient_checkpointing"
+    "the micro-batches are too large for it, or for its limit (`ulimit -v`, a container); give a larger "
+    "--accumulative_update, a smaller --train_batch_size (in evaluation: --eval_batch_size), or "
+    "--gradient_checkpointing"
 )
 MODEL = "the model is too large; give smaller sizes in --model_config, or another --vocab_size"
 

@@ -161,7 +161,9 @@ class Failure:
 
         Anything else, for example one with status 0, is a failure, too.
         """
-        return _parse(text) or Failure("another node reported a failure that cannot be read")
+        return _parse(text) or Failure(
+            "another node reported a failure that cannot be read: look at the messages of every node"
+        )
 
     def to_json(self) -> str:
         """Return all fields as one line of JSON."""

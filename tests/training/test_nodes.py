@@ -12,7 +12,7 @@ from DeBERTa.training.nodes import LONGEST_MESSAGE, Coordinator, Job, Member, re
 from DeBERTa.training.worker import Failure
 from tests.commands import free_port
 
-UNREADABLE = "another node reported a failure that cannot be read"
+UNREADABLE = "another node reported a failure that cannot be read: look at the messages of every node"
 FAILURE = asdict(Failure("x"))
 STRANGE = [
     b"",

@@ -50,7 +50,10 @@ VALID = Failure("a disk is full", exit_status=1, is_explained=True)
 )  # fmt: skip
 def test_a_failure_of_another_shape_is_a_failure(tmp_path, text):
     """Another machine may have sent it: it never ends a run with status 0."""
-    assert Failure.from_json(text).message == "another node reported a failure that cannot be read"
+    assert (
+        Failure.from_json(text).message
+        == "another node reported a failure that cannot be read: look at the messages of every node"
+    )
     assert Failure.from_json(text).exit_status == 1
     (tmp_path / "0.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert Failure.from_exit_code(3, tmp_path / "0.json").message == "exited with status 3"
