@@ -520,7 +520,7 @@ def test_a_file_too_large_for_the_quota(tmp_path, prepared):
             "error: cannot write the checkpoint of step 6 ",
             "File too large",
             "--output_dir",
-            "free)",
+            "raise `ulimit -f`",
             "resumes from step 4",
         ):
             assert part in message, message

@@ -74,7 +74,11 @@ def test_only_rank_0_writes_to_the_console(tmp_path, prepared):
 
 
 def test_at_level_warning_a_run_is_silent(tmp_path, prepared):
-    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 1, "log_level": "warning"}
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {
+        "num_training_steps": 1,
+        "warmup": 1,
+        "log_level": "warning",
+    }
     assert run(flags) == (0, "")
 
 
