@@ -4,13 +4,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
-from DeBERTa.data.files import name_file
-from DeBERTa.errors import DebertaError, ReportedError, describe_os_error
+from DeBERTa.errors import DebertaError, ReportedError, StorageError, describe_os_error
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.processes import RunInterrupted, raise_interrupts
+from DeBERTa.training.memory import translate_memory_errors
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
         secure_console()
     set_up_logging()
     try:
-        with raise_interrupts():
+        with raise_interrupts(), translate_memory_errors("raise its limit (`ulimit -v`, a container)"):
             try:
                 return command() or 0
             finally:
@@ -37,12 +36,6 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     except OSError as error:  # a full disk, a directory that cannot be written
         logger.error("%s", describe_os_error(error))
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):
-            raise
-        limits = "`ulimit -v` and `ulimit -u`, or those of the container"
-        logger.error("too little memory, or too few threads: raise %s", limits)
-        return 1
     except KeyboardInterrupt as error:
         logger.error("%s", interrupted)
         return error.exit_status if isinstance(error, RunInterrupted) else 130
@@ -52,10 +45,15 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
 
 
 def write_output(text: str) -> None:
-    """Write to standard output at once; raise `OSError`, naming it, where that is not possible."""
-    with name_file(Path("standard output")):
+    """Write to standard output at once.
+
+    Raises `StorageError` where that is not possible.
+    """
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except OSError as error:
+        raise StorageError(f"standard output: {error.strerror}") from error
 
 
 def discard_unwritten(stream: TextIO) -> None:

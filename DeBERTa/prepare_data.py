@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from DeBERTa import command
-from DeBERTa.config import LARGEST
+from DeBERTa.config import Bounds
 from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.encode import Recipe
 from DeBERTa.data.files import get_cache_dir
@@ -23,6 +23,7 @@ from DeBERTa.flags import FlagParser, build_config, read_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.presets import CORPORA, list_preparation
 
+BOUNDS = {"workers": Bounds(1, 1024), "train_vocab": Bounds(1), "max_seq_length": Bounds(MIN_SEQ_LENGTH)}
 DESCRIPTION = """\
 Turn text into lines of at most max_seq_length - 2 SentencePiece pieces, separated by single spaces.
 
@@ -159,16 +160,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--check and --train_vocab exclude each other": arguments.check and arguments.train_vocab is not None,
         "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
         "--shard and fractions are for --input": not has_input and (arguments.shard or sum(fractions)),
-        "fractions must be at least 0, and below 1 together": not (
-            min(fractions) >= 0 and sum(fractions) < 1
-        ),
-        "--workers must be from 1 to 1024": arguments.workers is not None
-        and not 1 <= arguments.workers <= 1024,
-        f"--train_vocab must be at most {LARGEST}": (arguments.train_vocab or 0) > LARGEST,
-        f"--max_seq_length must be at most {LARGEST}": arguments.max_seq_length > LARGEST,
+        "fractions must be at least 0, and below 1 together": not 0 <= min(fractions) <= sum(fractions) < 1,
         "--character_coverage must be from 0.98 to 1": not 0.98 <= arguments.character_coverage <= 1,
-        f"--max_seq_length must be at least {MIN_SEQ_LENGTH}": arguments.max_seq_length < MIN_SEQ_LENGTH,
     }
+    for name, bounds in BOUNDS.items():
+        value = getattr(arguments, name)
+        problems[f"--{name} must be {bounds}, not {value}"] = value is not None and value not in bounds
     for message, is_wrong in problems.items():
         if is_wrong:
             parser.error(message)

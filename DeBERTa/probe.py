@@ -20,7 +20,7 @@ from itertools import accumulate
 from lzma import decompress
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.nn.functional import one_hot
@@ -34,8 +34,7 @@ from DeBERTa.errors import DataError
 from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models
-from DeBERTa.hub.inference import check_same_vocabulary
-from DeBERTa.hub.published import select_weights
+from DeBERTa.hub.inference import build_from_weights, check_same_vocabulary
 from DeBERTa.hub.weights import StateDict, read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 from DeBERTa.report.read import read_lines
@@ -118,10 +117,7 @@ def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Pat
     """Return the figures of both probes for the weights in `path`, and log them."""
     is_detector = "mask_predictions.classifier.bias" in weights
     kind = ReplacedTokenDetectionModel if is_detector else MaskedLanguageModel
-    with torch.device("meta"):  # wrong sizes are found without memory for them
-        model = kind(config)
-    model.load_state_dict(select_weights(model, weights, path), assign=True)
-    model.float().eval()
+    model = cast(Model, build_from_weights(kind, config, weights, path))
     corpus = read_corpus(vocabulary, config.max_position_embeddings)
     figures = probe_tags(model, corpus) | measure_random_weights(kind, config, vocabulary)
     figures |= probe_pairs(model, corpus, Tokenizer(vocabulary))

@@ -28,7 +28,6 @@ ROLES = ("pad", "bos", "eos", "unk")  # what SentencePiece calls them
 SPECIAL, STARTS_WORD, CONTINUES_WORD, PUNCTUATION = range(4)  # kinds of pieces, for masking of words
 
 # SentencePiece drops training sentences above 4192 bytes; longer ones are split below that.
-MOST_PIECES = 10_000_000
 MAX_SENTENCE_BYTES = 4000
 # SentencePiece also drops sentences with these characters: it uses U+2585 itself.
 DROPPING = {0: " ", 0x2585: " "}
@@ -153,8 +152,8 @@ def train_vocabulary(sentences: Iterable[str], size: int, character_coverage: fl
     Raises `VocabularyError` if the text does not suit the size.
     """
     failure = f"cannot train a vocabulary of {size} pieces"
-    if not len(SPECIAL_PIECES) < size <= MOST_PIECES:
-        raise VocabularyError(f"{failure}: no text suits that number; pass some thousands")
+    if size <= len(SPECIAL_PIECES):
+        raise VocabularyError(f"{failure}: it is too small; pass some thousands")
     special: dict[str, Any] = {f"{role}_id": index for index, role in enumerate(ROLES)}
     special |= {f"{role}_piece": piece for role, piece in zip(ROLES, SPECIAL_PIECES, strict=True)}
     model = io.BytesIO()

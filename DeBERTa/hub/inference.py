@@ -13,7 +13,7 @@ from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokeni
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.tokenizer_json import build_tokenizer_json
-from DeBERTa.hub.weights import read_weights
+from DeBERTa.hub.weights import StateDict, read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,10 +81,20 @@ def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Prompt
     head, other = HEADS[model_class]
     if head not in weights:
         raise ConfigError(f"{directory}: the model has another head ({head} is missing); try {other}")
+    return build_from_weights(model_class, config, weights, path), encoder
+
+
+def build_from_weights(
+    model_class: type[Model], config: ModelConfig, weights: StateDict, path: Path
+) -> Model:
+    """Return the model of weights from `path`, in float32, for predictions.
+
+    Raises `ConfigError` if they do not fit the config.
+    """
     with torch.device("meta"):  # wrong sizes are found without memory for them
         model = model_class(config)
     model.load_state_dict(select_weights(model, weights, path), assign=True)
-    return model.float().eval(), encoder
+    return model.float().eval()
 
 
 def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:

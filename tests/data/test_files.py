@@ -125,7 +125,7 @@ def test_a_small_file_needs_little_memory(tmp_path):
     )
     for name, status, output in (
         ("x", 0, ""),
-        ("large", 1, "error: too little memory, or too few threads: raise `ulimit -v` and `ulimit -u`, or "),
+        ("large", 1, "error: out of memory: raise its limit (`ulimit -v`, a container)"),
     ):
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -165,7 +165,7 @@ def test_no_sentence_is_dropped_from_training(tmp_path):
     [
         (["hello you"], 500, "too little text"),
         (["hello you"], 6, "printable ASCII take 99; pass more"),
-        (["hello you"], 3, "no text suits that number"),
+        (["hello you"], 3, "too small"),
         ([], 500, "no text"),
     ],
 )
