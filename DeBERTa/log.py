@@ -108,6 +108,9 @@ def log_regularly(describe: Callable[[], str], seconds: float = QUIET_SECONDS) -
         yield
     finally:
         is_over.set()
+        if thread.is_alive():
+            # Else it may hold the last reference to what `describe` uses, and free tensors while Python exits.
+            thread.join()
 
 
 def _log_until(is_over: threading.Event, describe: Callable[[], str], seconds: float) -> None:

@@ -6,6 +6,8 @@ import os
 import re
 import struct
 import termios
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
@@ -113,6 +115,21 @@ def test_long_work_is_reported_unless_there_are_other_messages(capsys):
     with log_regularly(lambda: "half done", seconds=60.0):
         logger.info("done")
     assert [line[20:] for line in capsys.readouterr().err.splitlines()] == ["done"]
+
+
+def test_no_thread_outlives_long_work(capsys):
+    """Python aborts the process if a thread frees tensors while it exits."""
+    set_up_logging("info")
+    started, before = threading.Event(), threading.active_count()
+
+    def describe() -> str:
+        started.set()
+        time.sleep(0.2)
+        return "half done"
+
+    with log_regularly(describe, seconds=0.01):
+        assert started.wait(60)
+    assert threading.active_count() == before
 
 
 def test_control_characters_of_others_are_escaped(capsys):
