@@ -71,7 +71,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     if "LARGEST_FILE" in environment:  # bytes; writing more gives the error "File too large", as a quota does
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
     if "KILL_AT_CALL" in environment:  # die at the n-th call that changes a file
-        kill_at_call(int(environment["KILL_AT_CALL"]))
+        kill_at_call(int(environment["KILL_AT_CALL"]), environment.get("KILL_IN_THREAD", ""))
     torch.set_num_threads(1)
     sys.argv[1:] = arguments
     run_command()

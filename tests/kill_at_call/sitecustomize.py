@@ -1,7 +1,8 @@
 """Kill a process at its n-th call that changes a file, as a power cut would.
 
 Python imports this file when it starts with this directory on PYTHONPATH; `KILL_AT_CALL` is the number n.
-Forked runs call `kill_at_call` themselves.
+Forked runs call `kill_at_call` themselves. The calls of one thread come in the same order in each run, those
+of several do not.
 """
 
 import builtins
@@ -10,6 +11,7 @@ import io
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,15 +20,15 @@ write_to_descriptor = os.write
 
 
 class Countdown:
-    """Counts calls of all threads, and ends the process at one of them."""
+    """Counts calls, and ends the process at one of them."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, thread: str) -> None:
+        self.number, self.thread = number, thread
         self.calls = itertools.count(1)
 
     def is_over(self) -> bool:
         """Count a call; return whether it is the last."""
-        return next(self.calls) == self.number
+        return threading.current_thread().name.startswith(self.thread) and next(self.calls) == self.number
 
     def kill(self, call: str) -> None:
         """Name the call on stderr and die."""
@@ -66,9 +68,12 @@ class CountedFile:
         return iter(self.file)
 
 
-def kill_at_call(number: int) -> None:
-    """Wrap the calls that change files, so that the process dies before the one with this number (from 1)."""
-    countdown = Countdown(number)
+def kill_at_call(number: int, thread: str = "") -> None:
+    """Wrap the calls that change files, so that the process dies before the one with this number (from 1).
+
+    Calls of threads whose names start with `thread` count.
+    """
+    countdown = Countdown(number, thread)
 
     def wrap(name: str, function: Callable) -> Callable:
         @functools.wraps(function)
