@@ -22,6 +22,9 @@ from DeBERTa.model.sharing import OwnTable, ResidualTable
 
 FROM_DISCRIMINATOR = "from-discriminator"  # in place of a generator's file
 HEADS = {LM_HEAD: "LM head", "mask_predictions.": "RTD head", f"{POSITION}.": "position table"}
+OTHER_ROWS = (
+    "--resize_vocab is for another vocabulary; for weights of a run give its config.json as --model_config"
+)
 ROWS_PER_CHUNK = 512  # of a table, so that temporary tensors stay small: 1.6 MB for base
 
 
@@ -281,7 +284,7 @@ def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: 
     """Raise `ConfigError` for a tensor of another shape, of another kind, or with values not finite."""
     problems = []
     if tensor.shape != expected.shape:
-        hint = " (--resize_vocab is for another vocabulary)" if name == f"{WORD}.weight" else ""
+        hint = f" ({OTHER_ROWS})" if name == f"{WORD}.weight" else ""
         problems = [describe_shapes(name, tensor, expected) + hint]
     elif not tensor.is_floating_point() or tensor.layout != torch.strided:
         problems = [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"]

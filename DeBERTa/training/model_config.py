@@ -73,7 +73,9 @@ def resolve_vocab_size(config: TrainConfig, rows: int, tokenizer: Tokenizer, pat
     if rows >= tokens:
         return rows, f"{rows - tokens} of the {rows} rows of the word table belong to no token"
     source = f"--vocab_size {rows}" if config.vocab_size else f"vocab_size {rows} of {path}"
-    advice = f"give --vocab_size {fitting}" if config.vocab_size else "give the --vocab_path of the weights"
+    advice = "give the --vocab_path of the weights, or the config.json of their run as --model_config"
+    if config.vocab_size:
+        advice = f"give --vocab_size {fitting}"
     raise ConfigError(f"{source} is too small for the {tokens} tokens of {tokenizer.path}: {advice}")
 
 
