@@ -109,7 +109,7 @@ def log_regularly(describe: Callable[[], str], seconds: float = QUIET_SECONDS) -
     finally:
         is_over.set()
         if thread.is_alive():
-            # Else it may hold the last reference to what `describe` uses, and free tensors while Python exits.
+            # It may hold the last reference to what `describe` uses, and would free tensors at Python's exit.
             thread.join()
 
 

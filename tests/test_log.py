@@ -117,7 +117,7 @@ def test_long_work_is_reported_unless_there_are_other_messages(capsys):
     assert [line[20:] for line in capsys.readouterr().err.splitlines()] == ["done"]
 
 
-def test_no_thread_outlives_long_work(capsys):
+def test_no_thread_outlives_long_work():
     """Python aborts the process if a thread frees tensors while it exits."""
     set_up_logging("info")
     started, before = threading.Event(), threading.active_count()
