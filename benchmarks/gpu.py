@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 from benchmarks.about import about
 from benchmarks.training_step import (
@@ -37,7 +38,9 @@ from benchmarks.training_step import (
     summarize,
     synchronize,
 )
-from DeBERTa.config import read_json
+from DeBERTa.config import ModelConfig, read_json
+from DeBERTa.model.encoder import Deberta
+from DeBERTa.ops import select_implementations
 from DeBERTa.ops.triton import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +73,8 @@ TOY_RUNS = {"eager": ["--attention", "eager"]}
 PARTS = {  # seconds at most
     "correctness": 120,
     "runs": 100,
-    "steps": 205,
+    "attention": 35,
+    "steps": 170,
     "synchronization": 20,
     "profile": 25,
 }
@@ -145,6 +149,38 @@ def run_runs(out: Path, is_toy: bool) -> dict:
         process.wait()
     for kind in kinds:
         result[kind]["resumed_same_bits"] = is_same(f"{kind}-1", f"{kind}-resumed")
+    return result
+
+
+def run_attention(_out: Path, is_toy: bool) -> dict:
+    """Measure one attention layer of base by implementation, in milliseconds."""
+    values = read_json(CONFIGS / ("rtd_tiny.json" if is_toy else "rtd_base.json"))["discriminator"]
+    config = ModelConfig.from_dict(values | {"num_hidden_layers": 1, "attention_probs_dropout_prob": 0.1})
+    sequences, length = (2, 64) if is_toy else (32, 512)
+    hidden = torch.randn(sequences, length, config.hidden_size, device=DEVICE, requires_grad=True)
+    mask = torch.ones(sequences, length, dtype=torch.bool, device=DEVICE)
+    result = {}
+    for name in ("triton",) * HAS_TRITON * (DEVICE == "cuda") + ("sdpa", "eager"):
+        model = Deberta(config, "gdes").to(DEVICE)
+        select_implementations(model, torch.device(DEVICE), name, is_compiled=False)
+        attention = model.encoder.layer[0].attention.self
+        inputs = (hidden, *attention.parameters())
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            positions = model.encoder.compute_relative_positions(length)
+
+        def attend(attention=attention, positions=positions) -> torch.Tensor:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                return attention(hidden, mask, positions)
+
+        def differentiate(attend=attend, inputs=inputs) -> None:
+            context = attend()
+            torch.autograd.grad(context, inputs, torch.ones_like(context))
+
+        for what, function in (("forward", attend), ("forward and backward", differentiate)):
+            function()
+            timer = Timer("function()", globals={"function": function})
+            measured = timer.blocked_autorange(min_run_time=0.2 if is_toy else 2.0)
+            result[f"{name}, {what}"] = round(1e3 * measured.median, 3)
     return result
 
 

@@ -31,6 +31,9 @@ def test_dry_run(tmp_path):
     assert (
         results["runs"] | {"eager": {"twice_same_bits": True, "resumed_same_bits": True}} == results["runs"]
     )
+    for name in ("sdpa", "eager"):
+        layer = results["attention"]
+        assert 0 < layer[f"{name}, forward"] < layer[f"{name}, forward and backward"]
     assert [case["who"] for case in results["steps"]["cases"]] == ["ours", "composed"]
     assert all(case["tokens_per_second"] > 0 for case in results["steps"]["cases"])
     last = process.stdout.splitlines()[-1]
