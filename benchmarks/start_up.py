@@ -82,7 +82,7 @@ def measure_first_start(folder: Path) -> dict[str, float]:
     config = parse_flags(list_flags(folder))
     tokenizer = Tokenizer(config.vocab_path)
     started = time.monotonic()
-    open_split(config, "train", tokenizer)
+    open_split(config, config.data_dir, "train", tokenizer)
     seconds = time.monotonic() - started
     return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
 
@@ -99,12 +99,12 @@ def measure_later_start(folder: Path, started: float) -> dict[str, float]:
     precision = resolve_precision(config, device)
     keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
-    model_config = load_model_config(config, tokenizer)
+    model_config, _ = load_model_config(config, tokenizer)
     masker = Masker(tokenizer, 1, always_mask=True)
-    store = open_split(config, "train", tokenizer)
+    store = open_split(config, config.data_dir, "train", tokenizer)
     times.append(time.monotonic())
     training = ReplacedTokenStep(
-        build_model(config, model_config), config, precision, device, config.num_training_steps
+        build_model(model_config), config, precision, device, config.num_training_steps
     )
     times.append(time.monotonic())
     plan = BatchPlan(config.seed, config.train_batch_size, config.max_seq_length)
@@ -160,6 +160,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def run_in_process(which: str, folder: Path) -> dict[str, float]:
+    """Measure the first or a later start in a process of its own."""
     command = [sys.executable, __file__, "--one", which, str(folder), str(time.monotonic())]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 

@@ -1,6 +1,6 @@
 """Masking of a batch of token ids.
 
-Shapes: B lines, L length, K spans of the line that has the most.
+Shapes: B lines, L length.
 
 A masked line is a pure function of its ids and its uniform values. Every line takes the same number of them
 (`count_draws`), so that any slice of a batch can be masked separately with the same result.

@@ -1,7 +1,7 @@
 """Optional faster implementations of model/, selected by device.
 
 `select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here.
-Parameters and their names stay. Nothing else imports this package, and deleting it leaves plain PyTorch.
+Parameters and their names stay. Deleting this package leaves plain PyTorch.
 
 | device | attention                                   | everything else      |
 | ------ | ------------------------------------------- | -------------------- |

@@ -1,7 +1,7 @@
 """Attention on PyTorch's fused operations, with position scores as bias (`--attention sdpa`).
 
 Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size.
-S is the number of rows of the relative-position table, N = B * L.
+S is the number of rows of the relative-position table.
 """
 
 import torch

@@ -3,7 +3,7 @@
     checkpoints/step-00010000/
         model.safetensors   weights, residuals of shared tables included
         optimizer.pt        moments, loss scaler, windows of losses, sums of the logging interval
-        state.json          step, seed, position in the data, versions (informative)
+        state.json          step, seed, position in the data, elapsed seconds, versions
         config.json         settings, model, data and vocabulary fingerprints
         manifest.json       size and SHA-256 of the files above
 

@@ -1,4 +1,4 @@
-"""AdamW with the published parameter groups, clipping, learning-rate schedule."""
+"""AdamW with the published parameter groups, and the learning-rate schedule."""
 
 import math
 

@@ -107,7 +107,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step.
 
-        `metrics.jsonl` gets a line after the first step, every `log_interval` steps and at checkpoints. A
+        `metrics.jsonl` gets a line after the first step, every `log_interval` steps and where one is due. A
         checkpoint followed by an evaluation is due every `dump_interval` steps and after the last one.
         Raises `NonFiniteError` when training diverged, `StorageError` when the disk is full, and
         `RunInterrupted` after a signal; the checkpoints on disk stay valid.

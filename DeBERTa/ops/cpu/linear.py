@@ -69,7 +69,7 @@ def differentiate_affine(
     needs_bias: bool = True,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of `x`, `weight` and bias, given that of `affine`.
+    """Return the gradients of `x`, `weight` and bias, given that of `apply_affine`.
 
     grad: [..., N]. Gradients of the parameters are summed over all rows, in float32 at least. The gradient of
     the weight is written to `out`, if given. Where there is no kernel, it is rounded to the dtype of `grad`.

@@ -1,6 +1,6 @@
 """Disentangled attention by the Triton kernels, as an autograd function.
 
-Shapes: B batch, L length, H heads, D head size, S rows of the relative-position table.
+Shapes: B batch, L length, H heads, D head size.
 W is the length rounded up to full tiles.
 """
 

@@ -1,5 +1,5 @@
 // One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words,
-// dropout, GELU. Built by kernels.py. Shapes and layouts are those of the Python functions that call these.
+// dropout, GELU. Built by library.py. Shapes and layouts are those of the Python functions that call these.
 // Numbers are stored as float or bfloat16; all arithmetic is in float. Sums do not depend on the threads.
 
 #include "kernels.h"

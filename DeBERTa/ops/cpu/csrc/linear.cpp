@@ -3,8 +3,7 @@
 // next.
 //
 // Names: x [M, K], weight [N, K], y [M, N]; `rows`, `depth` and `columns` are M, K and N. K and N are
-// multiples of
-// 32. Functions "of all threads" are called by each thread of a parallel region and share the work.
+// multiples of 32. Functions "of all threads" are called by each thread of a parallel region and share the work.
 
 #include "tiles.h"
 
