@@ -16,7 +16,7 @@ from DeBERTa.errors import ConfigError, StorageError, VocabularyError, describe_
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models, write_model, write_published
 from DeBERTa.hub.model_card import read_record
-from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel, build_model
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, list_steps, read_model, verify
 
 DESCRIPTION = (
@@ -90,13 +90,9 @@ def find_step(run_dir: Path, step: int | None) -> int:
 
 def load_checkpoint(run_dir: Path, step: int, settings: dict) -> MaskedLanguageModel | RTDModel:
     """Build the model of a run with the weights of `step`."""
-    values = settings["model"]
-    model: MaskedLanguageModel | RTDModel
+    kind = RTDConfig if "generator" in settings["model"] else ModelConfig
     with torch.device("meta"):
-        if "generator" in values:
-            model = RTDModel(RTDConfig.from_dict(values))
-        else:
-            model = MaskedLanguageModel(ModelConfig.from_dict(values))
+        model = build_model(kind.from_dict(settings["model"]))
     model.load_state_dict(read_model(run_dir, step, model), assign=True)
     return model
 

@@ -34,7 +34,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
-from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel, build_model
 from DeBERTa.processes import RunInterrupted
 from DeBERTa.training import distributed
 from DeBERTa.training.banner import collect_environment, describe_code, describe_run, format_rows
@@ -58,7 +58,7 @@ from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.parallel import gather_to_rank_zero, load_full_weights
 from DeBERTa.training.run_dir import check_disk_space, flatten, format_value, open_run_dir, save_models
 from DeBERTa.training.signals import Signals
-from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep, TrainingStep
+from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from DeBERTa.training.summary import describe_end
 from DeBERTa.training.trainer import Run, Trainer, resume
 from DeBERTa.training.worker import RESTART_COUNT, exit_process, get_local_rank, is_worker, log_rank
@@ -150,7 +150,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
             settings["train"]["attention"] = "eager"
         settings["data"] |= describe_data(batches)
     check_same_on_all_ranks(settings | {"evaluation": texts})  # before DDP compares shapes in its own words
-    training = build_step(config, model, precision, device, steps)
+    kind = ReplacedTokenStep if is_rtd else MaskedLMStep
+    training = kind(model, config, precision, device, steps)
     if batches:
         interval, attention = Interval(device), execution["attention"]
         this_run = Run(
@@ -186,15 +187,6 @@ def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
         this_run.check_lock()
         directories = save_models(this_run.run_dir, full_model, vocabulary)
         logger.info(format_rows(describe_end(this_run.run_dir, directories)))
-
-
-def build_step(
-    config: TrainConfig, model: Model, precision: str, device: torch.device, total_steps: int
-) -> TrainingStep:
-    """Build the training step of the task."""
-    if isinstance(model, MaskedLanguageModel):
-        return MaskedLMStep(model, config, precision, device, total_steps)
-    return ReplacedTokenStep(model, config, precision, device, total_steps)
 
 
 def check_same_on_all_ranks(settings: dict) -> None:
@@ -285,13 +277,6 @@ def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     steps = math.ceil(config.num_train_epochs * len(batches.store) / lines_per_step)
     dataclasses.replace(config, num_training_steps=steps).validate("--num_train_epochs is too large: ")
     return steps
-
-
-def build_model(model_config: ModelConfig | RTDConfig) -> Model:
-    """Build the model with fresh weights."""
-    if isinstance(model_config, ModelConfig):
-        return MaskedLanguageModel(model_config)
-    return RTDModel(model_config)
 
 
 def check_model_size(

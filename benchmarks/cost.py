@@ -10,8 +10,8 @@ import torch
 
 from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig, read_json
 from DeBERTa.model.flops import count_flops_per_token
+from DeBERTa.model.pretraining import build_model
 from DeBERTa.presets import PRESETS, Preset
-from DeBERTa.train import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "experiments" / "language_model"

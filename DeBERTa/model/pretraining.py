@@ -220,15 +220,17 @@ class RTDModel(nn.Module):
     @torch.no_grad()
     def merge_discriminator(self) -> dict[str, torch.Tensor]:
         """Return the discriminator's state dict with full tables instead of shared ones."""
-        state = {
-            k: v for k, v in self.discriminator.state_dict().items() if not k.endswith("_embeddings._weight")
-        }
-        embeddings, shared = self.discriminator.deberta.embeddings, self.get_shared_tables()
-        for name, base in zip(
-            ("word_embeddings", "position_embeddings"), shared or (None, None), strict=True
-        ):
-            state[f"deberta.embeddings.{name}.weight"] = getattr(embeddings, name).compute_full(base)
+        state, shared = self.discriminator.state_dict(), self.get_shared_tables()
+        for name, base in shared._asdict().items() if shared else ():
+            table = f"deberta.embeddings.{name}_embeddings"
+            residual = state.pop(f"{table}._weight", None)
+            state[f"{table}.weight"] = base.detach() if residual is None else base + residual
         return state
+
+
+def build_model(config: ModelConfig | RTDConfig) -> MaskedLanguageModel | RTDModel:
+    """Build the model with fresh weights."""
+    return MaskedLanguageModel(config) if isinstance(config, ModelConfig) else RTDModel(config)
 
 
 def is_replaced(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -54,10 +54,6 @@ class OwnTable(nn.Embedding):
         """Return the rows [..., E] of int64 `ids` [...], without using `base`."""
         return super().forward(ids)
 
-    def compute_full(self, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
-        """Return the effective table [V, E]."""
-        return self.weight
-
 
 class ResidualTable(nn.Module):
     """GDES table: another model's, without gradient, plus a residual initialized to 0."""
@@ -70,10 +66,6 @@ class ResidualTable(nn.Module):
         """Return `base[ids] + residual[ids]` [..., E] without adding full tables."""
         return F.embedding(ids, base.detach()) + F.embedding(ids, self._weight)
 
-    def compute_full(self, base: torch.Tensor) -> torch.Tensor:
-        """Return the effective table [V, E]."""
-        return base.detach() + self._weight
-
 
 class GeneratorTable(nn.Module):
     """ES table: another model's, which receives the gradients of both losses."""
@@ -81,10 +73,6 @@ class GeneratorTable(nn.Module):
     def forward(self, ids: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the rows [..., E] of int64 `ids` [...]."""
         return F.embedding(ids, base)
-
-    def compute_full(self, base: torch.Tensor) -> torch.Tensor:
-        """Return the effective table [V, E]."""
-        return base
 
 
 EmbeddingTable = OwnTable | ResidualTable | GeneratorTable

@@ -1,6 +1,7 @@
 """Optional faster implementations of model/, selected by device.
 
-`select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here.
+`select_implementations` is the seam: it changes the class of modules of model/ to a subclass from here, and
+the passes of LM heads over logits.
 Parameters and their names stay. Deleting this package leaves plain PyTorch.
 
 | device | attention                                   | everything else      |
@@ -18,11 +19,13 @@ from DeBERTa.errors import ConfigError
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.model.encoder import Encoder, Layer
 from DeBERTa.model.heads import LMHead
+from DeBERTa.model.losses import ChunkOperations
 from DeBERTa.ops import triton
 from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
 from DeBERTa.ops.autocast import AutocastLayer
 from DeBERTa.ops.cpu import library, modules
-from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
+from DeBERTa.ops.cpu.losses import CpuChunkOperations
+from DeBERTa.ops.losses import GPU_CHUNK, CompiledChunkOperations
 
 
 def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
@@ -33,12 +36,11 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
     """
     attention = _choose_attention(model, device, attention, is_compiled)
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
-    if device.type == "cpu":
-        subclasses |= modules.HEAD_SUBCLASSES if is_compiled else modules.SUBCLASSES
-    elif is_compiled:
-        subclasses[LMHead] = CompiledLMHead
-    else:
-        subclasses |= {Layer: AutocastLayer, LMHead: LargeChunkLMHead}
+    if not is_compiled:
+        subclasses |= modules.SUBCLASSES if device.type == "cpu" else {Layer: AutocastLayer}
+    operations: ChunkOperations = CpuChunkOperations()
+    if device.type != "cpu":
+        operations = (CompiledChunkOperations if is_compiled else ChunkOperations)(GPU_CHUNK)
     if attention == "eager":
         subclasses.pop(DisentangledSelfAttention, None)
     elif attention == "sdpa":
@@ -51,6 +53,8 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
         # cuDNN's attention returns NaN gradients for some lengths, and rounds p to 1/16 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
+        if isinstance(module, LMHead):
+            module.operations = operations
         if type(module) in subclasses:
             module.__class__ = subclasses[type(module)]
     return attention

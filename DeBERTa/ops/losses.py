@@ -6,17 +6,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from DeBERTa.model.heads import LMHead
 from DeBERTa.model.losses import GROUP, ChunkOperations
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 GPU_CHUNK = 32768  # tokens: fewer launches; 32 x 512 tokens take 0.5 GB for the logits of a chunk
-
-
-class LargeChunkLMHead(LMHead):
-    """LM head that launches fewer operations."""
-
-    operations = ChunkOperations(GPU_CHUNK)
 
 
 compile_once = functools.cache(functools.partial(torch.compile, dynamic=True))  # for any number of rows
@@ -57,9 +50,3 @@ class CompiledChunkOperations(ChunkOperations):
         target_MC = torch.where(is_target_MC, size_M[:, None], 0.0)
         grad_MC = (logits_MC.float() - shift_M[:, None]).exp() - target_MC
         return grad_MC.to(logits_MC.dtype), (grad_MC * sign_M[:, None]).sum(0)
-
-
-class CompiledLMHead(LMHead):
-    """LM head whose passes over a chunk of logits are compiled."""
-
-    operations = CompiledChunkOperations(GPU_CHUNK)

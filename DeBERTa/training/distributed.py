@@ -52,7 +52,7 @@ def join_process_group(timeout: int) -> Iterator[None]:
             device_id=device,
         )
         yield
-        barrier()  # no rank leaves while another one still writes
+        dist.barrier()  # no rank leaves while another one still writes
     dist.destroy_process_group()
 
 
@@ -113,12 +113,6 @@ def all_reduce_sums(sums: Sums) -> Sums:
     return dict(zip(sums, values, strict=True))
 
 
-def barrier() -> None:
-    """Wait until every rank has reached this call."""
-    if is_distributed():
-        dist.barrier()
-
-
 def gather_values(value: object) -> list:
     """Return the `value` of every rank, in order of ranks.
 
@@ -126,7 +120,9 @@ def gather_values(value: object) -> list:
     """
     if not is_distributed():
         return [value]
-    return [_decode(received) for received in gather_vectors(_encode(value))]
+    text = json.dumps(value, default=torch.Tensor.tolist)
+    encoded = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return [json.loads(received.numpy().tobytes()) for received in gather_vectors(encoded)]
 
 
 def broadcast_value(value: Any) -> Any:
@@ -154,12 +150,3 @@ def gather_vectors(vector: torch.Tensor) -> list[torch.Tensor]:
     gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded)
     return [values[: int(length)] for values, length in zip(gathered, lengths, strict=True)]
-
-
-def _encode(value: object) -> torch.Tensor:
-    text = json.dumps(value, default=torch.Tensor.tolist)
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _decode(received: torch.Tensor) -> Any:
-    return json.loads(received.numpy().tobytes())

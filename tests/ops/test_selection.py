@@ -7,13 +7,15 @@ from DeBERTa import ModelConfig, RTDConfig, RTDModel, TrainConfig
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.model.encoder import Encoder, Layer
 from DeBERTa.model.heads import LMHead
+from DeBERTa.model.losses import ChunkOperations
 from DeBERTa.model.pretraining import MaskedLanguageModel
 from DeBERTa.ops import describe_implementations, select_implementations
 from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
 from DeBERTa.ops.autocast import AutocastLayer
 from DeBERTa.ops.cpu import library
-from DeBERTa.ops.cpu.modules import HEAD_SUBCLASSES, SUBCLASSES, CpuSelfAttention
-from DeBERTa.ops.losses import CompiledLMHead, LargeChunkLMHead
+from DeBERTa.ops.cpu.losses import CpuChunkOperations
+from DeBERTa.ops.cpu.modules import SUBCLASSES, CpuSelfAttention
+from DeBERTa.ops.losses import GPU_CHUNK, CompiledChunkOperations
 from DeBERTa.training.execution import describe_kernels
 from tests.conftest import tiny_model, tiny_rtd
 
@@ -45,21 +47,25 @@ def test_attention(device, wanted, is_compiled, attention, expected):
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("device", [CPU, CUDA, META])
 def test_other_modules(device, is_compiled):
-    """On a CPU each has its subclass, on other devices layers and head; compiled layers are plain."""
+    """On a CPU each has its subclass, on other devices layers; compiled layers are plain."""
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     names, parameters = list(model.state_dict()), list(model.parameters())
     before = {name: type(module) for name, module in model.named_modules()}
     for _ in range(2):  # the second selection changes nothing
         select_implementations(model, device, "eager", is_compiled)
-    subclasses: dict = {Layer: AutocastLayer, LMHead: LargeChunkLMHead}
-    if device == CPU:
-        subclasses = SUBCLASSES
+    subclasses: dict = SUBCLASSES if device == CPU else {Layer: AutocastLayer}
     if is_compiled:
-        subclasses = HEAD_SUBCLASSES if device == CPU else {LMHead: CompiledLMHead}
+        subclasses = {}
     for name, module in model.named_modules():
         plain = before[name]
         changes = plain in subclasses and plain is not DisentangledSelfAttention
         assert type(module) is (subclasses[plain] if changes else plain), name
+    operations = CpuChunkOperations
+    if device != CPU:
+        operations = CompiledChunkOperations if is_compiled else ChunkOperations
+    heads = [module for module in model.modules() if isinstance(module, LMHead)]
+    assert {type(head.operations) for head in heads} == {operations}
+    assert all(head.operations.chunk == GPU_CHUNK for head in heads if device != CPU)
     assert list(model.state_dict()) == names
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert any(type(module) is not Layer for module in model.modules() if isinstance(module, Layer)) == (

@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 from DeBERTa.model.attention import DisentangledSelfAttention, Keys, RelativePositions
 from DeBERTa.model.encoder import AddNorm, Layer
-from DeBERTa.model.heads import LMHead
 from DeBERTa.ops.attention import JointSelfAttention
 from DeBERTa.ops.cpu.attention import BlockedAttention
 from DeBERTa.ops.cpu.dropout import add_dropout
 from DeBERTa.ops.cpu.linear import FeedForward, apply_linear
-from DeBERTa.ops.cpu.losses import CpuChunkOperations
 
 
 class CpuDropout(nn.Dropout):
@@ -105,15 +103,7 @@ def _expand(table_HSD: torch.Tensor | None, slots_W: torch.Tensor) -> torch.Tens
     return table_HSD.transpose(0, 1).index_select(0, slots_W).transpose(0, 1).contiguous()
 
 
-class CpuLMHead(LMHead):
-    """LM head whose passes over a chunk of logits are kernels."""
-
-    operations = CpuChunkOperations()
-
-
-HEAD_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {LMHead: CpuLMHead}
 SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    **HEAD_SUBCLASSES,
     AddNorm: CpuAddNorm,
     DisentangledSelfAttention: CpuSelfAttention,
     Layer: CpuLayer,

@@ -289,20 +289,14 @@ void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
     }                                                                                                        \
     EXPORT gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                           \
         gelu_gradients(x, gradients, count, threads);                                                        \
+    }                                                                                                        \
+    EXPORT transposed_##NAME(const T* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,          \
+                             int threads) {                                                                  \
+        transposed(x, out, sums, rows, columns, threads);                                                    \
     }
 
 FOR_TYPE(float, float32)
 FOR_TYPE(bfloat16, bfloat16)
-
-EXPORT transposed_float32(const float* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,
-                          int threads) {
-    transposed(x, out, sums, rows, columns, threads);
-}
-
-EXPORT transposed_bfloat16(const bfloat16* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,
-                           int threads) {
-    transposed(x, out, sums, rows, columns, threads);
-}
 
 #define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                           \
     EXPORT dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count,    \
