@@ -13,7 +13,7 @@ from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokeni
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.tokenizer_json import build_tokenizer_json
-from DeBERTa.hub.weights import StateDict, read_weights
+from DeBERTa.hub.weights import StateDict, check_finite, read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -89,20 +89,30 @@ def build_from_weights(
 ) -> Model:
     """Return the model of weights from `path`, in float32, for predictions.
 
-    Raises `ConfigError` if they do not fit the config.
+    Raises `ConfigError` if they do not fit the config, or are not finite.
     """
     with torch.device("meta"):  # wrong sizes are found without memory for them
         model = model_class(config)
     model.load_state_dict(select_weights(model, weights, path), assign=True)
+    for name, tensor in weights.items():
+        check_finite(tensor, name, path)
     return model.float().eval()
 
 
 def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise `ConfigError` if `tokenizer.json`, where there is one, has other pieces or scores."""
+    """Raise `ConfigError` if `tokenizer.json`, where there is one, has other pieces or normalization."""
     if path.exists():
-        vocabularies = [build_tokenizer_json(tokenizer), read_json(path)]
-        pieces = [each.get("model", {}).get("vocab", []) for each in vocabularies]
-        if any(tuple(own) != tuple(other) for own, other in zip(*pieces, strict=False)):
+        own, other = build_tokenizer_json(tokenizer), read_json(path)
+        name = "precompiled_charsmap"
+        characters = own["normalizer"]["normalizers"][0].get(name)
+        try:
+            pairs = zip(own["model"]["vocab"], other.get("model", {}).get("vocab", []), strict=False)
+            normalizers = (other.get("normalizer") or {}).get("normalizers", [])
+            is_same = all(tuple(piece) == tuple(other_piece) for piece, other_piece in pairs)
+            is_same &= all(each.get(name, characters) == characters for each in normalizers)
+        except (AttributeError, TypeError):  # lists in place of objects, for example
+            is_same = False
+        if not is_same:
             raise ConfigError(
                 f"{tokenizer.path} and {path.name} are not of the same vocabulary: one of them was replaced "
                 "or damaged; export the model again"

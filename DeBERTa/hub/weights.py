@@ -93,7 +93,7 @@ def check_finite(tensor: torch.Tensor, name: str, path: str | Path) -> None:
     if tensor.numel() and not torch.linalg.vector_norm(tensor, ord=torch.inf).float().isfinite():
         count = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
         raise ConfigError(
-            f"{path} cannot be trained from: {count} of {tensor.numel()} values of {name} are NaN or "
+            f"{path} cannot be used: {count} of {tensor.numel()} values of {name} are NaN or "
             "infinite; give weights from before training diverged"
         )
 

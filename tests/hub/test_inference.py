@@ -1,15 +1,18 @@
 """Masked and replaced tokens of a text."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from DeBERTa import MaskedLanguageModel, ReplacedTokenDetectionModel
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_model
+from DeBERTa.hub.weights import write_tensors
 from tests.hub.exported import VOCABULARY, build_model
 
 TEXT = "The state of the [MASK] is strong."
@@ -71,17 +74,33 @@ def test_detect_replaced(exported):
 
 
 def test_a_vocabulary_that_was_replaced(exported, tmp_path):
-    """One byte of the score of a piece, or all of the file; without tokenizer.json it cannot be noticed."""
+    """One byte of a score or of the normalizer, or the file; without tokenizer.json it cannot be noticed."""
     folder = shutil.copytree(exported[0] / "generator", tmp_path / "model")
     content = bytearray((folder / "spm.model").read_bytes())
-    content[content.index("▁the".encode()) + 8] ^= 1
+    damaged = [bytearray(content), bytearray(content)]
+    damaged[0][content.index("▁the".encode()) + 8] ^= 1
+    damaged[1][-1000] ^= 1  # in the map of characters, at the end of the file
     other = train_vocabulary(["αβγδ εζηθ ικλμ"] * 500, 112)
-    for data in (bytes(content), other):
+    for data in (*damaged, other):
         (folder / "spm.model").write_bytes(data)
         with pytest.raises(ConfigError, match=r"spm.model and tokenizer.json are not of the same vocabulary"):
             open_model(folder, MaskedLanguageModel)
+    (folder / "spm.model").write_bytes(content)
+    for foreign in ({"model": []}, {"normalizer": {"normalizers": [1]}}, {"model": {"vocab": [1]}}):
+        (folder / "tokenizer.json").write_text(json.dumps(foreign))
+        with pytest.raises(ConfigError, match="not of the same vocabulary"):
+            open_model(folder, MaskedLanguageModel)
     (folder / "tokenizer.json").unlink()
     open_model(folder, MaskedLanguageModel)
+
+
+def test_weights_that_are_not_finite(exported, tmp_path):
+    folder = shutil.copytree(exported[0] / "generator", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["deberta.embeddings.LayerNorm.weight"][3] = torch.nan
+    write_tensors(weights, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model.safetensors cannot be used: 1 of \d+ values of .* are NaN"):
+        open_model(folder, MaskedLanguageModel)
 
 
 def test_errors(exported):

@@ -355,7 +355,7 @@ def test_weights_that_do_not_fit_are_named(published):
         ({query: torch.zeros(32, 32).to_sparse()}, rf"{query} is not a dense tensor of real values"),
         (
             {query: not_finite},
-            rf"pytorch_model\.bin cannot be trained from: 32 of 1024 values of {query} are NaN",
+            rf"pytorch_model\.bin cannot be used: 32 of 1024 values of {query} are NaN",
         ),
         (
             {query: torch.full((32, 32), 1e300, dtype=torch.float64)},

@@ -202,7 +202,7 @@ def test_not_a_number_is_reported_at_load(flags, tmp_path, run_here):  # noqa: F
     mlm = {"task_name": "MLM", "model_config": tmp_path / "mlm.json", "init_model": tmp_path / "model.bin"}
     status, printed = run_here(flags | mlm)
     assert status == 1
-    reason = "cannot be trained from: 1 of 32 values of deberta.encoder.LayerNorm.weight"
+    reason = "cannot be used: 1 of 32 values of deberta.encoder.LayerNorm.weight"
     assert f"error: {tmp_path / 'model.bin'} {reason}" in printed
 
 
