@@ -162,20 +162,24 @@ def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> 
             )
         old, new = flatten(saved[section]), flatten(current[section])
         if section == "train":
-            old = omit_length({"kernels": "auto", "lr_schedule": "linear"} | old, new, step)
+            old = omit_length({"kernels": "auto", "lr_schedule": "linear"} | old, new)
         old = {key: value for key, value in old.items() if value or not key.endswith("attention_head_size")}
-        differing += list_differences(old, new, FREE_TO_CHANGE)
+        differing += list_differences(old, new, FREE_TO_CHANGE if section == "train" else ())
     if differing:
         raise ConfigError(
             f"{run_dir} holds a run with other settings: {', '.join(differing)}; "
             "give another --tag or --output_dir, or the settings of that run to resume it"
         )
+    steps, more = (run["train"].get("num_training_steps", 0) for run in (saved, current))
+    if steps and steps != more:
+        text = "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps"
+        logger.info(text, steps, step, more)
     for section, message in WARNINGS.items():
         if differing := list_differences(saved.get(section) or {}, current[section]):
             logger.warning(message, ", ".join(differing))
 
 
-def omit_length(old: dict, new: dict, step: int) -> dict:
+def omit_length(old: dict, new: dict) -> dict:
     """Return the saved flags without the number of steps, if there are more now, and an equal warm-up.
 
     A longer run has the warm-up of the shorter one as it was given. Otherwise, steps and a proportion may be
@@ -184,11 +188,7 @@ def omit_length(old: dict, new: dict, step: int) -> dict:
     steps, more = old.get("num_training_steps"), new.get("num_training_steps", 0)
     if not isinstance(steps, int) or more < steps:
         return old
-    omitted, warmup = [], old.get("warmup")
-    if more > steps:
-        text = "the run of %d steps is made longer: from step %d on, its schedule is that of %d steps"
-        logger.info(text, steps, step, more)
-        omitted.append("num_training_steps")
+    omitted, warmup = ["num_training_steps"], old.get("warmup")
     if isinstance(warmup, int) or (isinstance(warmup, float) and more == steps):
         is_equal = count_warmup_steps(warmup, steps) == count_warmup_steps(new["warmup"], steps)
         omitted += ["warmup"] * is_equal

@@ -50,6 +50,11 @@ def test_other_settings_are_refused_by_name(tmp_path):
     other = settings(seed=1) | {"model": {"generator": {"hidden_size": 16}}}
     with pytest.raises(ConfigError, match=r"generator.hidden_size \(8 there, 16 here\)"):
         check_same_run(settings(seed=1), other, tmp_path)
+    # The flag may change, for example to the size that the config has; the size may not.
+    mlm, other = (settings(vocab_size=0) | {"model": {"vocab_size": rows}} for rows in (900, 832))
+    check_same_run(mlm, mlm | settings(vocab_size=900) | {"model": mlm["model"]}, tmp_path)
+    with pytest.raises(ConfigError, match=r"vocab_size \(900 there, 832 here\)"):
+        check_same_run(mlm, other, tmp_path)
 
 
 def test_a_setting_that_is_missing_is_shown_in_words(tmp_path, caplog):
