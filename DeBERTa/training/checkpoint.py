@@ -107,16 +107,16 @@ def write_checkpoint(
         sync(run_dir)
     except OSError as error:
         check_lock()
+        error.filename = error.filename or str(run_dir)
+        advice = "move the run directory and give its new path as --output_dir"
+        reason = describe_os_error(error, advice, "--output_dir")  # its free space is that of the failure
         older: list[int] = []
         with contextlib.suppress(OSError):
             older = [saved for saved in list_steps(run_dir) if saved != snapshot.step]
             remove(temporary)
         resume = f"; the same command resumes from step {older[-1]}" if older else ""
-        error.filename = error.filename or str(run_dir)
-        advice = "move the run directory and give its new path as --output_dir"
         raise StorageError(
-            f"cannot write the checkpoint of step {snapshot.step} to {path.parent}: "
-            f"{describe_os_error(error, advice, '--output_dir')}{resume}"
+            f"cannot write the checkpoint of step {snapshot.step} to {path.parent}: {reason}{resume}"
         ) from error
     prune(run_dir, snapshot.step, keep_last, best)
     return path
