@@ -438,7 +438,7 @@ class TrainConfig(Config):
     weight_decay: float = _flag(0.01, "AdamW weight decay (not of biases and LayerNorm)", NOT_NEGATIVE)
     adam_beta1: float = _flag(0.9, "AdamW beta1", PROPORTION_BELOW_ONE)
     adam_beta2: float = _flag(0.999, "AdamW beta2", PROPORTION_BELOW_ONE)
-    epsilon: float = _flag(1e-6, "AdamW epsilon", NOT_NEGATIVE)
+    epsilon: float = _flag(1e-6, "AdamW epsilon", POSITIVE)
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0: no clipping", NOT_NEGATIVE)
     max_skipped_steps: int = _flag(20, "stop after as many skipped updates in a row", FROM_ONE, rules=RESUME)
     skip_spikes: bool = _flag(

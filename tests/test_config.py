@@ -177,6 +177,12 @@ def test_numbers_are_bounded(config, name):
             dataclasses.replace(usual, **{name: value}).validate()
 
 
+def test_epsilon_is_above_zero():
+    """With 0, the update of a parameter without gradient is 0 / 0."""
+    with pytest.raises(ConfigError, match="--epsilon must be above"):
+        TrainConfig(**PATHS, do_train=True, epsilon=0.0).validate()
+
+
 def test_a_key_that_stands_twice(tmp_path):
     path = tmp_path / "twice.json"
     path.write_text('{"hidden_size": 48, "layers": {"n": 1}, "hidden_size": 24}')

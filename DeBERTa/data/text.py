@@ -146,7 +146,7 @@ def read_documents(block: Block, column: str, errors: str) -> list[bytes]:
 
 def _read_record(line: bytes, block: Block, column: str) -> str:
     """Return the text of a JSON record; null is no text."""
-    place = f"{block.path}, behind byte {block.offset}"
+    place = f"{block.path}, behind byte {block.offset}, at {line[:60].decode(errors='replace')!r}"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested

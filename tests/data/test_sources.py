@@ -144,7 +144,7 @@ def test_documents_of_text(tmp_path, text, documents):
     [
         (b'{"text": "a"}\n{"text": 7}\n', r"no text in the field 'text' \(fields: text\); pass --column"),
         (b'{"body": "a"}\n', r"no text in the field 'text' \(fields: body\); pass --column"),
-        (b'{"text": "a"}\n{"text": "a\n', "is not JSON"),
+        (b'{"text": "a"}\n{"text": "b\n', """, at '{"text": "b': a line is not JSON"""),
         (b'{"text": ' + b"[" * 99_999 + b"\n", "is not JSON"),
         (b'{"text": "a"}\n' + b"[" * 99_999 + b"\n", "is not JSON"),
         (b'{"text": "a"}\n[1]\n', "no text in the field"),
