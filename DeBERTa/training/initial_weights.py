@@ -32,24 +32,24 @@ def load_initial_weights(
     Raises `ConfigError` if they cannot be found or read, or do not match the model.
     """
     generator = model if isinstance(model, MaskedLanguageModel) else model.generator
-    resize = None
+    resize, vocabulary = None, tokenizer
     if config.resize_vocab:
-        old = Tokenizer(find_vocabulary(config.resize_vocab))
-        vocabulary = VocabularyMap(old, tokenizer, generator.config.vocab_size)
-        logger.info("--resize_vocab: %d of %d pieces keep their rows", vocabulary.num_kept, len(tokenizer))
-        resize = vocabulary.convert
+        vocabulary = Tokenizer(find_vocabulary(config.resize_vocab))
+        rows = VocabularyMap(vocabulary, tokenizer, generator.config.vocab_size)
+        logger.info("--resize_vocab: %d of %d pieces keep their rows", rows.num_kept, len(tokenizer))
+        resize = rows.convert
     options = LoadOptions(config.fresh_head, resize)
     if isinstance(model, MaskedLanguageModel) and config.init_model:
         path = find_weights(config.init_model, "model", model.config)
-        check_vocabulary(path, tokenizer, config.resize_vocab)
+        check_vocabulary(path, vocabulary)
         return {"model": load_masked_lm(model, path, options)}
     if isinstance(model, RTDModel) and config.init_generator:
         source: str | Path = config.init_generator
         if source != FROM_DISCRIMINATOR:
             source = find_weights(config.init_generator, "generator", generator.config)
-            check_vocabulary(source, tokenizer, config.resize_vocab)
+            check_vocabulary(source, vocabulary)
         path = find_weights(config.init_discriminator, "discriminator", model.config.discriminator)
-        check_vocabulary(path, tokenizer, config.resize_vocab)
+        check_vocabulary(path, vocabulary)
         return load_rtd(model, source, path, options)
     return {}
 
@@ -89,13 +89,10 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
     return path
 
 
-def check_vocabulary(path: Path, tokenizer: Tokenizer, resize_vocab: str) -> None:
-    """Raise `ConfigError` if the vocabulary in the directory of a file has other pieces than `tokenizer`.
-
-    With `resize_vocab` it may.
-    """
+def check_vocabulary(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise `ConfigError` if the vocabulary in the directory of a file has other pieces than `tokenizer`."""
     own = path.with_name(VOCABULARY_FILE)
-    if not resize_vocab and own.is_file() and Tokenizer(own).pieces != tokenizer.pieces:
+    if own.is_file() and Tokenizer(own).pieces != tokenizer.pieces:
         raise ConfigError(
             f"{path} is of another vocabulary than {tokenizer.path}: it is that of {own}; give it as "
             "--vocab_path with text prepared with it, or as --resize_vocab"

@@ -142,13 +142,18 @@ def test_a_run_continues_from_another(flags, run_here):  # noqa: F811
     weights = json.loads((second["output_dir"] / "environment.json").read_text())["initial_weights"]
     assert weights["generator"] == {"path": path, "loaded": 28, "new": [], "ignored": []}
 
-    # Another vocabulary, by one piece, is refused, but for --resize_vocab.
+    # Another vocabulary, by one piece, is refused, unless --resize_vocab names that of the weights.
     own = run / "discriminator" / "spm.model"
     own.write_bytes(own.read_bytes() + b"\x0a\x0a\x0a\x03new\x15\x00\x00\x80\xbf")
     second |= {"output_dir": run.with_name("third")}
     status, printed = run_here(second)
     assert status == 1
     assert f"it is that of {own}; give it as --vocab_path" in printed
+    status, printed = run_here(second | {"resize_vocab": own})
+    assert status == 1
+    generator = run / "generator"
+    assert f"{generator / 'model.safetensors'} is of another vocabulary than {own}: " in printed
+    shutil.copy(own, generator)
     assert run_here(second | {"resize_vocab": own})[0] == 0
 
     # Without final models, the newest valid checkpoint; a damaged one is passed over.
