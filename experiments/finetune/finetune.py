@@ -123,6 +123,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if bool(flags.train) != bool(flags.test):
         parser.error("--train and --test belong together")
+    if (Path(flags.model) / "checkpoints").is_dir():
+        parser.error(
+            f"{flags.model} is the directory of a run; give that of its model, such as its discriminator"
+        )
     return flags
 
 

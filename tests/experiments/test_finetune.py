@@ -56,6 +56,13 @@ def test_classification(model, tmp_path, capsys):
     assert values["words_only"]["accuracy"] == 1.0
 
 
+def test_the_directory_of_a_run(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--glue", "cola"])
+    assert f"{tmp_path} is the directory of a run; give that of its model" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_scores(model, tmp_path, capsys):
     rows = tmp_path / "rows.tsv"
     rows.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in make_rows(32, 1)))
