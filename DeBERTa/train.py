@@ -216,7 +216,7 @@ def open_split(config: TrainConfig, directory: str, split: str, tokenizer: Token
         flag = "--data_dir" if directory == config.data_dir else "--replay"
         raise DataError(f"{flag} {directory}: no such directory; prepare_data.py makes one")
     text = Path(directory) / f"{split}.txt"
-    return open_store(text, tokenizer, config.max_seq_length - 2, progress=get_local_rank() == 0)
+    return open_store(text, tokenizer, config.max_seq_length - 2, has_progress=get_local_rank() == 0)
 
 
 def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> TrainingBatches:

@@ -71,7 +71,7 @@ def run_part(folder: Path) -> None:
         lambda: stores.append(open_store(folder / "train.txt", tokenizer, 510)),
     )
     batches = TrainingBatches(
-        stores[0], tokenizer, Masker(tokenizer, 1, always_mask=True), BatchPlan(0, 64, 512)
+        stores[0], tokenizer, Masker(tokenizer, 1, is_always_masked=True), BatchPlan(0, 64, 512)
     )
     run("shuffle", lambda: batches.select_lines(0))
     run("batch", lambda: batches[0])

@@ -101,7 +101,7 @@ def measure_later_start(folder: Path, started: float) -> dict[str, float]:
     keep_freed_memory()
     tokenizer = Tokenizer(config.vocab_path)
     model_config, _ = load_model_config(config, tokenizer)
-    masker = Masker(tokenizer, 1, always_mask=True)
+    masker = Masker(tokenizer, 1, is_always_masked=True)
     store = open_split(config, config.data_dir, "train", tokenizer)
     times.append(time.monotonic())
     training = ReplacedTokenStep(

@@ -34,16 +34,16 @@ class Masker:
     With `max_ngram` 1, single tokens are drawn without replacement, all equally likely. Above 1, spans of n
     words are drawn with p(n) proportional to 1/n (DeBERTa, section 4.1.1), spread uniformly with at least one
     word between any two. Only the first and last words of a line are masked less often, since a span reaches
-    them from one side. `always_mask` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK], 10 %
-    unchanged, 10 % a random token (MLM).
+    them from one side. `is_always_masked` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK],
+    10 % unchanged, 10 % a random token (MLM).
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_ngram: int, always_mask: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_ngram: int, is_always_masked: bool) -> None:
         self.kinds = tokenizer.piece_kinds
         self.ordinary = np.flatnonzero(self.kinds != SPECIAL)
         self.mask_id = tokenizer.mask_id
         self.max_ngram = max_ngram
-        self.always_mask = always_mask
+        self.is_always_masked = is_always_masked
 
     @staticmethod
     def count_draws(length: int) -> int:
@@ -73,9 +73,9 @@ class Masker:
     def _draw_replacements(self, ids: np.ndarray, kind: np.ndarray, other: np.ndarray) -> np.ndarray | int:
         """Draw the input ids of masked tokens, for every position of `ids`.
 
-        Returns int64 [B, L], or the id of [MASK] with `always_mask`.
+        Returns int64 [B, L], or the id of [MASK] with `is_always_masked`.
         """
-        if self.always_mask:
+        if self.is_always_masked:
             return self.mask_id
         random_ids = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
         same_or_random = np.where(kind < MASK_SHARE + SAME_SHARE, ids, random_ids)
@@ -103,10 +103,10 @@ def _index_words(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     them.
     """
     is_ordinary = kinds != SPECIAL
-    joins = np.zeros_like(is_ordinary)
+    is_continued = np.zeros_like(is_ordinary)
     previous = kinds[:, :-1]
-    joins[:, 1:] = (kinds[:, 1:] == CONTINUES_WORD) & (previous != SPECIAL) & (previous != PUNCTUATION)
-    index = np.cumsum(is_ordinary & ~joins, axis=1) - 1
+    is_continued[:, 1:] = (kinds[:, 1:] == CONTINUES_WORD) & (previous != SPECIAL) & (previous != PUNCTUATION)
+    index = np.cumsum(is_ordinary & ~is_continued, axis=1) - 1
     return np.maximum(index, 0), index[:, -1] + 1
 
 
@@ -130,8 +130,8 @@ def _sample_spans(kinds: np.ndarray, max_ngram: int, draws: np.ndarray, keys: np
     ]
     span = np.where(np.arange(most) < spans[:, None], drawn, 0)
     # A span is dropped if the line has fewer words.
-    fits = np.cumsum(span + (span > 0), axis=1) <= words[:, None] + 1
-    span = np.where(fits, span, 0)
+    has_room = np.cumsum(span + (span > 0), axis=1) <= words[:, None] + 1
+    span = np.where(has_room, span, 0)
     spans = (span > 0).sum(1)
 
     places = words + 1 - span.sum(1)

@@ -300,29 +300,31 @@ def get_part_name(number: int, count: int) -> str:
     return f"{number:05}-of-{count:05}.txt"
 
 
-def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool = True) -> TokenStore:
+def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, has_progress: bool = True) -> TokenStore:
     """Open the token ids of a prepared text; look them up first where no store matches.
 
-    `text`: a file, or a directory of files. `progress` shows a progress bar, and a warning about unknown
+    `text`: a file, or a directory of files. `has_progress` shows a progress bar, and a warning about unknown
     pieces. Raises `DataError` if the text is missing or empty or has a line of more than `max_tokens` pieces,
     `VocabularyError` if it was prepared with another vocabulary or more than 1 % of its pieces are unknown,
     `StorageError` if the store cannot be written.
     """
-    store = TokenStore([_open_file(part, tokenizer, max_tokens, progress) for part in list_parts(Path(text))])
+    store = TokenStore(
+        [_open_file(part, tokenizer, max_tokens, has_progress) for part in list_parts(Path(text))]
+    )
     if len(store) == 0:
         raise DataError(f"{text} has no lines of tokens: it is empty; prepare it again")
     return store
 
 
-def _open_file(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool) -> StoreFile:
+def _open_file(text: Path, tokenizer: Tokenizer, max_tokens: int, has_progress: bool) -> StoreFile:
     store = find_store(text, tokenizer.fingerprint)
     if store is None:
         try:
-            _write_from_text(get_store_path(text), text, tokenizer, progress)
+            _write_from_text(get_store_path(text), text, tokenizer, has_progress)
         except StorageError as error:
             cached = _get_cached_path(text)
             logger.info("token ids go to %s (%s)", cached.parent, error)
-            _write_from_text(cached, text, tokenizer, progress)
+            _write_from_text(cached, text, tokenizer, has_progress)
         store = find_store(text, tokenizer.fingerprint)
     if store is None:
         raise DataError(f"{text} changed while it was read: it may be incomplete; start when it is complete")
@@ -332,13 +334,13 @@ def _open_file(text: Path, tokenizer: Tokenizer, max_tokens: int, progress: bool
             f"{text}, line {meta.longest_line}: {meta.longest} tokens, but --max_seq_length {max_tokens + 2} "
             f"allows {max_tokens} between [CLS] and [SEP]; prepare the text for this length, or raise it"
         )
-    if meta.unknown and progress:
+    if meta.unknown and has_progress:
         unknown = f"{meta.unknown} of {meta.num_tokens} pieces in {text}"
         logger.warning("%s are not in the vocabulary %s and become [UNK]", unknown, tokenizer.path)
     return store
 
 
-def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: bool) -> None:
+def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, has_progress: bool) -> None:
     """Write the ids of all lines of a text, unless another process has done so."""
     lookup, digest = _PieceLookup(tokenizer), hashlib.sha256()
     with raise_data_errors(text), text.open("rb") as file, write_store(path) as writer:
@@ -356,7 +358,7 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
             logger.info("%s is damaged, or not of this text and vocabulary: writing it again", path)
         meta = writer.meta
         meta.text, meta.vocabulary_sha256 = get_state(os.fstat(file.fileno())), tokenizer.fingerprint
-        for number, line in enumerate(_read_lines(text, file, progress), 1):
+        for number, line in enumerate(_read_lines(text, file, has_progress), 1):
             digest.update(line)
             pieces = filter(None, line.rstrip(b"\r\n").split(b" "))
             ids = np.fromiter(map(lookup.__getitem__, pieces), np.int32)
@@ -374,10 +376,10 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, progress: boo
         writer.commit()
 
 
-def _read_lines(text: Path, file: BinaryIO, progress: bool) -> Iterator[bytes]:
+def _read_lines(text: Path, file: BinaryIO, has_progress: bool) -> Iterator[bytes]:
     """Yield the lines of a text, with a progress bar."""
     size, label = os.fstat(file.fileno()).st_size, f"reading {text.name}"
-    bar = tqdm(desc=label, total=size, unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(desc=label, total=size, unit="B", unit_scale=True, disable=not has_progress)
     with raise_data_errors(text), bar:
         while line := file.readline(MAX_LINE_BYTES):
             if len(line) == MAX_LINE_BYTES:

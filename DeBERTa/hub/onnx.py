@@ -27,7 +27,7 @@ class TracedEncoder(Encoder):
         if not self.config.position_terms:
             return None
         table = self.rel_embeddings.weight
-        if self.normalize_positions:
+        if self.has_position_norm:
             table = self.LayerNorm(table)
         tokens = torch.arange(length, device=table.device)
         # Distances from max_distance on share a row. A lookup in place of logarithms gives the same slots.

@@ -46,8 +46,10 @@ class Embeddings(nn.Module):
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.has_types = config.type_vocab_size > 0
-        project = width != config.hidden_size
-        self.embed_proj = nn.Linear(width, config.hidden_size, bias=False) if project else nn.Identity()
+        has_projection = width != config.hidden_size
+        self.embed_proj = (
+            nn.Linear(width, config.hidden_size, bias=False) if has_projection else nn.Identity()
+        )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -212,8 +214,8 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         if config.relative_attention:
             self.rel_embeddings = nn.Embedding(2 * config.position_span, config.hidden_size)
-        self.normalize_positions = config.norm_rel_ebd == "layer_norm"
-        if self.normalize_positions:
+        self.has_position_norm = config.norm_rel_ebd == "layer_norm"
+        if self.has_position_norm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
         self.gradient_checkpointing = False
@@ -230,7 +232,7 @@ class Encoder(nn.Module):
         first = int(slots[-1]) // self.table_alignment * self.table_alignment
         rows = math.ceil((int(slots[0]) + 1 - first) / self.table_alignment) * self.table_alignment
         table = self.rel_embeddings.weight[first : first + rows]
-        if self.normalize_positions:
+        if self.has_position_norm:
             table = self.LayerNorm(table)
         distance_slots = (slots - first).to(table.device, non_blocking=True)
         tokens = torch.arange(length, device=table.device)

@@ -189,14 +189,14 @@ class RTDModel(nn.Module):
         self.discriminator = ReplacedTokenDetectionModel(config.discriminator, config.embedding_sharing)
 
     def forward(
-        self, batch: Batch, per_token: bool = False
+        self, batch: Batch, is_per_token: bool = False
     ) -> tuple[Generated, DetectionLoss | ReplacedTokenOutput]:
         """Generate samples, corrupt the input with them, and detect them.
 
-        per_token: return the discriminator's loss of every position instead of their sum.
+        is_per_token: return the discriminator's loss of every position instead of their sum.
         """
         generated = self.generator.generate(batch)
-        discriminate = self.discriminate if per_token else self.compute_detection_loss
+        discriminate = self.discriminate if is_per_token else self.compute_detection_loss
         return generated, discriminate(generated.corrupted_ids, batch.input_mask, batch.labels)
 
     def get_shared_tables(self) -> SharedTables | None:

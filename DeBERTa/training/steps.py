@@ -268,7 +268,7 @@ class ReplacedTokenStep(TrainingStep):
     def compute_outputs(self, batch: Batch) -> Outputs:
         """Return losses, samples and logits of a batch."""
         if not self.is_decoupled:
-            return self.wrapped["both"](self.model, batch, per_token=True)
+            return self.wrapped["both"](self.model, batch, is_per_token=True)
         generator, discriminator = self.wrapped.values()
         generated = generator(self.model.generator.generate, batch)
         shared = self.gather_shared_tables()

@@ -30,7 +30,7 @@ def store(prepared, tokenizer):
 
 @pytest.fixture(scope="module")
 def masker(tokenizer):
-    return Masker(tokenizer, 3, always_mask=False)
+    return Masker(tokenizer, 3, is_always_masked=False)
 
 
 def training(store, tokenizer, masker, **changes) -> TrainingBatches:

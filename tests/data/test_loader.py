@@ -21,7 +21,7 @@ PLAN = BatchPlan(seed=7, batch_size=24, max_seq_length=64)
 @pytest.fixture(scope="module")
 def batches(prepared, tokenizer) -> TrainingBatches:
     store = open_store(prepared / "train.txt", tokenizer, max_tokens=62)
-    return TrainingBatches(store, tokenizer, Masker(tokenizer, 3, always_mask=False), PLAN)
+    return TrainingBatches(store, tokenizer, Masker(tokenizer, 3, is_always_masked=False), PLAN)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -38,7 +38,7 @@ def test_data_workers_change_nothing(batches, workers):
 
 def test_the_last_batch_of_an_evaluation_is_smaller(prepared, tokenizer):
     store = open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
-    batches = EvaluationBatches(store, tokenizer, Masker(tokenizer, 1, always_mask=True), PLAN)
+    batches = EvaluationBatches(store, tokenizer, Masker(tokenizer, 1, is_always_masked=True), PLAN)
     assert [len(batch.labels) for batch in load_batches(batches, [0, 1, 1], 2)] == [24, 16, 16]
 
 

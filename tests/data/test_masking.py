@@ -45,7 +45,7 @@ def words_of(kinds: np.ndarray) -> list[list[int]]:
 
 @pytest.mark.parametrize("max_ngram", [1, 3])
 def test_share_and_special_tokens(tokenizer, lines, max_ngram):
-    masked = mask(Masker(tokenizer, max_ngram, always_mask=False), lines).labels > 0
+    masked = mask(Masker(tokenizer, max_ngram, is_always_masked=False), lines).labels > 0
     real = tokenizer.piece_kinds[lines] != SPECIAL
     assert not (masked & ~real).any()
     assert abs(masked.sum() / real.sum() - 0.15) < 0.001
@@ -53,7 +53,7 @@ def test_share_and_special_tokens(tokenizer, lines, max_ngram):
 
 def test_unigrams_are_spread_evenly(tokenizer, lines):
     """At each position, within 4 standard errors of 15 % of the real tokens there."""
-    masked = mask(Masker(tokenizer, 1, always_mask=True), lines).labels > 0
+    masked = mask(Masker(tokenizer, 1, is_always_masked=True), lines).labels > 0
     real = tokenizer.piece_kinds[lines] != SPECIAL
     there = real.sum(0)[1:-1]
     share = masked.sum(0)[1:-1] / there
@@ -66,7 +66,7 @@ def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
 
     A span of up to three words reaches those less often.
     """
-    masked = mask(Masker(tokenizer, 3, always_mask=True), lines).labels > 0
+    masked = mask(Masker(tokenizer, 3, is_always_masked=True), lines).labels > 0
     hits, totals = np.zeros(40), np.zeros(40)
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
         words = words_of(kinds)[:40]
@@ -84,7 +84,7 @@ def test_span_lengths_and_whole_words(tokenizer, lines):
 
     All tokens of a word are masked, or none.
     """
-    masked = mask(Masker(tokenizer, 3, always_mask=True), lines).labels > 0
+    masked = mask(Masker(tokenizer, 3, is_always_masked=True), lines).labels > 0
     counts = np.zeros(4, dtype=int)
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
         run = 0
@@ -112,7 +112,7 @@ def test_punctuation_stands_alone(tokenizer):
     kinds = tokenizer.piece_kinds[[tokenizer.piece_to_id[piece] for piece in line]]
     assert words_of(kinds) == [[0, 1], [2], [3, 4], [5], [6, 7]]
     ids = np.array([[tokenizer.piece_to_id[piece] for piece in line * 15]] * 2000)
-    masker = Masker(tokenizer, 3, always_mask=True)
+    masker = Masker(tokenizer, 3, is_always_masked=True)
     masked = masker(ids, np.random.default_rng(2).random((2000, masker.count_draws(120)))).labels > 0
     assert (masked[:, 3] == masked[:, 4]).all()
     assert (masked[:, 2] != masked[:, 3]).any()
@@ -121,7 +121,7 @@ def test_punctuation_stands_alone(tokenizer):
 
 def test_input_ids_of_masked_tokens(tokenizer, lines):
     """MLM: 80 % [MASK], 10 % unchanged, 10 % random; RTD: [MASK]; others unchanged."""
-    out = mask(Masker(tokenizer, 1, always_mask=False), lines)
+    out = mask(Masker(tokenizer, 1, is_always_masked=False), lines)
     masked = out.labels > 0
     assert (out.input_ids[~masked] == lines[~masked]).all()
     assert (out.labels[masked] == lines[masked]).all()
@@ -136,13 +136,13 @@ def test_input_ids_of_masked_tokens(tokenizer, lines):
     assert not np.isin(seen[other], sorted(tokenizer.special_ids)).any()
     assert len(np.unique(seen[other])) > 0.99 * (len(tokenizer) - 5)
 
-    rtd = mask(Masker(tokenizer, 1, always_mask=True), lines)
+    rtd = mask(Masker(tokenizer, 1, is_always_masked=True), lines)
     assert (rtd.input_ids[rtd.labels > 0] == tokenizer.mask_id).all()
 
 
 @pytest.mark.parametrize("max_ngram", [1, 3])
 def test_same_uniforms_same_masks_for_any_slice(tokenizer, lines, max_ngram):
-    masker = Masker(tokenizer, max_ngram, always_mask=False)
+    masker = Masker(tokenizer, max_ngram, is_always_masked=False)
     uniforms = np.random.default_rng(5).random((64, masker.count_draws(LENGTH)))
     batch, again = masker(lines[:64], uniforms), masker(lines[:64], uniforms)
     other = mask(masker, lines[:64], seed=6)
@@ -159,7 +159,7 @@ def test_short_lines(tokenizer, max_ngram, words):
     """Lines of a few words, or of special tokens only, are masked at 15 % on average."""
     line = [tokenizer.cls_id] + [tokenizer.piece_to_id["▁the"]] * words + [tokenizer.sep_id, tokenizer.pad_id]
     lines = np.array([line] * 20_000)
-    masker = Masker(tokenizer, max_ngram, always_mask=True)
+    masker = Masker(tokenizer, max_ngram, is_always_masked=True)
     draws = masker.count_draws(lines.shape[1])
     masked = masker(lines, np.random.default_rng(1).random((len(lines), draws))).labels > 0
     assert not masked[:, [0, -2, -1]].any()
@@ -172,7 +172,7 @@ def test_short_lines(tokenizer, max_ngram, words):
 def test_masking_is_vectorized(tokenizer, sample_ids, max_ngram):
     """A batch of 256 x 512 takes 50 ms at most in the best of 15 runs."""
     ids = sample_ids[: 256 * 512].reshape(256, 512)
-    masker = Masker(tokenizer, max_ngram, always_mask=False)
+    masker = Masker(tokenizer, max_ngram, is_always_masked=False)
     uniforms = np.random.default_rng(0).random((256, masker.count_draws(512)))
     seconds = []
     for _ in range(15):

@@ -114,7 +114,7 @@ def test_a_few_unknown_pieces_are_a_warning(text, capsys):
     assert store.meta.unknown == 1
     assert store[100].tolist() == [TOKENIZER.unk_id] * 3
     assert "1 of 403 pieces" in capsys.readouterr().err
-    open_store(text, TOKENIZER, 62, progress=False)
+    open_store(text, TOKENIZER, 62, has_progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -188,7 +188,7 @@ def test_the_cache_directory_is_used_if_nothing_can_be_written_next_to_the_text(
 def _sum_of_ids(text: Path, barrier, results) -> None:
     tokenizer = Tokenizer(GOLDEN / "spm.model")
     barrier.wait()
-    results.put(int(open_store(text, tokenizer, 62, progress=False).files[0].tokens.sum()))
+    results.put(int(open_store(text, tokenizer, 62, has_progress=False).files[0].tokens.sum()))
 
 
 def test_processes_that_build_at_once(text):

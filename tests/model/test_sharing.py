@@ -31,7 +31,7 @@ def find_tables(model: RTDModel) -> dict[str, torch.Tensor]:
 def compute_losses(model: RTDModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean losses of generator and discriminator."""
     batch = random_batch()
-    generated, detected = model(batch, per_token=True)
+    generated, detected = model(batch, is_per_token=True)
     return generated.masked.loss.mean(), detected.loss.mean()
 
 

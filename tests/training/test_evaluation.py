@@ -99,7 +99,9 @@ def store(prepared, tokenizer):
 
 
 def batches(store, tokenizer, rtd, size):
-    return EvaluationBatches(store, tokenizer, Masker(tokenizer, 1, always_mask=rtd), BatchPlan(1, size, 64))
+    return EvaluationBatches(
+        store, tokenizer, Masker(tokenizer, 1, is_always_masked=rtd), BatchPlan(1, size, 64)
+    )
 
 
 def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
@@ -135,7 +137,7 @@ def test_rarity_of_tokens_alone(prepared, store, tokenizer):
     with torch.no_grad():
         for batch in data:
             batch = batch.to(torch.device("cpu"))
-            generated, detected = model.eval()(batch, per_token=True)
+            generated, detected = model.eval()(batch, is_per_token=True)
             for token, label in zip(
                 generated.corrupted_ids[batch.input_mask > 0].tolist(), detected.labels.tolist(), strict=True
             ):

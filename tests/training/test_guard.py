@@ -268,7 +268,7 @@ def write_data(directory: Path, tokenizer: Tokenizer, odd_line: int | None) -> N
 def test_a_spike_in_a_run(tmp_path, tokenizer):
     """The step with the odd line is logged and skipped, also after a resume shortly before it."""
     write_data(tmp_path / "usual", tokenizer, None)
-    store = open_store(tmp_path / "usual" / "train.txt", tokenizer, 62, progress=False)
+    store = open_store(tmp_path / "usual" / "train.txt", tokenizer, 62, has_progress=False)
     batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, False), BatchPlan(42, 4, 64))
     write_data(tmp_path / "data", tokenizer, int(batches.select_lines(179)[2]))
     shutil.copy(tokenizer.path, tmp_path / "data" / "spm.model")

@@ -37,7 +37,7 @@ def compute_curve(task: str, path: str, dropout: float) -> dict[str, list[float]
     tokenizer = Tokenizer(GOLDEN / "prepare" / "spm.model")
     with tempfile.TemporaryDirectory() as folder:  # the store keeps its mapping when the folder goes
         text = shutil.copy(GOLDEN / "prepare" / "expected_64.txt", folder)
-        store = open_store(Path(text), tokenizer, max_tokens=62, progress=False)
+        store = open_store(Path(text), tokenizer, max_tokens=62, has_progress=False)
     rtd = task == "RTD"
     config = train_config(
         task_name=task,
@@ -47,7 +47,7 @@ def compute_curve(task: str, path: str, dropout: float) -> dict[str, list[float]
         seed=SEED,
         accumulative_update=2,
     )
-    masker = Masker(tokenizer, 1 if rtd else 3, always_mask=rtd)
+    masker = Masker(tokenizer, 1 if rtd else 3, is_always_masked=rtd)
     batches = TrainingBatches(store, tokenizer, masker, BatchPlan(SEED, batch_size=8, max_seq_length=64))
     torch.manual_seed(SEED)
     probabilities = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
