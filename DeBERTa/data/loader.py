@@ -10,6 +10,7 @@ import errno
 import mmap
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -122,16 +123,19 @@ def _load_in_workers(batches: Batches, indices: Sequence[int], workers: int) -> 
     try:
         _reserve_and_release(workers)
         shared = SharedBatches(batches, indices, workers * PREFETCHED + 1)
-        loader = DataLoader(
-            shared,
-            batch_size=None,
-            collate_fn=lambda item: item,
-            num_workers=workers,
-            prefetch_factor=PREFETCHED,
-            worker_init_fn=_set_up_worker,
-            multiprocessing_context=FORK,
-        )
-        items = iter(loader)
+        with warnings.catch_warnings():
+            # On fewer cores than workers; they mostly wait.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                shared,
+                batch_size=None,
+                collate_fn=lambda item: item,
+                num_workers=workers,
+                prefetch_factor=PREFETCHED,
+                worker_init_fn=_set_up_worker,
+                multiprocessing_context=FORK,
+            )
+            items = iter(loader)
     except OSError as error:
         for process in set(FORK.active_children()) - others:
             process.kill()
