@@ -39,7 +39,10 @@ def read_weights(path: str | Path) -> StateDict:
     if isinstance(state, dict) and all(isinstance(name, str) for name in state):
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise ConfigError(f"cannot read the weights in {path}: it is not a state dict of tensors; give one")
+        keys = f", but has {', '.join(map(str, list(state)[:3]))}" if isinstance(state, dict) else ""
+        raise ConfigError(
+            f"cannot read the weights in {path}: it is not a state dict of tensors{keys}; save that alone"
+        )
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ConfigError(f"cannot read the weights in {path}: {empty[0]} has no values; give all")
     return tensors

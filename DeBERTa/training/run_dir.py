@@ -92,7 +92,7 @@ def check_file_types(run_dir: Path) -> None:
 
     Opening or reading a pipe or a device might never end; a linked lock would overwrite another file.
     """
-    for path in run_dir.iterdir():
+    for path in (*run_dir.iterdir(), run_dir / "checkpoints" / "best.json"):
         is_right, problem = path.is_file() or path.is_dir() or not path.exists(), "is a pipe or a device"
         if path.name == "checkpoints":
             is_right, problem = path.is_dir(), "must be a directory"

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import random
+import re
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -146,6 +147,8 @@ def open_task(flags: argparse.Namespace) -> Task:
         )
     if len(labels) == 1:
         raise ValueError(f"all training rows are labeled {labels[0]}; give two classes, or --task regression")
+    if not any(re.search(r"\w\w", text) for row in train for text in row.texts):
+        raise ValueError("the training rows have no word of two letters; give texts, or another --text")
     return Task(train, test, labels)
 
 

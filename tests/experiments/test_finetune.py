@@ -116,6 +116,7 @@ def test_movies(model, tmp_path, capsys):
             "labels ['new'] of the test rows are not among those of the training rows",
         ),
         ("text\tlabel\na\tnew\na\tnew\n", "all training rows are labeled new; give two classes"),
+        ("text\tlabel\na\tnew\nb\told\n", "the training rows have no word of two letters"),
     ],
 )
 def test_errors(text, message, tmp_path, capsys):

@@ -97,9 +97,11 @@ def test_archives_of_others(tmp_path):
 def test_entries_that_are_not_tensors_are_omitted(tmp_path):
     torch.save(STATE | {"config": {"hidden_size": 10}, "epoch": 3}, tmp_path / "weights.bin")
     assert read_weights(tmp_path / "weights.bin").keys() == STATE.keys()
-    for content in ({"config": {}}, [torch.zeros(1)], {3: torch.zeros(1)}, torch.zeros(1)):
+    wrapped = {"model": STATE, "step": 3}
+    for content in ({"config": {}}, [torch.zeros(1)], {3: torch.zeros(1)}, torch.zeros(1), wrapped):
         torch.save(content, tmp_path / "weights.bin")
-        with pytest.raises(ConfigError, match="not a state dict"):
+        keys = "model, step" if content is wrapped else ""
+        with pytest.raises(ConfigError, match=f"not a state dict of tensors.*{keys}; save that alone"):
             read_weights(tmp_path / "weights.bin")
 
 

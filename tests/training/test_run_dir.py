@@ -115,10 +115,11 @@ def test_nested_settings_get_dotted_names():
     assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.json", "checkpoints/best.json"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, kind, fresh):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (os.mkfifo if kind == "pipe" else lambda path: path.symlink_to("/dev/zero"))(tmp_path / name)
     with pytest.raises(StorageError, match=rf"{name} is a pipe or a device; remove it"):
         open_run_dir(tmp_path, settings(), {}, fresh)
