@@ -145,8 +145,8 @@ def _receive(url: str, file: BinaryIO, name: str) -> None:
     headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={size}-"} if size else {})
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT or not is_rest:
+        is_continuation = response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT or not is_continuation:
             file.truncate(0)
             size = 0
         length = response.headers.get("Content-Length")

@@ -124,7 +124,7 @@ def _load_in_workers(batches: Batches, indices: Sequence[int], workers: int) -> 
         _reserve_and_release(workers)
         shared = SharedBatches(batches, indices, workers * PREFETCHED + 1)
         with warnings.catch_warnings():
-            # On fewer cores than workers; they mostly wait.
+            # PyTorch warns of fewer cores than workers, which mostly wait.
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 shared,

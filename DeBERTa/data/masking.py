@@ -103,10 +103,12 @@ def _index_words(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     them.
     """
     is_ordinary = kinds != SPECIAL
-    is_continued = np.zeros_like(is_ordinary)
+    is_continuation = np.zeros_like(is_ordinary)
     previous = kinds[:, :-1]
-    is_continued[:, 1:] = (kinds[:, 1:] == CONTINUES_WORD) & (previous != SPECIAL) & (previous != PUNCTUATION)
-    index = np.cumsum(is_ordinary & ~is_continued, axis=1) - 1
+    is_continuation[:, 1:] = (
+        (kinds[:, 1:] == CONTINUES_WORD) & (previous != SPECIAL) & (previous != PUNCTUATION)
+    )
+    index = np.cumsum(is_ordinary & ~is_continuation, axis=1) - 1
     return np.maximum(index, 0), index[:, -1] + 1
 
 
