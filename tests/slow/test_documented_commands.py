@@ -23,6 +23,7 @@ from tests.hub.server import run_hub
 PATIENCE = 600  # seconds
 SMALLER = {
     "--step 500000": "--step 2",
+    "--step 15000": "--step 2",
     "--valid_fraction 0.01": "--valid_fraction 0.2",
     "--train_vocab 32000": "--train_vocab 500",
     "output/TAG": "output/one",
