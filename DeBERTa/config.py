@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from DeBERTa.data.files import read_file
-from DeBERTa.errors import ConfigError
+from DeBERTa.errors import ConfigError, UsageError
 
 T = TypeVar("T")
 C = TypeVar("C", bound="Config")
@@ -156,6 +156,7 @@ class Config:
     """What all configurations share: they are built from JSON, and their values are checked."""
 
     _dashes = ""  # before a field's name in a message
+    _error = ConfigError  # of `validate`
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any], where: str = "config") -> C:
@@ -191,17 +192,20 @@ class Config:
         return dataclasses.asdict(self)
 
     def validate(self, prefix: str = "") -> None:
-        """Raise `ConfigError`, with a message that starts with `prefix`, for values that cannot work."""
+        """Raise `ConfigError`, with a message that starts with `prefix`, for values that cannot work.
+
+        Of flags, it is a `UsageError`.
+        """
         for item in dataclasses.fields(self):
             value, limit = getattr(self, item.name), item.metadata.get("limit")
             if not value and REQUIRED in item.metadata.get("rules", Rule(0)):
                 advice = "give it, or a --preset without --data_dir"
-                raise ConfigError(f"{prefix}--{item.name} is required: {item.metadata['help']}; {advice}")
+                raise self._error(f"{prefix}--{item.name} is required: {item.metadata['help']}; {advice}")
             if limit and value not in limit:
                 wanted = limit if isinstance(limit, Bounds) else f"one of {', '.join(limit)}"
-                raise ConfigError(f"{prefix}{self._dashes}{item.name} must be {wanted}, not {value!r}")
+                raise self._error(f"{prefix}{self._dashes}{item.name} must be {wanted}, not {value!r}")
         for problem in self.find_problems():
-            raise ConfigError(prefix + problem)
+            raise self._error(prefix + problem)
 
     def find_problems(self) -> Iterator[str]:
         """Yield a message for each combination of values that cannot work."""
@@ -369,6 +373,7 @@ class TrainConfig(Config):
     """The settings of one run, with one flag of the same name per field."""
 
     _dashes = "--"
+    _error = UsageError
 
     task_name: str = _flag(
         "MLM", "masked language modeling or replaced token detection", ("MLM", "RTD"), group="task"
@@ -517,6 +522,7 @@ class TrainConfig(Config):
         if self.kernels == "off" and self.attention in ("sdpa", "triton"):
             yield f"--attention {self.attention}: --kernels off has plain attention only; give one of the two"
         yield from self._find_wrong_weights()
+        yield from self._find_unused()
 
     def _find_wrong_weights(self) -> Iterator[str]:
         pair = (self.init_generator, self.init_discriminator)
@@ -528,6 +534,16 @@ class TrainConfig(Config):
             yield "--init_generator and --init_discriminator belong together: give both or neither"
         if (self.fresh_head or self.resize_vocab) and not (self.init_model or any(pair)):
             yield "--fresh_head and --resize_vocab are for the weights of --init_*: give them, too"
+
+    def _find_unused(self) -> Iterator[str]:
+        """Yield a message for flags that would be ignored."""
+        other = "RTD" if self.task_name == "MLM" else "MLM"
+        for item in dataclasses.fields(self):
+            is_given = getattr(self, item.name) != item.default
+            if is_given and item.metadata["help"].startswith(f"{other}: "):
+                yield f"--{item.name} is for --task_name {other}: omit it, or give that task"
+            if is_given and item.name == "replay_share" and not self.replay:
+                yield "--replay_share is for the text of --replay: give --replay, too"
 
     @property
     def run_dir(self) -> Path:

@@ -70,8 +70,8 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def assert_refused(result: subprocess.CompletedProcess, *named: str) -> None:
-    """One sentence on stderr, exit status 1, no traceback."""
-    assert result.returncode == 1, result.stderr
+    """One sentence on stderr, exit status 1, or 2 for flags, no traceback."""
+    assert result.returncode in (1, 2), result.stderr
     message = strip_times(result.stderr).strip().splitlines()[-1]
     assert message.startswith("error: ")
     assert "Traceback" not in result.stderr
