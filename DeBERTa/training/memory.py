@@ -78,17 +78,26 @@ def translate_memory_errors(advice: str = MICRO_BATCHES) -> Iterator[None]:
 
 
 def check_size(size: int, what: str, advice: str) -> None:
-    """Raise `MemoryLimitError` if `size` bytes exceed the memory, which would take minutes to fill."""
-    limit = measure_memory()
-    if size > limit:
+    """Raise `MemoryLimitError` if `size` bytes exceed the memory that is available.
+
+    It would take minutes to fill, and then the kernel would kill the process.
+    """
+    available = min(measure_memory(), read_available_memory())
+    if size > available:
         raise MemoryLimitError(
-            f"out of memory ({what}: {size / 1e9:,.1f} GB of {limit / 1e9:,.1f}): {advice}"
+            f"out of memory ({what}: {size / 1e9:,.1f} GB, available: {available / 1e9:,.1f}): {advice}"
         )
 
 
 def measure_memory() -> int:
     """Return the memory of the host that this process may use, in bytes."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *read_memory_limits()])
+
+
+def read_available_memory() -> int:
+    """Return the memory of the host that is not in use, in bytes: what can be had without swapping."""
+    found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else measure_memory()
 
 
 def read_memory_limits() -> list[int]:

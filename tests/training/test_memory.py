@@ -5,12 +5,18 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from DeBERTa.errors import MemoryLimitError
-from DeBERTa.training.memory import read_memory_limits, translate_memory_errors
+from DeBERTa.training.memory import (
+    check_size,
+    read_available_memory,
+    read_memory_limits,
+    translate_memory_errors,
+)
 from tests.conftest import ROOT, strip_times, tiny_model
 from tests.runs import PATIENCE, command, run, tiny_flags
 
@@ -103,8 +109,18 @@ def test_a_batch_that_is_too_large(tmp_path, prepared):
     status, output = run(flags)
     assert status == 1
     message = output.splitlines()[-1]
-    assert message.startswith("error: out of memory (a batch of one rank: 5,635.0 GB of ")
+    assert message.startswith("error: out of memory (a batch of one rank: 5,635.0 GB, available: ")
     assert message.endswith("): give a smaller --train_batch_size")
+
+
+def test_memory_in_use_is_not_available():
+    """What fits the memory, but not beside other processes, would be ended by the kernel."""
+    fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    total = next(int(field[1]) * 1024 for field in fields if field[0] == "MemTotal:")
+    assert 0 < read_available_memory() < total
+    check_size(1 << 20, "the weights", "")
+    with pytest.raises(MemoryLimitError, match=r"the weights: .* GB, available: .*smaller"):
+        check_size(total - (1 << 20), "the weights", "give a smaller one")
 
 
 def test_limits_are_bytes():
