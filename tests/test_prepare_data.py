@@ -122,6 +122,15 @@ def test_standard_input_into_splits(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+def test_a_split_without_documents_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "i").write_text("one\ntwo\n")
+    output = tmp_path / "new" / "d"
+    arguments = ["-i", tmp_path / "i", "-o", output, "--valid_fraction", 0.01, "--vocab_path", VOCABULARY]
+    assert prepare_data.main(list(map(str, arguments))) == 1
+    assert "no document of" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["i"]
+
+
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_one_fraction_makes_one_more_split(tmp_path, split):
     (tmp_path / "i").write_text("\n".join(f"{n}. {TEXT[n : n + 80]}".replace("\n", " ") for n in range(300)))

@@ -114,18 +114,19 @@ def raise_data_errors(path: Path) -> Iterator[None]:
 def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iterator[BinaryIO]:
     """Open and lock the partial file of `path`, for `commit` to complete.
 
-    A partial file that is not committed is removed. With `resume`, existing content is kept at the start, and
-    a partial file with content is not removed at the end. Links are replaced, not written to. `parents`:
-    whether missing directories are created. Raises `StorageError` if the file cannot be written, and where
-    `path` is a directory, a pipe or a device.
+    A partial file that is not committed is removed, with the directories that were created for it. With
+    `resume`, existing content is kept at the start, and a partial file with content is not removed at the
+    end. Links are replaced, not written to. `parents`: whether missing directories are created. Raises
+    `StorageError` if the file cannot be written, and where `path` is a directory, a pipe or a device.
     """
     partial = get_partial_path(path)
     with raise_storage_errors(path):
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if parents:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        made = [parent for parent in path.parents if parents and not parent.exists()]
         while True:
+            if parents:  # again: the process that held the lock may have removed it
+                path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process may rename or remove it
                 if not _is_own(partial.lstat()):
                     partial.unlink()
@@ -146,6 +147,7 @@ def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iter
                         file.flush()
                     if _is_at(partial, file) and not (resume and partial.stat().st_size):
                         partial.unlink()
+                        _remove_empty(made)
                 return
 
 
@@ -182,6 +184,13 @@ def _lock(file: BinaryIO, path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove directories, the innermost first, up to one that is not empty."""
+    with contextlib.suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
 
 
 def _is_own(status: os.stat_result) -> bool:

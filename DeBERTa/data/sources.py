@@ -61,7 +61,7 @@ class Reading:
         column: the field of JSON lines or column of Parquet that holds the text.
         errors: how to treat invalid UTF-8, "strict" (raise) or "replace".
         has_documents: whether plain text is split into documents: at blank lines, or at all line ends if its
-            first block has no blank line.
+            first megabyte has no blank line.
         block_bytes: bytes of text per block.
     """
 
@@ -133,9 +133,9 @@ class SourceFile:
         with raise_data_errors(self.path), self._open_raw() as self._raw:
             beginning = self._raw.read(HEAD_BYTES)
             self._stream, self._compression = open_compressed(self.path, beginning, self._raw)
-            first = self._read(reading.block_bytes)
+            first = self._read(BLOCK_BYTES)
             if not first.startswith(PARQUET):
-                refuse_binary(self.path, first)
+                refuse_binary(f"{self.path} (decompressed)" if self._compression else self.path, first)
                 yield from self._cut(first, reading)
             elif self._raw.seekable() and not self._compression:
                 yield from self._read_rows(self._raw, reading)
@@ -162,11 +162,14 @@ class SourceFile:
             raise DataError(f"{what}: {error}; copy it again") from error
 
     def _cut(self, first: bytes, reading: Reading) -> Iterator[Block]:
-        """Yield the blocks of text or JSON lines; `first` is what was read already."""
-        size, is_last = reading.block_bytes, len(first) < reading.block_bytes
+        """Yield the blocks of text or JSON lines; `first` is the first megabyte."""
         data = first.removeprefix(codecs.BOM_UTF8)
         offset = len(first) - len(data)
         kind = find_kind(self.path, data, reading.column, reading.has_documents)
+        self._stream = io.BufferedReader(_Resumed(data, self._stream))  # blocks may be smaller than `first`
+        size = reading.block_bytes
+        data = self._read(size)
+        is_last = len(data) < size
         while not is_last:
             end = find_block_end(data, kind)
             if end:

@@ -19,7 +19,7 @@ TAR_MARK = 257  # where a tar archive has "ustar"
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
     b"\x04\x22\x4d\x18": "lz4 data", b"\x1f\x9d": "a .Z file", b"%PDF-": "a PDF document",
-    b"\x1f\x8b": "compressed twice", b"\xfd7zXZ": "compressed twice", b"\x28\xb5\x2f\xfd": "compressed twice",
+    b"\x1f\x8b": "gzip data", b"\xfd7zXZ": "xz data", b"\x28\xb5\x2f\xfd": "Zstandard data",
 }  # fmt: skip
 MAX_BAD_SHARE = 0.05  # of invalid bytes and control characters in text
 
@@ -67,7 +67,7 @@ def find_block_end(block: bytes, kind: str) -> int:
 def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) -> str:
     """Return the kind of the blocks of a file that is not Parquet.
 
-    `beginning`: the first block, without byte order mark. With `column` "", JSON lines are plain text.
+    `beginning`: the first megabyte, without byte order mark. With `column` "", JSON lines are plain text.
     Without `has_documents`, text is not split into documents. Raises `DataError` for one JSON value that goes
     over several lines.
     """
@@ -89,7 +89,7 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
     return PARAGRAPHS if BLANK_LINE.search(beginning) else LINES
 
 
-def refuse_binary(path: Path, beginning: bytes) -> None:
+def refuse_binary(path: Path | str, beginning: bytes) -> None:
     """Raise `DataError` for archives, UTF-16, and what else is not text."""
     for mark, name in ARCHIVES.items():
         if beginning.startswith(mark):

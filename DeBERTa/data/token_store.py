@@ -43,6 +43,7 @@ from DeBERTa.data.files import (
     raise_storage_errors,
     read_chunks,
 )
+from DeBERTa.data.text import refuse_binary
 from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from DeBERTa.errors import DamagedStoreError, DataError, StorageError, VocabularyError
 
@@ -358,6 +359,7 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, has_progress:
             logger.info("%s is damaged, or not of this text and vocabulary: writing it again", path)
         meta = writer.meta
         meta.text, meta.vocabulary_sha256 = get_state(os.fstat(file.fileno())), tokenizer.fingerprint
+        refuse_binary(text, file.peek())
         for number, line in enumerate(_read_lines(text, file, has_progress), 1):
             digest.update(line)
             pieces = filter(None, line.rstrip(b"\r\n").split(b" "))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.data.sources import Reading, SourceFile, find_sources, sample_lines
-from DeBERTa.data.text import STRINGS, read_documents
+from DeBERTa.data.text import LINES, PARAGRAPHS, STRINGS, read_documents
 from DeBERTa.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +259,17 @@ def test_without_pyarrow_one_sentence_says_what_is_missing(tmp_path):
     assert run.returncode == 1
     assert "Parquet needs the package pyarrow; install it with pip install pyarrow" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("block_bytes", [1000, 64 << 10, 1 << 20])
+def test_documents_do_not_depend_on_the_size_of_blocks(tmp_path, block_bytes):
+    """The first blank line of the first megabyte decides, also when smaller blocks are sampled."""
+    (tmp_path / "i").write_text("a line\n" * 20_000 + "\n" + "a line\n" * 100_000)
+    first, *_ = SourceFile(tmp_path / "i").read_blocks(Reading(has_documents=True, block_bytes=block_bytes))
+    assert first.kind == PARAGRAPHS
+    (tmp_path / "i").write_text("a line\n" * 160_000 + "\na line\n")
+    first, *_ = SourceFile(tmp_path / "i").read_blocks(Reading(has_documents=True, block_bytes=block_bytes))
+    assert first.kind == LINES
 
 
 def test_blocks_of_parquet_are_small(tmp_path):

@@ -1,7 +1,9 @@
 """Token stores: the ids of the text, rebuilt when it changed, never incomplete."""
 
+import gzip
 import hashlib
 import json
+import lzma
 import multiprocessing
 import os
 import random
@@ -48,6 +50,15 @@ def test_lines_are_those_of_the_text(text):
     assert isinstance(file.tokens, np.memmap)
     assert file.tokens.dtype == store[0].dtype == np.int32
     assert file.offsets.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(gzip.compress, "is gzip data, not text"), (lzma.compress, "is xz data, not text")]
+)
+def test_text_that_was_compressed_later(text, change, what):
+    text.write_bytes(change(text.read_bytes()))
+    with pytest.raises(DataError, match=f"train.txt {what}; extract the text"):
+        open_store(text, TOKENIZER, 62)
 
 
 def test_a_valid_store_is_not_rebuilt(text):
