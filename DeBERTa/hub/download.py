@@ -37,17 +37,22 @@ def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
             f"cannot fetch {names[0]} of {reference}: the package huggingface_hub is missing; "
             f"pip install huggingface_hub, or {hint}"
         ) from None
-    failures = []  # offline, the cache may still have the next one
+    failures, is_offline = [], False  # offline, the cache may still have the next one
     for name in names:
         file = f"{name} of {reference}"
         try:
-            path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            path = Path(
+                huggingface_hub.hf_hub_download(
+                    repository, name, revision=revision, local_files_only=is_offline
+                )
+            )
             stored = path.resolve()  # large files are stored under their SHA-256
             if not re.fullmatch(r"[0-9a-f]{64}", stored.name) or hash_file(stored) == stored.name:
                 return path
             failures.append(f"{file} is damaged: the SHA-256 differs; remove {stored} to fetch it again")
         except errors.LocalEntryNotFoundError as error:  # no answer, and not in the cache
             failures.append(_describe(file, error.__cause__ or error, hint))
+            is_offline = True  # the package tried for half a minute
         except errors.EntryNotFoundError:
             continue
         # Not OSError alone: the HTTP client, and so its errors, differ between versions of the package.

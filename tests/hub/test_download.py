@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,24 @@ def test_offline(hub, tmp_path):
     result = fetch(hub, tmp_path, "hf:owner/name", "model.bin", HF_HUB_OFFLINE="1")
     assert_refused(result, "it is not in the cache; unset HF_HUB_OFFLINE once, or give a file")
     assert not hub.requests
+
+
+def test_without_a_network(hub, tmp_path):
+    """The hub is asked for the first name alone: the package tries it several times."""
+    environment = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, "hf:owner/name", "a.bin", "b.bin"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_refused(result, "a.bin of hf:owner/name: ", "check the connection to http://127.0.0.1:9")
+    assert "a.bin" in result.stderr
+    assert "b.bin" not in result.stderr
+    assert time.monotonic() - started < 60
 
 
 def test_without_the_package(hub, tmp_path):
