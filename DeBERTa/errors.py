@@ -104,7 +104,7 @@ def describe_os_error(error: OSError, advice: str = "", other: str = "path") -> 
     another of.
     """
     reason = str(error.strerror or error)
-    if error.errno in FULL and error.filename:
+    if error.errno in FULL and error.filename and not Path(error.filename).is_char_device():
         space, freed = describe_free_space(Path(error.filename))
         reason += f" ({space})" if space else ""
         advice = f"free {freed} there{', or ' if advice else ''}{advice}"

@@ -1,6 +1,7 @@
 """Check that Python and the packages of requirements.txt are there, before anything imports them."""
 
 import importlib.util
+import os
 import sys
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
@@ -12,12 +13,16 @@ def find_missing() -> "list[str]":
 
 
 def require_packages() -> None:
-    """Exit with one sentence if this Python is too old or lacks packages.
+    """Exit with one sentence if this Python is too old or lacks packages, or the current directory is gone.
 
     To be called by commands alone, of which DeBERTa.doctor lists the packages itself.
     """
     if sys.version_info < (3, 10):  # noqa: UP036  # that is what is checked
         sys.exit("error: Python {}.{} is too old: use 3.10 or newer".format(*sys.version_info))
+    try:
+        os.getcwd()  # noqa: PTH109 (works on any Python)
+    except FileNotFoundError:
+        sys.exit("error: the current directory was removed: change to another")
     missing = find_missing()
     if missing and "DeBERTa.doctor" not in sys.orig_argv:
         sys.exit(

@@ -29,6 +29,7 @@ install_cpu_torch() {
 # set_up_python FILE...: sets PYTHON to one that imports everything the requirement files list. The active Python if it
 # does; otherwise .venv, made with it and filled now if need be.
 set_up_python() {
+  pwd -P >/dev/null 2>&1 || die "the current directory was removed: change to another"
   local candidate
   PYTHON=
   for candidate in python python3; do

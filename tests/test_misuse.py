@@ -56,6 +56,9 @@ def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **envi
         (f"{MLM} {D} --model_config rtd_tiny.json", "an RTD model; give --task_name RTD"),
         (f"{TRAIN} {D} --attention triton", "its kernels need a CUDA GPU, not a CPU; use --attention auto"),
         (f"{TRAIN} {D} --max_seq_length 32", "--max_seq_length"),
+        (f"{MLM} {D} --rtd_lambda 20", "--rtd_lambda is for --task_name RTD: omit it"),
+        (f"{TRAIN} {D} --max_ngram 3", "--max_ngram is for --task_name MLM: omit it"),
+        (f"{TRAIN} {D} --replay_share 0.5", "--replay_share is for the text of --replay: give --replay, too"),
         (f"{TRAIN} {D} --data_dir {{folder}}/none", "no such directory; prepare_data.py makes one"),
         ("python -m DeBERTa.report", "the following arguments are required: RUN; --help lists the flags"),
         ("python -m DeBERTa.report {folder}", "give the directory of a run"),
@@ -70,6 +73,29 @@ def test_one_sentence(command, sentence, tmp_path, prepared):
 def test_python_without_packages(command, bare):
     message = fail(command, bare, PYTHONPATH="")
     assert "lacks torch, numpy, sentencepiece, safetensors, tqdm: activate a Python that has them" in message
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "{python} -m DeBERTa.train --help",
+        "{python} {root}/prepare_data.py --help",
+        "bash {root}/rtd.sh --help",
+    ],
+)
+def test_a_removed_directory(command, tmp_path):
+    """Libraries would end the process in their own words."""
+    line = f"mkdir gone; cd gone; rmdir ../gone; exec {command.format(root=ROOT, python=sys.executable)}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: the current directory was removed: change to another"
 
 
 def test_a_full_disk(tmp_path, prepared):

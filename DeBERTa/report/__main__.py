@@ -56,7 +56,10 @@ def report() -> None:
 def write_csv(runs: list[RunRecord], path: Path) -> None:
     """Write one line per line of `metrics.jsonl`, with a column per metric."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
-    with raise_storage_errors(path), path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        raise_storage_errors(path),
+        path.open("w", newline="", encoding="utf-8", errors="replace") as file,  # names may be no text
+    ):
         writer = csv.DictWriter(file, ["run", *names])
         writer.writeheader()
         writer.writerows({"run": run.name, **row} for run in runs for row in run.rows)

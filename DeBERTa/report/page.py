@@ -37,7 +37,7 @@ def update_report(run_dir: Path) -> None:
 
 def write_report(runs: list[RunRecord], path: Path) -> None:
     """Write the page about one run, or the comparison of several."""
-    page = format_page(runs).encode()
+    page = format_page(runs).encode(errors="replace")  # names of files may be no text
     # Locked no longer than needed: training writes here, too, and never into a directory that it makes again.
     with open_atomic(path, parents=False) as file:
         file.write(page)

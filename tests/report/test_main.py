@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_one_run_and_several(runs, tmp_path):
     assert rows[-1] == {"run": "b", "step": "2", "kind": "valid", "loss": "0.5"}
 
 
+def test_a_name_that_is_no_text(runs, tmp_path):
+    """The page and the table have a replacement for the byte that is not UTF-8."""
+    named = runs[0].rename(os.fsdecode(bytes(tmp_path) + b"/run\xff"))
+    assert report(named, "--csv", tmp_path / "table.csv")[0] == 0
+    assert "<title>run?</title>" in (named / "report.html").read_text()
+    assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("run?,")
+
+
 def test_where_the_page_cannot_go(runs, tmp_path):
     """A device is not replaced by a file, and a link to a file stays."""
     reason = "not a regular file; remove what is in the way, or give another path"
@@ -50,7 +59,9 @@ def test_where_the_page_cannot_go(runs, tmp_path):
     assert Path("/dev/full").is_char_device()
     status, output = report(runs[0], "--csv", "/dev/full")
     assert status == 1
-    assert output.startswith("error: cannot write /dev/full: No space left on device (")
+    assert output == (
+        "error: cannot write /dev/full: No space left on device; choose a directory that can be written\n"
+    )
     (tmp_path / "page.html").touch()
     (tmp_path / "link").symlink_to("page.html")
     assert report(runs[0], "--html", tmp_path / "link")[0] == 0
