@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -141,11 +140,10 @@ def test_offline(hub, tmp_path):
 
 
 def test_without_a_network(hub, tmp_path):
-    """The hub is asked for the first name alone: the package tries it several times."""
+    """The hub is asked for the first name alone: the package tries it six times, within 23 seconds."""
     environment = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    started = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-c", CODE, "hf:owner/name", "a.bin", "b.bin"],
+        [sys.executable, "-c", f"import time\ntime.sleep = print\n{CODE}", "hf:owner/name", "a.bin", "b.bin"],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
@@ -153,9 +151,8 @@ def test_without_a_network(hub, tmp_path):
         check=False,
     )
     assert_refused(result, "a.bin of hf:owner/name: ", "check the connection to http://127.0.0.1:9")
-    assert "a.bin" in result.stderr
+    assert result.stderr.count("/resolve/main/a.bin") == 6
     assert "b.bin" not in result.stderr
-    assert time.monotonic() - started < 60
 
 
 def test_without_the_package(hub, tmp_path):
