@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from DeBERTa.config import ModelConfig, RTDConfig, read_json
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DebertaError
 from DeBERTa.hub.weights import read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.read import read_lines, read_run
@@ -201,3 +202,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except subprocess.CalledProcessError as failed:  # the command has logged its error
         sys.exit(failed.returncode)
+    except DebertaError as error:
+        sys.exit(f"error: {error}")

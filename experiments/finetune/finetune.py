@@ -18,9 +18,12 @@ import random
 import re
 import sys
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -66,19 +69,25 @@ class Task(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line per seed, mean and spread, and the baseline; return the exit status."""
+    """Run the command and return its exit status."""
     flags = parse_arguments(argv)
     try:
         import_module("transformers")
         import_module("sklearn")
-        task = open_task(flags)
+        compare_scores(flags)
     except ModuleNotFoundError as error:
         package = {"sklearn": "scikit-learn"}.get(str(error.name), error.name)
         sys.stderr.write(f"error: a package is missing; pip install {package}\n")
         return 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # of transformers, too: a model that it does not find
         sys.stderr.write(f"error: {error}\n")
         return 1
+    return 0
+
+
+def compare_scores(flags: argparse.Namespace) -> None:
+    """Print a line per seed, mean and spread, and the baseline."""
+    task = open_task(flags)
     kind = f"{len(task.labels)} classes" if task.labels else "regression"
     print(f"{len(task.train):,} training rows, {len(task.test):,} test rows, {kind}")
     results = []
@@ -94,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.output:
         values = {"command": sys.argv, "seeds": flags.seeds, "scores": scores, "words_only": baseline}
         flags.output.write_text(json.dumps(values, indent=2) + "\n")
-    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,21 +122,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
     parser.add_argument("--task", choices=("classification", "regression"), default="classification")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--epochs", type=parse_count, default=3, metavar="N", help="default: 3")
     parser.add_argument(
         "--learning_rate", type=float, default=1e-4, metavar="X", help="default: 1e-4; 2e-5 for base"
     )
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--max_length", type=int, default=128, metavar="N", help="in tokens (default: 128)")
+    parser.add_argument("--batch_size", type=parse_count, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--max_length", type=parse_count, default=128, metavar="N", help="in tokens (default: 128)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all scores as JSON, too")
     flags = parser.parse_args(argv)
     if bool(flags.train) != bool(flags.test):
         parser.error("--train and --test belong together")
+    if flags.output and not flags.output.parent.is_dir():
+        parser.error(f"--output: there is no directory {flags.output.parent}")
+    # A shorter path may be the name of a model on the hub, too.
+    if flags.model.count("/") > 1 and not Path(flags.model).is_dir():
+        parser.error(f"there is no model directory {flags.model}")
     if (Path(flags.model) / "checkpoints").is_dir():
         parser.error(
             f"{flags.model} is the directory of a run; give that of its model, such as its discriminator"
         )
     return flags
+
+
+def parse_count(text: str) -> int:
+    """Return a number from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number from 1, not {text!r}")
+    return int(text)
 
 
 def open_task(flags: argparse.Namespace) -> Task:
@@ -145,23 +167,43 @@ def open_task(flags: argparse.Namespace) -> Task:
         raise ValueError(
             f"labels {sorted(unknown)[:5]} of the test rows are not among those of the training rows"
         )
+    if is_regression and (wrong := [row.label for row in train + test if not is_number(row.label)]):
+        raise ValueError(f"{wrong[0]!r} is no number to predict; omit --task regression, or give --label")
     if len(labels) == 1:
         raise ValueError(f"all training rows are labeled {labels[0]}; give two classes, or --task regression")
     if not any(re.search(r"\w\w", text) for row in train for text in row.texts):
         raise ValueError("the training rows have no word of two letters; give texts, or another --text")
+    if max(Counter(row.label for row in train).values() if labels else [len(train)]) < 2:
+        raise ValueError("the baseline needs two training rows, of the same class; give more rows")
     return Task(train, test, labels)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text stands for a finite number."""
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read_rows(path: Path, texts: list[str], label: str) -> list[Row]:
     """Read JSON lines, or TSV with a header."""
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix in (".jsonl", ".json"):
-            values = [json.loads(line) for line in file if line.strip()]
-        else:
-            values = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    missing = {*texts, label} - set(values[0] if values else {})
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; give --text and --label")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix in (".jsonl", ".json"):
+                values = [dict(json.loads(line)) for line in file if line.strip()]
+            else:
+                values = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: neither TSV nor JSON lines in UTF-8 ({error})") from error
+    if not values:
+        raise ValueError(f"{path}: no rows; TSV has a header and a line per row")
+    for number, value in enumerate(values, start=1):
+        if missing := [name for name in (*texts, label) if value.get(name) is None]:
+            known = ", ".join(map(str, value))
+            raise ValueError(
+                f"{path}: row {number} has no {missing[0]} (but {known}); give --text and --label"
+            )
     return [Row(tuple(str(value[name]) for name in texts), str(value[label])) for value in values]
 
 
@@ -192,10 +234,13 @@ def read_movies(archive: Path, is_regression: bool) -> tuple[list[Row], list[Row
 
 def read_member(file: io.BufferedIOBase, name: str) -> bytes:
     """Return the file of an archive whose path ends with `name`."""
-    with tarfile.open(fileobj=file, mode="r:gz") as archive:
-        for member in archive:
-            if member.name.endswith(name) and (content := archive.extractfile(member)):
-                return content.read()
+    try:
+        with tarfile.open(fileobj=file, mode="r:gz") as archive:
+            for member in archive:
+                if member.name.endswith(name) and (content := archive.extractfile(member)):
+                    return content.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"--movies: not a complete archive ({error}); fetch it again") from error
     raise ValueError(f"--movies: no {name} in the archive; give vaderSentiment-3.3.1.tar.gz")
 
 
@@ -250,8 +295,10 @@ def fit_words(task: Task) -> list[float]:
     vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), max_features=MOST_FEATURES, sublinear_tf=True)
     train, test = ([" ".join(row.texts) for row in rows] for rows in (task.train, task.test))
     features = vectorizer.fit_transform(train)
-    model = (linear.RidgeClassifierCV if task.labels else linear.RidgeCV)(alphas=PENALTIES, cv=FOLDS)
-    model.fit(features, task.encode_targets(task.train))
+    targets = task.encode_targets(task.train)
+    folds = min(FOLDS, max(Counter(targets).values()) if task.labels else len(targets))
+    model = (linear.RidgeClassifierCV if task.labels else linear.RidgeCV)(alphas=PENALTIES, cv=folds)
+    model.fit(features, targets)
     return model.predict(vectorizer.transform(test)).tolist()
 
 

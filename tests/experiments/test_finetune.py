@@ -63,6 +63,68 @@ def test_the_directory_of_a_run(tmp_path, capsys):
     assert f"{tmp_path} is the directory of a run; give that of its model" in capsys.readouterr().err
 
 
+HEAD, ROWS = "text\tlabel\n", "a good film\tgood\na bad film\tbad\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "complaint"),
+    [
+        (HEAD, [], "rows.tsv: no rows"),
+        (HEAD + ROWS, ["--text", "words"], "row 1 has no words (but text, label); give --text and --label"),
+        (HEAD + ROWS + "a film\n", [], "row 3 has no label"),
+        (HEAD + ROWS, ["--task", "regression"], "'good' is no number to predict"),
+        (HEAD + ROWS, [], "the baseline needs two training rows, of the same class"),
+        (HEAD + "a film\tgood\n", [], "all training rows are labeled good"),
+        (HEAD + 2 * "a b\tgood\nc d\tbad\n", [], "no word of two letters"),
+        (HEAD + 2 * ROWS, ["--learning_rate", "nan"], "Invalid learning rate: nan"),
+        ("\udcff", [], "rows.tsv: neither TSV nor JSON lines in UTF-8 ("),
+    ],
+)
+def test_errors_are_one_line(model, tmp_path, capsys, content, flags, complaint):
+    rows = tmp_path / "rows.tsv"
+    rows.write_text(content, errors="surrogateescape")
+    assert main([str(model), "--train", str(rows), "--test", str(rows), *flags]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert complaint in line
+
+
+def test_labels_that_training_does_not_have(tmp_path, capsys):
+    for name, labels in (("train", ("old", "older")), ("test", ("new", "old"))):
+        rows = (f"a text\t{label}\n" for label in labels)
+        (tmp_path / f"{name}.tsv").write_text(HEAD + "".join(rows))
+    flags = ["--train", str(tmp_path / "train.tsv"), "--test", str(tmp_path / "test.tsv")]
+    assert main(["MODEL", *flags]) == 1
+    assert "labels ['new'] of the test rows are not among those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--epochs", "0"], "--epochs: expected a number from 1, not '0'"),
+        (["--output", "none/scores.json"], "--output: there is no directory none"),
+    ],
+)
+def test_wrong_flags(model, capsys, flags, complaint):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(model), "--glue", "cola", *flags])
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "none"), "--glue", "cola"])
+    assert f"there is no model directory {tmp_path}/none" in capsys.readouterr().err
+
+
+def test_an_archive_that_is_cut_off(model, tmp_path, capsys):
+    archive = tmp_path / "archive.tar.gz"
+    write_archive(archive)
+    archive.write_bytes(archive.read_bytes()[:200])
+    assert main([str(model), "--movies", str(archive)]) == 1
+    assert "--movies: not a complete archive" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_scores(model, tmp_path, capsys):
     rows = tmp_path / "rows.tsv"
     rows.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in make_rows(32, 1)))
@@ -105,26 +167,6 @@ def test_movies(model, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" test rows, regression")
     assert lines[-1].startswith("words only: spearman 0.8")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("text\tclass\na\tb\n", "no column label; give --text and --label"),
-        (
-            "text\tlabel\na\tb\na\tc\n",
-            "labels ['new'] of the test rows are not among those of the training rows",
-        ),
-        ("text\tlabel\na\tnew\na\tnew\n", "all training rows are labeled new; give two classes"),
-        ("text\tlabel\na\tnew\nb\told\n", "the training rows have no word of two letters"),
-    ],
-)
-def test_errors(text, message, tmp_path, capsys):
-    (tmp_path / "train.tsv").write_text(text)
-    (tmp_path / "test.tsv").write_text("text\tlabel\na\tnew\n")
-    flags = ["--train", str(tmp_path / "train.tsv"), "--test", str(tmp_path / "test.tsv")]
-    assert main(["MODEL", *flags]) == 1
-    assert message in capsys.readouterr().err
 
 
 def test_an_archive_without_the_sentences(tmp_path, capsys):
