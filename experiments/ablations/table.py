@@ -2,8 +2,8 @@
 
     python experiments/ablations/table.py --png docs/ablations.png
 
-Figures are means over seeds with 95 % confidence intervals (Student's t). Runs of other compute or of another
-model are in tables of their own.
+Figures are means over seeds with 95 % confidence intervals (Student's t); minutes are medians. Runs of other
+compute or of another model are in tables of their own.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 # Quantiles of Student's t at 97.5 % by degrees of freedom.
@@ -80,19 +80,20 @@ def format_tables(results: list[Result]) -> list[str]:
 
 
 def format_table(arms: dict[str, list[Result]], columns: tuple[Column, ...]) -> str:
-    """Return a Markdown table with a row per arm."""
-    rows = [["arm", "steps", "seeds", "minutes", "commit", *(title for title, _, _ in columns)]]
-    rows.append(["---"] * len(rows[0]))
-    for arm, results in arms.items():
-        steps, commits = (
-            ", ".join(sorted({str(r[name])[:8] for r in results})) for name in ("steps", "commit")
-        )
-        minutes = mean(result["wall_seconds"] for result in results) / 60
-        cells = [
-            format_interval([r[part][name] for r in results if name in r[part]]) for _, part, name in columns
-        ]
-        rows.append([arm, steps, str(len(results)), f"{minutes:.0f}", commits, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """Return a Markdown table with a column per arm."""
+    cells = [
+        [arm, "---", str(len(results)), *(list_values(results, name) for name in ("steps", "commit"))]
+        + [f"{median(result['wall_seconds'] for result in results) / 60:.0f}"]
+        + [format_interval([r[part][name] for r in results if name in r[part]]) for _, part, name in columns]
+        for arm, results in arms.items()
+    ]
+    titles = ["", "---", "seeds", "steps", "commit", "minutes", *(title for title, _, _ in columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(titles, *cells, strict=True))
+
+
+def list_values(results: list[Result], name: str) -> str:
+    """Return the different values of the runs, of which there should be one, shortened."""
+    return ", ".join(sorted({str(result[name])[:8] for result in results}))
 
 
 def format_interval(values: list[float]) -> str:

@@ -87,21 +87,25 @@ def make_result(arm, seed, auc):
 
 
 def test_tables():
-    """A row per arm with intervals over its seeds, and a dash for what was not measured."""
+    """A column per arm with intervals over its seeds, and a dash for what was not measured."""
     results = [make_result("gdes", seed, 0.6 + 0.01 * seed) for seed in (1, 2, 3)] + [
         make_result("nes", 1, 0.5)
     ]
     heading, table = format_tables(results)
     assert heading == "Each run: 1e+12 FLOPs; CPU."
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    column = rows[0].index("ROC AUC")
+    lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    rows = {title: cells for title, *cells in lines}
     # Student's t with 2 degrees of freedom, 4.303, times 0.01 / sqrt(3)
-    assert [row[column] for row in rows[2:]] == ["0.620 ± 0.025", "0.500"]
-    assert [row[:5] for row in rows[2:]] == [
-        ["gdes", "8", "3", "10", "01234567"],
-        ["nes", "8", "1", "10", "01234567"],
+    assert rows["ROC AUC"] == ["0.620 ± 0.025", "0.500"]
+    names = ("", "steps", "seeds", "minutes", "commit")
+    assert [rows[name] for name in names] == [
+        ["gdes", "nes"],
+        ["8"] * 2,
+        ["3", "1"],
+        ["10"] * 2,
+        ["01234567"] * 2,
     ]
-    assert rows[2][rows[0].index("pairs")] == "–"
+    assert rows["pairs"][0] == "–"
 
 
 def test_interval():
