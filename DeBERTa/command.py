@@ -8,8 +8,8 @@ from typing import TextIO
 
 from DeBERTa.errors import DebertaError, ReportedError, StorageError, describe_os_error
 from DeBERTa.log import secure_console, set_up_logging
+from DeBERTa.memory import translate_memory_errors
 from DeBERTa.processes import RunInterrupted, raise_interrupts
-from DeBERTa.training.memory import translate_memory_errors
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from DeBERTa.data.files import read_file
 from DeBERTa.errors import ConfigError, UsageError
+from DeBERTa.files import read_file
 
 T = TypeVar("T")
 C = TypeVar("C", bound="Config")

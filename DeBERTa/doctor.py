@@ -86,7 +86,7 @@ def check_device() -> Iterator[Check]:
 
 def check_machine() -> Iterator[Check]:
     """Check shared memory, cache and disk."""
-    from DeBERTa.data.files import get_cache_dir, open_partial
+    from DeBERTa.files import get_cache_dir, open_partial
 
     shared, needed = 0.0, LOCKS_MB
     advice = "data workers need more: docker run --shm-size 1g, or train with --workers 0"

@@ -13,12 +13,12 @@ from DeBERTa import command
 from DeBERTa.config import Bounds
 from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.encode import Recipe
-from DeBERTa.data.files import get_cache_dir
 from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare_outputs
 from DeBERTa.data.sources import Reading, find_sources
 from DeBERTa.data.token_store import get_part_name
 from DeBERTa.data.vocabulary import check_text, find_or_train_vocabulary
 from DeBERTa.errors import DataError
+from DeBERTa.files import get_cache_dir
 from DeBERTa.flags import FlagParser, build_config, read_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.presets import CORPORA, list_preparation

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.files import get_cache_dir, hash_file
 from DeBERTa.errors import UsageError
+from DeBERTa.files import get_cache_dir, hash_file
 
 # Texts that presets train on: the path of the vocabulary in the cache directory, and the number of pieces of
 # a vocabulary that is trained on the text, or 0 for the published one.

@@ -28,10 +28,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, find_experiments, read_json
-from DeBERTa.data.files import open_regular, raise_storage_errors
 from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer
 from DeBERTa.errors import DataError
 from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
+from DeBERTa.files import open_regular, raise_storage_errors
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models
 from DeBERTa.hub.inference import build_from_weights, check_same_vocabulary

@@ -31,9 +31,11 @@ from DeBERTa.data.loader import BYTES_PER_TOKEN, translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.dry_run import describe_dry_run
 from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
+from DeBERTa.memory import MODEL, check_size, keep_freed_memory, translate_memory_errors
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel, build_model
 from DeBERTa.processes import RunInterrupted
 from DeBERTa.training import distributed
@@ -45,13 +47,11 @@ from DeBERTa.training.checkpoint import (
     read_model,
     write_json,
 )
-from DeBERTa.training.dry_run import describe_dry_run
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.execution import explain_precision, resolve_compile, resolve_precision, set_execution
 from DeBERTa.training.initial_weights import load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
-from DeBERTa.training.memory import MODEL, check_size, keep_freed_memory, translate_memory_errors
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
 from DeBERTa.training.model_config import load_model_config
 from DeBERTa.training.optimizer import count_warmup_steps

@@ -49,10 +49,10 @@ from DeBERTa.data.masking import Masker  # noqa: E402
 from DeBERTa.data.token_store import get_store_path  # noqa: E402
 from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer  # noqa: E402
 from DeBERTa.data.vocabulary import find_or_train_vocabulary  # noqa: E402
+from DeBERTa.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.model.pretraining import build_model  # noqa: E402
 from DeBERTa.train import load_model_config, open_split, parse_flags  # noqa: E402
 from DeBERTa.training.execution import resolve_precision  # noqa: E402
-from DeBERTa.training.memory import keep_freed_memory  # noqa: E402
 from DeBERTa.training.steps import ReplacedTokenStep  # noqa: E402
 
 PIECES_PER_LINE = 510

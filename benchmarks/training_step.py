@@ -39,9 +39,9 @@ from benchmarks.about import about, scripts_environment
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig
 from DeBERTa.config import read_json
 from DeBERTa.data.batch import Batch
+from DeBERTa.memory import keep_freed_memory
 from DeBERTa.model.flops import count_flops_per_token
 from DeBERTa.training.execution import set_execution
-from DeBERTa.training.memory import keep_freed_memory
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ import pytest
 
 from DeBERTa import prepare_data
 from DeBERTa.data import corpus
-from DeBERTa.data.files import open_partial
 from DeBERTa.data.token_store import get_store_path, open_store
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.files import open_partial
 from tests.conftest import strip_times
 from tests.data.texts import prepare
 

@@ -12,10 +12,10 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.config import read_json
-from DeBERTa.data.files import open_partial
+from DeBERTa.download import REVISIONS
 from DeBERTa.errors import ConfigError
+from DeBERTa.files import open_partial
 from DeBERTa.flags import parse_flags
-from DeBERTa.hub.download import REVISIONS
 from DeBERTa.model.pretraining import count_backbone_parameters, count_embedding_parameters
 from DeBERTa.prepare_data import read_preset_flags
 from DeBERTa.presets import PRESETS

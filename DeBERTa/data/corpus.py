@@ -21,7 +21,10 @@ from typing import IO, BinaryIO
 from tqdm import tqdm
 
 from DeBERTa.config import find_experiments
-from DeBERTa.data.files import (
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.download import fetch_from_hub
+from DeBERTa.errors import DataError, DebertaError, DownloadError
+from DeBERTa.files import (
     CHUNK_BYTES,
     commit,
     get_cache_dir,
@@ -32,9 +35,6 @@ from DeBERTa.data.files import (
     raise_storage_errors,
     read_chunks,
 )
-from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DataError, DebertaError, DownloadError
-from DeBERTa.hub.download import fetch_from_hub
 
 SPLITS = ("train", "valid", "test")
 USER_AGENT = "DeBERTa-pretraining/1.0"

@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from DeBERTa.data.encode import EncodedText, Encoder, Recipe, encode_blocks
-from DeBERTa.data.files import commit, get_state, open_partial
 from DeBERTa.data.sources import STDIN, SourceFile, hash_states, name_sources, read_files
 from DeBERTa.data.token_store import StoreMeta, find_store, get_store_path, write_store
 from DeBERTa.errors import DataError, VocabularyError
+from DeBERTa.files import commit, get_state, open_partial
 
 WARN_UNKNOWN, MAX_UNKNOWN = 0.05, 0.2  # shares of [UNK]
 MIN_SEQ_LENGTH = 3  # [CLS], one piece, [SEP]

@@ -26,7 +26,6 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from DeBERTa.data.files import get_cache_dir, get_state, raise_data_errors, raise_storage_errors
 from DeBERTa.data.text import (
     STRINGS,
     Block,
@@ -37,6 +36,7 @@ from DeBERTa.data.text import (
     split_lines,
 )
 from DeBERTa.errors import ConfigError, DataError
+from DeBERTa.files import get_cache_dir, get_state, raise_data_errors, raise_storage_errors
 
 BLOCK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 256 << 20

@@ -33,7 +33,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from DeBERTa.data.files import (
+from DeBERTa.data.text import refuse_binary
+from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from DeBERTa.errors import DamagedStoreError, DataError, StorageError, VocabularyError
+from DeBERTa.files import (
     commit,
     get_cache_dir,
     get_state,
@@ -43,9 +46,6 @@ from DeBERTa.data.files import (
     raise_storage_errors,
     read_chunks,
 )
-from DeBERTa.data.text import refuse_binary
-from DeBERTa.data.tokenizer import SPECIAL_PIECES, Tokenizer
-from DeBERTa.errors import DamagedStoreError, DataError, StorageError, VocabularyError
 
 FORMAT = 3
 BLOCK_TOKENS = 16 << 10

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from DeBERTa.data.files import read_file
 from DeBERTa.errors import VocabularyError
+from DeBERTa.files import read_file
 
 WORD_MARK = "\u2581"  # SentencePiece writes it in place of a space
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # their ids are 0 to 3

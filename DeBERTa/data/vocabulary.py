@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from DeBERTa.data.encode import Recipe
-from DeBERTa.data.files import commit, hash_file, is_recorded, open_atomic, open_partial, read_file
 from DeBERTa.data.sources import STDIN, Reading, hash_states, name_sources, sample_documents, sample_lines
 from DeBERTa.data.text import split_lines
 from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer, train_vocabulary
 from DeBERTa.errors import DataError, VocabularyError
+from DeBERTa.files import commit, hash_file, is_recorded, open_atomic, open_partial, read_file
 
 CHECKED_BYTES = 10 << 20
 EXAMPLES = 20  # shown of a set

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from DeBERTa.config import ModelConfig
-from DeBERTa.data.files import name_file, read_file, remove, sync
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
+from DeBERTa.files import name_file, read_file, remove, sync
 from DeBERTa.hub.model_card import draw_curves, format_card
 from DeBERTa.hub.onnx import write_encoder
 from DeBERTa.hub.tokenizer_json import build_tokenizer_config, build_tokenizer_json

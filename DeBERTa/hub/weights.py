@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from DeBERTa.data.files import name_file
 from DeBERTa.errors import ConfigError
+from DeBERTa.files import name_file
 
 StateDict = dict[str, torch.Tensor]
 

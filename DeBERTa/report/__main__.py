@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from DeBERTa.command import run_command
-from DeBERTa.data.files import open_atomic, raise_storage_errors
 from DeBERTa.errors import ConfigError
+from DeBERTa.files import open_atomic, raise_storage_errors
 from DeBERTa.flags import FlagParser
 from DeBERTa.report.charts import build_charts
 from DeBERTa.report.health import USUAL, examine

@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.files import open_atomic
 from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.errors import DebertaError
+from DeBERTa.files import open_atomic
 from DeBERTa.report.charts import DASHES, Chart, build_charts, draw_svg
 from DeBERTa.report.health import examine
 from DeBERTa.report.read import RunRecord, format_number, read_run

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from DeBERTa.config import read_json
-from DeBERTa.data.files import read_file
 from DeBERTa.errors import ConfigError, DataError
+from DeBERTa.files import read_file
 
 PAUSE_SECONDS = 3  # more time between two lines than training took: the run was stopped in between
 Points = list[tuple[int, float]]

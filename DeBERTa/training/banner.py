@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from DeBERTa import __version__
-from DeBERTa.data.files import hash_file
+from DeBERTa.files import hash_file
 from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.model.pretraining import RTDModel, count_backbone_parameters, count_embedding_parameters
 from DeBERTa.training.distributed import get_world_size

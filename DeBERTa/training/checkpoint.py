@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from DeBERTa.data.files import (
+from DeBERTa.errors import DamagedCheckpointError, StorageError, describe_os_error
+from DeBERTa.files import (
     find_unused_path,
     hash_file,
     name_file,
@@ -38,7 +39,6 @@ from DeBERTa.data.files import (
     remove,
     sync,
 )
-from DeBERTa.errors import DamagedCheckpointError, StorageError, describe_os_error
 from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.weights import read_weights, write_tensors
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from DeBERTa.config import ModelConfig, TrainConfig, convert_hub_config, read_json
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.download import HUB, fetch_from_hub
 from DeBERTa.errors import ConfigError, DownloadError
-from DeBERTa.hub.download import HUB, fetch_from_hub
 from DeBERTa.hub.published import FROM_DISCRIMINATOR, LoadedWeights, LoadOptions, load_masked_lm, load_rtd
 from DeBERTa.hub.vocabulary import VocabularyMap
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from DeBERTa.config import TrainConfig
-from DeBERTa.data.files import raise_storage_errors
 from DeBERTa.errors import ConfigError, LaunchError
+from DeBERTa.files import raise_storage_errors
 from DeBERTa.processes import STOP_SIGNALS, RunInterrupted, list_handled_signals
 from DeBERTa.training import worker
 from DeBERTa.training.network import find_interface

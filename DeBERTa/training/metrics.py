@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from DeBERTa.data.files import (
+from DeBERTa.files import (
     find_unused_path,
     open_atomic,
     open_regular,

@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, read_json
-from DeBERTa.data.files import find_unused_path, remove
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import (
     ConfigError,
@@ -23,6 +22,7 @@ from DeBERTa.errors import (
     VocabularyError,
     describe_os_error,
 )
+from DeBERTa.files import find_unused_path, remove
 from DeBERTa.hub.export import list_models, write_model, write_plain_model
 from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel

@@ -5,8 +5,8 @@ import os
 import socket
 from pathlib import Path
 
-from DeBERTa.data.files import open_regular
 from DeBERTa.errors import ConfigError, StorageError
+from DeBERTa.files import open_regular
 
 LOCK = ".lock"
 MAX_HOLDER_BYTES = 200

@@ -16,8 +16,8 @@ from torch import nn
 
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches, make_batch
-from DeBERTa.data.files import open_regular
 from DeBERTa.data.tokenizer import WORD_MARK
+from DeBERTa.files import open_regular
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.distributed import is_rank_zero
 from DeBERTa.training.parallel import all_gather_full

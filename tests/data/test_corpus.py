@@ -18,8 +18,8 @@ import pytest
 
 from DeBERTa.data import corpus
 from DeBERTa.data.corpus import Download, DownloadError, extract_sample, fetch, fetch_wikitext
+from DeBERTa.download import REVISIONS
 from DeBERTa.errors import DataError
-from DeBERTa.hub.download import REVISIONS
 from tests.hub.server import Hub, run_hub
 
 ROOT = Path(__file__).parents[2]

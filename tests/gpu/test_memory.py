@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from DeBERTa.errors import MemoryLimitError
-from DeBERTa.training.memory import translate_memory_errors
+from DeBERTa.memory import translate_memory_errors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 

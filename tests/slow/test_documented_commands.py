@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.hub.download import REVISIONS
+from DeBERTa.download import REVISIONS
 from tests.conftest import ROOT
 from tests.documented import FENCED, extract_all, find_reason
 from tests.hub.server import run_hub

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.download import REVISIONS
 from DeBERTa.errors import ConfigError
-from DeBERTa.hub.download import REVISIONS
 from DeBERTa.train import main
 from DeBERTa.training.initial_weights import find_weights
 from tests.conftest import TINY, strip_times, tiny_model, tiny_rtd

@@ -18,10 +18,10 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from DeBERTa.data.files import get_state
 from DeBERTa.data.token_store import get_store_path, open_store, write_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
+from DeBERTa.files import get_state
 from DeBERTa.training.launch import find_job
 from DeBERTa.training.network import find_interface
 from DeBERTa.training.worker import Failure

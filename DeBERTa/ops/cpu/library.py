@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from DeBERTa.data.files import get_cache_dir, hash_file, sync
+from DeBERTa.files import get_cache_dir, hash_file, sync
 
 FOLDER = Path(__file__).parent / "csrc"
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]

@@ -88,5 +88,5 @@ def test_it_belongs_to_training(tmp_path, prepared):
         tmp_path, prepared, "rtd_tiny.json", do_train="False", do_eval="True", dry_run="True"
     )
     done = train(flags)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--dry_run tries training: give --do_train, too" in done.stderr

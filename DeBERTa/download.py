@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from DeBERTa.data.files import hash_file
 from DeBERTa.errors import DownloadError
+from DeBERTa.files import hash_file
 
 HUB = "hf:"
 # Commits of the published models: what is fetched today is fetched tomorrow.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from DeBERTa.hub.download import REVISIONS
+from DeBERTa.download import REVISIONS
 from tests.conftest import ROOT
 from tests.hub.server import COMMIT, Hub, run_hub
 
@@ -15,7 +15,7 @@ CONTENT = bytes(range(256)) * 4000
 CODE = """
 import sys
 from DeBERTa.errors import DebertaError
-from DeBERTa.hub.download import fetch_from_hub
+from DeBERTa.download import fetch_from_hub
 try:
     print(fetch_from_hub(sys.argv[1], sys.argv[2:], "give a file"))
 except DebertaError as error:

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from DeBERTa.config import read_json
-from DeBERTa.data.files import (
+from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.data.vocabulary import find_or_train_vocabulary
+from DeBERTa.errors import ConfigError, DataError, StorageError, VocabularyError
+from DeBERTa.files import (
     MAX_BYTES,
     commit,
     find_unused_path,
@@ -24,13 +27,10 @@ from DeBERTa.data.files import (
     raise_storage_errors,
     read_file,
 )
-from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.data.vocabulary import find_or_train_vocabulary
-from DeBERTa.errors import ConfigError, DataError, StorageError, VocabularyError
 from DeBERTa.report.read import read_run
 from tests.conftest import ROOT, strip_times
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
+GOLDEN = Path(__file__).parent / "golden" / "prepare"
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -93,7 +93,7 @@ def test_a_full_disk_is_a_storage_error():
 SMALL = """
 import pathlib, subprocess, sys
 from DeBERTa.command import run_command
-from DeBERTa.data.files import open_atomic
+from DeBERTa.files import open_atomic
 folder = pathlib.Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", folder], check=True)
 def write():
@@ -119,7 +119,7 @@ def test_a_small_file_needs_little_memory(tmp_path):
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", MAX_BYTES)
     code = (
-        "import resource, sys; from DeBERTa.command import run_command; from DeBERTa.data.files import "
+        "import resource, sys; from DeBERTa.command import run_command; from DeBERTa.files import "
         "read_file; resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9)); "
         "block = bytearray(10**9); sys.exit(run_command(lambda: len(read_file(sys.argv[1])) - 1000))"
     )
@@ -211,7 +211,7 @@ def test_a_user_without_home_directory(monkeypatch):
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     """A pipe would block, a device has no end; a file without data may be as large as the disk."""
-    monkeypatch.setattr("DeBERTa.data.files.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("DeBERTa.files.MAX_BYTES", 1 << 20)
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     assert read_file(tmp_path / "file") == read_file(tmp_path / "link") == b"content"

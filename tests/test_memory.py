@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from DeBERTa.errors import MemoryLimitError
-from DeBERTa.training.memory import (
+from DeBERTa.memory import (
     check_size,
     read_available_memory,
     read_memory_limits,
@@ -22,7 +22,7 @@ from tests.runs import PATIENCE, command, run, tiny_flags
 
 # In a process of its own: the configuration of the heap lasts as long as the process.
 CODE = """
-from DeBERTa.training import memory
+from DeBERTa import memory
 memory.read_memory_limits = lambda: {}
 memory.keep_freed_memory()
 """
