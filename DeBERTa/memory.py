@@ -96,7 +96,11 @@ def measure_memory() -> int:
 
 def read_available_memory() -> int:
     """Return the memory of the host that is not in use, in bytes: what can be had without swapping."""
-    found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux
+        text = ""
+    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else measure_memory()
 
 
