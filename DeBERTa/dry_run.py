@@ -32,7 +32,7 @@ def describe_dry_run(run: Run) -> str:
     config, device, steps = run.config, run.training.device, run.training.total_steps
     folder = next(path for path in run.run_dir.absolute().parents if path.is_dir())
     evaluations = math.ceil(steps / config.dump_interval)
-    check_disk_space(folder, run.model, evaluations, config.keep_last)
+    disk = check_disk_space(folder, run.model, evaluations, config.keep_last)
     step_seconds = time_steps(run)
     evaluation_seconds = time_evaluation(run)
     total = format_duration(steps * step_seconds + evaluations * evaluation_seconds)
@@ -47,7 +47,8 @@ def describe_dry_run(run: Run) -> str:
         f"{evaluation_seconds:.3g} s",
         "compute": f"{flops * steps:.3g} FLOPs in matmuls, {flops:.3g} per step: "
         f"{flops / step_seconds / get_world_size() / 1e12:.3g} TFLOP/s per rank",
-        "disk": f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder}",
+        "disk": f"{disk / 1e9:.3g} GB for checkpoints and final models; "
+        f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder}",
         "shared memory": checks["shared memory"],
     }
     return format_rows(describe_run(run, 0) | needs)

@@ -80,7 +80,10 @@ def find_step(run_dir: Path, step: int | None) -> int:
     if not steps:
         raise ConfigError(f"{run_dir}: no checkpoints; give the directory of a run, such as output/TAG")
     if step is None:
-        return find_newest_valid(run_dir)[0]
+        step, damages = find_newest_valid(run_dir)
+        for damage in damages:
+            logger.warning("%s; taking step %d", damage, step)
+        return step
     if step not in steps:
         saved = ", ".join(map(str, steps))
         raise ConfigError(f"--step {step}: {run_dir} has no such checkpoint; it has {saved}")

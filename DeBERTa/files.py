@@ -100,6 +100,14 @@ def read_file(path: str | Path) -> bytes:
         return file.read()
 
 
+def append_line(path: Path, text: str) -> None:
+    """Append a line of text to a file. A line that a crash truncated before it stays a line of its own."""
+    with open(path, "a+b", opener=open_regular) as file:
+        file.seek(max(file.tell() - 1, 0))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + text.encode() + b"\n")
+
+
 @contextlib.contextmanager
 def raise_data_errors(path: Path) -> Iterator[None]:
     """Raise `DataError`, naming the file, in place of `OSError` from reading it."""

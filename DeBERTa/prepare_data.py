@@ -158,6 +158,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--input needs --output, or --check": has_input and not has_output and not arguments.check,
         "--input and --corpus exclude each other": has_input and corpus,
         "--check and --train_vocab exclude each other": arguments.check and arguments.train_vocab is not None,
+        "--check is of all the text: omit --shard": arguments.check and arguments.shard,
         "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
         "--shard and fractions are for --input": not has_input and (arguments.shard or sum(fractions)),
         "fractions must be at least 0, and below 1 together": not 0 <= min(fractions) <= sum(fractions) < 1,

@@ -29,16 +29,16 @@ from torch.nn.utils.rnn import pad_sequence
 from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, find_experiments, read_json
 from DeBERTa.data.tokenizer import WORD_MARK, Tokenizer
-from DeBERTa.errors import DataError
+from DeBERTa.errors import DamagedCheckpointError, DataError, UsageError
 from DeBERTa.export import find_step, find_vocabulary, load_checkpoint
-from DeBERTa.files import open_regular, raise_storage_errors
+from DeBERTa.files import append_line, raise_storage_errors
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models
 from DeBERTa.hub.inference import build_from_weights, check_same_vocabulary
 from DeBERTa.hub.weights import StateDict, read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 from DeBERTa.report.read import read_lines
-from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
+from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 
 CORPUS_SHA256 = "71c57fec81fc2bfbd204938948976cd37bec44d8b5d3566586208ac0378548c3"
 FIT, CHOOSE, TEST = 0, 1, 2
@@ -91,26 +91,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def probe(arguments: argparse.Namespace) -> None:
     """Probe the model of a directory, or the models of checkpoints, and log the figures."""
     run_dir: Path = arguments.run
-    if (path := run_dir / "model.safetensors").is_file():
+    if (path := run_dir / "model.safetensors").is_file() and not (run_dir / "optimizer.pt").exists():
+        if arguments.all_steps or arguments.step is not None:
+            raise UsageError(f"{run_dir} is the directory of a model, without steps: give that of a run")
         config = ModelConfig.from_json(run_dir / "config.json")
         check_same_vocabulary(Tokenizer(run_dir / "spm.model"), run_dir / "tokenizer.json")
         measure(config, read_weights(path), path, run_dir / "spm.model")
         return
-    steps = [arguments.step]
-    if arguments.all_steps:
-        done = {line["step"] for line in read_lines(run_dir / "probe.jsonl")}
-        steps = [step for step in list_steps(run_dir) or steps if step not in done]
-    for step in (find_step(run_dir, step) for step in steps):
-        path = get_checkpoint_path(run_dir, step)
-        figures: Figures = {"step": step}
-        settings = read_json(path / "config.json")
-        vocabulary = find_vocabulary(run_dir, settings).path
-        for model in list_models(load_checkpoint(run_dir, step, settings)):
-            measured = measure(model.config, model.weights, path / model.name, vocabulary)
-            figures |= {f"{model.name}_{name}": value for name, value in measured.items()}
-        output = run_dir / "probe.jsonl"
-        with raise_storage_errors(output), open(output, "a", opener=open_regular) as file:
-            file.write(json.dumps(figures) + "\n")
+    if not arguments.all_steps:
+        probe_step(run_dir, find_step(run_dir, arguments.step))
+        return
+    done = {line["step"] for line in read_lines(run_dir / "probe.jsonl")}
+    for step in (step for step in list_steps(run_dir) or [find_step(run_dir, None)] if step not in done):
+        try:
+            verify(get_checkpoint_path(run_dir, step))
+            probe_step(run_dir, step)
+        except DamagedCheckpointError as error:  # noqa: PERF203 (a probe takes longer by far)
+            logger.warning("%s; this checkpoint is skipped", error)  # or removed by the training command
+
+
+def probe_step(run_dir: Path, step: int) -> None:
+    """Probe the models of a checkpoint, and append the figures to `probe.jsonl`."""
+    path, output = get_checkpoint_path(run_dir, step), run_dir / "probe.jsonl"
+    figures: Figures = {"step": step}
+    settings = read_json(path / "config.json")
+    vocabulary = find_vocabulary(run_dir, settings).path
+    for model in list_models(load_checkpoint(run_dir, step, settings)):
+        measured = measure(model.config, model.weights, path / model.name, vocabulary)
+        figures |= {f"{model.name}_{name}": value for name, value in measured.items()}
+    with raise_storage_errors(output):
+        append_line(output, json.dumps(figures))
 
 
 def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Path) -> Figures:

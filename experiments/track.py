@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from DeBERTa.errors import DebertaError
+from DeBERTa.command import run_command
+from DeBERTa.errors import ConfigError
 from DeBERTa.flags import FlagParser
 from DeBERTa.report.read import RunRecord, is_number, read_run
 
@@ -25,32 +26,40 @@ Send = Callable[[dict[str, float], int], None]
 
 
 def main() -> int:
-    """Send all lines, with `--follow` until the last step."""
+    """Run the command and return its exit status."""
+    return run_command(track)
+
+
+def track() -> None:
+    """Send all lines, with `--follow` until the last evaluation."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--tracker", choices=("tensorboard", "wandb", "trackio"), required=True)
     parser.add_argument(
         "--follow", action="store_true", help="wait for further lines until the run is complete"
     )
+    flags = parser.parse_args()
+    run = read_run(flags.run)
     try:
-        flags = parser.parse_args()
-        run = read_run(flags.run)
         send, close = open_tracker(flags.tracker, run)
-        sent: set[tuple] = set()
-        while True:
-            send_lines(run, send, sent)
-            if not flags.follow or run.step >= run.total_steps:
-                break
+    except ModuleNotFoundError as error:
+        message = f"--tracker {flags.tracker}: {error}; pip install {flags.tracker}"
+        raise ConfigError(message) from None
+    sent: set[tuple] = set()
+    try:
+        send_lines(run, send, sent)
+        while flags.follow and not is_complete(run):
             time.sleep(FOLLOW_SECONDS)
             run = read_run(flags.run)
+            send_lines(run, send, sent)
+    finally:
         close()
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"error: --tracker {flags.tracker}: {error}; pip install {flags.tracker}\n")
-        return 1
-    except DebertaError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_status
-    return 0
+
+
+def is_complete(run: RunRecord) -> bool:
+    """Return whether the last step is there, and its evaluation, which may take minutes more."""
+    kind = "valid" if run.settings.get("validation", {}).get("valid_sha256") else "train"
+    return any(row["kind"] == kind and row["step"] >= run.total_steps for row in run.rows)
 
 
 def open_tracker(name: str, run: RunRecord) -> tuple[Send, Callable[[], object]]:

@@ -74,7 +74,7 @@ def test_report(tmp_path, prepared):
     assert re.match(r"0:00:\d\d: \S+ s per step, 3 evaluations of \S+ s$", rows["time"])
     total, step = map(float, re.match(r"(\S+) FLOPs in matmuls, (\S+) per step: ", rows["compute"]).groups())
     assert total == pytest.approx(12 * step, rel=0.01)
-    assert "GB free" in rows["disk"]
+    assert re.match(r"0\.\d+ GB for checkpoints and final models; \S+ GB free in /", rows["disk"])
     assert " MB" in rows["shared memory"]
     ranks = flags | {"nproc_per_node": 2, "dist_timeout": 30}
     assert read_rows(train(ranks, MASTER_PORT=str(free_port())))["processes"].startswith("2 processes")

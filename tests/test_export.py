@@ -116,6 +116,10 @@ def test_errors(finished, tmp_path, capsys):
     status, error = fails(capsys, run_dir, "--step", 6, "--output", tmp_path / "out")
     assert status == 1
     assert "model.safetensors has" in error
+    assert (
+        main([str(run_dir), "--output", str(tmp_path / "out")]) == 0
+    )  # the newest valid one, which is named
+    assert "were written; taking step 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["missing", "another-file"])

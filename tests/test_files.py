@@ -16,6 +16,7 @@ from DeBERTa.data.vocabulary import find_or_train_vocabulary
 from DeBERTa.errors import ConfigError, DataError, StorageError, VocabularyError
 from DeBERTa.files import (
     MAX_BYTES,
+    append_line,
     commit,
     find_unused_path,
     get_cache_dir,
@@ -186,6 +187,15 @@ def test_one_process_writes_at_a_time(tmp_path, has_locks):
     numbers = sorted(path.read_text().split())
     assert numbers == ["0", "1", "2", "3"] if has_locks else set(numbers) <= {"0", "1", "2", "3"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", ["", "one\n", "one"])
+def test_a_line_is_appended_after_a_truncated_one(before, tmp_path):
+    path = tmp_path / "lines"
+    path.write_text(before)
+    append_line(path, "two")
+    append_line(path, "three")
+    assert path.read_text().splitlines() == [*before.splitlines(), "two", "three"]
 
 
 def test_unused_paths(tmp_path):

@@ -77,6 +77,10 @@ def test_text_in_another_encoding(tmp_path, capsys):
 def test_errors(tmp_path, capsys):
     assert main([str(tmp_path), TEXT]) == 1
     assert "no model.safetensors" in capsys.readouterr().err
+    for name in ("model.safetensors", "optimizer.pt"):
+        (tmp_path / name).touch()
+    assert main([str(tmp_path), TEXT]) == 1
+    assert "it is that of a checkpoint; python -m DeBERTa.export writes one" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert main([str(tmp_path), TEXT, "--top_k", "0"]) == 2
     assert "--top_k" in capsys.readouterr().err

@@ -220,6 +220,7 @@ def test_errors_are_one_message(tmp_path, monkeypatch, capsys, arguments, compla
         ["-i", "i", "-o", "o", "--test_fraction", "nan"],
         ["-i", "i", "-o", "o", "--shard", "3/3"],
         ["-i", "i", "-o", "o", "--valid_fraction", "0.5", "--test_fraction", "0.5"],
+        ["-i", "i", "--check", "--shard", "0/2"],
         ["--corpus", "sample", "--shard", "0/2"],
         ["-i", "i", "-o", "o", "--character_coverage", "0.5"],
         ["-i", "i", "-o", "o", "--vocab", "v"],

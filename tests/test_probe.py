@@ -11,7 +11,8 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionMode
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError
 from DeBERTa.report.page import format_page
-from DeBERTa.report.read import read_run
+from DeBERTa.report.read import read_lines, read_run
+from DeBERTa.training.checkpoint import get_checkpoint_path
 from tests.conftest import GOLDEN, tiny_model
 from tests.runs import run, tiny_flags
 
@@ -162,13 +163,23 @@ def test_command(prepared, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines] == [4, 2, 6]
     assert lines[0] == line
     assert "Probes of grammar" in format_page([read_run(run_dir)])
+    # A line that a crash truncated takes no other with it, and a damaged checkpoint stops no other.
+    (run_dir / "probe.jsonl").write_text('{"step": 2, "gen')
+    with (get_checkpoint_path(run_dir, 2) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert probe.main([str(run_dir), "--all_steps"]) == 0
+    assert [line["step"] for line in read_lines(run_dir / "probe.jsonl")] == [4, 6]
+    assert "model.safetensors has " in capsys.readouterr().err
+    assert probe.main([str(run_dir), "--step", "2"]) == 1
+    assert probe.main([str(run_dir / "discriminator"), "--step", "2"]) == 2
+    assert "give that of a run" in capsys.readouterr().err
 
     capsys.readouterr()
     assert probe.main([str(run_dir / "discriminator")]) == 0
     assert f"tag_accuracy {lines[-1]['discriminator_tag_accuracy']:.4g}" in capsys.readouterr().err
     (run_dir / "probe.jsonl").unlink()
     os.mkfifo(run_dir / "probe.jsonl")
-    assert probe.main([str(run_dir), "--step", "2"]) == 1
+    assert probe.main([str(run_dir), "--step", "4"]) == 1
     assert f"cannot write {run_dir}/probe.jsonl: " in capsys.readouterr().err
     shutil.rmtree(run_dir / "checkpoints")
     assert probe.main([str(run_dir)]) == 1

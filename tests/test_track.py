@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from DeBERTa.report.read import read_run
-from experiments.track import send_lines
-from tests.conftest import ROOT
+from experiments.track import is_complete, send_lines
+from tests.conftest import ROOT, strip_times
 
 
 def make_rows(steps):
@@ -47,6 +47,17 @@ def test_lines_are_sent_once(tmp_path):
     assert received[2:] == [(4, {"train/loss": 0.25, "valid/loss": 0.25})]
 
 
+def test_a_run_is_complete_after_its_last_evaluation(tmp_path):
+    """Its line follows the last one of training, at base size minutes later."""
+    settings = {"train": {"num_training_steps": 2}, "validation": {"valid_sha256": "0"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    rows = make_rows([1, 2])
+    assert not is_complete(write(tmp_path, rows[:-1]))
+    assert is_complete(write(tmp_path, rows))
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"validation": {"valid_sha256": None}}))
+    assert is_complete(write(tmp_path, rows[:-1]))
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -72,10 +83,12 @@ def test_a_package_that_is_missing(tracker, tmp_path):
         write(tmp_path, make_rows([1]))
         result = track(tmp_path, tracker)
         message = f"error: --tracker {tracker}: No module named '{tracker}'; pip install {tracker}\n"
-        assert (result.returncode, result.stderr) == (1, message)
+        assert (result.returncode, strip_times(result.stderr)) == (1, message)
     else:
         pytest.skip(f"{tracker} is installed")
 
 
 def test_no_run(tmp_path):
-    assert track(tmp_path, "wandb").stderr.startswith(f"error: {tmp_path}: there is no metrics.jsonl")
+    assert strip_times(track(tmp_path, "wandb").stderr).startswith(
+        f"error: {tmp_path}: there is no metrics.jsonl"
+    )

@@ -71,10 +71,12 @@ def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Prompt
     Raises `ConfigError` if `directory` is not that of a model, or is that of a model with another head.
     """
     path = directory / "model.safetensors"
-    if not path.exists():
+    is_checkpoint = (directory / "optimizer.pt").exists()
+    if is_checkpoint or not path.exists():
+        reason = "it is that of a checkpoint" if is_checkpoint else "it has no model.safetensors"
         models = ", ".join(str(path.parent) for path in sorted(directory.glob("*/model.safetensors")))
         hint = f"give one of {models}" if models else "python -m DeBERTa.export writes one from a run"
-        raise ConfigError(f"{directory}: no model.safetensors, so not the directory of a model; {hint}")
+        raise ConfigError(f"{directory} is not the directory of a model: {reason}; {hint}")
     encoder = PromptEncoder(Tokenizer(directory / "spm.model"))
     check_same_vocabulary(encoder.tokenizer, directory / "tokenizer.json")
     config, weights = ModelConfig.from_json(directory / "config.json"), read_weights(path)

@@ -13,7 +13,7 @@ from DeBERTa.errors import ConfigError
 from DeBERTa.files import open_atomic, raise_storage_errors
 from DeBERTa.flags import FlagParser
 from DeBERTa.report.charts import build_charts
-from DeBERTa.report.health import USUAL, examine
+from DeBERTa.report.health import NOTE, USUAL, Finding, examine
 from DeBERTa.report.page import write_report
 from DeBERTa.report.read import RunRecord, read_run
 from DeBERTa.report.reference import compare_with_reference
@@ -37,10 +37,14 @@ def report() -> None:
     parser.add_argument("--reference", action="store_true", help=reference)
     flags = parser.parse_args()
     runs = [read_run(path) for path in flags.runs]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.path)
     page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     write_report(runs, page.resolve())  # a link stays, and what it points to is replaced
+    nothing = Finding(NOTE, "the reference", "has no evaluation at a step of this run")
     for run in runs if flags.reference else ():
-        for finding in compare_with_reference(run):
+        for finding in compare_with_reference(run) or [nothing]:
             logger.info("%s: %s: %s %s", run.name, *finding)
     if flags.csv:
         write_csv(runs, flags.csv)

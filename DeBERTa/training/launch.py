@@ -34,6 +34,8 @@ from DeBERTa.training.network import find_interface
 from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
 from DeBERTa.training.worker import Failure, get_stop_signal
 
+ALONE = "or unset WORLD_SIZE and RANK to train on this node alone"
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,12 +46,20 @@ def find_job(config: TrainConfig) -> Job | None:
     `ConfigError` for variables and flags that cannot work.
     """
     if worker.is_worker():
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # perhaps of another shell
+            if _read_integer(name, -1) < 0:
+                raise ConfigError(
+                    f"{name} is not a number from 0, but LOCAL_RANK and TORCHELASTIC_RUN_ID are set, as by "
+                    "torchrun: start with torchrun, or unset them"
+                )
         return None
     nodes, node = _read_integer("WORLD_SIZE", 1), _read_integer("RANK", 0)
     if nodes < 1:
         raise ConfigError(f"WORLD_SIZE is {nodes}: export the number of nodes, 1 or more, or unset it")
     if not 0 <= node < nodes:
-        raise ConfigError(f"RANK is {node}, WORLD_SIZE {nodes}: export its number, from 0 to {nodes - 1}")
+        raise ConfigError(
+            f"RANK is {node}, WORLD_SIZE {nodes}: export its number, from 0 to {nodes - 1}, {ALONE}"
+        )
     gpus = torch.cuda.device_count()
     processes = config.nproc_per_node or gpus or 1
     if gpus and processes > gpus:
@@ -60,7 +70,7 @@ def find_job(config: TrainConfig) -> Job | None:
     if not (address and port):
         raise ConfigError(
             f"WORLD_SIZE is {nodes}, but {'MASTER_PORT' if address else 'MASTER_ADDR'} is not set: export "
-            "MASTER_ADDR and MASTER_PORT, the address of node 0, on every node"
+            f"MASTER_ADDR and MASTER_PORT, the address of node 0, on every node, {ALONE}"
         )
     if not 0 < port < 2**16:
         raise ConfigError(f"MASTER_PORT is {port}: export a port from 1 to 65535 that is free on node 0")
@@ -87,6 +97,9 @@ def launch(job: Job, config: TrainConfig, arguments: Sequence[str]) -> int:
     supervisor = Supervisor(job, config, arguments)
     coordinator = None
     try:
+        if job.nodes > 1:
+            where = f"node {job.node} of {job.nodes}, with node 0 at {job.address}:{job.port}"
+            logger.info(f"{where}: waiting up to {config.dist_timeout} s for the other nodes")
         coordinator = Coordinator(job, config.dist_timeout)
         failure = run_attempts(supervisor, coordinator, config)
     except RunInterrupted as stop:  # no workers are running

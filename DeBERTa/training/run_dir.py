@@ -217,10 +217,11 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return result
 
 
-def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> None:
-    """Raise `StorageError` if a checkpoint and the final models do not fit the disk.
+def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last: int) -> int:
+    """Return the bytes that checkpoints and final models need on the disk.
 
-    Logs a warning when it lacks space for those of the `remaining` checkpoints that will not be pruned.
+    Of the `remaining` checkpoints, those count that are not pruned. Raises `StorageError` if one and the
+    final models do not fit. Logs a warning if the others do not.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -241,6 +242,7 @@ def check_disk_space(run_dir: Path, model: nn.Module, remaining: int, keep_last:
     if room < needed:
         rest = f"room for {room} of {needed} more checkpoints ({format_megabytes(checkpoint)} each)"
         logger.warning("%s: %s; make room there, or save fewer with --keep_last", sizes, rest)
+    return needed * checkpoint + final
 
 
 def format_megabytes(size: float) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.dataset import EvaluationBatches, make_batch
 from DeBERTa.data.tokenizer import WORD_MARK
-from DeBERTa.files import open_regular
+from DeBERTa.files import append_line
 from DeBERTa.model.pretraining import RTDModel
 from DeBERTa.training.distributed import is_rank_zero
 from DeBERTa.training.parallel import all_gather_full
@@ -42,8 +42,7 @@ def write_samples(path: Path, step: int, training: TrainingStep, batches: Evalua
     logger.info("step %d: %s", step, format_sentence(sentences[0]))
     line = {"step": step, "residual_drift": drift, "sentences": sentences}
     try:
-        with open(path, "a", encoding="utf-8", opener=open_regular) as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_line(path, json.dumps(line, ensure_ascii=False))
     except OSError as error:
         logger.warning("cannot write %s: %s; the run continues", path, error.strerror)
 

@@ -24,13 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, RTDConfig, read_json
 from DeBERTa.data.batch import Batch
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DebertaError
+from DeBERTa.files import append_line
+from DeBERTa.flags import FlagParser
 from DeBERTa.hub.weights import read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
 from DeBERTa.report.read import read_lines, read_run
+from experiments.ablations.table import read_results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What each arm changes. Those of RTD name the sharing; those of MLM train the discriminator's architecture.
@@ -57,30 +60,35 @@ WORDS = "deberta.embeddings.word_embeddings.weight"
 
 
 def main() -> int:
+    """Run the command and return its exit status."""
+    try:
+        return run_command(train_all)
+    except subprocess.CalledProcessError as failed:  # the command has logged its error
+        return failed.returncode
+
+
+def train_all() -> None:
     """Train the runs that are not among the results yet."""
     flags = parse_arguments()
     base = read_json(flags.model_config)
+    RTDConfig.from_dict(base, str(flags.model_config))
     reference = count_flops(build_config("gdes", base)) * flags.steps
     prepare_text()
+    flags.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in flags.seeds:
         for arm in flags.arms:
             config = build_config(arm, base)
             key = {"arm": arm, "seed": seed, "flops": reference, "model_sha256": hash_values(config)}
-            lines = flags.results.read_text().splitlines() if flags.results.exists() else []
-            if any(key.items() <= json.loads(line).items() for line in lines):
+            results = read_results(flags.results) if flags.results.exists() else []
+            if any(key.items() <= result.items() for result in results):
                 continue
             result = key | train(arm, seed, config, reference, flags.work)
-            flags.results.parent.mkdir(parents=True, exist_ok=True)
-            with flags.results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    return 0
+            append_line(flags.results, json.dumps(result))
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default, results = (Path(__file__).with_name(name) for name in ("model.json", "results.jsonl"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
@@ -90,7 +98,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_config", type=Path, default=default, help="RTD model config")
     parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--work", type=Path, default=ROOT / "output" / "ablations", help="run directories")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.steps < 1:
+        parser.error(f"--steps must be at least 1, not {flags.steps}")
+    return flags
 
 
 def build_config(arm: str, base: dict) -> dict:
@@ -198,9 +209,4 @@ def measure_cosines(run_dir: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except subprocess.CalledProcessError as failed:  # the command has logged its error
-        sys.exit(failed.returncode)
-    except DebertaError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

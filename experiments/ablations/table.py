@@ -3,7 +3,7 @@
     python experiments/ablations/table.py --png docs/ablations.png
 
 Figures are means over seeds with 95 % confidence intervals (Student's t); minutes are medians. Runs of other
-compute or of another model are in tables of their own.
+compute are in tables of their own, those of other model configs in columns of their own.
 """
 
 import argparse
@@ -13,6 +13,13 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from DeBERTa.command import run_command, write_output
+from DeBERTa.errors import ConfigError, DataError
+from DeBERTa.files import open_atomic
+from DeBERTa.flags import FlagParser
 
 # Quantiles of Student's t at 97.5 % by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -42,25 +49,45 @@ MLM: tuple[Column, ...] = (
 )
 CURVES = {"generator_loss": "generator loss", "loss": "MLM loss", "discriminator_auc": "ROC AUC"}
 Result = dict[str, Any]
+SHOWN = ("steps", "commit")  # which should be the same in all runs of a column
+KEYS = {"arm", "seed", "flops", "model_sha256", "steps", "final", "probe", "cosines", "curve"}
 
 
 def main() -> int:
+    """Run the command and return its exit status."""
+    return run_command(print_tables)
+
+
+def print_tables() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, default=Path(__file__).with_name("results.jsonl"))
     parser.add_argument("--png", type=Path, metavar="FILE", help="needs matplotlib")
     flags = parser.parse_args()
-    try:
-        results = [json.loads(line) for line in flags.results.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {flags.results}: {error}; experiments/ablations/run.py writes it\n")
-        return 1
-    print("\n\n".join(format_tables(results)))
+    results = read_results(flags.results)
+    write_output("\n\n".join(format_tables(results)) + "\n")
     if flags.png:
         draw_curves(results, flags.png)
-    return 0
+
+
+def read_results(path: Path) -> list[Result]:
+    """Return the results of the runs that are finished.
+
+    Raises `DataError` for a line that is not the result of a run, such as one that a crash truncated.
+    """
+    results = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            results.append(json.loads(line))
+            is_result = results[-1].keys() >= KEYS
+        except (ValueError, AttributeError):
+            is_result = False
+        if not is_result:
+            raise DataError(
+                f"line {number} of {path} is not a result of experiments/ablations/run.py: remove the line, "
+                "and start that command again"
+            )
+    return results
 
 
 def format_tables(results: list[Result]) -> list[str]:
@@ -70,24 +97,24 @@ def format_tables(results: list[Result]) -> list[str]:
         same = [result for result in results if result["flops"] == flops]
         tables.append(f"Each run: {flops:.3g} FLOPs; {', '.join(sorted({r['device'] for r in same}))}.")
         for name, columns in (("generator_loss", RTD), ("loss", MLM)):
-            arms: dict[str, list[Result]] = defaultdict(list)
+            arms: dict[tuple[str, str], list[Result]] = defaultdict(list)
             for result in same:
                 if name in result["final"]:
-                    arms[result["arm"]].append(result)
+                    arms[result["arm"], result["model_sha256"]].append(result)
             if arms:
                 tables.append(format_table(arms, columns))
     return tables
 
 
-def format_table(arms: dict[str, list[Result]], columns: tuple[Column, ...]) -> str:
-    """Return a Markdown table with a column per arm."""
+def format_table(arms: dict[tuple[str, str], list[Result]], columns: tuple[Column, ...]) -> str:
+    """Return a Markdown table with a column per arm and model config."""
     cells = [
-        [arm, "---", str(len(results)), *(list_values(results, name) for name in ("steps", "commit"))]
+        [arm, "---", str(len(results)), *(list_values(results, name) for name in SHOWN)]
         + [f"{median(result['wall_seconds'] for result in results) / 60:.0f}"]
         + [format_interval([r[part][name] for r in results if name in r[part]]) for _, part, name in columns]
-        for arm, results in arms.items()
+        for (arm, _), results in arms.items()
     ]
-    titles = ["", "---", "seeds", "steps", "commit", "minutes", *(title for title, _, _ in columns)]
+    titles = ["", "---", "seeds", *SHOWN, "minutes", *(title for title, _, _ in columns)]
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(titles, *cells, strict=True))
 
 
@@ -106,8 +133,10 @@ def format_interval(values: list[float]) -> str:
 
 def draw_curves(results: list[Result], path: Path) -> None:
     """Plot the curves by FLOPs, a color per arm, a line per seed."""
-    from matplotlib.figure import Figure  # optional
-
+    try:
+        from matplotlib.figure import Figure  # optional
+    except ImportError:
+        raise ConfigError("--png: the package matplotlib is missing; pip install matplotlib") from None
     arms = list(dict.fromkeys(result["arm"] for result in results))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     for number, (name, title) in enumerate(CURVES.items(), start=1):
@@ -120,7 +149,8 @@ def draw_curves(results: list[Result], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), color=color, label=result["arm"], lw=1)
         labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one per arm
         axes.legend(labels.values(), labels.keys(), fontsize=8)
-    figure.savefig(path, format="png")
+    with open_atomic(path.resolve()) as file:
+        figure.savefig(file, format="png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Record the reference curves of a tiny preset, three seeds: experiments/reference/record.sh deberta-v3-tiny
-# It resumes where it was stopped. Flags after the name go to all runs; those of the preset must stay.
+# It resumes where it was stopped. Flags after the name go to all runs; with those of the preset changed, the runs are
+# refused (--reference) in place of the curves that are there.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -18,4 +19,4 @@ for seed in 1 2 3; do
 done
 set_up_python "$ROOT/requirements.txt"
 cd "$ROOT"
-"$PYTHON" -m DeBERTa.report "$runs"/seed-* --html "$runs/comparison.html" --csv "experiments/reference/$name.csv"
+"$PYTHON" -m DeBERTa.report "$runs"/seed-* --html "$runs/comparison.html" --reference --csv "experiments/reference/$name.csv"

@@ -1,5 +1,6 @@
 """The ablations: arms, equal compute, cosines and tables. tests/slow/test_ablations.py runs the command."""
 
+import json
 import math
 import os
 import shutil
@@ -11,9 +12,10 @@ import torch
 
 from DeBERTa.config import ModelConfig, RTDConfig, read_json
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.errors import DataError
 from DeBERTa.hub.weights import write_tensors
-from experiments.ablations.run import ARMS, WORDS, build_config, count_flops, measure_cosines
-from experiments.ablations.table import draw_curves, format_interval, format_tables
+from experiments.ablations.run import ARMS, WORDS, build_config, count_flops, main, measure_cosines
+from experiments.ablations.table import draw_curves, format_interval, format_tables, read_results
 from tests.conftest import GOLDEN, ROOT, strip_times, tiny_model
 
 BASE = {"generator": tiny_model(), "discriminator": tiny_model() | {"num_hidden_layers": 4}}
@@ -78,6 +80,7 @@ def make_result(arm, seed, auc):
     probe = {"discriminator_tag_accuracy": 0.7}
     return common | {
         "arm": arm,
+        "model_sha256": "0",
         "seed": seed,
         "final": final,
         "probe": probe,
@@ -106,6 +109,33 @@ def test_tables():
         ["01234567"] * 2,
     ]
     assert rows["pairs"][0] == "–"
+
+
+def test_another_model_has_a_column_of_its_own():
+    """Also where its steps have the same FLOPs."""
+    results = [make_result("gdes", 1, 0.6), make_result("gdes", 1, 0.8) | {"model_sha256": "1"}]
+    _, table = format_tables(results)
+    (row,) = (line for line in table.splitlines() if "ROC AUC" in line)
+    assert row == "| ROC AUC | 0.600 | 0.800 |"
+
+
+@pytest.mark.parametrize("damage", ['{"arm": "gd', "[]", "{}"])
+def test_a_damaged_line_of_the_results(damage, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(make_result("gdes", 1, 0.6)) + "\n" + damage + "\n")
+    with pytest.raises(DataError, match=f"line 2 of {path} is not a result of .*: remove the line"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--steps", "0"], ["--model_config", "experiments/language_model/bert_tiny.json"]]
+)
+def test_flags_that_cannot_work(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    assert main() in (1, 2)
+    error = strip_times(capsys.readouterr().err)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 def test_interval():

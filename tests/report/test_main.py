@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from DeBERTa.presets import PRESETS
 from tests.conftest import ROOT, strip_times
 
 ROWS = [{"step": step, "kind": kind, "loss": 1 / step} for step in (1, 2) for kind in ("train", "valid")]
@@ -42,6 +44,23 @@ def test_one_run_and_several(runs, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["a"] * 4 + ["b"] * 4
     assert rows[-1] == {"run": "b", "step": "2", "kind": "valid", "loss": "0.5"}
+
+
+def test_runs_of_the_same_name(runs, tmp_path):
+    """They have their paths in place of it."""
+    other = shutil.copytree(runs[0], tmp_path / "other" / "a")
+    page, table = tmp_path / "page.html", tmp_path / "table.csv"
+    assert report(runs[0], other, "--html", page, "--csv", table)[0] == 0
+    with table.open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == [str(runs[0])] * 4 + [str(other)] * 4
+    assert f"{other}: " in page.read_text()
+
+
+def test_a_reference_without_a_common_step(runs):
+    """It is named: silence would read as agreement."""
+    settings = {"train": {"tag": "deberta-v3-tiny", **PRESETS["deberta-v3-tiny"].flags}}
+    (runs[0] / "config.json").write_text(json.dumps(settings))
+    assert "a: note: the reference has no evaluation at a step" in report(runs[0], "--reference")[1]
 
 
 def test_a_name_that_is_no_text(runs, tmp_path):

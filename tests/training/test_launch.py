@@ -57,7 +57,8 @@ def endless(flags) -> dict:
     [
         ({"WORLD_SIZE": "2", "RANK": "2"}, ("RANK is 2", "WORLD_SIZE 2", "from 0 to 1")),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, ("RANK is -1",)),
-        ({"RANK": "1"}, ("RANK is 1", "WORLD_SIZE 1")),
+        ({"RANK": "1"}, ("RANK is 1", "WORLD_SIZE 1", "or unset WORLD_SIZE and RANK")),
+        ({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, ("RANK is not a number", "torchrun", "unset")),
         ({"WORLD_SIZE": "two"}, ("WORLD_SIZE", "'two'")),
         ({"WORLD_SIZE": "0"}, ("WORLD_SIZE is 0",)),
         ({"WORLD_SIZE": "2", "RANK": "first"}, ("RANK", "'first'")),
@@ -68,7 +69,7 @@ def endless(flags) -> dict:
     ],
 )
 def test_variables_that_cannot_work(monkeypatch, environment, named):
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -229,7 +229,8 @@ def test_unfinished_files_are_removed(tmp_path):
 
 
 def test_a_disk_that_is_too_small(tmp_path):
-    check_disk_space(tmp_path, nn.Linear(2, 2), remaining=1, keep_last=1)
+    sizes = [check_disk_space(tmp_path, nn.Linear(2, 2), remaining, keep_last=2) for remaining in (1, 9)]
+    assert sizes == [72 + 24, 4 * 72 + 24]  # weights and moments, at most four times; final weights
     large = nn.Linear(1 << 25, 1 << 25, device="meta")  # 4 PiB
     with pytest.raises(StorageError, match=r"the disk of .* MB free.*give another --output_dir"):
         check_disk_space(tmp_path, large, remaining=1, keep_last=1)
