@@ -49,7 +49,7 @@ class BlockedAttention(torch.autograd.Function):
         ctx.save_for_backward(*inputs, kept, context)
         ctx.p = p
         seed, mask = draw_seed() if p else 0, input_mask.bool().contiguous()
-        kernel = _find_fused("attention", q)
+        kernel = _find_fused("compute_attention", q)
         if kernel is not None:
             kernel(*inputs, mask, kept, context, *q.shape, seed, compute_threshold(p), 1 / (1 - p))
             return context
@@ -69,7 +69,7 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernel = _find_fused("attention_gradients", q)
+        kernel = _find_fused("compute_attention_gradients", q)
         if kernel is not None:
             tables = (key_table, query_table)
             dtables = [None if table is None else torch.empty_like(table) for table in tables]
@@ -180,7 +180,7 @@ def _write_probabilities(
     instead of zeroed where dropped. dropout: seed, probability, and the index of the first element.
     """
     seed, p, first = dropout
-    kernel = library.find_kernel("probabilities", scores)
+    kernel = library.find_kernel("compute_probabilities", scores)
     if kernel is not None:
         sizes = (*scores.shape[:2], _count_rows(scores))
         kernel(scores, kept, c2p.buffer, p2c.buffer, mask, *sizes, seed, first, compute_threshold(p))
@@ -210,7 +210,7 @@ def _write_score_gradients(
     are zero. The gradients are also written to the blocks of both terms. `dropped` receives the probabilities
     that multiplied v.
     """
-    kernel = library.find_kernel("score_gradients", gradients)
+    kernel = library.find_kernel("compute_score_gradients", gradients)
     if kernel is not None:
         sizes = (*kept.shape[:2], _count_rows(kept))
         kernel(kept, gradients, dropped, c2p.buffer, p2c.buffer, inner, *sizes)

@@ -35,7 +35,7 @@ def _apply_mask(
     x = x.contiguous()
     residual = None if residual is None else residual.to(dtype).expand_as(x).contiguous()
     out = torch.empty_like(x, dtype=dtype)
-    kernel = library.find_kernel("dropout", x, out)
+    kernel = library.find_kernel("apply_dropout", x, out)
     if kernel is not None:
         kernel(x, residual, out, x.numel(), seed, compute_threshold(p), 1 / (1 - p))
         return out

@@ -10,13 +10,14 @@ that later starts wait for indefinitely.
 Callers implement the same in PyTorch's operations, for other dtypes and for machines without a compiler. Both
 draw the same dropout masks. Other values differ by rounding.
 
-elementwise.cpp: `probabilities`: sum of content and position scores, softmax, dropout; `score_gradients`: its
-backward pass; `dropout`: scaled, added to a residual; `chunk_sums`, `chunk_gradients`: the head's passes over
-a chunk of logits; `gelu_gradients`: GELU recomputed and its gradient, in place; `transposed`: a matrix in
-bfloat16, and its column sums.
+elementwise.cpp: `compute_probabilities`: sum of content and position scores, softmax, dropout;
+`compute_score_gradients`: its backward pass; `apply_dropout`: scaled, added to a residual; `sum_chunk`,
+`compute_chunk_gradients`: the head's passes over a chunk of logits; `compute_gelu_gradients`: GELU recomputed
+and its gradient, in place; `transpose_matrix`: a matrix in bfloat16, and its column sums.
 
-For bfloat16 on processors with AMX, in attention.cpp: `attention` and `attention_gradients`, fused; in
-linear.cpp: `affine` and `affine_gradients`, `feed_forward` and `feed_forward_gradients`.
+For bfloat16 on processors with AMX, in attention.cpp: `compute_attention`, `compute_attention_gradients`;
+in linear.cpp: `apply_affine`, `compute_affine_gradients`, `apply_feed_forward`,
+`compute_feed_forward_gradients`.
 """
 
 import contextlib
@@ -48,21 +49,21 @@ COUNT, SEED, REAL = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 FLOAT, LONG = torch.float32, torch.int64
 # Arguments: tensors by dtype (0 and 1 stand for those of the tensors passed to `find_kernel`), and numbers.
 ELEMENTWISE_KERNELS: dict[str, list[object]] = {
-    "probabilities": [0, 0, 0, 0, torch.bool, COUNT, COUNT, COUNT, SEED, COUNT, COUNT],
-    "score_gradients": [0, 0, 0, 0, 0, FLOAT, COUNT, COUNT, COUNT],
-    "dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
-    "chunk_sums": [0, FLOAT, FLOAT, COUNT, COUNT, COUNT],
-    "chunk_gradients": [0, FLOAT, FLOAT, LONG, FLOAT, FLOAT, COUNT, COUNT],
-    "gelu_gradients": [0, 0, COUNT],
-    "transposed": [0, torch.bfloat16, FLOAT, COUNT, COUNT],
+    "compute_probabilities": [0, 0, 0, 0, torch.bool, COUNT, COUNT, COUNT, SEED, COUNT, COUNT],
+    "compute_score_gradients": [0, 0, 0, 0, 0, FLOAT, COUNT, COUNT, COUNT],
+    "apply_dropout": [0, 1, 1, COUNT, SEED, COUNT, REAL],
+    "sum_chunk": [0, FLOAT, FLOAT, COUNT, COUNT, COUNT],
+    "compute_chunk_gradients": [0, FLOAT, FLOAT, LONG, FLOAT, FLOAT, COUNT, COUNT],
+    "compute_gelu_gradients": [0, 0, COUNT],
+    "transpose_matrix": [0, torch.bfloat16, FLOAT, COUNT, COUNT],
 }
 TILE_KERNELS: dict[str, list[object]] = {
-    "attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
-    "attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
-    "affine": [0, 1, 1, 0, COUNT, COUNT, COUNT],
-    "affine_gradients": [0, 0, 1, 0, 1, 1, COUNT, COUNT, COUNT],
-    "feed_forward": [0, 1, 1, 1, 1, 0, COUNT, COUNT, COUNT],
-    "feed_forward_gradients": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, COUNT, COUNT, COUNT],
+    "compute_attention": [0, 0, 0, 0, 0, torch.bool, 0, 0, COUNT, COUNT, COUNT, COUNT, SEED, COUNT, REAL],
+    "compute_attention_gradients": [0] * 13 + [COUNT, COUNT, COUNT, COUNT, REAL],
+    "apply_affine": [0, 1, 1, 0, COUNT, COUNT, COUNT],
+    "compute_affine_gradients": [0, 0, 1, 0, 1, 1, COUNT, COUNT, COUNT],
+    "apply_feed_forward": [0, 1, 1, 1, 1, 0, COUNT, COUNT, COUNT],
+    "compute_feed_forward_gradients": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, COUNT, COUNT, COUNT],
 }
 SIGNATURES = ELEMENTWISE_KERNELS | TILE_KERNELS
 
@@ -87,7 +88,7 @@ def find_obstacle() -> str | None:
 def has_tiles() -> bool:
     """Return whether the processor has AMX and the system permits it."""
     library, _ = load_library()
-    return library is not None and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
+    return library is not None and hasattr(library, "request_tiles") and bool(library.request_tiles())
 
 
 @functools.cache

@@ -20,7 +20,7 @@ def transpose(x: torch.Tensor, dtype: torch.dtype, sums: torch.Tensor | None = N
 
     It is copied only where contiguous rows make matmuls faster. `sums` float32 [K] receives the sums over N.
     """
-    kernel = library.find_kernel("transposed", x) if dtype == torch.bfloat16 else None
+    kernel = library.find_kernel("transpose_matrix", x) if dtype == torch.bfloat16 else None
     if kernel is None:
         if sums is not None:
             torch.sum(x, 0, dtype=sums.dtype, out=sums)
@@ -52,7 +52,7 @@ def apply_affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     weight: [N, K]. bias: [N].
     """
     columns, depth = weight.shape
-    kernel = find_tile_kernel("affine", x, (weight, (columns, x.size(-1))), (bias, (columns,)))
+    kernel = find_tile_kernel("apply_affine", x, (weight, (columns, x.size(-1))), (bias, (columns,)))
     if kernel is None:
         flat = torch.addmm(bias.to(x.dtype), x.flatten(0, -2), transpose(weight, x.dtype))
         return flat.unflatten(0, x.shape[:-1])
@@ -80,7 +80,7 @@ def differentiate_affine(
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     grad_bias = out.new_empty(columns) if needs_bias else None
     shapes = (weight, (grad.size(-1), x.size(-1))), (out, (columns, depth))
-    kernel = find_tile_kernel("affine_gradients", grad, *shapes)
+    kernel = find_tile_kernel("compute_affine_gradients", grad, *shapes)
     if kernel is None or len(x) != len(grad):
         grad_x = (grad @ weight.to(grad.dtype)).view(shape) if needs_input else None
         transposed = transpose(grad, grad.dtype, grad_bias)
@@ -139,7 +139,7 @@ class FeedForward(torch.autograd.Function):
             size, width = x.size(-1), len(inner_weight)
             shapes = (width, size), (width,), (size, width), (size,)
             weights = (inner_weight, inner_bias, outer_weight, outer_bias)
-            kernel = find_tile_kernel("feed_forward", x, *zip(weights, shapes, strict=True))
+            kernel = find_tile_kernel("apply_feed_forward", x, *zip(weights, shapes, strict=True))
         ctx.is_tiled = kernel is not None
         if kernel is None:
             return apply_affine(
@@ -160,7 +160,7 @@ class FeedForward(torch.autograd.Function):
             gradients = [torch.empty_like(inner_weight), torch.empty_like(inner_bias)]
             gradients += [torch.empty_like(outer_weight), inner_bias.new_empty(size)]
             weights = inner_weight, inner_bias, grad.contiguous(), outer_weight
-            kernel = library.find_kernel("feed_forward_gradients", x, inner_weight)
+            kernel = library.find_kernel("compute_feed_forward_gradients", x, inner_weight)
             kernel(x.contiguous(), *weights, grad_x, *gradients, x.numel() // size, size, width)
             return grad_x.to(x_dtype), *gradients, None
         hidden = apply_affine(x, inner_weight, inner_bias)
@@ -178,7 +178,7 @@ def _differentiate_activation(
 
     Both inputs may be overwritten.
     """
-    kernel = library.find_kernel("gelu_gradients", hidden) if activation is F.gelu else None
+    kernel = library.find_kernel("compute_gelu_gradients", hidden) if activation is F.gelu else None
     if kernel is not None:
         kernel(hidden, grad, hidden.numel())
         return hidden, grad

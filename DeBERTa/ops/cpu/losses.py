@@ -21,7 +21,7 @@ class CpuChunkOperations(ChunkOperations):
 
     def sum_exponentials(self, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the largest logit [M] and sums of exp(logit - largest) by group [M, S]."""
-        kernel = library.find_kernel("chunk_sums", logits_MC)
+        kernel = library.find_kernel("sum_chunk", logits_MC)
         if kernel is None:
             return super().sum_exponentials(logits_MC)
         rows, tokens = logits_MC.shape
@@ -39,7 +39,7 @@ class CpuChunkOperations(ChunkOperations):
         sign_M: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return unsigned gradients of the logits, in place, and those of the bias [C]."""
-        kernel = library.find_kernel("chunk_gradients", logits_MC)
+        kernel = library.find_kernel("compute_chunk_gradients", logits_MC)
         if kernel is None:
             return super().differentiate_logits(logits_MC, shift_M, size_M, column_M, sign_M)
         rows, tokens = logits_MC.shape

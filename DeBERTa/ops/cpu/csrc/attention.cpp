@@ -83,16 +83,16 @@ struct BackwardRoom {
 };
 
 // Pairs as they lie in a matrix.
-inline Right pairs_from(Matrix<uint32_t> pairs, int64_t i, int64_t j, int64_t further = 0) {
+inline Right get_pairs(Matrix<uint32_t> pairs, int64_t i, int64_t j, int64_t further = 0) {
     Rows<const uint32_t> rows = pairs.from<const uint32_t>(i, j, further);
     return {rows.at, rows.row, 16 * rows.row, 64};
 }
 
 // Zero for what has a minus sign, but not for NaN.
-inline bfloat16 undropped(bfloat16 p) { return p.bits > 0x8000 && p.bits <= 0xff80 ? bfloat16{0} : p; }
+inline bfloat16 clear_dropped(bfloat16 p) { return p.bits > 0x8000 && p.bits <= 0xff80 ? bfloat16{0} : p; }
 
 // [D, rows] of [rows, D]
-void transposed(const bfloat16* x, int64_t distance, int64_t rows, int64_t size, Matrix<bfloat16> to) {
+void transpose_rows(const bfloat16* x, int64_t distance, int64_t rows, int64_t size, Matrix<bfloat16> to) {
     for (int64_t i = 0; i < rows; i += TILE)
         for (int64_t d = 0; d < size; d += TILE) {
             Vector tile[TILE];
@@ -105,7 +105,7 @@ void transposed(const bfloat16* x, int64_t distance, int64_t rows, int64_t size,
 
 // Position tables [H, W, D] of all heads, a row of zeros after each, packed.
 std::unique_ptr<uint32_t[]> pack_tables(const bfloat16* tables, int64_t heads, int64_t length, int64_t size,
-                                        bool by_columns, int threads) {
+                                        bool is_transposed, int threads) {
     if (!tables) return nullptr;
     std::unique_ptr<uint32_t[]> packed(new uint32_t[heads * length * size]);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -113,17 +113,90 @@ std::unique_ptr<uint32_t[]> pack_tables(const bfloat16* tables, int64_t heads, i
         int64_t rows = 2 * length - 1;
         std::vector<bfloat16> table((rows + 1) * size);
         std::memcpy(table.data(), tables + head * rows * size, rows * size * sizeof(bfloat16));
-        Packed to{&packed[head * length * size], size, by_columns};
-        if (by_columns) pack_columns(table.data(), rows + 1, size, to);
+        Packed to{&packed[head * length * size], size, is_transposed};
+        if (is_transposed) pack_columns(table.data(), rows + 1, size, to);
         else pack_rows(table.data(), size, rows + 1, size, to);
     }
     return packed;
 }
 
-void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
-               const bfloat16* query_table, const bool* mask, bfloat16* kept, bfloat16* context,
-               int64_t batch, int64_t heads, int64_t length, int64_t size, uint64_t seed, int threshold,
-               float scale, int threads) {
+// Gradient of queries [L, D]: what content and positions give. `gradients` [L, L] of the scores, zeros around
+// each row; `keys` and `table` in pairs of rows. Transposed, that of keys, from queries and the other table.
+void compute_row_gradients(Matrix<bfloat16> gradients, Packed keys, Packed table, int64_t length,
+                           int64_t size, Matrix<float> sums, bfloat16* out) {
+    for (int64_t i = 0; i < length; i += BLOCK) {
+        for (int64_t d = 0; d < size; d += BLOCK) {
+            clear_sums();
+            add_product(gradients.from<const bfloat16>(i, MARGIN), keys.from(0, d), length / 32);
+            if (table.at)
+                add_product(gradients.from<const bfloat16>(i, MARGIN - BLOCK + 1, 1),
+                            table.from(length - BLOCK - i, d), (length + BLOCK) / 32);
+            store_sums(sums.from<float>(0, d));
+        }
+        for (int64_t n = 0; n < BLOCK; n++) round_all(sums.row(n), out + (i + n) * size, size);
+    }
+}
+
+// Adds the gradient of a table, [D, 2L], from `gradients` of the scores as above and `queries` [D, L].
+void add_table_gradients(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, int64_t length, int64_t size,
+                         Matrix<uint32_t> pairs, Matrix<float> out) {
+    for (int64_t start = 0, end; start < length; start = end) {
+        end = std::min(start + PAIRED, length);
+        // The second row of a pair needs the next distance for the same column; pairs of rows lie two
+        // distances apart.
+        for (int64_t i = start; i < end; i += 2) {
+            const bfloat16 *a = gradients.row(i), *b = gradients.row(i + 1) + 1;
+            uint32_t* to = pairs.row((i - start) / 2);
+            for (int64_t j = 0; j < length + 2 * MARGIN - 1; j++) to[j] = join_pair(a[j], b[j]);
+        }
+        for (int64_t w = length - end; w < 2 * length - start; w += BLOCK) {
+            int64_t i = std::max(start, length - BLOCK - w), last = std::min(end, 2 * length - w);
+            for (int64_t d = 0; d < size; d += BLOCK) {
+                load_sums(out.from<float>(d, w));
+                add_product(queries.from<const bfloat16>(d, i),
+                            get_pairs(pairs, (i - start) / 2, MARGIN + w - length + 1 + i, 2),
+                            (last - i) / 32);
+                store_sums(out.from<float>(d, w));
+            }
+        }
+    }
+}
+
+// [W, D] of each head, from [D, 2L] of each head in each group of sequences.
+void sum_tables(const float* parts, bfloat16* tables, int64_t groups, int64_t heads, int64_t length,
+                int64_t size, int threads) {
+    int64_t width = 2 * length;
+    if (!tables) return;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t w = 0; w < width; w += TILE)
+            for (int64_t d = 0; d < size; d += TILE) {
+                Vector tile[TILE] = {};
+                for (int64_t group = 0; group < groups; group++)
+                    for (int64_t n = 0; n < TILE; n++) {
+                        const float* from =
+                            &parts[((group * heads + head) * size + d + n) * (width + APART) + w];
+                        for (int64_t m = 0; m < TILE; m++) tile[n][m] += from[m];
+                    }
+                transpose(tile);
+                for (int64_t n = 0; n < std::min(TILE, width - 1 - w); n++)
+                    for (int64_t m = 0; m < TILE; m++)
+                        store(tables[(head * (width - 1) + w + n) * size + d + m], tile[n][m]);
+            }
+}
+
+}  // namespace
+
+// Whether the system lets this process use tiles; asking for them is enough.
+extern "C" __attribute__((visibility("default"))) int request_tiles() {
+    return syscall(SYS_arch_prctl, PERMISSION_FOR_TILES, TILES) == 0;
+}
+
+EXPORT compute_attention_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v,
+                                  const bfloat16* key_table, const bfloat16* query_table, const bool* mask,
+                                  bfloat16* kept, bfloat16* context, int64_t batch, int64_t heads,
+                                  int64_t length, int64_t size, uint64_t seed, int64_t threshold, float scale,
+                                  int threads) {
     auto key_tables = pack_tables(key_table, heads, length, size, true, threads);
     auto query_tables = pack_tables(query_table, heads, length, size, true, threads);
 #pragma omp parallel num_threads(threads)
@@ -136,7 +209,7 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
             int64_t head = task % heads, b = task / heads;
             const bfloat16 *queries = q + task * length * size, *keys = k + task * length * size;
             const bool* real = mask + b * length;
-            bool padded = !std::all_of(real, real + length, [](bool here) { return here; });
+            bool has_padding = !std::all_of(real, real + length, [](bool here) { return here; });
             Packed keys_packed{kt.at, size, true}, values_packed{values.at, size, false};
             Packed key_packed{key_table ? &key_tables[head * length * size] : nullptr, size, true};
             Packed query_packed{query_table ? &query_tables[head * length * size] : nullptr, size, true};
@@ -181,9 +254,9 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
                             const float* products = distances.row(n) + BLOCK - 1 - n;
                             for (int64_t j = 0; j < length; j++) s[j] += products[j];
                         }
-                        if (padded)
+                        if (has_padding)
                             for (int64_t j = 0; j < length; j++) s[j] = real[j] ? s[j] : -INFINITY;
-                        softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
+                        apply_softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
                     }
                     for (int64_t d = 0; d < size; d += BLOCK)
                         multiply(sums.from<float>(0, d), dropped.from<const bfloat16>(0, 0),
@@ -199,76 +272,13 @@ void attention(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bf
     }
 }
 
-// Gradient of queries [L, D]: what content and positions give. `gradients` [L, L] of the scores, zeros around
-// each row; `keys` and `table` in pairs of rows. Transposed, that of keys, from queries and the other table.
-void one_side(Matrix<bfloat16> gradients, Packed keys, Packed table, int64_t length, int64_t size,
-              Matrix<float> sums, bfloat16* out) {
-    for (int64_t i = 0; i < length; i += BLOCK) {
-        for (int64_t d = 0; d < size; d += BLOCK) {
-            clear_sums();
-            add_product(gradients.from<const bfloat16>(i, MARGIN), keys.from(0, d), length / 32);
-            if (table.at)
-                add_product(gradients.from<const bfloat16>(i, MARGIN - BLOCK + 1, 1),
-                            table.from(length - BLOCK - i, d), (length + BLOCK) / 32);
-            store_sums(sums.from<float>(0, d));
-        }
-        for (int64_t n = 0; n < BLOCK; n++) round_all(sums.row(n), out + (i + n) * size, size);
-    }
-}
-
-// Adds the gradient of a table, [D, 2L], from `gradients` of the scores as above and `queries` [D, L].
-void table_side(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, int64_t length, int64_t size,
-                Matrix<uint32_t> pairs, Matrix<float> out) {
-    for (int64_t start = 0, end; start < length; start = end) {
-        end = std::min(start + PAIRED, length);
-        // The second row of a pair needs the next distance for the same column; pairs of rows lie two
-        // distances apart.
-        for (int64_t i = start; i < end; i += 2) {
-            const bfloat16 *a = gradients.row(i), *b = gradients.row(i + 1) + 1;
-            uint32_t* to = pairs.row((i - start) / 2);
-            for (int64_t j = 0; j < length + 2 * MARGIN - 1; j++) to[j] = pair(a[j], b[j]);
-        }
-        for (int64_t w = length - end; w < 2 * length - start; w += BLOCK) {
-            int64_t i = std::max(start, length - BLOCK - w), last = std::min(end, 2 * length - w);
-            for (int64_t d = 0; d < size; d += BLOCK) {
-                load_sums(out.from<float>(d, w));
-                add_product(queries.from<const bfloat16>(d, i),
-                            pairs_from(pairs, (i - start) / 2, MARGIN + w - length + 1 + i, 2),
-                            (last - i) / 32);
-                store_sums(out.from<float>(d, w));
-            }
-        }
-    }
-}
-
-// [W, D] of each head, from [D, 2L] of each head in each group of sequences.
-void sum_tables(const float* parts, bfloat16* tables, int64_t groups, int64_t heads, int64_t length,
-                int64_t size, int threads) {
-    int64_t width = 2 * length;
-    if (!tables) return;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (int64_t head = 0; head < heads; head++)
-        for (int64_t w = 0; w < width; w += TILE)
-            for (int64_t d = 0; d < size; d += TILE) {
-                Vector tile[TILE] = {};
-                for (int64_t group = 0; group < groups; group++)
-                    for (int64_t n = 0; n < TILE; n++) {
-                        const float* from =
-                            &parts[((group * heads + head) * size + d + n) * (width + APART) + w];
-                        for (int64_t m = 0; m < TILE; m++) tile[n][m] += from[m];
-                    }
-                transpose(tile);
-                for (int64_t n = 0; n < std::min(TILE, width - 1 - w); n++)
-                    for (int64_t m = 0; m < TILE; m++)
-                        store(tables[(head * (width - 1) + w + n) * size + d + m], tile[n][m]);
-            }
-}
-
-void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
-                         const bfloat16* query_table, const bfloat16* kept, const bfloat16* context,
-                         const bfloat16* gradient, bfloat16* dq, bfloat16* dk, bfloat16* dv,
-                         bfloat16* dkey_table, bfloat16* dquery_table, int64_t batch, int64_t heads,
-                         int64_t length, int64_t size, float scale, int threads) {
+EXPORT compute_attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v,
+                                            const bfloat16* key_table, const bfloat16* query_table,
+                                            const bfloat16* kept, const bfloat16* context,
+                                            const bfloat16* gradient, bfloat16* dq, bfloat16* dk,
+                                            bfloat16* dv, bfloat16* dkey_table, bfloat16* dquery_table,
+                                            int64_t batch, int64_t heads, int64_t length, int64_t size,
+                                            float scale, int threads) {
     auto key_tables = pack_tables(key_table, heads, length, size, false, threads);
     auto query_tables = pack_tables(query_table, heads, length, size, false, threads);
     int64_t table_width = 2 * length + APART, table_part = size * table_width;
@@ -333,62 +343,37 @@ void attention_gradients(const bfloat16* q, const bfloat16* k, const bfloat16* v
                         const bfloat16 *low = kept + (matrix * length + i + n) * length, *high = low + length;
                         uint32_t* to = pairs.row((i + n) / 2);
                         for (int64_t j = 0; j < length; j++)
-                            to[j] = pair(undropped(low[j]), undropped(high[j]));
+                            to[j] = join_pair(clear_dropped(low[j]), clear_dropped(high[j]));
                     }
                     for (int64_t j = 0; j < length; j += BLOCK)
                         put_transposed(block, mirrored.row(j) + MARGIN + i, width, j);
                 }
                 // Gradients of v; of q and k; of the tables.
-                transposed(outer.at, outer.width, length, size, turned);
+                transpose_rows(outer.at, outer.width, length, size, turned);
                 for (int64_t d = 0; d < size; d += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
                         multiply(sums.from<float>(d, j), turned.from<const bfloat16>(d, 0),
-                                 pairs_from(pairs, 0, j), length / 32);
+                                 get_pairs(pairs, 0, j), length / 32);
                 for (int64_t d = 0; d < size; d += BLOCK)
                     for (int64_t j = 0; j < length; j += BLOCK)
                         put_transposed({sums.row(d), sums.width}, dv + start + j * size + d, size, j);
                 pack_rows(k + start, size, length, size, rows_packed);
-                one_side(gradients, rows_packed, key_packed, length, size, block, dq + start);
+                compute_row_gradients(gradients, rows_packed, key_packed, length, size, block, dq + start);
                 pack_rows(q + start, size, length, size, rows_packed);
-                one_side(mirrored, rows_packed, query_packed, length, size, block, dk + start);
+                compute_row_gradients(mirrored, rows_packed, query_packed, length, size, block, dk + start);
                 if (key_table) {
-                    transposed(q + start, size, length, size, turned);
-                    table_side(gradients, turned, length, size, pairs, dkey);
+                    transpose_rows(q + start, size, length, size, turned);
+                    add_table_gradients(gradients, turned, length, size, pairs, dkey);
                 }
                 if (query_table) {
-                    transposed(k + start, size, length, size, turned);
-                    table_side(mirrored, turned, length, size, pairs, dquery);
+                    transpose_rows(k + start, size, length, size, turned);
+                    add_table_gradients(mirrored, turned, length, size, pairs, dquery);
                 }
             }
         }
     }
     sum_tables(dkeys.get(), dkey_table, groups, heads, length, size, threads);
     sum_tables(dqueries.get(), dquery_table, groups, heads, length, size, threads);
-}
-
-}  // namespace
-
-// Whether the system lets this process use tiles; asking for them is enough.
-extern "C" __attribute__((visibility("default"))) int tiles_allowed() {
-    return syscall(SYS_arch_prctl, PERMISSION_FOR_TILES, TILES) == 0;
-}
-
-EXPORT attention_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v, const bfloat16* key_table,
-                          const bfloat16* query_table, const bool* mask, bfloat16* kept, bfloat16* context,
-                          int64_t batch, int64_t heads, int64_t length, int64_t size, uint64_t seed,
-                          int64_t threshold, float scale, int threads) {
-    attention(q, k, v, key_table, query_table, mask, kept, context, batch, heads, length, size, seed,
-              threshold, scale, threads);
-}
-
-EXPORT attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v,
-                                    const bfloat16* key_table, const bfloat16* query_table,
-                                    const bfloat16* kept, const bfloat16* context, const bfloat16* gradient,
-                                    bfloat16* dq, bfloat16* dk, bfloat16* dv, bfloat16* dkey_table,
-                                    bfloat16* dquery_table, int64_t batch, int64_t heads, int64_t length,
-                                    int64_t size, float scale, int threads) {
-    attention_gradients(q, k, v, key_table, query_table, kept, context, gradient, dq, dk, dv, dkey_table,
-                        dquery_table, batch, heads, length, size, scale, threads);
 }
 
 #endif

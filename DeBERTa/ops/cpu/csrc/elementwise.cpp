@@ -74,12 +74,12 @@ void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t 
 }
 
 template <class T>
-void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads,
-                   int64_t length, int64_t block_rows, uint64_t seed, int64_t first, int threshold,
-                   int threads) {
+void compute_probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads,
+                           int64_t length, int64_t block_rows, uint64_t seed, int64_t first, int threshold,
+                           int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
-    bool padded = !std::all_of(mask, mask + length, [](bool real) { return real; });
+    bool has_padding = !std::all_of(mask, mask + length, [](bool real) { return real; });
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> room(TILE * length);
@@ -107,17 +107,17 @@ void probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* m
                     std::memset(keep, 0, length * sizeof(T));
                     continue;
                 }
-                if (padded)
+                if (has_padding)
                     for (int64_t j = 0; j < length; j++) s[j] = mask[j] ? s[j] : -INFINITY;
-                softmax(s, to, keep, length, seed, first + row, threshold, words);
+                apply_softmax(s, to, keep, length, seed, first + row, threshold, words);
             }
         }
     }
 }
 
 template <class T>
-void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,
-                     int64_t heads, int64_t length, int64_t block_rows, int threads) {
+void compute_score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,
+                             int64_t heads, int64_t length, int64_t block_rows, int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
@@ -146,8 +146,8 @@ void score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, co
 }
 
 template <class In, class Out>
-void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int threshold,
-             float scale, int threads) {
+void apply_dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t seed, int threshold,
+                   float scale, int threads) {
     constexpr int64_t PART = 4096;
 #pragma omp parallel num_threads(threads)
     {
@@ -156,7 +156,7 @@ void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < count; first += PART) {
             int64_t size = std::min(PART, count - first);
-            const Bits* bits = random_bits(seed, first, size, words);
+            const Bits* bits = draw_bits(seed, first, size, words);
             const In* from = x + first;
             for (int64_t j = 0; j < size; j++) sum[j] = bits[j] < threshold ? 0 : load(from[j]) * scale;
             if (residual)
@@ -167,26 +167,26 @@ void dropout(const In* x, const Out* residual, Out* out, int64_t count, uint64_t
 }
 
 template <class T>
-void chunk_sums(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t group,
-                int threads) {
+void sum_chunk(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns, int64_t group,
+               int threads) {
     int64_t groups = (columns + group - 1) / group;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t m = 0; m < rows; m++) {
         const T* x = logits + m * columns;
-        float top = largest[m] = maximum(x, columns);
+        float top = largest[m] = find_maximum(x, columns);
         for (int64_t s = 0; s < groups; s++) {
             float total = 0;
             int64_t end = std::min((s + 1) * group, columns);
 #pragma omp simd reduction(+ : total)
-            for (int64_t c = s * group; c < end; c++) total += exponential(load(x[c]) - top);
+            for (int64_t c = s * group; c < end; c++) total += compute_exp(load(x[c]) - top);
             sums[m * groups + s] = total;
         }
     }
 }
 
 template <class T>
-void chunk_gradients(T* logits, const float* shift, const float* weight, const int64_t* target,
-                     const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {
+void compute_chunk_gradients(T* logits, const float* shift, const float* weight, const int64_t* target,
+                             const float* sign, float* dbias, int64_t rows, int64_t columns, int threads) {
     constexpr int64_t PART = 512;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < columns; first += PART) {
@@ -196,9 +196,9 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
             T* x = logits + m * columns + first;
             float signs = sign[m], from = shift[m];
             int64_t at = target[m] - first;
-            float here = at >= 0 && at < size ? exponential(load(x[at]) - from) - weight[m] : 0;
+            float here = at >= 0 && at < size ? compute_exp(load(x[at]) - from) - weight[m] : 0;
             for (int64_t c = 0; c < size; c++) {
-                value[c] = exponential(load(x[c]) - from);
+                value[c] = compute_exp(load(x[c]) - from);
                 total[c] += signs * value[c];
             }
             round_all(value, x, size);
@@ -213,7 +213,7 @@ void chunk_gradients(T* logits, const float* shift, const float* weight, const i
 
 // x [rows, columns] as out [columns, rows], rounded as `round_all` does; `sums` of the columns, where wanted.
 template <class In, class Out>
-void transposed(const In* x, Out* out, float* sums, int64_t rows, int64_t columns, int threads) {
+void transpose_matrix(const In* x, Out* out, float* sums, int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t j = 0; j < columns; j += TILE) {
         int64_t width = std::min(TILE, columns - j), i = 0;
@@ -247,7 +247,7 @@ void transposed(const In* x, Out* out, float* sums, int64_t rows, int64_t column
 }
 
 template <class T>
-void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
+void compute_gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
     constexpr int64_t PART = 512;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < count; first += PART) {
@@ -255,7 +255,7 @@ void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
         float values[PART], slopes[PART];
         for (int64_t j = 0; j < size; j++) {
             float value = load(x[first + j]), below, density;
-            normal(value, below, density);
+            compute_normal(value, below, density);
             values[j] = value * below;
             slopes[j] = load(gradients[first + j]) * (below + value * density);
         }
@@ -266,42 +266,44 @@ void gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                    \
-    EXPORT probabilities_##NAME(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask,            \
-                                int64_t heads, int64_t length, int64_t block_rows, uint64_t seed,            \
-                                int64_t first, int64_t threshold, int threads) {                             \
-        probabilities(scores, kept, c2p, p2c, mask, heads, length, block_rows, seed, first, threshold,       \
-                      threads);                                                                              \
-    }                                                                                                        \
-    EXPORT score_gradients_##NAME(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c,                   \
-                                  const float* inner, int64_t heads, int64_t length, int64_t block_rows,     \
-                                  int threads) {                                                             \
-        score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows, threads);      \
-    }                                                                                                        \
-    EXPORT chunk_sums_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,    \
-                             int64_t group, int threads) {                                                   \
-        chunk_sums(logits, largest, sums, rows, columns, group, threads);                                    \
-    }                                                                                                        \
-    EXPORT chunk_gradients_##NAME(T* logits, const float* shift, const float* weight, const int64_t* target, \
-                                  const float* sign, float* dbias, int64_t rows, int64_t columns,            \
-                                  int threads) {                                                             \
-        chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);                 \
-    }                                                                                                        \
-    EXPORT gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                           \
-        gelu_gradients(x, gradients, count, threads);                                                        \
-    }                                                                                                        \
-    EXPORT transposed_##NAME(const T* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,          \
-                             int threads) {                                                                  \
-        transposed(x, out, sums, rows, columns, threads);                                                    \
+#define FOR_TYPE(T, NAME)                                                                                 \
+    EXPORT compute_probabilities_##NAME(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, \
+                                        int64_t heads, int64_t length, int64_t block_rows, uint64_t seed, \
+                                        int64_t first, int64_t threshold, int threads) {                  \
+        compute_probabilities(scores, kept, c2p, p2c, mask, heads, length, block_rows, seed, first,       \
+                              threshold, threads);                                                        \
+    }                                                                                                     \
+    EXPORT compute_score_gradients_##NAME(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c,        \
+                                          const float* inner, int64_t heads, int64_t length,              \
+                                          int64_t block_rows, int threads) {                              \
+        compute_score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows,     \
+                                threads);                                                                 \
+    }                                                                                                     \
+    EXPORT sum_chunk_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,  \
+                            int64_t group, int threads) {                                                 \
+        sum_chunk(logits, largest, sums, rows, columns, group, threads);                                  \
+    }                                                                                                     \
+    EXPORT compute_chunk_gradients_##NAME(T* logits, const float* shift, const float* weight,             \
+                                          const int64_t* target, const float* sign, float* dbias,         \
+                                          int64_t rows, int64_t columns, int threads) {                   \
+        compute_chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);      \
+    }                                                                                                     \
+    EXPORT compute_gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                \
+        compute_gelu_gradients(x, gradients, count, threads);                                             \
+    }                                                                                                     \
+    EXPORT transpose_matrix_##NAME(const T* x, bfloat16* out, float* sums, int64_t rows, int64_t columns, \
+                                   int threads) {                                                         \
+        transpose_matrix(x, out, sums, rows, columns, threads);                                           \
     }
 
 FOR_TYPE(float, float32)
 FOR_TYPE(bfloat16, bfloat16)
 
-#define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                           \
-    EXPORT dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count,    \
-                                          uint64_t seed, int64_t threshold, float scale, int threads) { \
-        dropout(x, residual, out, count, seed, threshold, scale, threads);                              \
+#define FOR_TYPES(IN, OUT, IN_NAME, OUT_NAME)                                                              \
+    EXPORT apply_dropout_##IN_NAME##_##OUT_NAME(const IN* x, const OUT* residual, OUT* out, int64_t count, \
+                                                uint64_t seed, int64_t threshold, float scale,             \
+                                                int threads) {                                             \
+        apply_dropout(x, residual, out, count, seed, threshold, scale, threads);                           \
     }
 
 FOR_TYPES(float, float, float32, float32)

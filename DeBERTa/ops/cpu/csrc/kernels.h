@@ -52,7 +52,7 @@ inline void round_all(const float* x, bfloat16* to, int64_t count) {
 }
 
 // e^x by 2^n e^r with |r| <= ln(2) / 2, within 2 units of the last place; 0 below -87, NaN for NaN.
-inline float exponential(float x) {
+inline float compute_exp(float x) {
     float n = std::nearbyint(x * 1.44269504f);
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float y = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f +
@@ -66,8 +66,8 @@ inline float exponential(float x) {
 }
 
 // The standard normal distribution at x: function and density (Abramowitz and Stegun, 7.1.26: to 1.5e-7).
-inline void normal(float x, float& below, float& density) {
-    float e = exponential(-0.5f * x * x);
+inline void compute_normal(float x, float& below, float& density) {
+    float e = compute_exp(-0.5f * x * x);
     float t = 1 / (1 + 0.3275911f * 0.70710678f * std::fabs(x));
     float y = t * (0.254829592f +
                    t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
@@ -78,7 +78,7 @@ inline void normal(float x, float& below, float& density) {
 
 // The largest of `count` numbers that is not NaN; compilers vectorize it in this form.
 template <class T>
-float maximum(const T* x, int64_t count) {
+float find_maximum(const T* x, int64_t count) {
     constexpr int64_t LANES = 32;
     float top[LANES];
     std::fill(top, top + LANES, -INFINITY);
@@ -92,7 +92,7 @@ float maximum(const T* x, int64_t count) {
 }
 
 // Word number n of the stream of `seed` (SplitMix64).
-inline uint64_t random_word(uint64_t seed, uint64_t n) {
+inline uint64_t draw_word(uint64_t seed, uint64_t n) {
     uint64_t z = seed + (n + 1) * 0x9E3779B97F4A7C15;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
@@ -102,12 +102,12 @@ inline uint64_t random_word(uint64_t seed, uint64_t n) {
 typedef uint16_t __attribute__((may_alias)) Bits;
 
 // 16 bits for each of `count` elements from number `first` on, four to a word. `words` is their buffer.
-const Bits* random_bits(uint64_t seed, int64_t first, int64_t count, std::vector<uint64_t>& words) {
+const Bits* draw_bits(uint64_t seed, int64_t first, int64_t count, std::vector<uint64_t>& words) {
     int64_t start = first / 4, number = (first + count + 3) / 4 - start;
     if (int64_t(words.size()) < number) words.resize(number);
     uint64_t* to = words.data();
 #pragma omp simd
-    for (int64_t n = 0; n < number; n++) to[n] = random_word(seed, start + n);
+    for (int64_t n = 0; n < number; n++) to[n] = draw_word(seed, start + n);
     return reinterpret_cast<const Bits*>(to) + first % 4;
 }
 
@@ -126,12 +126,12 @@ inline void zero_dropped(const bfloat16* x, bfloat16* to, const Bits* __restrict
 // Softmax of a row of `count` scores, which this overwrites: into `to` with zeros where dropped, into `keep`
 // with a minus sign there. `first` is the number of the first element's random bits.
 template <class T>
-void softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t count, uint64_t seed,
-             int64_t first, int threshold, std::vector<uint64_t>& words) {
-    float sum = 0, largest = maximum(s, count);
+void apply_softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t count, uint64_t seed,
+                   int64_t first, int threshold, std::vector<uint64_t>& words) {
+    float sum = 0, largest = find_maximum(s, count);
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < count; j++) {
-        float e = exponential(s[j] - largest);
+        float e = compute_exp(s[j] - largest);
         s[j] = e;
         sum += e;
     }
@@ -142,7 +142,7 @@ void softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t 
         std::copy(keep, keep + count, to);
         return;
     }
-    const Bits* bits = random_bits(seed, first, count, words);
+    const Bits* bits = draw_bits(seed, first, count, words);
     const uint16_t last = uint16_t(threshold - 1);  // of those that drop
     for (int64_t j = 0; j < count; j++) s[j] *= bits[j] <= last ? -scale : scale;
     round_all(s, keep, count);

@@ -3,7 +3,8 @@
 // next.
 //
 // Names: x [M, K], weight [N, K], y [M, N]; `rows`, `depth` and `columns` are M, K and N. K and N are
-// multiples of 32. Functions "of all threads" are called by each thread of a parallel region and share the work.
+// multiples of 32. Functions "of all threads" are called by each thread of a parallel region and share the
+// work.
 
 #include "tiles.h"
 
@@ -51,11 +52,11 @@ void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F fi
 inline void pack_pair(const float* low, const float* high, uint32_t* to) {
     for (int64_t half = 0; half < 2; half++)
         _mm512_storeu_si512(to + half * TILE * TILE,
-                            pairs(rounded(low + half * TILE), rounded(high + half * TILE)));
+                            join_pairs(load_rounded(low + half * TILE), load_rounded(high + half * TILE)));
 }
 
 // Of all threads: the transpose of x [rows, columns], zeros after it.
-void turn(const bfloat16* x, int64_t rows, int64_t columns, int64_t depth, const Between& to) {
+void transpose_all(const bfloat16* x, int64_t rows, int64_t columns, int64_t depth, const Between& to) {
     const bfloat16 zeros[BLOCK] = {};
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < columns; j += BLOCK)
@@ -68,7 +69,8 @@ void turn(const bfloat16* x, int64_t rows, int64_t columns, int64_t depth, const
                 __builtin_prefetch(row + BLOCK * columns);
                 __builtin_prefetch(row + (BLOCK + 1) * columns);
                 for (int64_t half = 0; half < 2; half++)
-                    tiles[half][n] = Vector(pairs(rounded(low + half * TILE), rounded(high + half * TILE)));
+                    tiles[half][n] =
+                        Vector(join_pairs(load_rounded(low + half * TILE), load_rounded(high + half * TILE)));
             }
             for (int64_t half = 0; half < 2; half++) {
                 transpose(tiles[half]);
@@ -92,8 +94,8 @@ void sum_rows(const Between& x, int64_t rows, int64_t columns, float* sums) {
 
 // Of all threads: y = x weight^T + bias, or GELU of that. The factor takes the weight.
 template <bool GELU>
-void affine(const bfloat16* x, const float* weight, const float* bias, Factor& factor, bfloat16* y,
-            int64_t rows) {
+void apply_affine(const bfloat16* x, const float* weight, const float* bias, Factor& factor, bfloat16* y,
+                  int64_t rows) {
     int64_t columns = factor.columns;
     factor.take_columns(weight);
     multiply_all<1>({{x, rows, factor.depth}}, {&factor}, [=](int64_t i, int64_t j, int64_t n, Block* done) {
@@ -103,7 +105,7 @@ void affine(const bfloat16* x, const float* weight, const float* bias, Factor& f
         if (GELU)
             for (int64_t c = 0; c < BLOCK; c++) {
                 float below, density;
-                normal(sums[c], below, density);
+                compute_normal(sums[c], below, density);
                 sums[c] *= below;
             }
         put(sums, y + (i + n) * columns + j);
@@ -111,8 +113,8 @@ void affine(const bfloat16* x, const float* weight, const float* bias, Factor& f
 }
 
 // Of all threads: the gradient of x, from that of y, rows `distance` elements apart.
-void affine_inputs(const bfloat16* gradient, int64_t distance, const float* weight, Factor& factor,
-                   bfloat16* dx, int64_t rows) {
+void compute_input_gradients(const bfloat16* gradient, int64_t distance, const float* weight, Factor& factor,
+                             bfloat16* dx, int64_t rows) {
     int64_t columns = factor.columns;
     factor.take_rows(weight, factor.depth);
     multiply_all<1>({{gradient, rows, distance}}, {&factor},
@@ -122,7 +124,8 @@ void affine_inputs(const bfloat16* gradient, int64_t distance, const float* weig
 }
 
 // Of all threads: the gradients of weight [N, K] and bias, if wanted, from y's, transposed [N, M], and x.
-void affine_weights(const Between& gradient, const Factor& x, float* dweight, float* dbias, int64_t columns) {
+void compute_weight_gradients(const Between& gradient, const Factor& x, float* dweight, float* dbias,
+                              int64_t columns) {
     int64_t depth = x.columns;
     if (dbias) sum_rows(gradient, columns, x.depth, dbias);
     multiply_all<1>({{gradient.row(0), columns, gradient.distance}}, {&x},
@@ -134,51 +137,53 @@ void affine_weights(const Between& gradient, const Factor& x, float* dweight, fl
 
 }  // namespace
 
-EXPORT affine_bfloat16_float32(const bfloat16* x, const float* weight, const float* bias, bfloat16* y,
-                               int64_t rows, int64_t depth, int64_t columns, int threads) {
+EXPORT apply_affine_bfloat16_float32(const bfloat16* x, const float* weight, const float* bias, bfloat16* y,
+                                     int64_t rows, int64_t depth, int64_t columns, int threads) {
     Factor factor(depth, columns);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        affine<false>(x, weight, bias, factor, y, rows);
+        apply_affine<false>(x, weight, bias, factor, y, rows);
     }
 }
 
 // `dx` and `dbias` may be null.
-EXPORT affine_gradients_bfloat16_float32(const bfloat16* gradient, const bfloat16* x, const float* weight,
-                                         bfloat16* dx, float* dweight, float* dbias, int64_t rows,
-                                         int64_t depth, int64_t columns, int threads) {
+EXPORT compute_affine_gradients_bfloat16_float32(const bfloat16* gradient, const bfloat16* x,
+                                                 const float* weight, bfloat16* dx, float* dweight,
+                                                 float* dbias, int64_t rows, int64_t depth, int64_t columns,
+                                                 int threads) {
     Factor weights(columns, depth), inputs(rows, depth);
     Between turned(columns, inputs.depth);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        if (dx) affine_inputs(gradient, columns, weight, weights, dx, rows);
-        turn(gradient, rows, columns, inputs.depth, turned);
+        if (dx) compute_input_gradients(gradient, columns, weight, weights, dx, rows);
+        transpose_all(gradient, rows, columns, inputs.depth, turned);
         inputs.take_rows(x, rows);
-        affine_weights(turned, inputs, dweight, dbias, columns);
+        compute_weight_gradients(turned, inputs, dweight, dbias, columns);
     }
 }
 
 // outer(GELU(inner(x))) for two linear maps.
-EXPORT feed_forward_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias,
-                                     const float* outer, const float* outer_bias, bfloat16* y, int64_t rows,
-                                     int64_t depth, int64_t columns, int threads) {
+EXPORT apply_feed_forward_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias,
+                                           const float* outer, const float* outer_bias, bfloat16* y,
+                                           int64_t rows, int64_t depth, int64_t columns, int threads) {
     Factor first(depth, columns), second(columns, depth);
     std::unique_ptr<bfloat16[]> activated(new bfloat16[rows * columns]);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        affine<true>(x, inner, inner_bias, first, activated.get(), rows);
-        affine<false>(activated.get(), outer, outer_bias, second, y, rows);
+        apply_affine<true>(x, inner, inner_bias, first, activated.get(), rows);
+        apply_affine<false>(activated.get(), outer, outer_bias, second, y, rows);
     }
 }
 
-EXPORT feed_forward_gradients_bfloat16_float32(const bfloat16* x, const float* inner, const float* inner_bias,
-                                               const bfloat16* gradient, const float* outer, bfloat16* dx,
-                                               float* dinner, float* dinner_bias, float* douter,
-                                               float* douter_bias, int64_t rows, int64_t depth,
-                                               int64_t columns, int threads) {
+EXPORT compute_feed_forward_gradients_bfloat16_float32(const bfloat16* x, const float* inner,
+                                                       const float* inner_bias, const bfloat16* gradient,
+                                                       const float* outer, bfloat16* dx, float* dinner,
+                                                       float* dinner_bias, float* douter, float* douter_bias,
+                                                       int64_t rows, int64_t depth, int64_t columns,
+                                                       int threads) {
     Factor forth(depth, columns), back(depth, columns), down(columns, depth), inputs(rows, depth),
         activated(rows, columns);
     Between dhidden(inputs.depth, columns), turned_dhidden(columns, inputs.depth),
@@ -193,7 +198,7 @@ EXPORT feed_forward_gradients_bfloat16_float32(const bfloat16* x, const float* i
                             float *hidden = done[0].row(n), *slope = done[1].row(n);
                             for (int64_t c = 0; c < BLOCK; c++) {
                                 float value = hidden[c] + inner_bias[j + c], below, density;
-                                normal(value, below, density);
+                                compute_normal(value, below, density);
                                 hidden[c] = value * below;
                                 slope[c] *= below + value * density;
                             }
@@ -205,11 +210,11 @@ EXPORT feed_forward_gradients_bfloat16_float32(const bfloat16* x, const float* i
                                 put_transposed({done[1].at, BLOCK}, turned_dhidden.row(j) + i,
                                                turned_dhidden.distance, 0);
                         });
-        affine_inputs(dhidden.row(0), dhidden.distance, inner, down, dx, rows);
+        compute_input_gradients(dhidden.row(0), dhidden.distance, inner, down, dx, rows);
         inputs.take_rows(x, rows);
-        affine_weights(turned_dhidden, inputs, dinner, dinner_bias, columns);
-        turn(gradient, rows, depth, inputs.depth, turned);
-        affine_weights(turned, activated, douter, douter_bias, depth);
+        compute_weight_gradients(turned_dhidden, inputs, dinner, dinner_bias, columns);
+        transpose_all(gradient, rows, depth, inputs.depth, turned);
+        compute_weight_gradients(turned, activated, douter, douter_bias, depth);
     }
 }
 

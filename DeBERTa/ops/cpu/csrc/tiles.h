@@ -120,26 +120,30 @@ struct Matrix {
     }
 };
 
-inline uint32_t pair(bfloat16 low, bfloat16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
+inline uint32_t join_pair(bfloat16 low, bfloat16 high) {
+    return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
 
 // 16 pairs from 16 numbers of each of two rows.
-inline __m512i pairs(__m256i low, __m256i high) {
+inline __m512i join_pairs(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
 // 16 numbers, in bfloat16
-inline __m256i rounded(const bfloat16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
-inline __m256i rounded(const float* x) { return __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
+inline __m256i load_rounded(const bfloat16* x) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+}
+inline __m256i load_rounded(const float* x) { return __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
 
 // [rows, D], or its transpose, as the second factor of a product: in pairs of rows, tile by tile.
 struct Packed {
     uint32_t* at;
     int64_t size;
-    bool by_columns;
+    bool is_transposed;
 
     // All of the factor from row `first` of [rows, D] on; else the columns from `d` on.
     Right from(int64_t first, int64_t d = 0) const {
-        if (by_columns) return {at + first * size / 2, 64, 2048, 1024};
+        if (is_transposed) return {at + first * size / 2, 64, 2048, 1024};
         return {at + first * size / 2 + d * 16, 64, size * 64, 1024};
     }
 };
@@ -149,9 +153,10 @@ template <class T>
 void pack_rows(const T* x, int64_t distance, int64_t rows, int64_t size, Packed to) {
     for (int64_t i = 0; i < (rows + 31) / 32 * 32; i += 2)
         for (int64_t d = 0; d < size; d += TILE) {
-            __m256i low = i < rows ? rounded(x + i * distance + d) : _mm256_setzero_si256();
-            __m256i high = i + 1 < rows ? rounded(x + (i + 1) * distance + d) : _mm256_setzero_si256();
-            _mm512_storeu_si512(to.at + i / 32 * 16 * size + d * 16 + i % 32 / 2 * TILE, pairs(low, high));
+            __m256i low = i < rows ? load_rounded(x + i * distance + d) : _mm256_setzero_si256();
+            __m256i high = i + 1 < rows ? load_rounded(x + (i + 1) * distance + d) : _mm256_setzero_si256();
+            _mm512_storeu_si512(to.at + i / 32 * 16 * size + d * 16 + i % 32 / 2 * TILE,
+                                join_pairs(low, high));
         }
 }
 
@@ -163,8 +168,8 @@ void pack_columns(const T* x, int64_t rows, int64_t size, Packed to) {
             Vector tile[TILE];  // of pairs, which are only moved
             for (int64_t k = 0; k < TILE; k++) {
                 const T* row = x + (i + k) * size + d;
-                tile[k] =
-                    Vector(_mm512_inserti64x4(_mm512_castsi256_si512(rounded(row)), rounded(row + TILE), 1));
+                tile[k] = Vector(_mm512_inserti64x4(_mm512_castsi256_si512(load_rounded(row)),
+                                                    load_rounded(row + TILE), 1));
             }
             transpose(tile);
             std::memcpy(to.at + i / 32 * 16 * size + d * 16 + i % 32 * TILE, tile, sizeof(tile));
