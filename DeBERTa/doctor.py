@@ -81,7 +81,8 @@ def check_device() -> Iterator[Check]:
     obstacle = triton.find_obstacle(device, 64) if device.type == "cuda" else None
     kernels = describe_implementations(device, resolve_compile(config, device))
     kernels += ", sdpa instead of triton attention" if obstacle else ""
-    yield "kernels", kernels, obstacle or ("install g++" if "slower" in kernels else "")
+    advice = "set CXX to a C++ compiler, or unset it" if os.environ.get("CXX") else "install g++"
+    yield "kernels", kernels, obstacle or (advice if "slower" in kernels else "")
 
 
 def check_machine() -> Iterator[Check]:

@@ -59,7 +59,8 @@ def test_what_is_missing():
     assert "make room, or give --output_dir on another disk" in found["disk"][1]
     assert found["shared memory"][1].startswith("shared memory: 0.0 MB; data workers need more: ")
     assert found["network"] == ("ok", "network: 127.0.0.1")
-    found = run(HF_ENDPOINT="mirror.example")
+    found = run(HF_ENDPOINT="mirror.example", CXX="/nowhere/g++")
+    assert found["kernels"][1].endswith("; set CXX to a C++ compiler, or unset it")
     assert found["network"][1].startswith("network: mirror.example; it is not a URL: write https://")
 
 

@@ -116,17 +116,18 @@ def _find(library: ctypes.CDLL, name: str, dtypes: tuple[torch.dtype, ...]) -> C
 @functools.cache
 def load_library() -> tuple[ctypes.CDLL | None, str | None]:
     """Return the compiled kernels, or None and the reason."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    name = shlex.join(compiler)
+    name = os.environ.get("CXX", "").strip() or "g++"
     try:
+        compiler = shlex.split(name)
         version = _run([*compiler, "--version"])
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: a quote that is not closed
         return None, f"there is no C++ compiler {name}"
     try:
         return _load(compiler, version), None
     except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
-        return None, f"{name} cannot compile the kernels: {lines[0]}"
+        lines = [*error.stderr.splitlines(), f"status {error.returncode}"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        return None, f"{name} cannot compile the kernels: {reason}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, f"the kernels that {name} compiled cannot be used: {error}"
 

@@ -91,14 +91,15 @@ def write_script(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        (None, "there is no C++ compiler /nowhere/g++"),
+        (None, "there is no C++ compiler /nowhere/g++ 'x"),  # whose quote is not closed, too
+        ("[ $1 = --version ]", "cannot compile the kernels: status 1"),
         ("[ $1 = --version ] || { echo 'In f:\nf: error: no' >&2; exit 1; }", "the kernels: f: error: no"),
         ("[ $1 = --version ] || { for last; do :; done; echo rubbish > $last; }", "cannot be used"),
     ],
 )
 def test_without_a_compiler(tmp_path, compiler, reason, expected):
     """A reason in one line, the same masks, and nothing left behind."""
-    chosen = "/nowhere/g++" if compiler is None else write_script(tmp_path, compiler)
+    chosen = "/nowhere/g++ 'x" if compiler is None else write_script(tmp_path, compiler)
     obstacle, out = run(tmp_path / "run", CXX=chosen)
     assert reason in obstacle
     assert "\n" not in obstacle
