@@ -37,10 +37,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory: output/TAG")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint (default: the newest)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/step-N")
+    formats = parser.add_mutually_exclusive_group()
     published = "write the .bin files of the published code instead"
-    parser.add_argument("--published-format", action="store_true", help=published)
+    formats.add_argument("--published-format", action="store_true", help=published)
     onnx = "write the encoders as model.onnx, too (needs onnx and onnxscript)"
-    parser.add_argument("--onnx", action="store_true", help=onnx)
+    formats.add_argument("--onnx", action="store_true", help=onnx)
     return parser.parse_args(argv)
 
 

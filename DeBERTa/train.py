@@ -113,6 +113,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     precision = resolve_precision(config, device)
     if device.type == "cpu":
         keep_freed_memory()
+    check_directories(config)  # first: where a preset is not prepared, the vocabulary is missing, too
     tokenizer = Tokenizer(config.vocab_path)
     model_config, notes = load_model_config(config, tokenizer)
     notes += explain_precision(config, precision)
@@ -207,14 +208,21 @@ def check_same_on_all_ranks(settings: dict) -> None:
             )
 
 
+def check_directories(config: TrainConfig) -> None:
+    """Raise `DataError` if the directory of `--data_dir` or `--replay` is missing."""
+    for flag, directory in (("--data_dir", config.data_dir), ("--replay", config.replay)):
+        if directory and not Path(directory).is_dir():
+            raise DataError(
+                f"{flag} {directory}: no such directory; prepare_data.py makes one, "
+                "with --preset NAME that of a preset"
+            )
+
+
 def open_split(config: TrainConfig, directory: str, split: str, tokenizer: Tokenizer) -> TokenStore:
     """Open the tokens of one split.
 
     Raises `DataError` when it is missing, empty, or has lines that are too long.
     """
-    if not Path(directory).is_dir():
-        flag = "--data_dir" if directory == config.data_dir else "--replay"
-        raise DataError(f"{flag} {directory}: no such directory; prepare_data.py makes one")
     text = Path(directory) / f"{split}.txt"
     return open_store(text, tokenizer, config.max_seq_length - 2, has_progress=get_local_rank() == 0)
 

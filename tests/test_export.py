@@ -107,6 +107,7 @@ def test_errors(finished, tmp_path, capsys):
     assert status == 1
     assert "no checkpoints; give the directory of a run" in error
     assert fails(capsys, run_dir, "--stpe", "3")[0] == 2
+    assert fails(capsys, run_dir, "--onnx", "--published-format")[0] == 2
     (run_dir / "export").touch()
     status, error = fails(capsys, run_dir)
     assert status == 1

@@ -60,6 +60,10 @@ def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **envi
         (f"{TRAIN} {D} --max_ngram 3", "--max_ngram is for --task_name MLM: omit it"),
         (f"{TRAIN} {D} --replay_share 0.5", "--replay_share is for the text of --replay: give --replay, too"),
         (f"{TRAIN} {D} --data_dir {{folder}}/none", "no such directory; prepare_data.py makes one"),
+        (
+            "python -m DeBERTa.train --preset deberta-base --max_seq_length 9",
+            "with --preset NAME that of a preset",
+        ),
         ("python -m DeBERTa.report", "the following arguments are required: RUN; --help lists the flags"),
         ("python -m DeBERTa.report {folder}", "give the directory of a run"),
         ("python experiments/track.py", "the following arguments are required: run, --tracker; --help"),
