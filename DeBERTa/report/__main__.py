@@ -1,5 +1,6 @@
 """The command `python -m DeBERTa.report RUN [RUN ...]`."""
 
+import argparse
 import csv
 import logging
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from DeBERTa.command import run_command
-from DeBERTa.errors import ConfigError
+from DeBERTa.errors import ConfigError, DataError, DebertaError
 from DeBERTa.files import open_atomic, raise_storage_errors
 from DeBERTa.flags import FlagParser
 from DeBERTa.report.charts import build_charts
@@ -27,7 +28,10 @@ def main() -> int:
 
 
 def report() -> None:
-    """Write the report, and log what is not usual."""
+    """Read the flags, and write what they name.
+
+    Raises `DataError` for runs with values of other types.
+    """
     parser = FlagParser(prog="python -m DeBERTa.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--html", type=Path, help="default: RUN/report.html; of several, comparison.html")
@@ -36,6 +40,19 @@ def report() -> None:
     reference = "compare tiny presets with the project's runs"
     parser.add_argument("--reference", action="store_true", help=reference)
     flags = parser.parse_args()
+    try:
+        write_all(flags)
+    except DebertaError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{', '.join(map(str, flags.runs))}: a file of the run was changed, a value in it is not what a "
+            f"run writes ({error}); restore its .json and .jsonl files"
+        ) from error
+
+
+def write_all(flags: argparse.Namespace) -> None:
+    """Write the page, and the table and the charts if wanted, and log what is not usual."""
     runs = [read_run(path) for path in flags.runs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from DeBERTa.command import run_command, write_output
 from DeBERTa.errors import ConfigError, DataError
-from DeBERTa.files import open_atomic
+from DeBERTa.files import open_atomic, read_file
 from DeBERTa.flags import FlagParser
 
 # Quantiles of Student's t at 97.5 % by degrees of freedom.
@@ -73,10 +73,16 @@ def print_tables() -> None:
 def read_results(path: Path) -> list[Result]:
     """Return the results of the runs that are finished.
 
-    Raises `DataError` for a line that is not the result of a run, such as one that a crash truncated.
+    Raises `DataError` for a file that cannot be read, and for a line that is not the result of a run, such as
+    one that a crash truncated.
     """
+    try:
+        text = read_file(path).decode(errors="replace")
+    except OSError as error:
+        message = f"{path}: {error.strerror}; give a file that experiments/ablations/run.py wrote"
+        raise DataError(message) from None
     results = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             results.append(json.loads(line))
             is_result = results[-1].keys() >= KEYS

@@ -119,6 +119,13 @@ def test_another_model_has_a_column_of_its_own():
     assert row == "| ROC AUC | 0.600 | 0.800 |"
 
 
+def test_results_that_cannot_be_read(tmp_path):
+    with pytest.raises(
+        DataError, match=r"regular file; give a file that experiments/ablations/run\.py wrote"
+    ):
+        read_results(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ['{"arm": "gd', "[]", "{}"])
 def test_a_damaged_line_of_the_results(damage, tmp_path):
     path = tmp_path / "results.jsonl"

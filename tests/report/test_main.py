@@ -63,6 +63,25 @@ def test_a_reference_without_a_common_step(runs):
     assert "a: note: the reference has no evaluation at a step" in report(runs[0], "--reference")[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("config.json", {"train": None}),
+        ("samples.jsonl", {"step": 2, "sentences": [[{"guess": "a"}]]}),
+        ("metrics.jsonl", {"step": 2, "kind": "valid", "loss": 10**400}),
+    ],
+)
+def test_values_of_other_types(name, line, runs):
+    with (runs[0] / name).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    status, error = report(runs[0])
+    assert status == 1
+    assert error.startswith(
+        f"error: {runs[0]}: a file of the run was changed, a value in it is not what a run"
+    )
+    assert error.count("\n") == 1
+
+
 def test_a_name_that_is_no_text(runs, tmp_path):
     """The page and the table have a replacement for the byte that is not UTF-8."""
     named = runs[0].rename(os.fsdecode(bytes(tmp_path) + b"/run\xff"))
