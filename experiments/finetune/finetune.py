@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: a package is missing; pip install {package}\n")
         return 1
     except (OSError, ValueError) as error:  # of transformers, too: a model that it does not find
-        sys.stderr.write(f"error: {error}\n")
+        has_file = isinstance(error, OSError) and error.filename
+        sys.stderr.write(f"error: {f'{error.filename}: {error.strerror}' if has_file else error}\n")
         return 1
     return 0
 

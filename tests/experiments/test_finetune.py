@@ -111,6 +111,11 @@ def test_wrong_flags(model, capsys, flags, complaint):
     assert complaint in capsys.readouterr().err
 
 
+def test_rows_that_are_not_there(model, tmp_path, capsys):
+    assert main([str(model), "--train", str(tmp_path / "none"), "--test", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {tmp_path}/none: No such file or directory"
+
+
 def test_a_model_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none"), "--glue", "cola"])
