@@ -58,6 +58,9 @@ def write_all(flags: argparse.Namespace) -> None:
         for run in runs:
             run.name = str(run.path)
     page = flags.html or (flags.runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    for path in (path for path in (page, flags.csv, flags.png) if path and path.exists()):
+        if any(path.samefile(file) for run in flags.runs for file in run.glob("*.json*")):
+            raise ConfigError(f"cannot write {path}: it is a file of the run; give another name")
     write_report(runs, page.resolve())  # a link stays, and what it points to is replaced
     nothing = Finding(NOTE, "the reference", "has no evaluation at a step of this run")
     for run in runs if flags.reference else ():

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from DeBERTa.config import find_experiments
 from DeBERTa.errors import ConfigError
 from DeBERTa.presets import PRESETS
-from DeBERTa.report.health import PROBLEM, USUAL, Finding
+from DeBERTa.report.health import NOTE, PROBLEM, USUAL, Finding
 from DeBERTa.report.read import RunRecord, format_number
 
 FOLDER = find_experiments() / "reference"
@@ -43,6 +43,7 @@ def compare_with_reference(run: RunRecord, folder: Path = FOLDER) -> list[Findin
             tolerance = max(SIGMAS * stdev(seeds), SHARE * mean(seeds))
             value, expected, most = map(format_number, (values[step], mean(seeds), tolerance))
             text = f"{value} at step {step}; reference {expected} ± {most} ({len(seeds)} seeds)"
-            is_near = abs(values[step] - mean(seeds)) <= tolerance
-            findings.append(Finding(USUAL if is_near else PROBLEM, name.replace("_", " "), text))
+            gain = (values[step] - mean(seeds)) * (1 if name.endswith("auc") else -1)
+            level = USUAL if abs(gain) <= tolerance else NOTE if gain > 0 else PROBLEM
+            findings.append(Finding(level, name.replace("_", " "), text))
     return findings

@@ -136,3 +136,12 @@ def test_errors(tmp_path):
 
 def test_it_does_not_load_torch(runs):
     assert report(runs[0], before="import sys; sys.modules['torch'] = None")[0] == 0
+
+
+@pytest.mark.parametrize("flag", ["--html", "--csv", "--png"])
+def test_files_of_the_run_are_not_replaced(runs, flag):
+    before = (runs[0] / "metrics.jsonl").read_bytes()
+    status, output = report(*runs, flag, runs[0] / "metrics.jsonl")
+    assert status == 1
+    assert "metrics.jsonl: it is a file of the run; give another name" in output
+    assert (runs[0] / "metrics.jsonl").read_bytes() == before

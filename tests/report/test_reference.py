@@ -10,7 +10,7 @@ import pytest
 from DeBERTa.errors import ConfigError
 from DeBERTa.presets import PRESETS
 from DeBERTa.report.__main__ import write_csv
-from DeBERTa.report.health import PROBLEM, USUAL
+from DeBERTa.report.health import NOTE, PROBLEM, USUAL
 from DeBERTa.report.read import RunRecord
 from DeBERTa.report.reference import FOLDER, compare_with_reference
 
@@ -44,7 +44,9 @@ def test_a_run_is_near_or_far(folder):
     assert [finding.title for finding in findings] == ["generator loss", "discriminator auc"]
     assert {finding.level for finding in findings} == {USUAL}
     assert findings[0].text == "4.84 at step 1200; reference 4.82 ± 0.145 (3 seeds)"
-    assert {finding.level for finding in compare_with_reference(make_run(2, 1.1), folder)} == {PROBLEM}
+    higher, lower = (compare_with_reference(make_run(2, factor), folder) for factor in (1.1, 0.9))
+    assert [finding.level for finding in higher] == [PROBLEM, NOTE]  # a higher loss, a higher ROC AUC
+    assert [finding.level for finding in lower] == [NOTE, PROBLEM]
 
 
 def test_the_last_common_step_is_compared(folder):
