@@ -129,7 +129,7 @@ def test_two_nodes_of_rank_0(flags):
     while port_is_free(port):
         assert is_running(first.pid)
     status, output = ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port)).finish()
-    (error,) = output.splitlines()
+    _, error = output.splitlines()  # after where it waits
     assert status == 1
     assert error.startswith(f"error: port {port} of this node is in use, by another command with RANK 0 or")
     assert is_running(first.pid)
@@ -171,7 +171,7 @@ def test_a_port_of_another_program(flags):
         for port, node in zip(ports, runs, strict=True):
             node.process.join(PATIENCE)
             status, output = node.finish()
-            (error,) = output.splitlines()
+            _, error = output.splitlines()  # after where it waits
             assert status == 1
             assert error.startswith(
                 f"error: what answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} is not the"
@@ -202,7 +202,7 @@ def test_a_latecomer_does_not_end_the_run(endless):
     for number, (nodes, rank) in enumerate(((3, 2), (3, 1), (2, 1))):
         late = endless | {"output_dir": f"{endless['output_dir']}-late-{number}"}
         status, output = ForkedRun(late, **cluster(port, nodes, rank)).finish()
-        (error,) = output.splitlines()
+        _, error = output.splitlines()  # after where it waits
         assert status == 1
         assert error.startswith("error: ")
         assert ("two nodes have RANK 1" if rank == 1 else "WORLD_SIZE is") in error
