@@ -61,9 +61,9 @@ class Command:
     def lines(self) -> list[str]:
         return strip_times(self.printed.read_text()).splitlines()
 
-    def error(self) -> str:
+    def error(self, status: int = 1) -> str:
         """Wait for its end, and return the one error that it ended with."""
-        assert self.finish() == 1, self.printed.read_text()
+        assert self.finish() == status, self.printed.read_text()
         errors = [line for line in self.lines() if line.startswith("error: ")]
         assert errors == self.lines()[-1:], self.printed.read_text()
         assert "Traceback" not in self.printed.read_text()
