@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.test_dry_run import assert_peak_is_estimated, preset_flags
+from tests.test_dry_run import assert_peak_is_estimated, preset_flags
 
 
 @pytest.mark.parametrize(
