@@ -3,7 +3,7 @@
 import pytest
 
 from tests.hub.server import run_hub
-from tests.hub.test_download import assert_refused, fetch
+from tests.test_download import assert_refused, fetch
 
 
 @pytest.mark.parametrize(("is_running", "named"), [(True, "500"), (False, "refused")])
