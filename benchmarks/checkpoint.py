@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.about import about  # noqa: E402
-from benchmarks.training_step import make_batch, ours  # noqa: E402
+from benchmarks.training_step import build_ours, make_batch  # noqa: E402
 from DeBERTa.training.checkpoint import Saver, Snapshot, get_checkpoint_path, verify  # noqa: E402
 from DeBERTa.training.parallel import gather_to_rank_zero  # noqa: E402
 from DeBERTa.training.steps import TrainingStep  # noqa: E402
@@ -43,8 +43,8 @@ def measure_seconds(function: Callable, *arguments: object) -> float:
 
 def measure(folder: Path, rounds: int, precision: str) -> dict[str, list[float]]:
     """Return the seconds of every round, by what was timed."""
-    training = ours("rtd_xsmall_continue.json", precision)
-    batch = make_batch(1, 512, 0)
+    training = build_ours("rtd_xsmall_continue.json", precision)
+    batch = make_batch(1, 512, 0, training.model.config.generator.vocab_size)
     for _ in range(2):
         training(batch)
     saver = Saver(folder, keep_last=1)
@@ -91,6 +91,7 @@ def main() -> None:
     if arguments.folder.exists():
         parser.error(f"--folder {arguments.folder} exists; it would be removed")
     try:
+        (arguments.folder / "checkpoints").mkdir(parents=True)
         found = measure(arguments.folder, arguments.rounds, arguments.precision)
         newest = get_checkpoint_path(arguments.folder, 2 * arguments.rounds)
         size = sum(path.stat().st_size for path in newest.iterdir())
