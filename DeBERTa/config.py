@@ -90,8 +90,10 @@ def _flag(
     unit: str = "",
     rules: Rule = Rule(0),  # noqa: B008 (a constant)
     group: str = "",  # of this flag and those that follow
+    task: str = "",  # the only --task_name that uses it
 ) -> T:
-    facts = {"help": help, "limit": limit, "unit": unit, "rules": rules, "group": group}
+    text = f"{task}: {help}" if task else help
+    facts = {"help": text, "limit": limit, "unit": unit, "rules": rules, "group": group, "task": task}
     return field(default=default, metadata=facts)
 
 
@@ -114,6 +116,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises `ConfigError` when the file is missing or not a JSON object.
     """
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: a directory; give the JSON file in it, such as config.json")
     try:
         values = json.loads(read_file(path), object_pairs_hook=_refuse_repeated_keys)
     except FileNotFoundError:
@@ -390,12 +394,18 @@ class TrainConfig(Config):
     # Compared by content, with the model config.
     vocab_size: int = _flag(0, "word table; 0: by config and vocabulary", FROM_ZERO, "rows", RESUME)
     init_model: str = _flag(
-        "", "MLM: initial weights: file, model or run directory, or hf:OWNER/NAME[@REVISION]", rules=NODE
+        "",
+        "initial weights: file, model or run directory, or hf:OWNER/NAME[@REVISION]",
+        rules=NODE,
+        task="MLM",
     )
     init_generator: str = _flag(
-        "", "RTD: as --init_model; from-discriminator: first layers, tables, LM head of that file", rules=NODE
+        "",
+        "as --init_model; from-discriminator: first layers, tables, LM head of that file",
+        rules=NODE,
+        task="RTD",
     )
-    init_discriminator: str = _flag("", "RTD: initial weights, as --init_model", rules=NODE)
+    init_discriminator: str = _flag("", "initial weights, as --init_model", rules=NODE, task="RTD")
     fresh_head: bool = _flag(False, "start heads and position tables new that the file of --init_* lacks")
     resize_vocab: str = _flag(
         "",
@@ -416,7 +426,7 @@ class TrainConfig(Config):
     vocab_path: str = _flag("", "SentencePiece model of the data", rules=INPUT)
     vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",), rules=HIDDEN)
     max_seq_length: int = _flag(512, "sequence length with [CLS] and [SEP]", Bounds(3), "tokens")
-    max_ngram: int = _flag(1, "MLM: longest masked span; 1: single tokens", FROM_ONE, "words")
+    max_ngram: int = _flag(1, "longest masked span; 1: single tokens", FROM_ONE, "words", task="MLM")
     train_batch_size: int = _flag(256, "batch size over all ranks", FROM_ONE, "sequences per optimizer step")
     accumulative_update: int = _flag(1, "micro-batches per step of a rank, to need less memory", FROM_ONE)
     eval_batch_size: int = _flag(32, "batch size of the evaluation", FROM_ONE, "sequences", RESUME)
@@ -431,7 +441,7 @@ class TrainConfig(Config):
     )
     learning_rate: float = _flag(1e-4, "peak learning rate", POSITIVE)
     discriminator_learning_rate: float = _flag(
-        0.0, "RTD: the discriminator's peak learning rate; 0: --learning_rate", NOT_NEGATIVE
+        0.0, "the discriminator's peak learning rate; 0: --learning_rate", NOT_NEGATIVE, task="RTD"
     )
     warmup: float = _flag(10000.0, "linear warm-up", Bounds(0.0), "steps if >= 1, else proportion of all")
     lr_schedule: str = _flag(
@@ -449,8 +459,10 @@ class TrainConfig(Config):
     skip_spikes: bool = _flag(
         False, "skip updates whose loss is 6 standard deviations above the mean of the last 128 steps"
     )
-    rtd_lambda: float = _flag(10.0, "RTD: weight of the discriminator's loss", NOT_NEGATIVE)
-    decoupled_training: bool = _flag(True, "RTD: step on the generator's loss, then on the other (not es)")
+    rtd_lambda: float = _flag(10.0, "weight of the discriminator's loss", NOT_NEGATIVE, task="RTD")
+    decoupled_training: bool = _flag(
+        True, "step on the generator's loss, then on the other (not es)", task="RTD"
+    )
 
     precision: str = _flag(
         "auto",
@@ -537,11 +549,10 @@ class TrainConfig(Config):
 
     def _find_unused(self) -> Iterator[str]:
         """Yield a message for flags that would be ignored."""
-        other = "RTD" if self.task_name == "MLM" else "MLM"
         for item in dataclasses.fields(self):
-            is_given = getattr(self, item.name) != item.default
-            if is_given and item.metadata["help"].startswith(f"{other}: "):
-                yield f"--{item.name} is for --task_name {other}: omit it, or give that task"
+            is_given, task = getattr(self, item.name) != item.default, item.metadata["task"]
+            if is_given and task not in ("", self.task_name):
+                yield f"--{item.name} is for --task_name {task}: omit it, or give that task"
             if is_given and item.name == "replay_share" and not self.replay:
                 yield "--replay_share is for the text of --replay: give --replay, too"
 

@@ -16,6 +16,7 @@ from DeBERTa.errors import ConfigError, StorageError, VocabularyError, describe_
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models, write_model, write_published
 from DeBERTa.hub.model_card import read_record
+from DeBERTa.hub.onnx import require_onnx
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel, build_model
 from DeBERTa.training.checkpoint import find_newest_valid, get_checkpoint_path, list_steps, read_model, verify
 
@@ -48,6 +49,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def export(arguments: argparse.Namespace) -> None:
     """Export one checkpoint, and log what was written."""
     run_dir: Path = arguments.run
+    if arguments.onnx:
+        require_onnx()
     step = find_step(run_dir, arguments.step)
     settings = read_json(get_checkpoint_path(run_dir, step) / "config.json")
     model = load_checkpoint(run_dir, step, settings)

@@ -190,6 +190,12 @@ def test_a_key_that_stands_twice(tmp_path):
         ModelConfig.from_json(path)
 
 
+def test_a_directory_in_place_of_a_file(tmp_path):
+    advice = "a directory; give the JSON file in it, such as config.json"
+    with pytest.raises(ConfigError, match=f"^{tmp_path}: {advice}$"):
+        ModelConfig.from_json(tmp_path)
+
+
 def test_wrong_types_are_shown_as_json():
     for value, shown in ((None, "null"), (True, "true"), ([None], "[null]"), ({"a": False}, '{"a": false}')):
         with pytest.raises(ConfigError) as error:

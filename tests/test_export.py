@@ -1,5 +1,6 @@
 """The export command on a real run."""
 
+import importlib.util
 import json
 import shutil
 
@@ -94,6 +95,14 @@ def test_files_of_others_in_the_current_directory(finished, tmp_path, monkeypatc
     assert status == 1
     assert "other files are there (thesis.txt)" in error
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is not None, reason="onnxscript is installed")
+def test_missing_onnx_leaves_nothing(finished, tmp_path, capsys):
+    status, error = fails(capsys, finished, "--onnx", "--output", tmp_path / "out")
+    assert status == 1
+    assert error.startswith("--onnx needs the package onnx")
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors(finished, tmp_path, capsys):

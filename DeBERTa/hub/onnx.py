@@ -1,6 +1,7 @@
 """The encoder as an ONNX file, with dynamic batch size and length. Needs onnx and onnxscript (an extra)."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import warnings
@@ -57,27 +58,28 @@ def build_encoder(weights: dict[str, torch.Tensor], config: ModelConfig) -> Onnx
     return encoder.eval()
 
 
-def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
-    """Write `input_ids, attention_mask -> last_hidden_state` of an exported model.
+def require_onnx() -> None:
+    """Raise `ConfigError` where the packages are missing."""
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--onnx needs the package {name}: pip install onnx onnxscript")
 
-    Raises `ConfigError` where the packages are missing.
-    """
+
+def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
+    """Write `input_ids, attention_mask -> last_hidden_state` of an exported model."""
     encoder = build_encoder(weights, config)
     for noisy in ("torch.onnx", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
-    try:
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            torch.onnx.export(
-                encoder,
-                EXAMPLE,
-                path,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["last_hidden_state"],
-                dynamic_shapes=DYNAMIC_SHAPES,
-                dynamo=True,
-                external_data=size > MAX_BYTES,
-                verbose=False,
-            )
-    except ImportError as error:
-        raise ConfigError(f"--onnx needs the package {error.name}: pip install onnx onnxscript") from error
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            encoder,
+            EXAMPLE,
+            path,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["last_hidden_state"],
+            dynamic_shapes=DYNAMIC_SHAPES,
+            dynamo=True,
+            external_data=size > MAX_BYTES,
+            verbose=False,
+        )

@@ -5,14 +5,16 @@
     python experiments/ablations/table.py                               # tables; with --png, plots
 
 Stop it at any time, also with SIGKILL: the same command resumes the run that was training from its last
-checkpoint. Compute is counted in FLOPs of matmuls, forward and backward, by torch.utils.flop_counter. The
-steps are those of gdes; every other arm trains the number of steps that has the same FLOPs.
+checkpoint; Ctrl-C and SIGTERM save one. Compute is counted in FLOPs of matmuls, forward and backward, by
+torch.utils.flop_counter. The steps are those of gdes; every other arm trains the number of steps that has
+the same FLOPs.
 """
 
 import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from hashlib import sha256
@@ -32,6 +34,7 @@ from DeBERTa.files import append_line
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.weights import read_weights
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
+from DeBERTa.processes import RunInterrupted
 from DeBERTa.report.read import read_lines, read_run
 from experiments.ablations.table import read_results
 
@@ -147,7 +150,24 @@ def count_flops(config: dict) -> int:
 def prepare_text() -> None:
     """Prepare text and vocabulary, which are the same for both presets, unless they are there."""
     command = [sys.executable, "prepare_data.py", "--preset", PRESETS["RTD"], "--max_seq_length", str(LENGTH)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    run_process(command)
+
+
+def run_process(command: list[Any]) -> None:
+    """Run a command to its end.
+
+    A signal that stops this process is passed on, and the command, which may save a checkpoint, ends first.
+    Raises `CalledProcessError` if it fails.
+    """
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt as stop:
+            process.send_signal(stop.exit_status - 128 if isinstance(stop, RunInterrupted) else signal.SIGINT)
+            process.wait()
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def train(arm: str, seed: int, config: dict, flops: int, work: Path) -> dict[str, Any]:
@@ -163,8 +183,8 @@ def train(arm: str, seed: int, config: dict, flops: int, work: Path) -> dict[str
         "num_training_steps": steps, "dump_interval": -(-steps // EVALUATIONS), "seed": seed,
     }  # fmt: skip
     command = ["-m", "DeBERTa.train", *(f"--{name}={value}" for name, value in flags.items())]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-m", "DeBERTa.probe", run_dir], cwd=ROOT, check=True)
+    run_process([sys.executable, *command])
+    run_process([sys.executable, "-m", "DeBERTa.probe", run_dir])
     run_dir = ROOT / run_dir
     run = read_run(run_dir)
     evaluations = [row for row in run.rows if row["kind"] == "valid"]
