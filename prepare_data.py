@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prepare text for pre-training: see `python prepare_data.py --help`, and DeBERTa/prepare_data.py."""
+"""Prepare text for pre-training: see `--help`, and DeBERTa/prepare_data.py."""
 
 from DeBERTa.packages import require_packages
 

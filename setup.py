@@ -1,4 +1,7 @@
-"""Packaging: `pip install .`; model configs and the sample of experiments/ become part of the package."""
+"""Packaging: `pip install .`.
+
+Model configs and the sample of experiments/ become part of the package.
+"""
 
 import re
 from pathlib import Path

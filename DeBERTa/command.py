@@ -57,7 +57,10 @@ def write_output(text: str) -> None:
 
 
 def discard_unwritten(stream: TextIO) -> None:
-    """Discard what cannot be written: Python would try it again at its end, and fail with a traceback."""
+    """Discard what cannot be written.
+
+    Python would try it again at its end, and fail with a traceback.
+    """
     try:
         stream.flush()
     except OSError:

@@ -130,7 +130,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise `ValueError` where the parser would keep the last of several values."""
+    """Return a JSON object; raise `ValueError` for a repeated key.
+
+    The parser would keep the last of several values.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError("a key stands twice in an object")
@@ -138,7 +141,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def convert_hub_config(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a model config without the keys of transformers, with `pos_att_type` as text.
+    """Return a model config without keys of transformers, `pos_att_type` as text.
 
     Raises `ConfigError` for the config of another kind of model.
     """
@@ -157,7 +160,7 @@ def convert_hub_config(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Config:
-    """What all configurations share: they are built from JSON, and their values are checked."""
+    """Base of all configurations: built from JSON, with values that are checked."""
 
     _dashes = ""  # before a field's name in a message
     _error = ConfigError  # of `validate`
@@ -196,9 +199,9 @@ class Config:
         return dataclasses.asdict(self)
 
     def validate(self, prefix: str = "") -> None:
-        """Raise `ConfigError`, with a message that starts with `prefix`, for values that cannot work.
+        """Raise `ConfigError` for values that cannot work.
 
-        Of flags, it is a `UsageError`.
+        The message starts with `prefix`. For flags it is a `UsageError`.
         """
         for item in dataclasses.fields(self):
             value, limit = getattr(self, item.name), item.metadata.get("limit")
@@ -299,7 +302,7 @@ class ModelConfig(Config):
         return self.attention_head_size or self.hidden_size // self.num_attention_heads
 
     def describe_unusual_heads(self) -> str:
-        """Return a warning if the heads together are not as wide as the model, else an empty string."""
+        """Return a warning, empty if the heads together are as wide as the model."""
         width = self.num_attention_heads * self.head_size
         text = (
             f"attention_head_size {self.head_size} makes {self.num_attention_heads} heads {width} wide, but "

@@ -29,7 +29,10 @@ def show_tokens(argv: Sequence[str] | None) -> None:
 
 
 def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
-    """Return a line per token, on a terminal colored from black to red, and the text in these colors."""
+    """Return a line per token, and the text, colored on a terminal.
+
+    Colors go from black to red.
+    """
     lines, colored = [], ""
     for piece, probability in tokens:
         text = piece.replace(WORD_MARK, " ")
@@ -42,7 +45,7 @@ def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
 
 
 def format_page(tokens: list[TokenProbability]) -> str:
-    """Return an HTML page with the text; the probabilities are backgrounds and tooltips."""
+    """Return an HTML page of the text: probabilities are backgrounds and tooltips."""
     spans = [
         f'<span style="background: rgba(220, 30, 30, {probability:.3f})" title="{probability:.2%}">'
         f"{html.escape(piece.replace(WORD_MARK, ' '))}</span>"

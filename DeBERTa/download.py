@@ -1,7 +1,8 @@
-"""Files of the Hugging Face hub, fetched with the package `huggingface_hub` (the extra `hub`).
+"""Files of the Hugging Face hub, fetched with `huggingface_hub`.
 
-That package caches (`HF_HOME`), resumes interrupted downloads, and reads `HF_ENDPOINT` and `HF_HUB_OFFLINE`.
-A model is named as `hf:OWNER/NAME`, or `hf:OWNER/NAME@REVISION` with a branch, tag or commit.
+That package is the extra `hub`. It caches (`HF_HOME`), resumes interrupted downloads, and reads `HF_ENDPOINT`
+and `HF_HUB_OFFLINE`. A model is named as `hf:OWNER/NAME`, or `hf:OWNER/NAME@REVISION` with a branch, tag or
+commit.
 """
 
 import re
@@ -22,7 +23,7 @@ REVISIONS = {
 
 
 def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
-    """Return the first of the files `names` that a model on the hub has, fetched if needed.
+    """Return the first of the files `names` of a model on the hub, fetched if needed.
 
     Raises `DownloadError`, which ends with `hint`, if it has none of them, if the hub or its cache cannot
     tell, or if the file is damaged.

@@ -97,7 +97,7 @@ class ReportedError(DebertaError):
 
 
 def describe_os_error(error: OSError, advice: str = "", other: str = "path") -> str:
-    """Return a message with the name of the file, the reason of the failure and what to do.
+    """Return a message with the file, the reason of the failure and what to do.
 
     A full disk has its free space, and freeing it before `advice`. Where the reason is too many open files,
     the limit of the size of files, or what is at the path, the advice is another one; `other`: what to give
@@ -118,9 +118,9 @@ def describe_os_error(error: OSError, advice: str = "", other: str = "path") -> 
 
 
 def describe_free_space(path: Path) -> tuple[str, str]:
-    """Return what is free on the disk of a file, which may be missing, and what to free: space or inodes.
+    """Return what is free on the disk of a file, and what to free.
 
-    The first is empty if it is not known.
+    The file may be missing. What is free is empty if it is not known; to free are "space" or "inodes".
     """
     with contextlib.suppress(OSError):
         existing = next((parent for parent in (path, *path.parents) if parent.exists()), path)

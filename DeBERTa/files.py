@@ -48,7 +48,10 @@ def get_partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def raise_storage_errors(path: Path) -> Iterator[None]:
-    """Raise `StorageError` in place of `OSError`, naming the file: of a missing directory, `path`."""
+    """Raise `StorageError` in place of `OSError`, naming the file.
+
+    It names `path` where a directory is missing.
+    """
     try:
         yield
     except OSError as error:
@@ -101,7 +104,10 @@ def read_file(path: str | Path) -> bytes:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line of text to a file. A line that a crash truncated before it stays a line of its own."""
+    """Append a line of text to a file.
+
+    A line that a crash truncated before it stays a line of its own.
+    """
     with open(path, "a+b", opener=open_regular) as file:
         file.seek(max(file.tell() - 1, 0))
         start = b"" if file.read(1) in (b"", b"\n") else b"\n"
@@ -234,7 +240,7 @@ def read_chunks(file: IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> Iterator[byt
 
 
 def is_recorded(record: Path, values: dict[str, Any]) -> bool:
-    """Return whether a JSON file, which records how other files were made, has these values."""
+    """Return whether a JSON file on how other files were made has these values."""
     try:
         return values.items() <= json.loads(read_file(record)).items()
     except (FileNotFoundError, ValueError, AttributeError):

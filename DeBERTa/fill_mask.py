@@ -1,4 +1,7 @@
-"""Predict masked tokens: `python -m DeBERTa.fill_mask DIR "The capital of France is [MASK]."`."""
+"""Predict masked tokens of a text.
+
+`python -m DeBERTa.fill_mask DIR "The capital of France is [MASK]."`
+"""
 
 import sys
 from collections.abc import Sequence

@@ -27,9 +27,9 @@ CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 
 
 class _Output(io.FileIO):
-    """A file for messages: those that cannot be written are lost, and the run continues.
+    """A file for messages: those that cannot be written are lost.
 
-    Reasons are a closed terminal, a pipe that nobody reads, and a full disk.
+    The run continues with a closed terminal, a pipe that nobody reads, and a full disk.
     """
 
     def write(self, data: Any) -> int:
@@ -41,19 +41,20 @@ class _Output(io.FileIO):
 
 
 def open_output(file: int | Path, mode: str = "w") -> TextIO:
-    """Open a descriptor or a path for messages, which are lost where they cannot be written.
+    """Open a descriptor or a path for messages.
 
-    A descriptor stays open when the file is deleted: another file would get its number.
+    Messages that cannot be written are lost. A descriptor stays open when the file is deleted: another file
+    would get its number.
     """
     output = _Output(file, mode, closefd=not isinstance(file, int))
     return io.TextIOWrapper(io.BufferedWriter(output), errors="backslashreplace", line_buffering=True)
 
 
 def secure_console() -> None:
-    """Make this process independent of its terminal: stdout and stderr can always be written.
+    """Make this process independent of its terminal.
 
-    Call it first in a command. Closed standard descriptors are opened, so that no other file gets their
-    numbers.
+    stdout and stderr can always be written. Call it first in a command. Closed standard descriptors are
+    opened, so that no other file gets their numbers.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -95,7 +95,7 @@ def measure_memory() -> int:
 
 
 def read_available_memory() -> int:
-    """Return the memory of the host that is not in use, in bytes: what can be had without swapping."""
+    """Return the memory of the host that can be had without swapping, in bytes."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:  # not Linux

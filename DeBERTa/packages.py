@@ -1,4 +1,7 @@
-"""Check that Python and the packages of requirements.txt are there, before anything imports them."""
+"""Check that Python and the packages of requirements.txt are there.
+
+This runs before anything imports them.
+"""
 
 import importlib.util
 import os
@@ -13,9 +16,10 @@ def find_missing() -> "list[str]":
 
 
 def require_packages() -> None:
-    """Exit with one sentence if this Python is too old or lacks packages, or the current directory is gone.
+    """Exit with one sentence if this Python is too old or lacks packages.
 
-    To be called by commands alone, of which DeBERTa.doctor lists the packages itself.
+    It does so, too, if the current directory is gone. To be called by commands alone, of which DeBERTa.doctor
+    lists the packages itself.
     """
     if sys.version_info < (3, 10):  # noqa: UP036  # that is what is checked
         sys.exit("error: Python {}.{} is too old: use 3.10 or newer".format(*sys.version_info))

@@ -214,9 +214,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def find_inputs(arguments: argparse.Namespace) -> tuple[dict[str, list[Path]], Path]:
-    """Return the files of text by name of the split, and the vocabulary; fetch or train what is missing.
+    """Return the files of text by name of the split, and the vocabulary.
 
-    Raises `DataError` if a text is missing, and one `DownloadError` that names all missing downloads.
+    What is missing is fetched or trained. Raises `DataError` if a text is missing, and one `DownloadError`
+    that names all missing downloads.
     """
     try:
         if arguments.input is not None:

@@ -139,7 +139,10 @@ def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict
 
 
 def choose_vocabulary(preset: Preset, corpus: str) -> tuple[str, int]:
-    """Return the entry of `CORPORA` with the vocabulary: of published weights, if any, else of the text."""
+    """Return the entry of `CORPORA` with the vocabulary.
+
+    It is that of published weights, if any, else that of the text.
+    """
     return CORPORA["wikitext-103" if preset.is_continued else corpus]
 
 

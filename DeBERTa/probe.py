@@ -1,5 +1,6 @@
-"""Probe what a model learned of English grammar, with tagged sentences of the Brown corpus.
+"""Probe what a model learned of English grammar.
 
+The sentences are tagged ones of the Brown corpus.
 tags    parts of speech, by ridge regression on the frozen states of one layer. Beside it (word_tag_accuracy)
         the most frequent tag of each word, and (random_tag_accuracy) random weights of the same model.
 pairs   a verb against the same verb in the other number (is/are, was/were, has/have): the LM head compares
@@ -89,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def probe(arguments: argparse.Namespace) -> None:
-    """Probe the model of a directory, or the models of checkpoints, and log the figures."""
+    """Probe the model of a directory, or those of checkpoints, and log the figures."""
     run_dir: Path = arguments.run
     if (path := run_dir / "model.safetensors").is_file() and not (run_dir / "optimizer.pt").exists():
         if arguments.all_steps or arguments.step is not None:
@@ -137,7 +138,7 @@ def measure(config: ModelConfig, weights: StateDict, path: Path, vocabulary: Pat
 
 @lru_cache(maxsize=2)
 def measure_random_weights(kind: type[Model], config: ModelConfig, vocabulary: Path) -> Figures:
-    """Return mean and standard deviation of the tag probe over models with random weights."""
+    """Return mean and standard deviation of the tag probe with random weights."""
     corpus, accuracies = read_corpus(vocabulary, config.max_position_embeddings), []
     for seed in RANDOM_SEEDS:
         torch.manual_seed(seed)
@@ -219,9 +220,10 @@ def probe_tags(model: Model, corpus: Corpus) -> Figures:
 
 @torch.no_grad()
 def compute_word_states(model: Model, corpus: Corpus) -> torch.Tensor:
-    """Return the states of all words, float16 [layers, words, h], 0 for words without pieces.
+    """Return the states of all words, float16 [layers, words, h].
 
-    The first layer is the embeddings. A word's state is the mean of those of its pieces.
+    Those of words without pieces are 0. The first layer is the embeddings. A word's state is the mean of
+    those of its pieces.
     """
     layers, width = model.config.num_hidden_layers + 1, model.config.hidden_size
     states = torch.zeros(layers, len(corpus.words), width, dtype=torch.float16)
@@ -237,9 +239,9 @@ def compute_word_states(model: Model, corpus: Corpus) -> torch.Tensor:
 
 @torch.no_grad()
 def probe_pairs(model: Model, corpus: Corpus, tokenizer: Tokenizer) -> Figures:
-    """Return how often the model prefers the verb of the corpus, ± the half width of the 95 % interval.
+    """Return how often the model prefers the verb of the corpus.
 
-    Without pairs there is no figure but their number.
+    The half width of the 95 % interval follows after ±. Without pairs there is no figure but their number.
     """
     pairs, correct = list_pairs(corpus, tokenizer), 0
     if not pairs:  # of a vocabulary without these verbs

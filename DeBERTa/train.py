@@ -251,9 +251,9 @@ def open_training(config: TrainConfig, tokenizer: Tokenizer, masker: Masker) -> 
 def open_evaluation(
     config: TrainConfig, tokenizer: Tokenizer, masker: Masker, counts: np.ndarray | None
 ) -> dict[str, EvaluationBatches]:
-    """Open the validation split, and with `--do_eval` the test split; as "replay", that of `--replay`.
+    """Open the validation split and, with `--do_eval`, the test split.
 
-    `counts`: how often each id occurs in the training text.
+    "replay" is the validation split of `--replay`. `counts`: how often each id occurs in the training text.
 
     Splits that the data directory does not have are omitted. Raises `DataError` if `--do_eval` has no split.
     """
@@ -343,7 +343,7 @@ def describe_texts(stores: dict[str, TokenStore]) -> dict:
 
 
 def describe_data(batches: TrainingBatches) -> dict:
-    """Return the hashes of the training split and of `--replay`, and lines and tokens of the first."""
+    """Return hash, lines and tokens of the training split, and `--replay`'s hash."""
     store, replay = batches.store, batches.replay
     texts = describe_texts({"train": store, "replay": replay.store})
     if not replay.share:

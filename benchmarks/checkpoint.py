@@ -1,4 +1,4 @@
-"""Measure what a checkpoint costs: its size, the seconds to write it, and the seconds that training waits.
+"""Measure what a checkpoint costs: size, seconds to write, seconds of waiting.
 
     python benchmarks/checkpoint.py --json results.json [--rounds 5]
 

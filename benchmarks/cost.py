@@ -1,6 +1,6 @@
-"""Write docs/cost.md: FLOPs, memory and GPU hours of the presets, calculated and measured.
+"""Write docs/cost.md: FLOPs, memory and GPU hours of the presets.
 
-To be run as `python -m benchmarks.cost`.
+They are calculated and measured. To be run as `python -m benchmarks.cost`.
 """
 
 from pathlib import Path
@@ -76,7 +76,7 @@ def count_tokens(preset: Preset, changes: dict) -> int:
 
 
 def read_cases(folder: str) -> list[dict]:
-    """Return the cases of one measurement, the fastest of our code for each config and batch."""
+    """Return the cases of one measurement: our fastest per config and batch."""
     values = read_json(RESULTS / folder / "results.json")
     cases = values.get("parts", values)["steps"]["cases"]
     best: dict[tuple, dict] = {}
@@ -114,7 +114,7 @@ def describe_presets(share: float) -> str:
 
 
 def describe_measured(cases: dict[str, list[dict]]) -> str:
-    """Return the measured rates and peaks, and the hours they mean for a preset of the same config."""
+    """Return measured rates and peaks, and the hours of a preset of the same config."""
     rows = []
     for gpu, measured in cases.items():
         for case in measured:

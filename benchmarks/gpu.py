@@ -1,10 +1,10 @@
-"""What only a GPU can show: correctness, reproducibility, speed (see benchmarks/gpu.sh).
+"""What only a GPU can show: correctness, reproducibility, speed.
 
     python -m benchmarks.gpu OUT [--parts correctness runs steps ...] [--toy]
 
-Each part is a process of its own with a time limit, and its output goes to OUT/PART.log. OUT/results.json has
-the figures, OUT.tar.gz all of it. A part that fails does not stop the others. `--toy` takes small sizes, and
-the CPU where there is no GPU: a dry run of the script itself.
+benchmarks/gpu.sh calls it. Each part is a process of its own with a time limit, and its output goes to
+OUT/PART.log. OUT/results.json has the figures, OUT.tar.gz all of it. A part that fails does not stop the
+others. `--toy` takes small sizes, and the CPU where there is no GPU: a dry run of the script itself.
 """
 
 import argparse
@@ -82,7 +82,10 @@ LARGEST_ARCHIVE = 16 * 2**20
 
 
 def run_correctness(_out: Path, is_toy: bool) -> dict:
-    """Run tests/gpu: golden figures in float32 with TF32 off, with kernels, and kernels against float64."""
+    """Run tests/gpu.
+
+    Golden figures in float32 with TF32 off, with kernels, and kernels against float64.
+    """
     if is_toy:  # the tests would be skipped, or take minutes of compilation
         return {"passed": None}
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/gpu"]
@@ -117,7 +120,10 @@ def start_tiny(run_dir: Path, cache: Path, steps: int, flags: list[str]) -> subp
 
 
 def run_runs(out: Path, is_toy: bool) -> dict:
-    """Compare the bits of two runs of the tiny preset, and of one resumed from its middle."""
+    """Compare the bits of two runs of the tiny preset, and of a resumed one.
+
+    It is resumed from its middle.
+    """
     cache, runs = out / "cache", out / "runs"
     runs.mkdir()
     os.environ["DEBERTA_CACHE"] = str(cache)
@@ -243,7 +249,7 @@ def run_profile(out: Path, is_toy: bool) -> dict:
 
 
 def run_part(part: str, out: Path, is_toy: bool) -> dict:
-    """Run one part in a process of its own, and return its status and what there is of its result."""
+    """Run one part in a process of its own; return its status, and its result if any."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.gpu", str(out), "--one", "--parts", part]
     command += ["--toy"] * is_toy

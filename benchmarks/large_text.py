@@ -1,4 +1,4 @@
-"""Measure a large generated text through preparation, start-up and shuffling: time and memory.
+"""Measure time and memory of a large text through preparation and start-up.
 
     python benchmarks/large_text.py --megabytes 1000
 

@@ -1,4 +1,4 @@
-"""Cost of our training step against the length of the sequences and against the size of the batch.
+"""Cost of our training step by length of the sequences and size of the batch.
 
     python benchmarks/lengths.py --json result.json [--rounds 3] [--steps 3]
 

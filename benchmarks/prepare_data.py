@@ -51,7 +51,7 @@ def find_descendants(process: int) -> list[int]:
 
 
 def measure_memory(process: int) -> int:
-    """Return the PSS of a process and its descendants in bytes; 0 if one of them ended."""
+    """Return the PSS of a process and descendants in bytes; 0 if one of them ended."""
     try:
         total = 0
         for member in find_descendants(process):

@@ -1,11 +1,11 @@
-"""Device operations and memory traffic of one micro-batch of RTD, counted on the meta device.
+"""Device operations and memory traffic of one micro-batch of RTD.
 
     python -m benchmarks.traffic
 
 Forward and backward pass of generator and discriminator in bfloat16 autocast, without the optimizer. Each
 operation moves the bytes of its inputs and outputs; views move none, and lookups of rows move these rows.
-Nothing is computed, so that a laptop counts the large sizes of a GPU. `saved` is what the forward passes save
-for the backward passes, without parameters.
+They are counted on the meta device: nothing is computed, so that a laptop counts the large sizes of a GPU.
+`saved` is what the forward passes save for the backward passes, without parameters.
 
 The Triton kernels are counted by formula (`list_kernel_traffic`): each reads its inputs and writes its
 outputs once. Tiles that a kernel reads again come from the cache.
@@ -189,8 +189,9 @@ class _MetaAutocast(AutocastModule):
 
 
 def list_kernel_traffic(shape: tuple[int, ...], is_backward: bool) -> dict[str, int]:
-    """Return the bytes that each Triton kernel of one layer moves, in bfloat16 with dropout and both terms.
+    """Return the bytes that each Triton kernel of one layer moves.
 
+    They are those in bfloat16 with dropout and both terms.
     shape: B, L, H, D. Scores have full tiles of N rows, W in all.
     """
     B, L, H, D = shape

@@ -187,7 +187,10 @@ class ComposedRTD:
 
 
 class LibraryMLM:
-    """`BertForMaskedLM` or `DebertaV2ForMaskedLM`, trained as the library's example script does."""
+    """`BertForMaskedLM` or `DebertaV2ForMaskedLM`.
+
+    It is trained as the library's example script does.
+    """
 
     def __init__(self, values: dict, precision: str, device: str = "cpu") -> None:
         from transformers import BertConfig, BertForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM
@@ -229,7 +232,10 @@ def build_composed(config_name: str, precision: str, device: str = "cpu"):
 
 
 def measure_matmul_rate(precision: str) -> float:
-    """Return FLOP/s of large matmuls on the CPU over two seconds: single ones vary by a factor of three."""
+    """Return FLOP/s of large matmuls on the CPU over two seconds.
+
+    Single ones vary by a factor of three.
+    """
     size = 3072
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
@@ -242,7 +248,10 @@ def measure_matmul_rate(precision: str) -> float:
 
 
 def count_flops(config_name: str, precision: str, batch: Batch) -> int:
-    """Count the FLOPs of matmuls in one step of plain PyTorch on a CPU, without recomputed logits."""
+    """Count the FLOPs of matmuls in one step of plain PyTorch on a CPU.
+
+    Recomputed logits are not counted.
+    """
     step = build_ours(config_name, precision, kernels="off")
     with FlopCounterMode(display=False) as counter:
         step(batch)
@@ -263,7 +272,10 @@ def synchronize(device: str) -> None:
 
 
 def time_steps(case: Case, limit: float = 60) -> list[float]:
-    """Return seconds of each step, two warm-up steps included; no new step starts after `limit` seconds."""
+    """Return seconds of each step, two warm-up steps included.
+
+    No new step starts after `limit` seconds.
+    """
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True  # for all
     started = time.perf_counter()
@@ -289,7 +301,10 @@ def time_steps(case: Case, limit: float = 60) -> list[float]:
 
 
 def measure(case: Case) -> dict:
-    """Return seconds per step, tokens/s, peak memory, FLOPs, and their share of the peak, of this process."""
+    """Return the speed and the memory of this process.
+
+    Seconds per step, tokens/s, peak memory, FLOPs, and their share of the peak.
+    """
     all_seconds = time_steps(case)
     seconds = statistics.median(all_seconds[2:])
     tokens = case.sequences * case.length
@@ -323,7 +338,10 @@ def measure_in_process(case: Case, timeout: float | None = None) -> dict:
 
 
 def summarize(results: list[dict], rate: float | None) -> dict:
-    """Return medians over the processes of one peer; `rate` in FLOP/s replaces the peak of each."""
+    """Return medians over the processes of one peer.
+
+    `rate` in FLOP/s replaces the peak of each.
+    """
     row = {"spread": [min(r["seconds"] for r in results), max(r["seconds"] for r in results)]}
     for name in ("seconds", "tokens_per_second", "peak_gb", "flops"):
         row[name] = statistics.median(r[name] for r in results)
@@ -337,7 +355,7 @@ def summarize(results: list[dict], rate: float | None) -> dict:
 def compare_peers(
     build_case: Callable[[str, str], Case], precisions: list[str], peers: list[str], rounds: int
 ) -> dict:
-    """Measure one case `rounds` times in turns, and return a row per precision and peer."""
+    """Measure a case `rounds` times in turns; return a row per precision and peer."""
     runs: dict[tuple[str, str], list[dict]] = {(p, who): [] for p in precisions for who in peers}
     for _ in range(rounds):
         for (precision, who), results in runs.items():

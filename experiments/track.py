@@ -57,13 +57,16 @@ def track() -> None:
 
 
 def is_complete(run: RunRecord) -> bool:
-    """Return whether the last step is there, and its evaluation, which may take minutes more."""
+    """Return whether the last step and its evaluation are there.
+
+    The evaluation may take minutes more.
+    """
     kind = "valid" if run.settings.get("validation", {}).get("valid_sha256") else "train"
     return any(row["kind"] == kind and row["step"] >= run.total_steps for row in run.rows)
 
 
 def open_tracker(name: str, run: RunRecord) -> tuple[Send, Callable[[], object]]:
-    """Return the functions that send the metrics of a step, and that close the tracker."""
+    """Return functions that send the metrics of a step, and that close the tracker."""
     if name == "tensorboard":
         writer = import_module("torch.utils.tensorboard").SummaryWriter(run.path / "tensorboard")
 

@@ -1,4 +1,7 @@
-"""Words inside identifiers, which codespell does not see: American spelling, and the terms of the field."""
+"""Language that the linters do not check: words inside identifiers, and the length of docstrings.
+
+Identifiers have American spelling and the terms of the field.
+"""
 
 import ast
 import re
@@ -12,6 +15,8 @@ from tests.conftest import ROOT
 # Each has a term in the PyTorch documentation: full, skipped, temporary, shard, reported, rank 0, retryable.
 PRIVATE_WORDS = {"whole", "aside", "beside", "told", "said", "anew", "mendable", "leftout", "cutup", "lest"}
 MODULES = sorted((ROOT / "DeBERTa").rglob("*.py"))
+DOCUMENTED = [*MODULES, *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")]
+LONGEST_SUMMARY = 80
 
 
 def split_words(identifier: str) -> list[str]:
@@ -46,6 +51,18 @@ def test_identifiers(path):
     assert len(refused) > 100
     wrong = {name for name in find_identifiers(path) if refused & set(split_words(name))}
     assert not wrong
+
+
+def find_summaries(path: Path) -> set[str]:
+    """Return the first lines of the docstrings of a module."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, documented)]
+    return {(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes}
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_first_lines_of_docstrings_are_short(path):
+    assert not [line for line in find_summaries(path) if len(line) > LONGEST_SUMMARY]
 
 
 def test_words_are_split():

@@ -60,7 +60,7 @@ class LineOrder:
         return self._orders[epoch]
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Return the lines at int64 `positions` of the endless order, int64 of the same shape."""
+        """Return the lines at `positions` of the endless order, int64 of their shape."""
         epochs, offsets = np.divmod(positions, self.num_lines)
         lines = [self._get_epoch_order(int(e))[i] for e, i in zip(epochs, offsets, strict=True)]
         return np.array(lines, dtype=np.int64)
@@ -100,9 +100,10 @@ class TrainingBatches(Dataset[Batch]):
         self._replay_order = LineOrder(len(self.replay.store), plan.seed, REPLAY_ORDER)
 
     def select_lines(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return the lines of rows of the global batch of `step`, by default this rank's, int64 [rows].
+        """Return the lines of rows of the global batch of `step`, int64 [rows].
 
-        Those of the replayed text are indices of its own lines (`is_replayed`).
+        By default the rows are those of this rank. Lines of the replayed text are indices of its own lines
+        (`is_replayed`).
         """
         rows = self._get_rows() if rows is None else rows
         numbers = step * self.plan.batch_size + rows
@@ -113,18 +114,18 @@ class TrainingBatches(Dataset[Batch]):
         return lines
 
     def select_global_lines(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lines of the global batch of `step`: own and replayed ones, int64 [rows] each."""
+        """Return the own and the replayed lines of the global batch of `step`, int64."""
         rows = np.arange(self.plan.batch_size)
         lines, is_replayed = self.select_lines(step, rows), self.is_replayed(step, rows)
         return lines[~is_replayed], lines[is_replayed]
 
     def count_own_rows(self, num_steps: int) -> int:
-        """Return how many rows of the first `num_steps` global batches are not of the replayed text."""
+        """Count the rows of the first `num_steps` global batches that are not replayed."""
         num_rows = num_steps * self.plan.batch_size
         return num_rows - int(self.replay.count_rows(np.array(num_rows)))
 
     def is_replayed(self, step: int, rows: np.ndarray) -> np.ndarray:
-        """Return which rows of the global batch of `step` are of the replayed text, bool [rows]."""
+        """Return which rows of the global batch of `step` are replayed, bool [rows]."""
         numbers = step * self.plan.batch_size + rows
         return self.replay.count_rows(numbers + 1) > self.replay.count_rows(numbers)
 
@@ -183,10 +184,10 @@ def derive_step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def draw_uniforms(seed: int, stream: int, step: int, first_row: int, shape: tuple[int, int]) -> np.ndarray:
-    """Return uniform values for rows of a global batch, float64 of `shape` [rows, draws].
+    """Return uniform values for rows of a global batch, float64 of `shape`.
 
-    The values are in [0, 1) and do not depend on how the batch is sharded. `draws` must be a multiple of 4,
-    the block size of numpy's Philox.
+    `shape` is [rows, draws]. The values are in [0, 1) and do not depend on how the batch is sharded. `draws`
+    must be a multiple of 4, the block size of numpy's Philox.
     """
     bits = np.random.Philox(key=[seed, stream], counter=[first_row * shape[1] // 4, 0, step, 0])
     return np.random.Generator(bits).random(shape)

@@ -49,7 +49,7 @@ class Stored(NamedTuple):
 
 
 class SharedBatches(Dataset):
-    """Batches that data workers write to slots of memory, which they share with their rank.
+    """Batches that data workers write to slots of memory shared with their rank.
 
     There is one more slot than batches are prefetched: a slot is free again once the rank has read its batch.
     """
@@ -64,7 +64,10 @@ class SharedBatches(Dataset):
         return len(self.indices)
 
     def __getitem__(self, number: int) -> Stored | DebertaError | MemoryError:
-        """Write a batch in a data worker, and return where it is, or why it cannot be prepared."""
+        """Write a batch; return where it is, or why it cannot be prepared.
+
+        Data workers call this.
+        """
         try:
             batch = self.batches[self.indices[number]]
         except DebertaError as error:
@@ -96,9 +99,10 @@ class SharedBatches(Dataset):
 
 
 def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iterator[Batch]:
-    """Load batches in order, prefetched by `workers` data workers, which end with the iterator.
+    """Load batches in order, prefetched by `workers` data workers.
 
-    Raises the errors of the package that occur in a data worker, and `StorageError` if it cannot be started.
+    The data workers end with the iterator. Raises the errors of the package that occur in a data worker, and
+    `StorageError` if it cannot be started.
     """
     if not workers:
         loaded = (batches[index] for index in indices)
@@ -110,9 +114,10 @@ def load_batches(batches: Batches, indices: Sequence[int], workers: int) -> Iter
 
 @atexit.register
 def _end_workers() -> None:
-    """End the data workers of iterators that a traceback or a global variable holds until the process exits.
+    """End the data workers of iterators that are referenced until the process exits.
 
-    `multiprocessing` would end them by SIGTERM, which they ignore, and wait for them.
+    A traceback or a global variable may hold them. `multiprocessing` would end them by SIGTERM, which they
+    ignore, and wait for them.
     """
     for loader in list(WITH_WORKERS):
         loader.close()
@@ -150,9 +155,9 @@ def _load_in_workers(batches: Batches, indices: Sequence[int], workers: int) -> 
 
 
 def _reserve_and_release(workers: int) -> None:
-    """Raise `OSError` unless there are the locks and open files that DataLoader needs for its workers.
+    """Raise `OSError` without the locks and open files that DataLoader needs.
 
-    It cannot be ended cleanly once it has been half started.
+    Its workers need them. DataLoader cannot be ended cleanly once it has been half started.
     """
     for queue in [FORK.SimpleQueue() for _ in range(2 * workers + 4)]:
         queue.close()

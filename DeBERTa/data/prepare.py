@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PreparedText:
-    """An output with the metadata of its token ids, and the seconds it took; None if it was up to date."""
+    """An output with the metadata of its token ids, and the seconds it took.
+
+    `seconds` is None if the output was up to date.
+    """
 
     output: Path
     meta: StoreMeta
@@ -54,7 +57,7 @@ def prepare_outputs(
     workers: int | None = None,
     is_part: bool = False,
 ) -> list[PreparedText]:
-    """Write the outputs and their token ids from the texts, one after the other, if needed.
+    """Write the outputs and their token ids, one after the other, if needed.
 
     Args:
         outputs: a file, and one for each of `recipe.ranges`.
@@ -182,9 +185,10 @@ class _Writer:
 def _check_outputs(
     writers: Sequence[_Writer], sources: Sequence[Path], vocabulary: Path, is_part: bool
 ) -> None:
-    """Check that there is text, and the share of [UNK]: warn above 5 %, raise above 20 %.
+    """Check that there is text, and the share of [UNK].
 
-    Raises `VocabularyError` above 20 % of at least 1,000 tokens, and `DataError` if an output has no text.
+    Warns above 5 %. Raises `VocabularyError` above 20 % of at least 1,000 tokens, and `DataError` if an
+    output has no text.
     """
     name = name_sources(sources)
     tokens = sum(writer.meta.num_tokens for writer in writers)

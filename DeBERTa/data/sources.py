@@ -1,7 +1,8 @@
-"""Raw text as people have it: files, directories, patterns and standard input, read in blocks.
+"""Raw text as people have it, read in blocks.
 
-What a file holds follows from its first bytes, not from its name: gzip, xz, bzip2 or Zstandard, and in it
-Parquet, JSON lines or text. The memory in use does not depend on the size of a file or of its lines.
+It comes from files, directories, patterns and standard input. What a file holds follows from its first bytes,
+not from its name: gzip, xz, bzip2 or Zstandard, and in it Parquet, JSON lines or text. The memory in use does
+not depend on the size of a file or of its lines.
 """
 
 import bz2
@@ -186,7 +187,10 @@ class SourceFile:
             yield Block(self.path, offset, kind, data)
 
     def _read_copy(self, first: bytes, reading: Reading) -> Iterator[Block]:
-        """Yield the documents of a Parquet file that cannot be read from its end: it is copied first."""
+        """Yield the documents of a Parquet file that is copied first.
+
+        It cannot be read from its end where it is.
+        """
         cache = get_cache_dir()
         with raise_storage_errors(cache):
             cache.mkdir(parents=True, exist_ok=True)
@@ -225,7 +229,7 @@ class SourceFile:
 
 
 def open_compressed(path: Path, beginning: bytes, rest: IO[bytes]) -> tuple[IO[bytes], str]:
-    """Return a stream of the decompressed content, and the name of the compression or "".
+    """Return a stream of decompressed content, and its compression or "".
 
     `beginning` and `rest` are the file `path`. Raises `ConfigError` if Zstandard cannot be read here.
     """

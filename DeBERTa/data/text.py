@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 def find_block_end(block: bytes, kind: str) -> int:
-    """Return the end of a block, as an offset in bytes; 0 if it holds no complete JSON record.
+    """Return the end of a block in bytes; 0 if it holds no complete JSON record.
 
     A block ends after a document. If a document is longer, it ends after a line, else at a space, else
     between two characters.
@@ -127,10 +127,10 @@ def decode_block(block: Block, errors: str) -> bytes:
 
 
 def read_documents(block: Block, column: str, errors: str) -> list[bytes]:
-    """Return the documents of a block as valid UTF-8; one of kind TEXT is returned as one document.
+    """Return the documents of a block as valid UTF-8.
 
-    `column`: the field of JSON records that holds the text. Raises `DataError` for invalid UTF-8 and for
-    records without text.
+    A block of kind TEXT is returned as one document. `column`: the field of JSON records that holds the text.
+    Raises `DataError` for invalid UTF-8 and for records without text.
     """
     if isinstance(block.data, list):
         return [_encode(document, block, errors) for document in block.data]

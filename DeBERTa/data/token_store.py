@@ -75,7 +75,10 @@ class StoreMeta:
     recipe: dict[str, Any] | None = None  # the inputs of `prepare`, if it wrote the text
 
     def is_valid(self) -> bool:
-        """Return whether this is of the present format, and its values have their types and are possible."""
+        """Return whether the format is the present one, and all values are possible.
+
+        Types are checked, too.
+        """
         values, defaults = asdict(self), asdict(StoreMeta(recipe=self.recipe))
         is_typed = all(type(value) is type(defaults[name]) for name, value in values.items())
         is_counted = all(value >= 0 for value in values.values() if isinstance(value, int))
@@ -138,7 +141,7 @@ class StoreFile:
         return self.tokens[start:end]
 
     def has_valid_ids(self) -> bool:
-        """Return whether the ids are those that were written, up to `VERIFIED_AT_OPEN` blocks."""
+        """Return whether the ids are those written, up to `VERIFIED_AT_OPEN` blocks."""
         return all(map(self._verify, range(min(len(self._checksums), VERIFIED_AT_OPEN))))
 
     def _verify(self, block: int) -> bool:
@@ -261,7 +264,7 @@ class TokenStore:
         return self.files[file][line - int(self._starts[file])]
 
     def count_ids(self, num_ids: int, max_tokens: int = 10_000_000) -> np.ndarray:
-        """Return how often each id occurs among the first `max_tokens` tokens, int64 [num_ids]."""
+        """Count each id among the first `max_tokens` tokens, int64 [num_ids]."""
         counts = np.zeros(num_ids, np.int64)
         for file in self.files:
             tokens = file.tokens[:max_tokens]
@@ -275,9 +278,9 @@ def _hash_all(hashes: Iterable[str]) -> str:
 
 
 def list_parts(text: Path) -> list[Path]:
-    """Return the files of a prepared text: itself, or its parts in order if it is a directory.
+    """Return the files of a prepared text: itself, or the parts of a directory.
 
-    Raises `DataError` if the text or one of its parts is missing.
+    Parts are in order. Raises `DataError` if the text or one of its parts is missing.
     """
     if text.is_file():
         return [text]
@@ -302,7 +305,7 @@ def get_part_name(number: int, count: int) -> str:
 
 
 def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, has_progress: bool = True) -> TokenStore:
-    """Open the token ids of a prepared text; look them up first where no store matches.
+    """Open the token ids of a prepared text; look them up if no store matches.
 
     `text`: a file, or a directory of files. `has_progress` shows a progress bar, and a warning about unknown
     pieces. Raises `DataError` if the text is missing or empty or has a line of more than `max_tokens` pieces,

@@ -117,7 +117,10 @@ class Tokenizer:
         return [piece for line in encoded for piece in line if piece not in self.piece_to_id]
 
     def normalize(self, text: str) -> str:
-        """Return a text as the vocabulary normalizes it, without the mark that it adds at the beginning."""
+        """Return a text as the vocabulary normalizes it, without the mark at its start.
+
+        The vocabulary adds that mark.
+        """
         return self._processor.normalize(text).removeprefix(WORD_MARK).replace(WORD_MARK, " ")
 
     @cached_property
@@ -143,11 +146,11 @@ def _is_punctuation(character: str) -> bool:
 
 
 def train_vocabulary(sentences: Iterable[str], size: int, character_coverage: float = 1.0) -> bytes:
-    """Train a unigram vocabulary of `size` pieces, special ones included; return the model.
+    """Train a unigram vocabulary of `size` pieces; return the model.
 
-    The same sentences give the same bytes. SentencePiece takes about 20 bytes of memory per byte of text, so
-    pass a sample of a large text. The pieces cover printable ASCII, and at least the share
-    `character_coverage` of the characters of the sentences; rarer characters become [UNK].
+    The size includes special pieces. The same sentences give the same bytes. SentencePiece takes about 20
+    bytes of memory per byte of text, so pass a sample of a large text. The pieces cover printable ASCII, and
+    at least the share `character_coverage` of the characters of the sentences; rarer ones become [UNK].
 
     Raises `VocabularyError` if the text does not suit the size.
     """
@@ -189,7 +192,10 @@ def _explain_training_error(message: str) -> str:
 
 
 def _split_sentences(sentences: Iterable[str]) -> Iterator[str]:
-    """Yield the sentences, split, with spaces for characters for which SentencePiece drops a sentence."""
+    """Yield the sentences, split, with spaces for characters that are refused.
+
+    SentencePiece drops a sentence with such a character.
+    """
     for sentence in sentences:
         for part in split_at_spaces(sentence.translate(DROPPING).encode(), MAX_SENTENCE_BYTES):
             yield part.decode()

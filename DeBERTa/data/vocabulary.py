@@ -1,4 +1,4 @@
-"""Training of a vocabulary on a text, once, and a report of how a vocabulary fits a text.
+"""Training of a vocabulary on a text, once, and reports of how one fits a text.
 
 `spm.model.json` next to a vocabulary `spm.model` records what it was trained on.
 """
@@ -78,7 +78,7 @@ def _is_trained(path: Path, record: Path, recipe: dict[str, Any]) -> bool:
 
 
 def _report_characters(tokenizer: Tokenizer, lines: Sequence[bytes]) -> None:
-    """Warn of characters of the text that the vocabulary leaves out, and of a vocabulary full of them."""
+    """Warn of characters that the vocabulary lacks, and of one full of characters."""
     missing = tokenizer.find_unknown_characters(set(chain.from_iterable(map(bytes.decode, lines))))
     if missing:
         shown = " ".join(f"{char} (U+{ord(char):04X})" for char in missing[:EXAMPLES])
@@ -134,7 +134,7 @@ def check_text(sources: Sequence[Path], recipe: Recipe) -> str:
 
 
 def _find_normalized(tokenizer: Tokenizer, characters: Counter[str]) -> tuple[Counter[str], Counter[str]]:
-    """Return the characters that normalization removes, and those that it changes, with their counts."""
+    """Return characters that normalization removes, and changes, with counts."""
     removed: Counter[str] = Counter()
     changed: Counter[str] = Counter()
     for character, count in characters.items():

@@ -1,6 +1,6 @@
-"""Trained models out: directories that transformers and this package read, and published files.
+"""Export of trained models: directories of models, and published files.
 
-A model directory:
+A model directory, which transformers and this package read:
     config.json             model config with resolved sizes, and what transformers needs to know
     model.safetensors       weights under the published names, with full tables
     modeling_*.py           the head that transformers lacks, for `trust_remote_code=True`
@@ -36,7 +36,7 @@ OPTIONAL_FILES = {"curves.svg", "model.onnx", "model.onnx.data"}
 
 
 class ExportedModel(NamedTuple):
-    """One model of a run: its config, its weights, and the class of its head for transformers."""
+    """One model of a run: config, weights, and class of its head for transformers."""
 
     name: str
     config: ModelConfig
@@ -46,7 +46,7 @@ class ExportedModel(NamedTuple):
 
 
 def list_models(model: MaskedLanguageModel | RTDModel) -> list[ExportedModel]:
-    """Return the models of a run: "model" (MLM), or "generator" and "discriminator" (RTD)."""
+    """Return the model of an MLM run, or generator and discriminator of an RTD run."""
     masked_lm = ("AutoModelForMaskedLM", "modeling_masked_lm.DebertaForMaskedLM")
     replaced = ("AutoModelForPreTraining", "modeling_replaced_tokens.DebertaForReplacedTokenDetection")
     if isinstance(model, MaskedLanguageModel):
@@ -107,7 +107,10 @@ def write_model(
 
 
 def write_plain_model(model: ExportedModel, directory: Path, vocabulary: Path) -> None:
-    """Write a model that transformers does not have: weights, config and vocabulary for this package."""
+    """Write a model that transformers does not have, for this package.
+
+    Written are weights, config and vocabulary.
+    """
     texts = {"config.json": _to_json(model.config.to_dict())}
     with replace_directory(directory) as temporary:
         _write_files(temporary, {"model.safetensors": model.weights}, vocabulary, texts)

@@ -1,4 +1,7 @@
-"""Predictions of an exported model for a text, without transformers: masked tokens, replaced tokens."""
+"""Predictions of an exported model for a text, without transformers.
+
+They are masked tokens, or replaced tokens.
+"""
 
 import re
 from pathlib import Path
@@ -36,7 +39,10 @@ class TokenProbability(NamedTuple):
 
 
 class PromptEncoder:
-    """Encodes text with special pieces such as `[MASK]`, as the exported `tokenizer.json` does."""
+    """Encodes text with special pieces, as the exported `tokenizer.json` does.
+
+    One such piece is `[MASK]`.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         model = tokenizer.path.read_bytes()
@@ -102,7 +108,10 @@ def build_from_weights(
 
 
 def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise `ConfigError` if `tokenizer.json`, where there is one, has other pieces or normalization."""
+    """Raise `ConfigError` if `tokenizer.json` has other pieces or normalization.
+
+    A directory without that file is accepted.
+    """
     if path.exists():
         own, other = build_tokenizer_json(tokenizer), read_json(path)
         name = "precompiled_charsmap"

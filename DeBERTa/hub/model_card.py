@@ -1,4 +1,4 @@
-"""Model card: recipe, data and results of the run of a model, and a picture of its losses."""
+"""Model card: recipe, data and results of a run, and a picture of its losses."""
 
 import contextlib
 import dataclasses
@@ -83,7 +83,7 @@ def _format_run(run: RunRecord) -> list[str]:
 
 
 def _format_table(title: str, values: dict[str, Any]) -> str:
-    """Return a section with a table of what is not None, or an empty string without values."""
+    """Return a section with a table of what is not None, empty without values."""
     rows = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
     return "\n".join([f"## {title}\n", "| | |", "| --- | --- |", *rows]) if rows else ""
 

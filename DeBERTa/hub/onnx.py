@@ -1,4 +1,7 @@
-"""The encoder as an ONNX file, with dynamic batch size and length. Needs onnx and onnxscript (an extra)."""
+"""The encoder as an ONNX file, with dynamic batch size and length.
+
+Needs onnx and onnxscript (an extra).
+"""
 
 import contextlib
 import importlib.util
@@ -21,7 +24,10 @@ DYNAMIC_SHAPES = ({0: "batch", 1: "length"},) * 2
 
 
 class TracedEncoder(Encoder):
-    """An encoder whose relative positions are tensor operations, without numbers read on the host."""
+    """Encoder whose relative positions are tensor operations.
+
+    None of their values is read on the host.
+    """
 
     def compute_relative_positions(self, length: int) -> RelativePositions | None:
         """Return all rows of the table, and the slots of `length` positions."""
@@ -51,7 +57,10 @@ class OnnxEncoder(nn.Module):
 
 
 def build_encoder(weights: dict[str, torch.Tensor], config: ModelConfig) -> OnnxEncoder:
-    """Return the encoder of an exported model for `torch.export`, with any batch size and length."""
+    """Return the encoder of an exported model for `torch.export`.
+
+    Batch size and length are dynamic.
+    """
     encoder = OnnxEncoder(Deberta(config, "nes"))
     encoder.load_state_dict({name: t for name, t in weights.items() if name.startswith("deberta.")})
     encoder.deberta.encoder.__class__ = TracedEncoder

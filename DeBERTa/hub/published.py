@@ -214,7 +214,7 @@ def set_tables(model: RTDModel, file: WeightsFile) -> None:
 def set_residual(
     target: torch.Tensor, base: torch.Tensor, table: torch.Tensor | None, residual: torch.Tensor | None
 ) -> None:
-    """Set a residual such that `base + residual` is bitwise `table`, where such a residual exists.
+    """Set a residual such that `base + residual` is bitwise `table`, where one exists.
 
     It exists for every table that was computed as such a sum. The file's residual is used where it gives this
     sum, and without a table.
@@ -258,14 +258,17 @@ def copy_weights(model: nn.Module, file: WeightsFile) -> LoadedWeights:
 
 
 def is_encoder_weight(name: str) -> bool:
-    """Return whether a name is a weight of an encoder, not of a head, and not a buffer or shared table."""
+    """Return whether a name is a weight of an encoder, not of a head.
+
+    Buffers and shared tables do not count.
+    """
     is_table = name.startswith((f"{WORD}.", f"{POSITION}."))
     is_other = is_table or name.endswith(".position_ids") or ".pooler." in name
     return name.startswith("deberta.") and not is_other
 
 
 def find_new_parts(missing: list[str], file: WeightsFile) -> tuple[str, ...]:
-    """Return the parts of the model that start new, given the names that the file does not have.
+    """Return the parts of the model that start new, given names the file lacks.
 
     Raises `ConfigError` for a missing part that must not start new.
     """
@@ -281,7 +284,7 @@ def find_new_parts(missing: list[str], file: WeightsFile) -> tuple[str, ...]:
 
 
 def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: WeightsFile) -> None:
-    """Raise `ConfigError` for a tensor of another shape, of another kind, or with values not finite."""
+    """Raise `ConfigError` for another shape, another kind, or values not finite."""
     problems = []
     if tensor.shape != expected.shape:
         hint = f" ({OTHER_ROWS})" if name == f"{WORD}.weight" else ""
@@ -298,7 +301,7 @@ def describe_shapes(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> 
 
 
 def raise_misfits(path: str | Path, problems: list[str], target: str) -> None:
-    """Raise `ConfigError` with the first problem and the number of the others, if there are any."""
+    """Raise `ConfigError` with the first problem, if any, and the number of others."""
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ConfigError(f"{path} does not fit {target}: {problems[0]}{more}; give a file of this model")

@@ -1,4 +1,4 @@
-"""A SentencePiece vocabulary as the files that `AutoTokenizer` of transformers reads.
+"""A SentencePiece vocabulary as files for `AutoTokenizer` of transformers.
 
 `tokenizer.json` is the format of the tokenizers library. `spm.model` holds everything that it needs; the file
 is parsed here, because sentencepiece does not return the map of the normalizer. `PreTrainedTokenizerFast` is
@@ -25,7 +25,10 @@ VARINT, FIXED_SIZES = 0, {1: 8, 5: 4}  # wire types of protobuf
 
 
 def iterate_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of every field of a protobuf message: an integer, or bytes."""
+    """Yield number and value of every field of a protobuf message.
+
+    A value is an integer or bytes.
+    """
     position = 0
     while position < len(message):
         key, position = _read_varint(message, position)
@@ -118,7 +121,7 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _find_obstacle(tokenizer: Tokenizer, pieces: list[dict], trainer: dict, normalizer: dict) -> str | None:
-    """Return what SentencePiece does with this vocabulary and `tokenizer.json` cannot, or None."""
+    """Return what this vocabulary does and `tokenizer.json` cannot, or None."""
     model_type = MODEL_TYPES.get(trainer.get(MODEL_TYPE, 1), "unknown")
     if model_type != "unigram":
         return f"its model type is {model_type}, not unigram"

@@ -56,7 +56,10 @@ class VocabularyMap:
 
 
 def split_piece(piece: str, old: Tokenizer) -> list[int]:
-    """Return the ids of the old pieces that a piece consists of: its own, if the old vocabulary has it."""
+    """Return the ids of the old pieces that a piece consists of.
+
+    It is one id if the old vocabulary has the piece.
+    """
     if piece in old.piece_to_id:
         return [old.piece_to_id[piece]]
     (ids,) = old.encode_lines([piece.replace(WORD_MARK, " ").strip()])

@@ -1,6 +1,7 @@
-"""Reading and writing of weight files: `.bin` (a pickle, usually in a zip archive) and `.safetensors`.
+"""Reading and writing of weight files: `.bin` and `.safetensors`.
 
-Code in a file is not executed. Tensors are mapped from the file, so that memory is used as they are read.
+A `.bin` file is a pickle, usually in a zip archive. Code in a file is not executed. Tensors are mapped from
+the file, so that memory is used as they are read.
 """
 
 import warnings
@@ -49,13 +50,19 @@ def read_weights(path: str | Path) -> StateDict:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return whether a file begins as safetensors do: a length in 8 bytes, and a JSON object."""
+    """Return whether a file begins as safetensors do.
+
+    That is a length in 8 bytes, and a JSON object.
+    """
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def _load_pickle(path: Path) -> object:
-    """Load a `.bin` file of either format; raise `ConfigError` for an archive that is not intact."""
+    """Load a `.bin` file of either format.
+
+    Raises `ConfigError` for an archive that is not intact.
+    """
     is_archive = zipfile.is_zipfile(path)
     if is_archive:
         _check_archive(path)
@@ -65,7 +72,10 @@ def _load_pickle(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise `ConfigError` unless the checksums of all entries match, which torch.load does not compare."""
+    """Raise `ConfigError` unless the checksums of all entries match.
+
+    torch.load does not compare them.
+    """
     problem = None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -91,7 +101,7 @@ def _guess_content(path: Path) -> str:
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: str | Path) -> None:
-    """Raise `ConfigError` if a tensor that was read from `path` has NaN or infinite values in float32."""
+    """Raise `ConfigError` if a tensor read from `path` is not finite in float32."""
     # Only the norm is converted: a copy of a word table would need as much memory as the table.
     if tensor.numel() and not torch.linalg.vector_norm(tensor, ord=torch.inf).float().isfinite():
         count = tensor.numel() - int(torch.isfinite(tensor.float()).sum())

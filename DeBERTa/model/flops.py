@@ -21,7 +21,10 @@ def count_flops_per_token(config: ModelConfig | RTDConfig, length: int) -> float
 
 
 def _count_layer(config: ModelConfig, length: int) -> tuple[float, float]:
-    """Return FLOPs per token of one layer, forward: of its queries, and of keys, values and p2c."""
+    """Return the forward FLOPs per token of one layer.
+
+    They are those of its queries, and those of keys, values and p2c.
+    """
     heads = config.num_attention_heads * config.head_size
     terms = {term: 2 * min(length, 2 * config.position_span) * heads for term in config.position_terms}
     queries = 4 * config.hidden_size * (heads + config.intermediate_size) + 4 * length * heads

@@ -1,5 +1,6 @@
-"""Attention on PyTorch's fused operations, with position scores as bias (`--attention sdpa`).
+"""Attention on PyTorch's fused operations (`--attention sdpa`).
 
+Position scores are the bias of these operations.
 Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size.
 S is the number of rows of the relative-position table.
 """
@@ -17,10 +18,13 @@ MASK_COLUMNS = 8  # of keys in the p2c matmul: one would do, but matmuls on GPUs
 
 
 class SdpaEncoder(ExpandingEncoder):
-    """Encoder whose expanded tables are windows [n, L + T] of distances, one per block of T rows."""
+    """Encoder whose expanded tables are windows [n, L + T] of distances.
+
+    There is one window per block of T rows.
+    """
 
     def list_distances(self, length: int, device: torch.device) -> torch.Tensor:
-        """Return the distances row - column of the rows of an expanded table, int64 [n * (L + T)].
+        """Return the distances row - column of an expanded table, int64 [n * (L + T)].
 
         The last one of each window is not used: it makes the width of scores even.
         """
@@ -46,9 +50,9 @@ class JointSelfAttention(DisentangledSelfAttention):
     def project_jointly(
         self, hidden_states: torch.Tensor, positions: RelativePositions | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return queries, keys and values [B, L, 3, H, D], and the key and query tables [S, H, D].
+        """Return queries, keys and values [B, L, 3, H, D], and two tables [S, H, D].
 
-        Queries and the query table are scaled.
+        The tables are that of keys and that of queries. Queries and the query table are scaled.
         """
         weight, bias = self.join_projections(self.query_proj, self.key_proj, self.value_proj)
         split = (-1, (-1, self.num_heads, self.head_size))
@@ -192,7 +196,10 @@ def _view_blocks(x_BLHD: torch.Tensor) -> torch.Tensor:
 
 
 def _append_mask(k: torch.Tensor, input_mask: torch.Tensor) -> torch.Tensor:
-    """Return `k` [H, n, B, T, D] with more columns, which add up to MASKED_SCORE at padding."""
+    """Return `k` [H, n, B, T, D] with more columns, which mask padding.
+
+    They add up to MASKED_SCORE there.
+    """
     mask = torch.where(input_mask, 0.0, MASKED_SCORE / MASK_COLUMNS)
     mask = mask.unflatten(1, (-1, k.size(3))).transpose(0, 1)
     masked = k.new_empty(*k.shape[:4], k.size(4) + MASK_COLUMNS)
@@ -216,7 +223,10 @@ def _score_rows(x: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
 def _differentiate_rows(
     grad: torch.Tensor, x: torch.Tensor, windows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of rows `x` [H, n, B, T, D] and windows, given those of scores [H, n, B, T, L]."""
+    """Return the gradients of rows `x` [H, n, B, T, D] and of windows.
+
+    They follow from those of scores [H, n, B, T, L].
+    """
     scores = _merge_rows(spread_distances(grad))
     grad_x = torch.bmm(scores, windows.unflatten(1, (x.size(1), -1)).flatten(0, 1)).view(x.shape)
     return grad_x, torch.bmm(scores.transpose(1, 2), _merge_rows(x)).view(windows.shape)

@@ -20,7 +20,7 @@ class AutocastModule:
 
 
 class AutocastLayer(AutocastModule, Layer):
-    """Transformer layer that casts the inputs of attention and feed-forward network once each."""
+    """Layer that casts the inputs of attention and feed-forward network once each."""
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None

@@ -18,8 +18,9 @@ from DeBERTa.ops.autocast import AutocastModule
 
 
 class ExpandedPositions(NamedTuple):
-    """The fields of `RelativePositions`, and matrices that expand tables to one row per distance.
+    """Relative positions with matrices that expand tables to a row per distance.
 
+    The other fields are those of `RelativePositions`.
     key_selector, query_selector: one-hot [W, S] in the dtype of matmuls, for the distances row - column.
     Rows are queries for the key table (c2p), and keys for the query table (p2c).
     """
@@ -40,7 +41,7 @@ class ExpandingEncoder(AutocastModule, Encoder):
     table_alignment = 8
 
     def compute_relative_positions(self, length: int) -> RelativePositions | None:
-        """Return the relative positions of sequences of `length`, None without relative attention."""
+        """Return relative positions for `length`, None without relative attention."""
         positions = super().compute_relative_positions(length)
         if positions is None:
             return None
@@ -55,7 +56,10 @@ class ExpandingEncoder(AutocastModule, Encoder):
 
 
 def _select(positions: RelativePositions, distances: torch.Tensor) -> torch.Tensor:
-    """Return bool [W, S], true at the table row of each distance; those past L repeat the last row."""
+    """Return bool [W, S], true at the table row of each distance.
+
+    Distances past L repeat the last row.
+    """
     last = positions.slots.size(0) - 1
     slots = positions.distance_slots[last - distances.clamp(-last, last)]
     return slots[:, None] == torch.arange(positions.table.size(0), device=distances.device)
@@ -64,8 +68,9 @@ def _select(positions: RelativePositions, distances: torch.Tensor) -> torch.Tens
 def expand_tables(
     positions: RelativePositions | None, key_table: torch.Tensor | None, query_table: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return tables [S, H, D] with one row per distance, contiguous [H, W, D], or None of None.
+    """Return tables [S, H, D] as [H, W, D], a row per distance, or None of None.
 
+    The results are contiguous.
     positions: from an `ExpandingEncoder`.
     """
     if positions is None:
@@ -75,15 +80,19 @@ def expand_tables(
 
 
 def expand_table(selector: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the rows [H, W, D] that a one-hot `selector` [W, S] selects from a table [S, H, D], if any."""
+    """Return the rows [H, W, D] of a table that a selector selects, if any.
+
+    table: [S, H, D]. selector: one-hot [W, S].
+    """
     if table is None:
         return None
     return torch.bmm(selector.expand(table.size(1), -1, -1), table.transpose(0, 1))
 
 
 def view_distances(scores: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return the view [..., T, L] by distance of `scores` [..., T, L + T - 1], dense in the last dimension.
+    """Return the view [..., T, L] by distance of `scores` [..., T, L + T - 1].
 
+    It is dense in the last dimension.
     Element (r, c) is `scores[r, T - 1 - r + c]`. `offset` is the storage offset of `scores`.
 
     For all rows, T = L. With table rows ordered from distance L - 1 down to -(L - 1), rows r as queries and

@@ -1,4 +1,7 @@
-"""Arithmetic of the LM head on a GPU: larger chunks, and passes compiled to one kernel each."""
+"""Arithmetic of the LM head on a GPU.
+
+Chunks are larger, and passes are compiled to one kernel each.
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +19,10 @@ compile_once = functools.cache(functools.partial(torch.compile, dynamic=True))  
 
 
 def compile_when_called(function: Callable[..., Pair]) -> Callable[..., Pair]:
-    """Return `function` compiled at its first call: the compiler takes seconds to load."""
+    """Return `function` compiled at its first call.
+
+    The compiler takes seconds to load.
+    """
 
     def call(*inputs: torch.Tensor) -> Pair:
         return compile_once(function)(*inputs)
@@ -25,7 +31,10 @@ def compile_when_called(function: Callable[..., Pair]) -> Callable[..., Pair]:
 
 
 class CompiledChunkOperations(ChunkOperations):
-    """Chunk operations whose passes over the logits are compiled: none stores a copy of them in float32."""
+    """Chunk operations whose passes over the logits are compiled.
+
+    None stores a copy of the logits in float32.
+    """
 
     @staticmethod
     @compile_when_called

@@ -1,4 +1,4 @@
-"""A page about a run or several, from what a run directory holds: `python -m DeBERTa.report --help`.
+"""A page about a run or several, from what a run directory holds.
 
-Nothing here loads torch.
+See `python -m DeBERTa.report --help`. Nothing here loads torch.
 """

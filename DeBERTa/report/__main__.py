@@ -52,7 +52,7 @@ def report() -> None:
 
 
 def write_all(flags: argparse.Namespace) -> None:
-    """Write the page, and the table and the charts if wanted, and log what is not usual."""
+    """Write the page, and table and charts if wanted; log what is not usual."""
     runs = [read_run(path) for path in flags.runs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:

@@ -166,7 +166,10 @@ def check_replaced(run: RunRecord) -> Finding | None:
 
 
 def check_residual(run: RunRecord) -> Finding | None:
-    """Check that the GDES residual moves, and stays small compared with the generator's table."""
+    """Check that the GDES residual moves, and stays small.
+
+    It is compared with the generator's table.
+    """
     drift = run.get_last("residual_drift", "valid")
     if drift is None:
         return None
@@ -186,7 +189,10 @@ def check_rate(run: RunRecord) -> Finding | None:
 
 
 def check_stability(run: RunRecord) -> Finding:
-    """Check for spikes, skipped updates, and a loss on masked tokens that rises or is null."""
+    """Check for spikes, skipped updates, and a loss that rises or is null.
+
+    The loss is that on masked tokens.
+    """
     name = f"{get_prefix(run)}loss"
     spikes, skipped = sum(row["kind"] == "spike" for row in run.rows), run.get_last("skipped_steps") or 0
     lost = sum(row.get(name, 0) is None for row in run.rows)

@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def update_report(run_dir: Path) -> None:
-    """Write the report of a run that is training; an error is logged, and the run continues."""
+    """Write the report of a run that is training.
+
+    An error is logged, and the run continues.
+    """
     try:
         write_report([read_run(run_dir)], run_dir / "report.html")
     except DebertaError as error:
@@ -120,7 +123,7 @@ def format_events(run: RunRecord) -> str:
 
 
 def format_recipe(runs: list[RunRecord]) -> str:
-    """Return the settings that are not the defaults; of several runs, those that differ."""
+    """Return the settings other than defaults; of several runs, those that differ."""
     default = TrainConfig().to_dict()
     usual = default if len(runs) == 1 else default | runs[0].train
     names = (name for name in default if any(run.train.get(name, usual[name]) != usual[name] for run in runs))

@@ -1,4 +1,4 @@
-"""What a run directory holds: settings, environment, metrics, sample predictions and events.
+"""What a run directory holds: settings, environment, metrics, samples, events.
 
 Fields may be missing or null, and lines truncated: a report shows what is there.
 """
@@ -90,7 +90,10 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the JSON objects with a step in a file of one per line, without other lines."""
+    """Return the JSON objects with a step in a file of one per line.
+
+    Other lines are omitted.
+    """
     with contextlib.suppress(OSError):
         texts = read_file(path).decode(errors="replace").splitlines()
         return [line for text in texts if (line := parse_line(text))]
@@ -98,7 +101,10 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def parse_line(text: str) -> dict | None:
-    """Return the values of a line, or None if it has no step, because a crash truncated it."""
+    """Return the values of a line, or None if it has no step.
+
+    A crash truncated it then.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):

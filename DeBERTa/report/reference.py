@@ -20,7 +20,7 @@ FREE = ("dump_interval", "log_interval")  # flags of a preset that do not change
 
 
 def compare_with_reference(run: RunRecord, folder: Path = FOLDER) -> list[Finding]:
-    """Compare the last evaluation that run and reference have in common, metric by metric.
+    """Compare the last evaluation of both run and reference, metric by metric.
 
     Raises `ConfigError` if there is no reference for the run's settings.
     """

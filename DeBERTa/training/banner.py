@@ -88,7 +88,10 @@ def _describe_resume(run: Run, first_step: int) -> str:
 
 
 def describe_code() -> dict[str, str]:
-    """Return what determines the results of a run besides its settings: a hash of this package, libraries."""
+    """Return what determines the results of a run besides its settings.
+
+    That is a hash of this package, and libraries.
+    """
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
     # Regular files: editors leave links that lead nowhere.
@@ -98,7 +101,7 @@ def describe_code() -> dict[str, str]:
 
 
 def collect_environment(device: torch.device, initial_weights: dict[str, LoadedWeights]) -> dict:
-    """Return a description of the environment: command, versions, machine, weights of `--init_*`."""
+    """Return command, versions, machine, and weights of `--init_*`."""
     return {
         "command": sys.argv,
         "deberta": __version__,

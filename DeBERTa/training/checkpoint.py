@@ -162,9 +162,10 @@ def prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise `DamagedCheckpointError` unless all files match the manifest and are of this step.
+    """Raise `DamagedCheckpointError` unless all files match the manifest.
 
-    The message names the file that is missing or differs. Only files with known names are read.
+    They also have to be of this step. The message names the file that is missing or differs. Only files with
+    known names are read.
     """
     path = folder / MANIFEST
     try:
@@ -191,7 +192,7 @@ def verify(folder: Path) -> None:
 
 
 def _check_step(path: Path, values: dict) -> None:
-    """Raise `DamagedCheckpointError` unless a file is of the step that its directory is named after."""
+    """Raise `DamagedCheckpointError` unless a file is of its directory's step."""
     if get_checkpoint_path(path.parent, values["step"]).name != path.parent.name:
         raise DamagedCheckpointError(
             f"{path.parent} holds the checkpoint of step {values['step']}: it was copied or renamed ({path})"

@@ -135,7 +135,10 @@ def broadcast_value(value: Any) -> Any:
 
 
 def gather_vectors(vector: torch.Tensor) -> list[torch.Tensor]:
-    """Return every rank's [N], in host memory. The dtype is the same on all ranks, N may differ."""
+    """Return every rank's [N], in host memory.
+
+    The dtype is the same on all ranks, N may differ.
+    """
     if not is_distributed():
         return [vector]
     lengths = [torch.tensor(0) for _ in range(get_world_size())]

@@ -84,9 +84,10 @@ def evaluate(
 
 
 def compute_detection_metrics(scores: np.ndarray, replaced: np.ndarray) -> Metrics:
-    """Return accuracy, precision and recall of "replaced" at score 0, and of all thresholds.
+    """Return the metrics of a detector of replaced tokens.
 
-    The latter are ROC AUC, and the recall at a precision of at least 0.5.
+    They are accuracy, precision and recall of "replaced" at score 0, and of all thresholds ROC AUC and the
+    recall at a precision of at least 0.5.
 
     Precision is undefined (None) where no token is classified as replaced, recall where none is. Loss and
     accuracy of the best constant answer are included: the entropy of the share of replaced tokens (nats), and
@@ -128,9 +129,9 @@ def compute_roc_auc(scores: np.ndarray, replaced: np.ndarray) -> float | None:
 
 
 def compute_recall_at_precision(scores: np.ndarray, replaced: np.ndarray, precision: float) -> float | None:
-    """Return the largest recall of "replaced" that a threshold reaches with at least `precision`.
+    """Return the largest recall of "replaced" with at least `precision`.
 
-    0 when no threshold reaches it. None when no token is replaced.
+    It is 0 when no threshold reaches that precision, and None when no token is replaced.
 
     `scores` float [N], `replaced` bool [N].
     """

@@ -1,6 +1,7 @@
-"""Execution of a model on a device: precision, kernels, attention, checkpointing, compilation.
+"""Execution of a model on a device.
 
-The flags are `--precision`, `--kernels`, `--attention`, `--gradient_checkpointing` and `--compile`.
+Precision, kernels, attention, checkpointing and compilation follow from the flags `--precision`, `--kernels`,
+`--attention`, `--gradient_checkpointing` and `--compile`.
 """
 
 import importlib.util
@@ -50,14 +51,17 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
 
 
 def resolve_compile(config: TrainConfig, device: torch.device) -> bool:
-    """Return whether `--compile` applies: by default on a GPU with Triton, unless `--kernels off`."""
+    """Return whether `--compile` applies.
+
+    By default it does on a GPU with Triton, unless `--kernels off`.
+    """
     if config.compile is not None:
         return config.compile
     return device.type == "cuda" and config.kernels == "auto" and has_triton()
 
 
 def has_triton() -> bool:
-    """Return whether the package triton is installed, with which torch.compile works on a GPU."""
+    """Return whether triton, which torch.compile needs on a GPU, is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -94,7 +98,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def describe_kernels(kernels: str, attention: str, config: TrainConfig, device: torch.device) -> str:
-    """Return a description of the resolved kernels and attention on `device`, and of TF32 on a GPU."""
+    """Return the resolved kernels and attention on `device`, and TF32 on a GPU."""
     is_compiled = resolve_compile(config, device)
     tf32 = f", TF32 {'on' if config.tf32 else 'off'}" if device.type == "cuda" else ""
     if kernels == "off":

@@ -1,4 +1,4 @@
-"""Where a run starts from: the weights that `--init_*` names, and what was loaded from them.
+"""Where a run starts from: the weights of `--init_*`, and what was loaded.
 
 A reference is a file, the directory of a model or a run, or `hf:OWNER/NAME[@REVISION]`.
 """
@@ -27,7 +27,7 @@ MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 def load_initial_weights(
     config: TrainConfig, model: MaskedLanguageModel | RTDModel, tokenizer: Tokenizer
 ) -> dict[str, LoadedWeights]:
-    """Load the weights of `--init_*`, if any, and return what was loaded by name of the model.
+    """Load the weights of `--init_*`, if any; return what was loaded by model.
 
     Raises `ConfigError` if they cannot be found or read, or do not match the model.
     """
@@ -90,7 +90,10 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
 
 
 def check_vocabulary(path: Path, tokenizer: Tokenizer) -> None:
-    """Raise `ConfigError` if the vocabulary in the directory of a file has other pieces than `tokenizer`."""
+    """Raise `ConfigError` if the vocabulary next to a file has other pieces.
+
+    They are compared with those of `tokenizer`.
+    """
     own = path.with_name(VOCABULARY_FILE)
     if own.is_file() and Tokenizer(own).pieces != tokenizer.pieces:
         raise ConfigError(
@@ -125,7 +128,10 @@ def find_in_directory(directory: Path, role: str) -> Path:
 
 
 def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
-    """Raise `ConfigError` if the `config.json` beside a file differs in a setting that shapes do not show."""
+    """Raise `ConfigError` for other settings of a kind that shapes do not show.
+
+    They are compared with the `config.json` next to the file.
+    """
     config_path = path.with_name("config.json")
     values = read_json(config_path) if config_path.is_file() else {}
     if isinstance(models := values.get("model"), dict):  # of a run, with one model or two

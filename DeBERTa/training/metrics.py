@@ -147,7 +147,7 @@ class MetricsLog:
 
 
 def move_previous_lines(path: Path) -> None:
-    """Move the lines of a run that has no checkpoint to resume from, if any, to another file."""
+    """Move the lines of a run without a checkpoint, if any, to another file."""
     if path.exists() and path.stat().st_size:
         previous = find_unused_path(path)
         path.rename(previous)

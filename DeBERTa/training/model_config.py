@@ -55,7 +55,7 @@ def find_model_config(name: str) -> Path:
 
 
 def resolve_vocab_size(config: TrainConfig, rows: int, tokenizer: Tokenizer, path: Path) -> tuple[int, str]:
-    """Return the number of rows of the word embedding table, and a note if it is not usual.
+    """Return the number of rows of the word table, and a note if it is not usual.
 
     It is `rows`, that of the model config or `--vocab_size`, where the vocabulary fits. Otherwise it follows
     from the vocabulary, unless it is given or weights are loaded as they are (without `--resize_vocab`).
@@ -80,9 +80,9 @@ def resolve_vocab_size(config: TrainConfig, rows: int, tokenizer: Tokenizer, pat
 
 
 def find_trained_rows(config: TrainConfig) -> int | None:
-    """Return the vocabulary size of the run to evaluate, which rank 0 reads, or None without a run.
+    """Return the vocabulary size of the run to evaluate, or None without a run.
 
-    Collective: every rank calls it.
+    Rank 0 reads it. Collective: every rank calls it.
     """
     rows, path = None, config.run_dir / "config.json"
     if is_rank_zero() and path.is_file():

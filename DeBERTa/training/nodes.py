@@ -281,7 +281,10 @@ def read_failure(text: bytes) -> Failure:
 
 
 def _shorten(text: str) -> str:
-    """Return at most `LONGEST_MESSAGE` characters of what another machine sent, as one line."""
+    """Return what another machine sent, shortened, as one line.
+
+    It has at most `LONGEST_MESSAGE` characters.
+    """
     return " ".join(text.split())[:LONGEST_MESSAGE]
 
 

@@ -59,8 +59,9 @@ def wrap_parallel(
     device: torch.device,
     precision: str,
 ) -> dict[str, nn.Module]:
-    """Return the objectives to call for the parts of `model`, with rank 0's weights on all ranks.
+    """Return the objectives to call for the parts of `model`.
 
+    All ranks have rank 0's weights.
     parts: the modules with an update of their own; they contain all parameters.
     `--sharding none`: DDP. Every rank holds parameters, gradients and optimizer state.
     `--sharding zero2`: FSDP2 with `reshard_after_forward=False`. Gradients, optimizer state and, between
@@ -85,8 +86,9 @@ def wrap_parallel(
 def shard(
     objective: Objective, config: TrainConfig, device: torch.device, dtype: torch.dtype | None
 ) -> Objective:
-    """Shard the parameters of an objective and of the layers in it by FSDP2, with rank 0's values.
+    """Shard the parameters of an objective and of its layers by FSDP2.
 
+    They have rank 0's values.
     dtype: of the layers' parameters in all-gathers and in the forward and backward pass, if not their own.
     Autocast would cast the same weights after the all-gather. Of LayerNorm the weights alone are rounded. The
     shards, the reduction of gradients, embeddings and heads stay in float32.
@@ -105,7 +107,7 @@ def shard(
 
 
 def replicate(objective: Objective, ordered: list[nn.Parameter]) -> DistributedDataParallel:
-    """Return the objective under DDP, whose buckets follow `ordered` from the first step on.
+    """Return the objective under DDP, with buckets that follow `ordered` at once.
 
     DDP first has one bucket for all gradients, and after its first backward pass several, in the order of
     that pass. From three ranks on, other buckets mean sums in another order. A resumed run would therefore
@@ -126,7 +128,7 @@ def replicate(objective: Objective, ordered: list[nn.Parameter]) -> DistributedD
 
 
 def order_by_gradient(model: MaskedLanguageModel | RTDModel) -> list[nn.Parameter]:
-    """Return the parameters that have a gradient, in the order in which it is complete.
+    """Return the parameters with a gradient, in the order in which it is complete.
 
     Which ones have none depends on the config: position tables, for example, where positions are relative.
     They are found by a backward pass of the plain model on the meta device, which computes nothing.

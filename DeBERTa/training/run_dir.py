@@ -138,7 +138,10 @@ def move_previous_run(run_dir: Path, inputs: list[Path]) -> None:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove checkpoints and files that a killed process has not fully written or removed."""
+    """Remove what a killed process has not fully written or removed.
+
+    That is checkpoints and files.
+    """
     for pattern in ("checkpoints/step-*.tmp", "checkpoints/*.part", "*.part"):
         for path in run_dir.glob(pattern):
             logger.info("removing %s, which a killed run left unfinished", path)
@@ -146,12 +149,12 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> None:
-    """Raise `ConfigError` naming the settings that differ from those of the run saved after `step`.
+    """Raise `ConfigError` for settings that differ from those of the saved run.
 
-    A run may be made longer. Settings that another version of this package added or removed are not compared.
-    Versions without `--kernels` computed as `auto` does. Earlier versions recorded `attention_head_size` 0
-    for the usual one, which follows from the other sizes. Other code and another validation split are
-    warnings.
+    It names them; the run was saved after `step`. A run may be made longer. Settings that another version of
+    this package added or removed are not compared. Versions without `--kernels` computed as `auto` does.
+    Earlier versions recorded `attention_head_size` 0 for the usual one, which follows from the other sizes.
+    Other code and another validation split are warnings.
     """
     differing: list[str] = []
     for section in ("train", "model", "data"):
@@ -180,10 +183,11 @@ def check_same_run(saved: dict, current: dict, run_dir: Path, step: int = 0) -> 
 
 
 def omit_length(old: dict, new: dict) -> dict:
-    """Return the saved flags without the number of steps, if there are more now, and an equal warm-up.
+    """Return the saved flags without number of steps and warm-up that may differ.
 
-    A longer run has the warm-up of the shorter one as it was given. Otherwise, steps and a proportion may be
-    equal. Earlier versions recorded a proportion in steps, as an int.
+    The number of steps may be larger now, and the warm-up is omitted if it is equal. A longer run has the
+    warm-up of the shorter one as it was given. Otherwise, steps and a proportion may be equal. Earlier
+    versions recorded a proportion in steps, as an int.
     """
     steps, more = old.get("num_training_steps"), new.get("num_training_steps", 0)
     if not isinstance(steps, int) or more < steps:
@@ -251,7 +255,7 @@ def format_megabytes(size: float) -> str:
 
 
 def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary: Path) -> list[Path]:
-    """Write the trained models as transformers opens them, and return their directories.
+    """Write trained models as transformers opens them; return their directories.
 
     What transformers does not have is written for this package alone, with a warning. Raises `StorageError`
     when the disk is full; the same command then writes them again.

@@ -1,4 +1,6 @@
-"""What the models make of a few fixed validation sentences: `samples.jsonl`, one line per evaluation.
+"""What the models make of a few fixed validation sentences.
+
+`samples.jsonl` has one line per evaluation:
 
 step, residual_drift    norm of the discriminator's residual relative to the generator's table (GDES)
 sentences               per sentence its tokens: {"token"}, and where they apply
@@ -56,7 +58,7 @@ def make_sample_batch(batches: EvaluationBatches) -> Batch:
 
 
 def measure_residual_drift(model: nn.Module) -> float | None:
-    """Return the norm of the GDES residual relative to that of the generator's word table.
+    """Return the norm of the GDES residual relative to the generator's word table.
 
     It is None without a residual. Collective: every rank calls it.
     """
@@ -69,7 +71,10 @@ def measure_residual_drift(model: nn.Module) -> float | None:
 
 
 def describe_sentences(batch: Batch, pieces: list[str], outputs: Outputs) -> list[list[dict]]:
-    """Return the tokens of each sentence, [CLS] and [SEP] excluded, as they stand in `samples.jsonl`."""
+    """Return the tokens of each sentence as they stand in `samples.jsonl`.
+
+    [CLS] and [SEP] are excluded.
+    """
     (masked, corrupted_ids), detected = outputs
     originals = torch.where(batch.labels > 0, batch.labels, batch.input_ids)
     tokens: list[list[dict]] = [[{"token": pieces[i]} for i in row] for row in originals.tolist()]

@@ -108,7 +108,7 @@ class Signals:
             self._is_deferred = True
 
     def limit_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches inside `defer_stop`, and end a wait for one that does not come.
+        """Yield the batches in `defer_stop`, and end a wait for one that does not come.
 
         If the batch has not come `WAIT_SECONDS` after a stop signal, the iteration ends. With several ranks
         `RunInterrupted` is raised: the other ranks may be in a step, so that no checkpoint can be saved.

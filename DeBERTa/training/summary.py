@@ -1,4 +1,4 @@
-"""Summary that a run logs at its end: how it went, where things are, what to do next."""
+"""Summary at the end of a run: how it went, where things are, what to do next."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,7 +17,10 @@ NEXT = {  # by the name of a final model: a command to see what it learned
 
 
 def describe_end(run_dir: Path, models: Sequence[Path]) -> dict[str, str]:
-    """Return steps and time, the best checkpoint, final models, report, and the next command."""
+    """Return the summary of a run.
+
+    It has steps and time, the best checkpoint, final models, report, and the next command.
+    """
     rows = {}
     if run := read_record(run_dir):
         elapsed = max(row.get("elapsed_seconds") or 0.0 for row in run.rows)  # older runs lack it

@@ -214,9 +214,10 @@ class Trainer:
             record_best(self.run.run_dir, self.log.evaluations["valid"])
 
     def evaluate(self, step: int, wanted: Collection[str] = ("valid", "replay")) -> None:
-        """Evaluate on the validation split and on the text of `--replay`, those that are there and `wanted`.
+        """Evaluate on the `wanted` splits that are there.
 
-        A stop signal interrupts the evaluation at once.
+        They are the validation split, and that of the text of `--replay`. A stop signal interrupts the
+        evaluation at once.
         """
         run = self.run
         splits = {name: part for name, part in run.evaluation.items() if name in wanted}
@@ -253,7 +254,7 @@ class Trainer:
 
 
 def describe_lines(batches: TrainingBatches, step: int) -> str:
-    """Return the numbers, from 1, of the first lines of the global batch of `step`, by file."""
+    """Return the first lines of the global batch of `step`, by file, numbered from 1."""
     described = []
     own, replayed = batches.select_global_lines(step)
     for file, lines in (("train.txt", own), ("train.txt of --replay", replayed)):
@@ -264,7 +265,7 @@ def describe_lines(batches: TrainingBatches, step: int) -> str:
 
 
 def warn_of_forgetting(step: int, before: Metrics, now: Metrics) -> None:
-    """Log a warning if a loss on the text of `--replay` is above that of the first evaluation."""
+    """Log a warning if a loss on the text of `--replay` rose above its first one."""
     for name in ("loss", "generator_loss", "discriminator_loss"):
         first, last = before.get(name), now.get(name)
         if first and last and last > (1 + MAX_FORGETTING) * first:

@@ -1,5 +1,6 @@
-"""Processes that a launcher started, ours or torchrun's: their variables, logs, failures and end.
+"""Processes that a launcher started: their variables, logs, failures and end.
 
+The launcher is ours or torchrun.
 A process without a launcher trains alone, as local rank 0 of one node. A rank records its failure in a file.
 Its launcher reads it and publishes it to the other nodes.
 """

@@ -1,13 +1,13 @@
-"""Train the arms of the ablations at equal compute, and append each finished run to `results.jsonl`.
+"""Train the arms of the ablations at equal compute.
 
     python experiments/ablations/run.py                                 # all runs that are not there yet
     python experiments/ablations/run.py --arms mlm gdes --seeds 4 5     # more seeds of two arms
     python experiments/ablations/table.py                               # tables; with --png, plots
 
-Stop it at any time, also with SIGKILL: the same command resumes the run that was training from its last
-checkpoint; Ctrl-C and SIGTERM save one. Compute is counted in FLOPs of matmuls, forward and backward, by
-torch.utils.flop_counter. The steps are those of gdes; every other arm trains the number of steps that has
-the same FLOPs.
+Each finished run is appended to `results.jsonl`. Stop it at any time, also with SIGKILL: the same command
+resumes the run that was training from its last checkpoint; Ctrl-C and SIGTERM save one. Compute is counted in
+FLOPs of matmuls, forward and backward, by torch.utils.flop_counter. The steps are those of gdes; every other
+arm trains the number of steps that has the same FLOPs.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def count_flops(config: dict) -> int:
 
 
 def prepare_text() -> None:
-    """Prepare text and vocabulary, which are the same for both presets, unless they are there."""
+    """Prepare text and vocabulary, the same for both presets, unless they are there."""
     command = [sys.executable, "prepare_data.py", "--preset", PRESETS["RTD"], "--max_seq_length", str(LENGTH)]
     run_process(command)
 

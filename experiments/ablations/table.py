@@ -1,4 +1,4 @@
-"""Print the results of the ablations as Markdown tables; with --png, plot their curves.
+"""Print the ablations as Markdown tables; with --png, plot their curves.
 
     python experiments/ablations/table.py --png docs/ablations.png
 
@@ -125,7 +125,10 @@ def format_table(arms: dict[tuple[str, str], list[Result]], columns: tuple[Colum
 
 
 def list_values(results: list[Result], name: str) -> str:
-    """Return the different values of the runs, of which there should be one, shortened."""
+    """Return the different values of the runs, shortened.
+
+    There should be one.
+    """
     return ", ".join(sorted({str(result[name])[:8] for result in results}))
 
 

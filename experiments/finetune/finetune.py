@@ -1,4 +1,4 @@
-"""Fine-tune an exported model on labeled text, beside a baseline that sees words without their order.
+"""Fine-tune an exported model on labeled text, and a baseline without word order.
 
     pip install transformers scikit-learn
     python experiments/finetune/finetune.py output/TAG/discriminator --train train.tsv --test test.tsv
@@ -219,7 +219,7 @@ def read_glue(name: str) -> tuple[list[Row], list[Row]]:
 
 
 def read_movies(archive: Path, is_regression: bool) -> tuple[list[Row], list[Row]]:
-    """Read the movie sentences of vaderSentiment: their mean rating, or whether it is above 0.
+    """Read movie sentences of vaderSentiment: mean rating, or whether it is above 0.
 
     A hash of its text decides whether a sentence is in the test part, so that no text is in both.
     """
@@ -288,9 +288,9 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
 
 
 def fit_words(task: Task) -> list[float]:
-    """Return the predictions of a linear model of the words and pairs of words, without a pretrained model.
+    """Return the predictions of a linear model of words and pairs of words.
 
-    Its penalty is chosen by cross-validation on the training rows.
+    It is not pretrained. Its penalty is chosen by cross-validation on the training rows.
     """
     text, linear = import_module("sklearn.feature_extraction.text"), import_module("sklearn.linear_model")
     vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), max_features=MOST_FEATURES, sublinear_tf=True)
@@ -304,7 +304,7 @@ def fit_words(task: Task) -> list[float]:
 
 
 def score(task: Task, predictions: list[float]) -> dict[str, float]:
-    """Return accuracy, F1 and Matthews correlation, or the rank and linear correlations."""
+    """Return accuracy, F1 and Matthews correlation, or rank and linear correlation."""
     targets = task.encode_targets(task.test)
     if not task.labels:
         stats = import_module("scipy.stats")

@@ -1,5 +1,6 @@
-"""Masked language model with enhanced mask decoder, for `transformers` with `trust_remote_code=True`.
+"""Masked language model with enhanced mask decoder, for transformers.
 
+To be loaded with `trust_remote_code=True`.
 DeBERTa (https://arxiv.org/abs/2006.03654), section 3.2: absolute positions enter before the last layer.
 `DebertaV2ForMaskedLM` lacks this decoder; its encoder is used here. Weights have the published names.
 
@@ -59,7 +60,10 @@ class EnhancedMaskDecoder(nn.Module):
 
 
 class DebertaForMaskedLM(DebertaV2PreTrainedModel):
-    """Encoder and LM head over one word table; with `position_biased_input` the head of BERT."""
+    """Encoder and LM head over one word table.
+
+    With `position_biased_input` it is the head of BERT.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"mask_predictions.*"]  # noqa: RUF012
 

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class ReplacedTokenOutput(ModelOutput):
-    """Logits [B, L], above 0 where a token seems replaced; the loss where labels were given."""
+    """Logits [B, L], above 0 where a token seems replaced; the loss with labels."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None

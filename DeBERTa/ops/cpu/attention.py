@@ -97,7 +97,7 @@ def _find_fused(name: str, q: torch.Tensor) -> Callable[..., None] | None:
 
 
 class _PositionTerm:
-    """Scores of a position term of one sequence, or their gradients, in blocks of rows.
+    """Scores, or their gradients, of a position term of one sequence, in row blocks.
 
     There are no blocks without a `table` [H, W, D]. `buffer` holds them in sequence, each contiguous
     [H, T, L + T - 1]. For gradients, they are zero outside of the view by distance.

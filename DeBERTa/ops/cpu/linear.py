@@ -1,5 +1,6 @@
-"""Linear maps and the feed-forward network on a CPU, in layouts that are fast for bfloat16.
+"""Linear maps and the feed-forward network on a CPU.
 
+Their layouts are fast for bfloat16.
 On processors with AMX a kernel of csrc/linear.cpp rounds and packs a weight, multiplies, and applies the
 epilogue in the cache. On others a matmul whose operands are both row-major takes about two thirds of the time
 of one that has to transpose an operand; a kernel of csrc/elementwise.cpp transposes first, in less time than

@@ -58,7 +58,7 @@ class CpuLayer(Layer):
 
 
 class CpuSelfAttention(JointSelfAttention):
-    """Attention with one matmul for queries, keys and values, computed one sequence at a time."""
+    """Attention with one matmul for queries, keys and values, sequence by sequence."""
 
     def forward(
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None

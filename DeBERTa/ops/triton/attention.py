@@ -19,8 +19,9 @@ def attend(
     input_mask: torch.Tensor,
     dropout: tuple[float, torch.Tensor],
 ) -> torch.Tensor:
-    """Return the context [B, L, H, D] of scaled queries, keys and values, zero at padding.
+    """Return the context [B, L, H, D] of queries, keys and values.
 
+    Queries are scaled. The context is zero at padding.
     qkv: [B, L, 3, H, D].
     tables: key and query table by distance, contiguous [H, 2W, D], with the distances of
     `list_tile_distances` between queries and keys, and between keys and queries; None for an unused term.

@@ -38,6 +38,9 @@ class TritonSelfAttention(SdpaSelfAttention):
         input_mask: torch.Tensor,
         p: float,
     ) -> torch.Tensor:
-        """Return the context [B, L, H, D] of [B, L, 3, H, D] and tables by distance [H, 2W, D]."""
+        """Return the context [B, L, H, D].
+
+        qkv: [B, L, 3, H, D]. tables: by distance, [H, 2W, D].
+        """
         seed = torch.randint(2**62, (1,), device=qkv.device)
         return attend(qkv, tables, input_mask, (p, seed))
