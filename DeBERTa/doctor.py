@@ -73,7 +73,8 @@ def check_device() -> Iterator[Check]:
     advice = "PyTorch cannot use the NVIDIA driver that is here: install the build for its CUDA version"
     config = TrainConfig()
     precision = resolve_precision(config, device)
-    yield "device", f"{get_device_name(device)}, {precision}", advice if is_unused else ""
+    count = f"{count_gpus()} x " if device.type == "cuda" else ""
+    yield "device", f"{count}{get_device_name(device)}, {precision}", advice if is_unused else ""
     if importlib.util.find_spec("DeBERTa.ops") is None:
         return
     from DeBERTa.ops import describe_implementations, triton  # optional

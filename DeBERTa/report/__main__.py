@@ -103,6 +103,7 @@ def draw_png(runs: list[RunRecord], path: Path) -> None:
         axes.set_yscale("log" if kind.is_log else "linear")
         for curve in curves:
             line = {"color": f"C{curve.color}", "ls": ("-", "--", ":", "-.")[curve.dash]}
+            line["marker"] = "" if curve.points[1:] else "o"  # a line of one point is not visible
             axes.plot(*np.transpose(curve.points), label=curve.label, **line)
         axes.legend(fontsize=8)
     with open_atomic(path.resolve()) as file:

@@ -125,10 +125,11 @@ def draw_svg(kind: Kind, curves: list[Curve]) -> str:
         anchor = "middle" if across < WIDTH - 20 else "end"  # or the last label would be cut off
         parts.append(f'<text x="{across}" y="{HEIGHT - 6}" text-anchor="{anchor}">{format_number(x)}</text>')
     for curve, points in zip(curves, lines, strict=True):
-        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in [*points, points[-1]]))
-        style = f'class="curve c{curve.color}" stroke-dasharray="{DASHES[curve.dash]}"'
-        parts.append(
-            f'<polyline {style} points="{path}"><title>{html.escape(curve.label)}</title></polyline>'
-        )
+        places, style = [place(*point) for point in points], f'class="curve c{curve.color}"'
+        tag, shape = "circle", 'cx="{}" cy="{}" r="3"'.format(*places[0])
+        if len(places) > 1:
+            path = " ".join(f"{x},{y}" for x, y in places)
+            tag, shape = "polyline", f'stroke-dasharray="{DASHES[curve.dash]}" points="{path}"'
+        parts.append(f"<{tag} {style} {shape}><title>{html.escape(curve.label)}</title></{tag}>")
     label = html.escape(f"{kind.title} by step")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

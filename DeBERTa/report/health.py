@@ -17,7 +17,7 @@ from DeBERTa.errors import DebertaError
 from DeBERTa.presets import PRESETS
 from DeBERTa.report.read import RunRecord, format_duration, format_number
 
-TEXT_TOKENS = 1_000_000  # of the training text that are counted
+TEXT_TOKENS = 10_000_000  # of the training text that are counted
 MOST_UNKNOWN, MOST_CUT = 0.01, 0.6  # shares above which a vocabulary does not fit
 MOST_PREDICTED = 0.97  # share of the masked tokens; no text is that easy
 REPLACED = (0.005, 0.16)  # usual shares; 15 % of the tokens are masked
@@ -129,7 +129,8 @@ def check_generator(run: RunRecord) -> Finding | None:
     if not loss or text is None or not text[0]:
         return None
     who = "The generator" if get_prefix(run) else "The model"
-    shown = f"Its loss is {loss:.2f} nats; the frequency of tokens alone gives {text[0]:.2f}."
+    shown = f"Its training loss is {loss:.2f} nats; "
+    shown += f"the frequencies of tokens in the training text alone give {text[0]:.2f}."
     if loss < 0.97 * text[0]:
         return Finding(USUAL, f"{who} learns", shown)
     return judge_chance(run, who, shown)
@@ -215,5 +216,5 @@ def check_cost(run: RunRecord) -> Finding | None:
         return None
     left = format_duration(seconds / run.step * (run.total_steps - run.step))
     hours = seconds * run.environment.get("processes", 1) / 3600
-    shown = f"{format_duration(seconds)} so far ({hours:.3g} hours times processes), {left} to go"
+    shown = f"{format_duration(seconds)} so far ({hours:.3g} process-hours), {left} to go"
     return Finding(USUAL, "Cost", f"{shown}; {format_number(tokens)} tokens seen.")

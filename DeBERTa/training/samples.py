@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_samples(path: Path, step: int, training: TrainingStep, batches: EvaluationBatches) -> None:
-    """Append a line to `samples.jsonl`, and log the first sentence.
+    """Append a line to `samples.jsonl`, and log the sentences.
 
     Failing to write it is logged, and the run continues. Collective: every rank calls it.
     """
@@ -41,7 +41,8 @@ def write_samples(path: Path, step: int, training: TrainingStep, batches: Evalua
     if not is_rank_zero():
         return
     sentences = describe_sentences(batch, batches.tokenizer.pieces, outputs)
-    logger.info("step %d: %s", step, format_sentence(sentences[0]))
+    for tokens in sentences:
+        logger.info("step %d: %s", step, format_sentence(tokens))
     line = {"step": step, "residual_drift": drift, "sentences": sentences}
     try:
         append_line(path, json.dumps(line, ensure_ascii=False))
