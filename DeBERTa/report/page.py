@@ -107,8 +107,9 @@ def format_sentence(tokens: list[dict]) -> str:
     text = ""
     for token in tokens:
         body, guess = (escape(str(token.get(name, ""))).lstrip(WORD_MARK) for name in ("token", "guess"))
-        if "probability" in token:
-            body = f"<u><del>{body}</del> {guess} <small>{token['probability']:.0%}</small></u>"
+        if "probability" in token:  # a mark without a word is shown as such
+            body, share = f"<del>{body or WORD_MARK}</del>", f"<small>{token['probability']:.0%}</small>"
+            body = f"<u>{body} {guess or WORD_MARK} {share}</u>"
         space = " " if token["token"].startswith(WORD_MARK) else ""
         text += f"{space}<span style='--p:{token.get('replaced', 0)}'>{body}</span>"
     return text
