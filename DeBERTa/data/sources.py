@@ -30,6 +30,7 @@ from tqdm import tqdm
 from DeBERTa.data.text import (
     STRINGS,
     Block,
+    check_utf8,
     find_block_end,
     find_kind,
     read_documents,
@@ -204,7 +205,7 @@ class SourceFile:
         Raises `DataError` if the column has no text, or the file is damaged.
         """
         pyarrow = _import_pyarrow(self.path, "Parquet")
-        documents: list[str] = []
+        documents: list[bytes] = []
         offset = row = size = 0
         try:
             table = pyarrow.parquet.ParquetFile(file)
@@ -214,18 +215,27 @@ class SourceFile:
                 what = f"{self.path} has no text in the column {reading.column!r}"
                 raise DataError(f"{what} (columns: {shown}); pass --column")
             for batch in table.iter_batches(ROWS, columns=[reading.column]):
-                texts = [text for text in batch.column(0).to_pylist() if text]
-                documents += texts
-                row += len(batch)
-                size += sum(map(len, texts))
+                for text in _convert_to_bytes(batch.column(0)):
+                    row += 1
+                    if text:
+                        documents.append(check_utf8(text, reading.errors, f"{self.path}, row {row},"))
+                        size += len(text)
                 if size >= reading.block_bytes:
-                    self.position = self.bytes_on_disk * row // table.metadata.num_rows
+                    self.position = self.bytes_on_disk * row // max(table.metadata.num_rows, 1)
                     yield Block(self.path, offset, STRINGS, documents)
                     documents, offset, size = [], row, 0
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.path} is not a complete Parquet file: {error}; copy it again") from error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{self.path} is not a complete Parquet file: {reason}; copy it again") from error
         if documents:
             yield Block(self.path, offset, STRINGS, documents)
+
+
+def _convert_to_bytes(column: Any) -> list[bytes | None]:
+    """Return the rows of an Arrow column of text, which need not be valid UTF-8."""
+    if hasattr(column, "dictionary_decode"):
+        column = column.dictionary_decode()
+    return column.cast("large_binary").to_pylist()
 
 
 def open_compressed(path: Path, beginning: bytes, rest: IO[bytes]) -> tuple[IO[bytes], str]:

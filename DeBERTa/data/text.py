@@ -31,13 +31,13 @@ class Block(NamedTuple):
         offset: where the block begins in the decompressed file, in bytes.
         kind: TEXT (not split into documents), PARAGRAPHS (a blank line ends a document), LINES, JSON_LINES,
             or STRINGS.
-        data: bytes as in the file; with STRINGS, the documents.
+        data: bytes as in the file; with STRINGS, the documents as valid UTF-8.
     """
 
     path: Path
     offset: int
     kind: str
-    data: bytes | list[str]
+    data: bytes | list[bytes]
 
     def count_bytes(self) -> int:
         """Return the number of bytes of text."""
@@ -104,13 +104,12 @@ def refuse_binary(path: Path | str, beginning: bytes) -> None:
         raise DataError(f"{path} is not UTF-8: {what}; convert it, for example with iconv")
 
 
-def decode_block(block: Block, errors: str) -> bytes:
-    """Return the bytes of a block as valid UTF-8.
+def check_utf8(data: bytes, errors: str, where: str, offset: int = 0) -> bytes:
+    """Return bytes as valid UTF-8.
 
-    With `errors` "replace", invalid bytes become U+FFFD; with "strict", the first one raises `DataError`.
+    With `errors` "replace", invalid bytes become U+FFFD; with "strict", the first one raises `DataError`,
+    which names the place `where` and the byte, counted from `offset`.
     """
-    data = block.data
-    assert isinstance(data, bytes)
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -119,10 +118,10 @@ def decode_block(block: Block, errors: str) -> bytes:
         around = data[max(error.start - 2048, 0) : error.start + 2048].decode(errors="replace")
         bad = sum(char == "\ufffd" or (char < " " and char not in "\t\n\r\f\v") for char in around)
         advice = "correct it, or pass --errors replace to read every invalid byte as U+FFFD"
-        if bad > MAX_BAD_SHARE * len(around):
+        if bad > max(MAX_BAD_SHARE * len(around), 1):
             advice = "it looks like binary data or another encoding: convert it, for example with iconv"
-        where = f"{block.path} is not valid UTF-8 at byte {block.offset + error.start}"
-        raise DataError(f"{where}: {error.reason}; {advice}") from None
+        what = f"{where} is not valid UTF-8 at byte {offset + error.start}"
+        raise DataError(f"{what}: {error.reason}; {advice}") from None
     return data
 
 
@@ -133,8 +132,8 @@ def read_documents(block: Block, column: str, errors: str) -> list[bytes]:
     Raises `DataError` for invalid UTF-8 and for records without text.
     """
     if isinstance(block.data, list):
-        return [_encode(document, block, errors) for document in block.data]
-    data = decode_block(block, errors)
+        return block.data
+    data = check_utf8(block.data, errors, str(block.path), block.offset)
     if block.kind == TEXT:
         return [data]
     if block.kind == JSON_LINES:

@@ -167,6 +167,61 @@ def test_parquet_columns_of_repeated_text(tmp_path):
     assert read(tmp_path / "i") == ["one", "two", "one"]
 
 
+def test_bad_bytes_in_a_parquet_column(tmp_path):
+    """As the strings of a column, and as those of a dictionary of repeated text."""
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is not tested: pyarrow is missing")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"fine"] * 70 + [None, b"na\xefve"])
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(texts), texts.buffers())
+    for number, kind in enumerate((column, column.dictionary_encode())):
+        path = tmp_path / str(number)
+        parquet.write_table(pyarrow.table({"text": kind}), path)
+        with pytest.raises(DataError, match=rf"{path}, row 72, is not .* at byte 2: .*--errors replace"):
+            read(path)
+        assert read(path, errors="replace")[-1] == "na\ufffdve"
+
+
+def test_bad_bytes_in_the_name_of_a_parquet_column(tmp_path):
+    content = write_parquet(DOCUMENTS[:9], store_schema=False)
+    (tmp_path / "i").write_bytes(content.replace(b"\x18\x04text", b"\x18\x04te\xfft"))
+    with pytest.raises(DataError, match=r"not a complete Parquet file: .*; copy it again"):
+        read(tmp_path / "i")
+
+
+FORMS: dict[str, Callable[[], bytes]] = {
+    "text": lambda: "\n".join(DOCUMENTS).encode(),
+    "JSON lines": lambda: "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[:50]).encode(),
+    "Parquet": lambda: write_parquet(DOCUMENTS[:50], store_schema=False, row_group_size=20),
+    "uncompressed Parquet": lambda: write_parquet(DOCUMENTS[:50], store_schema=False, compression="none"),
+}
+
+
+@pytest.mark.parametrize("compression", [*COMPRESSIONS, "zstd"])
+@pytest.mark.parametrize("form", FORMS)
+def test_damaged_files_are_read_or_one_sentence(tmp_path, compression, form):
+    """A bit, some bytes, zeros, a missing end; with and without `--errors replace`."""
+    pack = compress_zstandard if compression == "zstd" else COMPRESSIONS[compression]
+    intact, path = pack(FORMS[form]()), tmp_path / "damaged"
+    messages = []
+    for seed in range(30):
+        generator, damaged = random.Random(seed), bytearray(intact)
+        place = generator.randrange(len(damaged))
+        if seed % 4 == 0:
+            damaged[place] ^= 1 << generator.randrange(8)
+        elif seed % 4 == 3:
+            del damaged[place:]
+        else:
+            size = generator.randrange(1, 9)
+            damaged[place : place + size] = bytes(size) if seed % 4 == 1 else generator.randbytes(size)
+        path.write_bytes(damaged)
+        try:
+            assert all(read(path, errors="replace" if generator.random() < 0.5 else "strict"))
+        except DataError as error:
+            messages.append(str(error))
+    assert messages
+    assert all(str(path) in text and "; " in text and "\n" not in text for text in messages), messages
+
+
 def test_a_parquet_file_without_the_column(tmp_path):
     (tmp_path / "i").write_bytes(write_parquet(["a"]))
     with pytest.raises(DataError, match=r"\(columns: id \(int64\), text \(string\)\); pass --column"):
