@@ -14,31 +14,34 @@ from typing import Any
 from DeBERTa.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
 from DeBERTa.errors import VocabularyError
 
-# Field numbers of sentencepiece_model.proto.
-PIECES, TRAINER, NORMALIZER = 1, 2, 3
-PIECE, SCORE, KIND = 1, 2, 3
-MODEL_TYPE = 3
+# Tags in sentencepiece_model.proto: the number of the field times 8, plus the wire type. Protobuf ignores a
+# field of another wire type.
+PIECES, TRAINER, NORMALIZER = 1 << 3 | 2, 2 << 3 | 2, 3 << 3 | 2
+PIECE, SCORE, KIND = 1 << 3 | 2, 2 << 3 | 5, 3 << 3
+MODEL_TYPE = 3 << 3
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
-CHARACTER_MAP, ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+CHARACTER_MAP, ADD_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2 << 3 | 2, 3 << 3, 4 << 3, 5 << 3
 NORMAL_PIECE = 1
-VARINT, FIXED_SIZES = 0, {1: 8, 5: 4}  # wire types of protobuf
+VARINT, BYTES, FIXED_SIZES = 0, 2, {1: 8, 5: 4}  # wire types of protobuf
 
 
 def iterate_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of every field of a protobuf message.
+    """Yield tag and value of every field of a protobuf message.
 
-    A value is an integer or bytes.
+    A value is an integer or bytes. Raises `ValueError` or `IndexError` for a message that cannot be parsed.
     """
     position = 0
     while position < len(message):
         key, position = _read_varint(message, position)
         number = FIXED_SIZES.get(key & 7)
         if number is None:
+            if key & 7 not in (VARINT, BYTES):
+                raise ValueError(f"wire type {key & 7}")
             number, position = _read_varint(message, position)
         if key & 7 == VARINT:
-            yield key >> 3, number
+            yield key, number
         else:  # bytes, as many as the number
-            yield key >> 3, message[position : position + number]
+            yield key, message[position : position + number]
             position += number
 
 
@@ -61,11 +64,14 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     express.
     """
     messages: dict[int, list] = defaultdict(list)
-    for number, value in iterate_fields(tokenizer.path.read_bytes()):
-        messages[number].append(value)
-    pieces = [dict(iterate_fields(message)) for message in messages[PIECES]]
-    # Later fields override earlier ones: protobuf merges messages by concatenation.
-    trainer, normalizer = (dict(iterate_fields(b"".join(messages[n]))) for n in (TRAINER, NORMALIZER))
+    try:
+        for tag, value in iterate_fields(tokenizer.path.read_bytes()):
+            messages[tag].append(value)
+        pieces = [dict(iterate_fields(message)) for message in messages[PIECES]]
+        # Later fields override earlier ones: protobuf merges messages by concatenation.
+        trainer, normalizer = (dict(iterate_fields(b"".join(messages[n]))) for n in (TRAINER, NORMALIZER))
+    except (IndexError, ValueError) as error:
+        raise VocabularyError(f"{tokenizer.path} cannot be parsed: it is damaged; fetch it again") from error
     if obstacle := _find_obstacle(tokenizer, pieces, trainer, normalizer):
         raise VocabularyError(
             f"cannot write {tokenizer.path} for transformers: {obstacle}; "
@@ -76,7 +82,9 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "type": "Precompiled",
         "precompiled_charsmap": base64.b64encode(characters or b"").decode(),
     }
-    vocabulary = [(piece[PIECE].decode(), struct.unpack("<f", piece[SCORE])[0]) for piece in pieces]
+    vocabulary = [
+        (piece[PIECE].decode(), struct.unpack("<f", piece.get(SCORE, bytes(4)))[0]) for piece in pieces
+    ]
     metaspace = {"type": "Metaspace", "replacement": WORD_MARK, "prepend_scheme": "first", "split": True}
     added = [*zip(range(4), SPECIAL_PIECES, strict=True), (tokenizer.mask_id, MASK_PIECE)]
     sequence_a, sequence_b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))

@@ -82,13 +82,14 @@ def resolve_vocab_size(config: TrainConfig, rows: int, tokenizer: Tokenizer, pat
 def find_trained_rows(config: TrainConfig) -> int | None:
     """Return the vocabulary size of the run to evaluate, or None without a run.
 
-    Rank 0 reads it. Collective: every rank calls it.
+    Rank 0 reads it. Collective: every rank calls it. Raises `ConfigError` if the config of the run is damaged.
     """
     rows, path = None, config.run_dir / "config.json"
     if is_rank_zero() and path.is_file():
         model = read_json(path).get("model")
         if isinstance(model, dict):
-            rows = model.get("generator", model).get("vocab_size")
+            kind = RTDConfig if "generator" in model else ModelConfig
+            rows = kind.from_dict(model, str(path)).models[0].vocab_size
     return broadcast_value(rows)
 
 

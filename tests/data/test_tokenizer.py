@@ -1,5 +1,6 @@
 """Vocabularies: the ids they must have, the kinds of pieces, and training one."""
 
+import contextlib
 import hashlib
 import io
 import random
@@ -22,6 +23,7 @@ from DeBERTa.data.tokenizer import (
     train_vocabulary,
 )
 from DeBERTa.errors import VocabularyError
+from DeBERTa.hub.tokenizer_json import build_tokenizer_json
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 TEXT = (GOLDEN / "input.txt").read_text().splitlines()
@@ -188,7 +190,10 @@ def test_split_at_spaces():
 
 
 def test_damaged_vocabularies_are_one_error_or_load(tmp_path):
-    """Changed, missing and zeroed bytes, half of them among the first pieces; nothing else than the error."""
+    """Changed, missing and zeroed bytes, half of them among the first pieces; nothing else than the error.
+
+    That is so in `tokenizer.json` of the vocabularies that load, too: they are exported after the training.
+    """
     intact = (GOLDEN / "spm.model").read_bytes()
     path, refused = tmp_path / "spm.model", 0
     for seed in range(250):
@@ -208,7 +213,20 @@ def test_damaged_vocabularies_are_one_error_or_load(tmp_path):
         else:
             assert len(tokenizer.piece_kinds) == len(tokenizer)
             assert tokenizer.encode_utf8(["hello you, \uff21\ufb01 \u00bd".encode()]).max() < len(tokenizer)
+            with contextlib.suppress(VocabularyError):
+                written = build_tokenizer_json(tokenizer)["model"]["vocab"]
+                assert [piece for piece, _ in written] == tokenizer.pieces[: len(written)]
     assert refused > 150
+
+
+def test_a_piece_without_a_score(tmp_path):
+    """Its score is 0, in SentencePiece and in `tokenizer.json`."""
+    intact = (GOLDEN / "spm.model").read_bytes()
+    place = intact.index("▁and".encode()) + len("▁and".encode())
+    assert intact[place] == 2 << 3 | 5  # the tag of the score
+    (tmp_path / "m").write_bytes(intact[:place] + bytes([9 << 3 | 5]) + intact[place + 1 :])
+    tokenizer = Tokenizer(tmp_path / "m")
+    assert build_tokenizer_json(tokenizer)["model"]["vocab"][tokenizer.piece_to_id["▁and"]] == ("▁and", 0.0)
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path):

@@ -102,3 +102,21 @@ def test_heads_wider_than_the_model_are_reported(prepared, tmp_path):
     assert output.count("attention_head_size 64 makes 3 heads 192 wide, but hidden_size is 96") == 3
     query = "deberta.encoder.layer.0.attention.self.query_proj.weight"
     assert load_file(flags["output_dir"] / "model" / "model.safetensors")[query].shape == (192, 96)
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ({"generator": 3}, "missing discriminator"),
+        (tiny_model() | {"vocab_size": "x"}, 'vocab_size must be int, not "x"'),
+        (tiny_rtd() | {"generator": tiny_model() | {"vocab_size": [1]}}, "vocab_size must be int, not [1]"),
+    ],
+)
+def test_a_config_of_a_run_with_values_of_other_types(flags, model, named):
+    """Evaluation alone takes the size of the vocabulary from it."""
+    flags["output_dir"].mkdir()
+    (flags["output_dir"] / "config.json").write_text(json.dumps({"model": model}))
+    status, output = evaluate(flags)
+    assert status == 1, output
+    assert output.startswith(f"error: {flags['output_dir'] / 'config.json'}: ")
+    assert named in output
