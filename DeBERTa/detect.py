@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from DeBERTa.command import run_command, write_output
-from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.inference import TokenProbability, detect_replaced, open_model
 from DeBERTa.model.pretraining import ReplacedTokenDetectionModel
@@ -34,12 +33,12 @@ def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
     Colors go from black to red.
     """
     lines, colored = [], ""
-    for piece, probability in tokens:
-        text = piece.replace(WORD_MARK, " ")
+    for token in tokens:
+        text = token.text
         if is_terminal:
-            red = round(probability * 5)  # of the 6 x 6 x 6 colors of a terminal
+            red = round(token.probability * 5)  # of the 6 x 6 x 6 colors of a terminal
             text = f"\x1b[48;5;{16 + 36 * red}m\x1b[97m{text}\x1b[0m"
-        lines.append(f"{probability:7.2%}  {text}")
+        lines.append(f"{token.probability:7.2%}  {text}")
         colored += text
     return "\n".join([*lines, colored] if is_terminal else lines) + "\n"
 
@@ -47,9 +46,9 @@ def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
 def format_page(tokens: list[TokenProbability]) -> str:
     """Return an HTML page of the text: probabilities are backgrounds and tooltips."""
     spans = [
-        f'<span style="background: rgba(220, 30, 30, {probability:.3f})" title="{probability:.2%}">'
-        f"{html.escape(piece.replace(WORD_MARK, ' '))}</span>"
-        for piece, probability in tokens
+        f'<span style="background: rgba(220, 30, 30, {token.probability:.3f})" '
+        f'title="{token.probability:.2%}">{html.escape(token.text)}</span>'
+        for token in tokens
     ]
     return (
         '<!DOCTYPE html>\n<html>\n<head><meta charset="utf-8"><title>Replaced tokens</title></head>\n'

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from DeBERTa.command import run_command, write_output
-from DeBERTa.data.tokenizer import WORD_MARK
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.inference import fill_masks, open_model
 from DeBERTa.model.pretraining import MaskedLanguageModel
@@ -30,10 +29,7 @@ def show_predictions(argv: Sequence[str] | None) -> None:
         parser.error(f"--top_k must be at least 1, not {arguments.top_k}")
     model, encoder = open_model(arguments.model, MaskedLanguageModel)
     blocks = fill_masks(model, encoder, arguments.text, arguments.top_k)
-    lines = (
-        "\n".join(f"{probability:7.2%}  {piece.replace(WORD_MARK, ' ')}" for piece, probability in block)
-        for block in blocks
-    )
+    lines = ("\n".join(f"{token.probability:7.2%}  {token.text}" for token in block) for block in blocks)
     write_output("\n\n".join(lines) + "\n")
 
 

@@ -26,6 +26,11 @@ QUIET_SECONDS = 60.0  # without a message, after which the log says what is goin
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+def escape_control(text: str) -> str:
+    """Return a text of others with its control characters escaped, so that a terminal shows them."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 class _Output(io.FileIO):
     """A file for messages: those that cannot be written are lost.
 
@@ -77,7 +82,7 @@ class StderrHandler(logging.Handler):
         StderrHandler.last_time = time.monotonic()
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         start = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
-        message = CONTROL.sub(lambda match: ascii(match[0])[1:-1], level + record.getMessage())
+        message = escape_control(level + record.getMessage())
         with contextlib.suppress(OSError):
             tqdm.write("\n".join(start + line for line in message.split("\n")), file=sys.stderr)
             sys.stderr.flush()

@@ -39,6 +39,14 @@ def test_colors():
     assert text.endswith("\x1b[0m")
 
 
+def test_control_characters_of_a_vocabulary():
+    """They do not reach the terminal, where they would color or erase what follows."""
+    token = TokenProbability("\u2581\x1b[31m\u202e", 0.0)
+    assert format_lines([token], is_terminal=False) == "  0.00%   \\x1b[31m\\u202e\n"
+    assert format_lines([token], is_terminal=True).count("\x1b[31m") == 0
+    assert "\x1b" not in format_page([token])
+
+
 def test_page(discriminator, capsys):
     """Well-formed, the text escaped, the probability as tooltip."""
     assert main([str(discriminator), "The <b>Senate</b>", "--html"]) == 0

@@ -31,6 +31,19 @@ def test_predictions(tmp_path, capsys):
         assert lines == [f"{p:7.2%}  {piece.replace(chr(0x2581), ' ')}" for piece, p in predictions]
 
 
+def test_control_characters_of_a_vocabulary(tmp_path, capsys):
+    """They do not reach the terminal."""
+    content = VOCABULARY.read_bytes()
+    assert content.count(b"\n\x05ation") == 1  # a piece, with its tag and length
+    (tmp_path / "spm.model").write_bytes(content.replace(b"\n\x05ation", b"\n\x05\x1b[31m"))
+    (generator, _) = list_models(build_model("deberta-v3"))
+    write_model(generator, tmp_path / "generator", Tokenizer(tmp_path / "spm.model"), None)
+    assert main([str(tmp_path / "generator"), "[MASK]", "--top_k", "3000"]) == 0
+    output = capsys.readouterr().out
+    assert r"%  \x1b[31m" in output
+    assert "\x1b" not in output
+
+
 def run_in_shell(redirections: str, *arguments: str) -> subprocess.CompletedProcess:
     script = f'unset PYTHONUNBUFFERED; "$0" -m DeBERTa.fill_mask "$@" {redirections}'
     command = ["bash", "-c", script, sys.executable, *arguments]

@@ -17,6 +17,7 @@ from DeBERTa.errors import ConfigError
 from DeBERTa.hub.published import select_weights
 from DeBERTa.hub.tokenizer_json import build_tokenizer_json
 from DeBERTa.hub.weights import StateDict, check_finite, read_weights
+from DeBERTa.log import escape_control
 from DeBERTa.model.pretraining import MaskedLanguageModel, ReplacedTokenDetectionModel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,6 +37,14 @@ class TokenProbability(NamedTuple):
 
     piece: str
     probability: float
+
+    @property
+    def text(self) -> str:
+        """Return the piece as text to print.
+
+        It has a space in place of the word mark, and its control characters are escaped.
+        """
+        return escape_control(self.piece.replace(WORD_MARK, " "))
 
 
 class PromptEncoder:

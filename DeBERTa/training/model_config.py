@@ -82,7 +82,7 @@ def resolve_vocab_size(config: TrainConfig, rows: int, tokenizer: Tokenizer, pat
 def find_trained_rows(config: TrainConfig) -> int | None:
     """Return the vocabulary size of the run to evaluate, or None without a run.
 
-    Rank 0 reads it. Collective: every rank calls it. Raises `ConfigError` if the config of the run is damaged.
+    Rank 0 reads it. Raises `ConfigError` if that config is damaged. Collective: every rank calls it.
     """
     rows, path = None, config.run_dir / "config.json"
     if is_rank_zero() and path.is_file():
