@@ -27,7 +27,7 @@ CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 
 
 def escape_control(text: str) -> str:
-    """Return a text of others with its control characters escaped, so that a terminal shows them."""
+    """Escape the control characters of a text, so that a terminal shows them."""
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
