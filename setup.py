@@ -38,7 +38,6 @@ setup(
         "console_scripts": [
             "deberta-train = DeBERTa.train:run_command",
             "deberta-prepare = DeBERTa.prepare_data:run_command",
-            "deberta-report = DeBERTa.report.__main__:main",
         ]
     },
     python_requires=">=3.10",

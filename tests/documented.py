@@ -15,15 +15,20 @@ PROGRAM = re.compile(
     r"|docker\b|pip install\b|deberta-\w+ --|tensorboard --|mkdir |export \w+=|source \S|for \w+ in "
 )
 # What runs at the size of the workspace of tests/slow/test_documented_commands.py.
-RUN = re.compile(r"(DATA=sample )?\./(mlm|rtd)\.sh|python (-m DeBERTa\.|prepare_data\.py)|mkdir |deberta-")
+RUN = re.compile(
+    r"(DATA=sample )?\./(mlm|rtd)\.sh|mkdir |deberta-"
+    r"|python (-m DeBERTa\.|prepare_data\.py|experiments/ablations/table\.py)"
+)
 # The first pattern found in a command says why it is not run.
 NOT_RUN = {
     r"^(pip install|source) |pip install tensorboard": "changes the Python that runs the tests",
     r"^tensorboard ": "serves until it is stopped",
-    r"^python experiments/track\.py": "needs a tracker; tests/test_track.py runs it with what is installed",
+    r"^python experiments/track\.py": "needs a tracker; tests/test_track.py runs it with TensorBoard",
+    r"--glue ": "needs `datasets` and a network",
     r"^python experiments/finetune/": "needs labeled files; tests/experiments/test_finetune.py runs it",
-    r"^python experiments/ablations/": "takes hours; tests/slow/test_ablations.py runs it at a small size",
+    r"^python experiments/ablations/run": "takes hours; tests/slow/test_ablations.py runs it at a small size",
     r"^pip download": "needs a network",
+    r"tests/run\.sh tests/slow": "runs slow tests, among them the one of these commands",
     r"tests/run\.sh": "runs the tests themselves; the gate (.ci/run) is this command",
     r"docs/generate_|benchmarks\.cost": "writes a page of docs/; a test compares it with what it would write",
     r"reference": "needs runs of three seeds; tests/report/test_reference.py compares with such",

@@ -55,7 +55,7 @@ def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **envi
         (f"{TRAIN} {D} --model_config bert_tiny.json", "an MLM model; give --task_name MLM"),
         (f"{MLM} {D} --model_config rtd_tiny.json", "an RTD model; give --task_name RTD"),
         (f"{TRAIN} {D} --attention triton", "its kernels need a CUDA GPU, not a CPU; use --attention auto"),
-        (f"{TRAIN} {D} --max_seq_length 32", "--max_seq_length"),
+        (f"{TRAIN} {D} --max_seq_length 32", "prepare the text for this length"),
         (f"{MLM} {D} --rtd_lambda 20", "--rtd_lambda is for --task_name RTD: omit it"),
         (f"{TRAIN} {D} --max_ngram 3", "--max_ngram is for --task_name MLM: omit it"),
         (f"{TRAIN} {D} --replay_share 0.5", "--replay_share is for the text of --replay: give --replay, too"),
@@ -77,6 +77,24 @@ def test_one_sentence(command, sentence, tmp_path, prepared):
 def test_python_without_packages(command, bare):
     message = fail(command, bare, PYTHONPATH="")
     assert "lacks torch, numpy, sentencepiece, safetensors, tqdm: activate a Python that has them" in message
+
+
+@pytest.mark.parametrize("command", ["python -m DeBERTa.train --help", "python prepare_data.py --help"])
+def test_python_that_is_too_old(command, tmp_path):
+    """It is this Python with another version, which it sets when it starts."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 9, 0)\n")
+    assert fail(command, PYTHONPATH=str(tmp_path)) == "Python 3.9 is too old: use 3.10 or newer"
+
+
+def test_no_python_that_is_new_enough(tmp_path):
+    """The scripts try both names; these programs fail as an old Python does when its version is checked."""
+    for name in ("python", "python3"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    for script in ("rtd.sh", "mlm.sh", "tests/run.sh"):
+        assert fail(f"bash {script} --help", tmp_path) == (
+            "no Python 3.10 or newer found as python or python3; install one, or activate its environment"
+        )
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,9 @@ def draw_png(runs: list[RunRecord], path: Path) -> None:
         axes = figure.add_subplot(rows, 3, number, title=kind.title, xlabel="step", ylabel=kind.unit)
         axes.set_yscale("log" if kind.is_log else "linear")
         for curve in curves:
-            line = {"color": f"C{curve.color}", "ls": ("-", "--", ":", "-.")[curve.dash]}
-            line["marker"] = "" if curve.points[1:] else "o"  # a line of one point is not visible
-            axes.plot(*np.transpose(curve.points), label=curve.label, **line)
+            style, color = ("-", "--", ":", "-.")[curve.dash], f"C{curve.color}"
+            marker = "" if curve.points[1:] else "o"  # a line of one point is not visible
+            axes.plot(*np.transpose(curve.points), label=curve.label, ls=style, color=color, marker=marker)
         axes.legend(fontsize=8)
     with open_atomic(path.resolve()) as file:
         figure.savefig(file, format="png")
