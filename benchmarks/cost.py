@@ -49,7 +49,8 @@ MEASURED = """
 
 RTD, bfloat16, 512 tokens per sequence, one GPU, the best of each case in
 [results.md](../benchmarks/results.md); the H100 ran an earlier version of the code. Hours: the published
-recipe of the preset at this rate.
+recipe of the preset at this rate. Rates and peak memory were measured for these two model configs only; the
+tiny presets, which train on the bundled sample, are in neither table.
 """
 
 
