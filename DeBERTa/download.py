@@ -51,7 +51,7 @@ def fetch_from_hub(reference: str, names: Sequence[str], hint: str) -> Path:
             if not re.fullmatch(r"[0-9a-f]{64}", stored.name) or hash_file(stored) == stored.name:
                 return path
             failures.append(f"{file} is damaged: the SHA-256 differs; remove {stored} to fetch it again")
-        except errors.LocalEntryNotFoundError as error:  # no answer, and not in the cache
+        except errors.LocalEntryNotFoundError as error:  # not reached, and not in the cache
             failures.append(_describe(file, error.__cause__ or error, hint))
             is_offline = True  # the package tried for half a minute
         except errors.EntryNotFoundError:

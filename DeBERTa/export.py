@@ -107,7 +107,7 @@ def load_checkpoint(run_dir: Path, step: int, settings: dict) -> MaskedLanguageM
 def find_vocabulary(run_dir: Path, settings: dict) -> Tokenizer:
     """Return the vocabulary that the run was trained with.
 
-    It is at `--vocab_path` of the run, or beside a final model. Raises `ConfigError` when it is in neither
+    It is at `--vocab_path` of the run, or next to a final model. Raises `ConfigError` when it is in neither
     place.
     """
     wanted = settings["data"]["vocabulary_sha256"]

@@ -129,7 +129,7 @@ def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iter
     """Open and lock the partial file of `path`, for `commit` to complete.
 
     A partial file that is not committed is removed, with the directories that were created for it. With
-    `resume`, existing content is kept at the start, and a partial file with content is not removed at the
+    `resume`, existing content stays at the start, and a partial file with content is not removed at the
     end. Links are replaced, not written to. `parents`: whether missing directories are created. Raises
     `StorageError` if the file cannot be written, and where `path` is a directory, a pipe or a device.
     """

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-QUIET_SECONDS = 60.0  # without a message, after which the log says what is going on
+QUIET_SECONDS = 60.0  # without a message, after which the log says what is running
 # Control characters other than the line end, and those that change the direction of text.
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 

@@ -1,7 +1,7 @@
 """Probe what a model learned of English grammar.
 
 The sentences are tagged ones of the Brown corpus.
-tags    parts of speech, by ridge regression on the frozen states of one layer. Beside it (word_tag_accuracy)
+tags    parts of speech, by ridge regression on the frozen states of one layer. With it (word_tag_accuracy)
         the most frequent tag of each word, and (random_tag_accuracy) random weights of the same model.
 pairs   a verb against the same verb in the other number (is/are, was/were, has/have): the LM head compares
         both at the masked verb, a discriminator says which of the two looks replaced. Chance is 0.5.

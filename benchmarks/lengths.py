@@ -6,7 +6,7 @@ RTD at the public xsmall size (`rtd_xsmall_continue.json`, `max_position_embeddi
 needs it),
 bfloat16, dropout on: 2048 tokens a step as 16 x 128 up to 1 x 2048, and 512 tokens a sequence in batches of 1
 to 16. Measured as `training_step.py` measures: every measurement a process of its own, the median step after
-two warm-up steps, the median of these over the rounds. The floor is the step's matrix products at the rate of
+two warm-up steps, the median of these over the rounds. The floor is the step's matmuls at the rate of
 a large one: the median over all processes, so that shapes can be compared where a shared machine's rate
 changes from minute to minute.
 """
@@ -67,7 +67,7 @@ def main() -> None:
             runs[shape].append(json.loads(output))
     rates = [result["matmul_rate"] for results in runs.values() for result in results]
     rate = statistics.median(rates)
-    print(f"large products: {rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
+    print(f"large matmuls: {rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
     rows = {shape: summary(*shape, results, rate) for shape, results in runs.items()}
     for name, table in TABLES.items():
         print(f"\nagainst the {name}:")
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def summary(size: int, length: int, results: list[dict], rate: float) -> dict:
-    """Medians of some processes; `rate` of large products in FLOP/s."""
+    """Medians of some processes; `rate` of large matmuls in FLOP/s."""
     seconds = [result["seconds"] for result in results]
     flops = results[0]["flops"]
     return {

@@ -1,7 +1,7 @@
 # What mlm.sh, rtd.sh and tests/run.sh share. To be sourced, with ROOT set to the top of the repository.
 
-say() { echo "$*" >&2; }
-die() { say "error: $*"; exit 1; }
+log() { echo "$*" >&2; }
+die() { log "error: $*"; exit 1; }
 
 # imports_all PYTHON FILE...: whether PYTHON imports every package the requirement files list.
 imports_all() {
@@ -20,10 +20,10 @@ has_gpu() { [[ -e /proc/driver/nvidia/version ]] || nvidia-smi -L >/dev/null 2>&
 install_cpu_torch() {
   local index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu} torch
   torch=$(sed -nE 's/^(torch==[^[:space:];]+).*/\1/p' "$ROOT/requirements.txt")
-  say "no NVIDIA GPU: taking PyTorch's CPU build (200 MB to download, 0.8 GB installed) from $index"
+  log "no NVIDIA GPU: taking PyTorch's CPU build (200 MB to download, 0.8 GB installed) from $index"
   "$PYTHON" -m pip install --disable-pip-version-check -q --no-deps --index-url "$index" --retries 0 --timeout 10 \
     "$torch" >/dev/null 2>&1 \
-    || say "it cannot be had there; taking the build for NVIDIA GPUs from the ordinary index (4.7 GB more)"
+    || log "it cannot be had there; taking the build for NVIDIA GPUs from the ordinary index (4.7 GB more)"
 }
 
 # set_up_python FILE...: sets PYTHON to one that imports everything the requirement files list. The active Python if it
@@ -43,12 +43,12 @@ set_up_python() {
 
   local venv=$ROOT/.venv
   if [[ ! -x $venv/bin/python ]]; then
-    say "$PYTHON lacks some of: $(basename -a "$@" | xargs); making $venv"
+    log "$PYTHON lacks some of: $(basename -a "$@" | xargs); making $venv"
     "$PYTHON" -m venv "$venv" || die "$PYTHON cannot make virtual environments; install its venv module, or use another"
   fi
   PYTHON=$venv/bin/python
   imports_all "$PYTHON" "$@" && return
-  say "installing into $venv (once): $(basename -a "$@" | xargs); up to 5.5 GB with PyTorch for NVIDIA GPUs, else 1 GB"
+  log "installing into $venv (once): $(basename -a "$@" | xargs); up to 5.5 GB with PyTorch for NVIDIA GPUs, else 1 GB"
   "$PYTHON" -c "import torch" >/dev/null 2>&1 || [[ $(uname -s) != Linux ]] || has_gpu || install_cpu_torch
   local arguments=(-r "$ROOT/requirements-hub.txt") file
   for file in "$@"; do arguments+=(-r "$file"); done
@@ -58,7 +58,7 @@ set_up_python() {
 }
 
 # train TASK [NAME] [FLAG...]: prepares what is missing and trains the preset. FLAGs override it. Python reads them all:
-# what to prepare follows from them, and no name, a wrong one, and --help are answered there, too.
+# what to prepare follows from them, and no name, a wrong one, and --help are handled there, too.
 train() {
   local task=$1
   shift

@@ -114,7 +114,7 @@ def test_a_batch_that_is_too_large(tmp_path, prepared):
 
 
 def test_memory_in_use_is_not_available():
-    """What fits the memory, but not beside other processes, would be ended by the kernel."""
+    """What fits the memory, but not next to other processes, would be ended by the kernel."""
     fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     total = next(int(field[1]) * 1024 for field in fields if field[0] == "MemTotal:")
     assert 0 < read_available_memory() < total

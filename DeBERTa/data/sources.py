@@ -307,17 +307,17 @@ def sample_lines(sources: Sequence[Path], reading: Reading) -> list[bytes]:
 def sample_documents(sources: Sequence[Path], reading: Reading, most: int) -> list[bytes]:
     """Return documents of the texts, at most about `most` bytes, spread evenly.
 
-    Every `stride`-th block is kept; the stride doubles whenever there are too many.
+    Every `stride`-th block is taken; the stride doubles whenever there are too many.
     """
     reading = replace(reading, block_bytes=SAMPLE_BLOCK_BYTES)
-    kept: list[Block] = []
+    sampled: list[Block] = []
     stride, size = 1, 0
     blocks = chain.from_iterable(SourceFile(source).read_blocks(reading) for source in sources)
     for number, block in enumerate(blocks):
         if number % stride == 0:
-            kept.append(block)
+            sampled.append(block)
             size += block.count_bytes()
-        if size > most and len(kept) > 1:
-            kept, stride = kept[::2], 2 * stride
-            size = sum(each.count_bytes() for each in kept)
-    return [text for block in kept for text in read_documents(block, reading.column, reading.errors)]
+        if size > most and len(sampled) > 1:
+            sampled, stride = sampled[::2], 2 * stride
+            size = sum(each.count_bytes() for each in sampled)
+    return [text for block in sampled for text in read_documents(block, reading.column, reading.errors)]

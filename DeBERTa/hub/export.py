@@ -6,7 +6,7 @@ A model directory, which transformers and this package read:
     modeling_*.py           the head that transformers lacks, for `trust_remote_code=True`
     tokenizer.json, tokenizer_config.json, spm.model    vocabulary
     README.md, curves.svg   model card (`model_card.py`)
-    model.onnx              the encoder, where asked for (`onnx.py`)
+    model.onnx              the encoder, where requested (`onnx.py`)
 
 It is written under a temporary name, synced to disk, and renamed.
 """

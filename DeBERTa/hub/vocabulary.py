@@ -1,6 +1,6 @@
 """Weights for another vocabulary.
 
-Rows of pieces that both vocabularies have are kept. The row of another piece is the mean of the rows of the
+Rows of pieces that both vocabularies have are copied. The row of another piece is the mean of the rows of the
 old pieces that it consists of. Shapes: V rows, E embedding width.
 """
 
@@ -22,13 +22,13 @@ class VocabularyMap:
     """The old rows that every row of a new table is the mean of.
 
     Attributes:
-        num_kept: pieces that both vocabularies have.
+        num_shared: pieces that both vocabularies have.
     """
 
     def __init__(self, old: Tokenizer, new: Tokenizer, num_rows: int) -> None:
         """Map the pieces of `new`; the rows from there to `num_rows` belong to no piece."""
         self.old, self.num_rows = old, num_rows
-        self.num_kept = sum(piece in old.piece_to_id for piece in new.pieces)
+        self.num_shared = sum(piece in old.piece_to_id for piece in new.pieces)
         rows = [torch.tensor(split_piece(piece, old)) for piece in new.pieces]
         self.ids = torch.cat(rows)
         self.offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)

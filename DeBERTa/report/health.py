@@ -152,7 +152,7 @@ def check_discriminator(run: RunRecord) -> Finding | None:
     if auc < 0.55 or loss >= entropy:
         return judge_chance(run, "The discriminator", shown)
     if recall < 0.01:
-        return Finding(NOTE, "The discriminator always says “original”", f"{shown} It ranks them already.")
+        return Finding(NOTE, "The discriminator predicts “original” alone", f"{shown} It ranks them already.")
     return Finding(USUAL, "The discriminator learns", shown)
 
 

@@ -69,9 +69,9 @@ def translate_peer_errors(timeout: int) -> Iterator[None]:
         if not is_gloo and not isinstance(error, dist.DistError):
             raise
         if "imed out" not in text and "imeout" not in text:
-            raise PeerLostError("connection to another rank lost: its log says why") from error
+            raise PeerLostError("connection to another rank lost: see its log") from error
         raise PeerLostError(
-            f"no answer from another rank within --dist_timeout {timeout} s: it is stopped, slow or cut off"
+            f"no message from another rank within --dist_timeout {timeout} s: it is stopped, slow or cut off"
         ) from error
 
 

@@ -36,7 +36,7 @@ def load_initial_weights(
     if config.resize_vocab:
         vocabulary = Tokenizer(find_vocabulary(config.resize_vocab))
         rows = VocabularyMap(vocabulary, tokenizer, generator.config.vocab_size)
-        logger.info("--resize_vocab: %d of %d pieces keep their rows", rows.num_kept, len(tokenizer))
+        logger.info("--resize_vocab: %d of %d pieces keep their rows", rows.num_shared, len(tokenizer))
         resize = rows.convert
     options = LoadOptions(config.fresh_head, resize)
     if isinstance(model, MaskedLanguageModel) and config.init_model:
@@ -71,7 +71,7 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
     Args:
         reference: a file, a directory or `hf:OWNER/NAME[@REVISION]`.
         role: "model", "generator" or "discriminator".
-        config: the model to load it into. Raises `ConfigError` if the `config.json` beside the file differs
+        config: the model to load it into. Raises `ConfigError` if the `config.json` next to it differs
             in a setting that no shape would reveal.
     """
     if not reference.startswith(HUB):
@@ -84,7 +84,7 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
         for name in ("config.json", VOCABULARY_FILE):
             with suppress(DownloadError):  # it is compared if there is one
                 fetch_from_hub(reference, (name,), "give a file")
-    if path.name != GENERATOR_FILE:  # the config.json beside that is the discriminator's
+    if path.name != GENERATOR_FILE:  # the config.json next to that is the discriminator's
         check_silent_settings(path, role, config)
     return path
 

@@ -31,11 +31,11 @@ def describe_silence(address: str, port: int, timeout: int) -> str:
         socket.create_connection((address, port), timeout=PROBE_SECONDS).close()
     except OSError as error:
         return (
-            f"node 0 did not answer at {where} within --dist_timeout {timeout} s "
+            f"node 0 was not reached at {where} within --dist_timeout {timeout} s "
             f"({error.strerror or error}): start the command there, check address and firewall"
         )
     advice = "start the command with RANK 0 there, with an unused MASTER_PORT"
-    return f"what answers at {where} is not the launcher of node 0: {advice}"
+    return f"the server at {where} is not the launcher of node 0: {advice}"
 
 
 def find_interface(address: str) -> str | None:
@@ -52,9 +52,9 @@ def find_interface(address: str) -> str | None:
         own_address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                result = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:  # an interface without an IPv4 address
                 continue
-            if socket.inet_ntoa(answer[20:24]) == own_address:
+            if socket.inet_ntoa(result[20:24]) == own_address:
                 return name
     return None

@@ -290,7 +290,7 @@ def _shorten(text: str) -> str:
 
 def describe_loss(job: Job) -> str:
     """Return the message for a store that can no longer be reached."""
-    return f"node 0 ({job.address}) is gone: its own messages say why"
+    return f"node 0 ({job.address}) is gone: see its own messages"
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""Another vocabulary: kept rows are bitwise the old ones, others the mean of their old pieces."""
+"""Another vocabulary: rows of shared pieces are bitwise the old ones, others the mean of their old pieces."""
 
 import pytest
 import torch
@@ -33,20 +33,20 @@ def test_rows(tokenizer, new):
     assert state[WORD].shape == (912, 6)
     assert state[BIAS].shape == (912,)
     assert state["other"] is bias
-    kept = 0
+    shared = 0
     for row, piece in enumerate(new.pieces):
         if piece in tokenizer.piece_to_id:
             old = tokenizer.piece_to_id[piece]
             assert torch.equal(state[WORD][row], table[old])
             assert state[BIAS][row] == bias[old]
-            kept += 1
+            shared += 1
         else:
             ids = split_piece(piece, tokenizer)
             spelled = "".join(tokenizer.pieces[i] for i in ids)
             assert spelled in (piece, f"▁{piece}") or tokenizer.unk_id in ids
             torch.testing.assert_close(state[WORD][row], table[ids].mean(0))
-    assert kept == resize.num_kept
-    assert 100 < kept < len(new)
+    assert shared == resize.num_shared
+    assert 100 < shared < len(new)
     assert [state[WORD][i].equal(table[i]) for i in range(4)] == [True] * 4
     assert torch.equal(state[WORD][new.mask_id], table[tokenizer.mask_id])
     assert not state[WORD][len(new) :].any()

@@ -37,7 +37,7 @@ def test_a_sequence_without_real_keys_is_not_nan(has_terms):
 
 
 def test_scores_are_not_saved():
-    """Neither table of scores [B, H, L, S], of c2p and p2c, is kept for the backward pass."""
+    """Neither table of scores [B, H, L, S], of c2p and p2c, is saved for the backward pass."""
     attention = make(0.0)
     q, table = torch.randn(2, 2, 40, 16, requires_grad=True), torch.randn(2, 32, 16, requires_grad=True)
     slots = torch.randint(0, 32, (40, 40))

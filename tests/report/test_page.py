@@ -129,7 +129,7 @@ def test_a_run_outlives_a_report_that_cannot_be_written(prepared, tmp_path):
     for name in ("report.html", "samples.jsonl"):
         (tmp_path / "run" / name).unlink()
         (tmp_path / "run" / name).mkdir()
-    status, output = run(flags | {"num_training_steps": 8})  # resumes: a start would move the samples aside
+    status, output = run(flags | {"num_training_steps": 8})  # resumes: a start would rename the samples
     assert status == 0, output
     assert "warning: no report.html: cannot write" in output
     assert not re.search("^ *report  ", output, re.MULTILINE)

@@ -78,7 +78,7 @@ def test_precision_and_recall():
     assert metrics["discriminator_replaced"] == pytest.approx(3 / 6)
 
 
-def test_a_discriminator_that_always_answers_original():
+def test_a_discriminator_that_always_predicts_original():
     """It is measured against the larger class; its precision is undefined, not zero."""
     metrics = compute_detection_metrics(np.full(20, -3.0), np.arange(20) < 3)
     assert metrics["discriminator_accuracy"] == metrics["discriminator_majority_accuracy"] == 0.85

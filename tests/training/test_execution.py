@@ -61,17 +61,17 @@ def losses_and_gradients(model: nn.Module, length: int = 32) -> dict[str, torch.
 
 def saved_bytes(function: Callable[[], object]) -> int:
     """Return what autograd saves for the backward pass while `function` runs, each storage once."""
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
     assert result is not None  # the graph lived until here, so that no address was used twice
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 @pytest.mark.parametrize("task", ["MLM", "RTD"])
@@ -90,16 +90,16 @@ def test_checkpointing_gives_the_same_bits(task, path):
 def test_checkpointing_keeps_less(path):
     """A layer keeps [B, H, L, L] probabilities; with checkpoints its inputs alone."""
     batch = random_batch(length=64, vocabulary=200)
-    kept = []
+    saved = []
     for gradient_checkpointing in (False, True):
         model = small_model("MLM", {"num_hidden_layers": 6})
         config = train_config(**PATHS[path], gradient_checkpointing=gradient_checkpointing)
         set_execution(model, config, CPU)
         parameters = sum(p.nbytes for p in model.parameters())
-        kept.append(
+        saved.append(
             saved_bytes(lambda model=model: model.compute_masked_loss(batch, sample=False)) - parameters
         )
-    assert 0 < kept[1] < kept[0] / 4
+    assert 0 < saved[1] < saved[0] / 4
 
 
 def test_evaluation_stores_no_checkpoints(monkeypatch):

@@ -33,7 +33,7 @@ def run_here(capsys):
 
 
 def place(path, config=None):
-    """Make a file, and beside it a config."""
+    """Make a file, and next to it a config."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     if config is not None:

@@ -174,7 +174,7 @@ def test_a_port_of_another_program(flags):
             _, error = output.splitlines()  # after where it waits
             assert status == 1
             assert error.startswith(
-                f"error: what answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} is not the"
+                f"error: the server at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} is not the"
             )
 
 

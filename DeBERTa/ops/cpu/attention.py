@@ -44,14 +44,14 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, key_table, query_table, input_mask, p):  # noqa: PLR0913  autograd's inputs
         batch, heads, length, size = q.shape
         inputs = q, k, v, key_table, query_table
-        kept = q.new_empty(batch, heads, length, length)
+        saved = q.new_empty(batch, heads, length, length)
         context = q.new_empty(batch, length, heads, size)
-        ctx.save_for_backward(*inputs, kept, context)
+        ctx.save_for_backward(*inputs, saved, context)
         ctx.p = p
         seed, mask = draw_seed() if p else 0, input_mask.bool().contiguous()
         kernel = _find_fused("compute_attention", q)
         if kernel is not None:
-            kernel(*inputs, mask, kept, context, *q.shape, seed, compute_threshold(p), 1 / (1 - p))
+            kernel(*inputs, mask, saved, context, *q.shape, seed, compute_threshold(p), 1 / (1 - p))
             return context
         scores = q.new_empty(heads, length, length)
         c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
@@ -59,14 +59,14 @@ class BlockedAttention(torch.autograd.Function):
             c2p.multiply(q[b])
             p2c.multiply(k[b])
             torch.bmm(q[b], k[b].transpose(1, 2), out=scores)
-            _write_probabilities(scores, c2p, p2c, mask[b], (seed, p, b * scores.numel()), kept[b])
+            _write_probabilities(scores, c2p, p2c, mask[b], (seed, p, b * scores.numel()), saved[b])
             torch.mul(torch.bmm(scores, v[b]).transpose(0, 1), 1 / (1 - p), out=context[b])
         return context
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, key_table, query_table, kept, context = ctx.saved_tensors
+        q, k, v, key_table, query_table, saved, context = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         kernel = _find_fused("compute_attention_gradients", q)
@@ -82,7 +82,7 @@ class BlockedAttention(torch.autograd.Function):
             inner = inner.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
             dcontext = torch.mul(grad[b].transpose(0, 1), 1 / (1 - ctx.p)).contiguous()
             torch.bmm(dcontext, v[b].transpose(1, 2), out=dscores)
-            _write_score_gradients(kept[b], dscores, inner, c2p, p2c, dropped)
+            _write_score_gradients(saved[b], dscores, inner, c2p, p2c, dropped)
             torch.bmm(dropped.transpose(1, 2), dcontext, out=dv[b])
             torch.bmm(dscores, k[b], out=dq[b])
             torch.bmm(dscores.transpose(1, 2), q[b], out=dk[b])
@@ -172,32 +172,32 @@ def _write_probabilities(
     p2c: _PositionTerm,
     mask: torch.Tensor,
     dropout: tuple[int, float, int],
-    kept: torch.Tensor,
+    saved: torch.Tensor,
 ) -> None:
     """Write the softmax of `scores` [H, L, L] and both terms to `scores`.
 
-    Padded keys are excluded, and dropped elements are zero. `kept` receives the same probabilities, negated
+    Padded keys are excluded, and dropped elements are zero. `saved` receives the same probabilities, negated
     instead of zeroed where dropped. dropout: seed, probability, and the index of the first element.
     """
     seed, p, first = dropout
     kernel = library.find_kernel("compute_probabilities", scores)
     if kernel is not None:
         sizes = (*scores.shape[:2], _count_rows(scores))
-        kernel(scores, kept, c2p.buffer, p2c.buffer, mask, *sizes, seed, first, compute_threshold(p))
+        kernel(scores, saved, c2p.buffer, p2c.buffer, mask, *sizes, seed, first, compute_threshold(p))
         return
     for rows, term in c2p.iterate_views():
         scores[:, rows] += term
     for rows, term in p2c.iterate_views():
         scores[:, :, rows] += term.transpose(1, 2).contiguous()  # adding the view takes three times as long
     scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    torch.softmax(scores, dim=-1, out=kept).mul_(mask[:, None])
+    torch.softmax(scores, dim=-1, out=saved).mul_(mask[:, None])
     if p:
-        kept.mul_(draw_keep_mask(kept.shape, seed, p, first).to(kept.dtype).mul_(2).sub_(1))
-    torch.clamp(kept, min=0, out=scores)
+        saved.mul_(draw_keep_mask(saved.shape, seed, p, first).to(saved.dtype).mul_(2).sub_(1))
+    torch.clamp(saved, min=0, out=scores)
 
 
 def _write_score_gradients(
-    kept: torch.Tensor,
+    saved: torch.Tensor,
     gradients: torch.Tensor,
     inner: torch.Tensor,
     c2p: _PositionTerm,
@@ -206,17 +206,17 @@ def _write_score_gradients(
 ) -> None:
     """Turn gradients of the probabilities into those of the scores, in place.
 
-    These are P dP - P `inner`, with P = `kept` [H, L, L] and `inner` [H, L]. Gradients of dropped elements
+    These are P dP - P `inner`, with P = `saved` [H, L, L] and `inner` [H, L]. Gradients of dropped elements
     are zero. The gradients are also written to the blocks of both terms. `dropped` receives the probabilities
     that multiplied v.
     """
     kernel = library.find_kernel("compute_score_gradients", gradients)
     if kernel is not None:
-        sizes = (*kept.shape[:2], _count_rows(kept))
-        kernel(kept, gradients, dropped, c2p.buffer, p2c.buffer, inner, *sizes)
+        sizes = (*saved.shape[:2], _count_rows(saved))
+        kernel(saved, gradients, dropped, c2p.buffer, p2c.buffer, inner, *sizes)
         return
-    torch.clamp(kept, min=0, out=dropped)
-    gradients.mul_(dropped).sub_(kept.abs().mul_(inner[:, :, None]))
+    torch.clamp(saved, min=0, out=dropped)
+    gradients.mul_(dropped).sub_(saved.abs().mul_(inner[:, :, None]))
     for rows, term in c2p.iterate_views():
         term.copy_(gradients[:, rows])
     for rows, term in p2c.iterate_views():

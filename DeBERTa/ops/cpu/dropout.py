@@ -40,5 +40,5 @@ def _apply_mask(
         kernel(x, residual, out, x.numel(), seed, compute_threshold(p), 1 / (1 - p))
         return out
     mask = draw_keep_mask(x.shape, seed, p).to(x.dtype)  # a boolean mask is several times slower
-    kept = (x * mask).mul_(1 / (1 - p))
-    return torch.add(kept, 0 if residual is None else residual, out=out)
+    scaled = (x * mask).mul_(1 / (1 - p))
+    return torch.add(scaled, 0 if residual is None else residual, out=out)

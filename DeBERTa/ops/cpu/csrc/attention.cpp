@@ -2,10 +2,10 @@
 // hold tiles of matrices (AMX): scores stay in the core's cache. See ../attention.py for the formulas.
 //
 // A tile holds 16 rows of 64 bytes, with any distance between the rows. That makes the position terms cheap:
-// row i of the scores needs the products with the table's rows from one distance earlier on than row i - 1,
+// row i of the scores needs the dot products with the table's rows from one distance earlier than row i - 1,
 // so a tile whose rows lie one element further apart than the buffer's is read or added in place.
 //
-// The second factor of a product has two of its rows in one, in pairs of numbers. L length, D head size.
+// The second factor of a matmul has two of its rows in one, in pairs of elements. L length, D head size.
 
 #include "tiles.h"
 
@@ -40,11 +40,11 @@ struct Room {
 // The matrices of one thread. Their memory stays for the next call: new memory is slow.
 template <class T>
 T make_room(int64_t length, int64_t size) {
-    static thread_local std::vector<char> kept;
+    static thread_local std::vector<char> memory;
     Room counting{nullptr};
     T(counting, length, size);
-    if (int64_t(kept.size()) < counting.used + 64) kept.assign(counting.used + 64, 0);
-    Room room{kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64};
+    if (int64_t(memory.size()) < counting.used + 64) memory.assign(counting.used + 64, 0);
+    Room room{memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64};
     return T(room, length, size);
 }
 
@@ -64,7 +64,7 @@ struct ForwardRoom {
 };
 
 // `pairs` is of probabilities first, for the gradient of v, then of parts of the gradients of scores;
-// `turned` is what each product needs; `outer` the context's gradient, scaled as dropout does.
+// `turned` is what each matmul needs; `outer` the context's gradient, scaled as dropout does.
 struct BackwardRoom {
     Matrix<bfloat16> gradients, mirrored, outer, turned;
     Matrix<uint32_t> pairs, vt, rows;
@@ -127,10 +127,10 @@ void compute_row_gradients(Matrix<bfloat16> gradients, Packed keys, Packed table
     for (int64_t i = 0; i < length; i += BLOCK) {
         for (int64_t d = 0; d < size; d += BLOCK) {
             clear_sums();
-            add_product(gradients.from<const bfloat16>(i, MARGIN), keys.from(0, d), length / 32);
+            add_matmul(gradients.from<const bfloat16>(i, MARGIN), keys.from(0, d), length / 32);
             if (table.at)
-                add_product(gradients.from<const bfloat16>(i, MARGIN - BLOCK + 1, 1),
-                            table.from(length - BLOCK - i, d), (length + BLOCK) / 32);
+                add_matmul(gradients.from<const bfloat16>(i, MARGIN - BLOCK + 1, 1),
+                           table.from(length - BLOCK - i, d), (length + BLOCK) / 32);
             store_sums(sums.from<float>(0, d));
         }
         for (int64_t n = 0; n < BLOCK; n++) round_all(sums.row(n), out + (i + n) * size, size);
@@ -153,9 +153,9 @@ void add_table_gradients(Matrix<bfloat16> gradients, Matrix<bfloat16> queries, i
             int64_t i = std::max(start, length - BLOCK - w), last = std::min(end, 2 * length - w);
             for (int64_t d = 0; d < size; d += BLOCK) {
                 load_sums(out.from<float>(d, w));
-                add_product(queries.from<const bfloat16>(d, i),
-                            get_pairs(pairs, (i - start) / 2, MARGIN + w - length + 1 + i, 2),
-                            (last - i) / 32);
+                add_matmul(queries.from<const bfloat16>(d, i),
+                           get_pairs(pairs, (i - start) / 2, MARGIN + w - length + 1 + i, 2),
+                           (last - i) / 32);
                 store_sums(out.from<float>(d, w));
             }
         }
@@ -194,7 +194,7 @@ extern "C" __attribute__((visibility("default"))) int request_tiles() {
 
 EXPORT compute_attention_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v,
                                   const bfloat16* key_table, const bfloat16* query_table, const bool* mask,
-                                  bfloat16* kept, bfloat16* context, int64_t batch, int64_t heads,
+                                  bfloat16* saved, bfloat16* context, int64_t batch, int64_t heads,
                                   int64_t length, int64_t size, uint64_t seed, int64_t threshold, float scale,
                                   int threads) {
     auto key_tables = pack_tables(key_table, heads, length, size, true, threads);
@@ -246,17 +246,17 @@ EXPORT compute_attention_bfloat16(const bfloat16* q, const bfloat16* k, const bf
                         int64_t row = (task * length + i + n) * length;
                         float* s = scores.row(i - start + n);
                         if (!real[i + n]) {
-                            std::memset(kept + row, 0, length * sizeof(bfloat16));
+                            std::memset(saved + row, 0, length * sizeof(bfloat16));
                             std::memset(dropped.row(n), 0, length * sizeof(bfloat16));
                             continue;
                         }
                         if (key_table) {  // column c is distance i + 31 - c
-                            const float* products = distances.row(n) + BLOCK - 1 - n;
-                            for (int64_t j = 0; j < length; j++) s[j] += products[j];
+                            const float* term = distances.row(n) + BLOCK - 1 - n;
+                            for (int64_t j = 0; j < length; j++) s[j] += term[j];
                         }
                         if (has_padding)
                             for (int64_t j = 0; j < length; j++) s[j] = real[j] ? s[j] : -INFINITY;
-                        apply_softmax(s, dropped.row(n), kept + row, length, seed, row, threshold, words);
+                        apply_softmax(s, dropped.row(n), saved + row, length, seed, row, threshold, words);
                     }
                     for (int64_t d = 0; d < size; d += BLOCK)
                         multiply(sums.from<float>(0, d), dropped.from<const bfloat16>(0, 0),
@@ -274,7 +274,7 @@ EXPORT compute_attention_bfloat16(const bfloat16* q, const bfloat16* k, const bf
 
 EXPORT compute_attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k, const bfloat16* v,
                                             const bfloat16* key_table, const bfloat16* query_table,
-                                            const bfloat16* kept, const bfloat16* context,
+                                            const bfloat16* saved, const bfloat16* context,
                                             const bfloat16* gradient, bfloat16* dq, bfloat16* dk,
                                             bfloat16* dv, bfloat16* dkey_table, bfloat16* dquery_table,
                                             int64_t batch, int64_t heads, int64_t length, int64_t size,
@@ -308,7 +308,7 @@ EXPORT compute_attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k
                 if (sum.at) std::fill(sum.at, sum.at + table_part, 0.0f);
             for (int64_t b = group * SEQUENCES; b < std::min(batch, (group + 1) * SEQUENCES); b++) {
                 int64_t matrix = b * heads + head, start = matrix * length * size;
-                // The context's gradient, scaled as dropout does, and its products with the context.
+                // The context's gradient, scaled as dropout does, and its dot products with the context.
                 for (int64_t i = 0; i < length; i++) {
                     int64_t row = ((b * length + i) * heads + head) * size;
                     float total = 0, *scaled = block.row(0);
@@ -330,17 +330,18 @@ EXPORT compute_attention_gradients_bfloat16(const bfloat16* q, const bfloat16* k
                         multiply(block.from<float>(0, j), outer.from<const bfloat16>(i, 0),
                                  values_packed.from(j), size / 32);
                     for (int64_t n = 0; n < BLOCK; n++) {
-                        const bfloat16* keep = kept + (matrix * length + i + n) * length;
-                        float *s = block.row(n), product = inner[i + n];
+                        const bfloat16* saved_row = saved + (matrix * length + i + n) * length;
+                        float *s = block.row(n), dot = inner[i + n];
                         bfloat16* to = gradients.row(i + n) + MARGIN;
                         for (int64_t j = 0; j < length; j++) {
-                            float p = load(keep[j]), positive = p < 0 ? 0 : p;
-                            s[j] = positive * s[j] - std::fabs(p) * product;
+                            float p = load(saved_row[j]), positive = p < 0 ? 0 : p;
+                            s[j] = positive * s[j] - std::fabs(p) * dot;
                         }
                         round_all(s, to, length);
                     }
                     for (int64_t n = 0; n < BLOCK; n += 2) {
-                        const bfloat16 *low = kept + (matrix * length + i + n) * length, *high = low + length;
+                        const bfloat16 *low = saved + (matrix * length + i + n) * length,
+                                       *high = low + length;
                         uint32_t* to = pairs.row((i + n) / 2);
                         for (int64_t j = 0; j < length; j++)
                             to[j] = join_pair(clear_dropped(low[j]), clear_dropped(high[j]));

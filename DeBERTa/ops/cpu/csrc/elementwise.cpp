@@ -1,6 +1,6 @@
 // One pass over memory each, where PyTorch needs several: attention scores, logits of a chunk of words,
 // dropout, GELU. Built by library.py. Shapes and layouts are those of the Python functions that call these.
-// Numbers are stored as float or bfloat16; all arithmetic is in float. Sums do not depend on the threads.
+// Elements are stored as float or bfloat16; all arithmetic is in float. Sums do not depend on the threads.
 
 #include "kernels.h"
 
@@ -74,7 +74,7 @@ void put_transposed(const float* scores, T* term, const Blocks& blocks, int64_t 
 }
 
 template <class T>
-void compute_probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, int64_t heads,
+void compute_probabilities(T* scores, T* saved, const T* c2p, const T* p2c, const bool* mask, int64_t heads,
                            int64_t length, int64_t block_rows, uint64_t seed, int64_t first, int threshold,
                            int threads) {
     Blocks blocks{heads, length, block_rows};
@@ -101,22 +101,22 @@ void compute_probabilities(T* scores, T* kept, const T* c2p, const T* p2c, const
             for (int64_t k = 0; k < count; k++) {
                 float* __restrict s = &room[k * length];
                 int64_t row = (head * length + i + k) * length;
-                T* __restrict to = scores + row, * __restrict keep = kept + row;
+                T* __restrict to = scores + row, * __restrict saved_row = saved + row;
                 if (!mask[i + k]) {
                     std::memset(to, 0, length * sizeof(T));
-                    std::memset(keep, 0, length * sizeof(T));
+                    std::memset(saved_row, 0, length * sizeof(T));
                     continue;
                 }
                 if (has_padding)
                     for (int64_t j = 0; j < length; j++) s[j] = mask[j] ? s[j] : -INFINITY;
-                apply_softmax(s, to, keep, length, seed, first + row, threshold, words);
+                apply_softmax(s, to, saved_row, length, seed, first + row, threshold, words);
             }
         }
     }
 }
 
 template <class T>
-void compute_score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,
+void compute_score_gradients(const T* saved, T* gradients, T* dropped, T* c2p, T* p2c, const float* inner,
                              int64_t heads, int64_t length, int64_t block_rows, int threads) {
     Blocks blocks{heads, length, block_rows};
     int64_t tiles = (length + TILE - 1) / TILE;
@@ -129,12 +129,12 @@ void compute_score_gradients(const T* kept, T* gradients, T* dropped, T* c2p, T*
             for (int64_t k = 0; k < count; k++) {
                 float* s = &room[k * length];
                 int64_t row = (head * length + i + k) * length;
-                const T* keep = kept + row;
+                const T* saved_row = saved + row;
                 T *gradient = gradients + row, *drop = dropped + row;
-                float product = inner[head * length + i + k];
+                float dot = inner[head * length + i + k];
                 for (int64_t j = 0; j < length; j++) {
-                    float p = load(keep[j]), d = load(gradient[j]), positive = p < 0 ? 0 : p;
-                    s[j] = positive * d - std::fabs(p) * product;
+                    float p = load(saved_row[j]), d = load(gradient[j]), positive = p < 0 ? 0 : p;
+                    s[j] = positive * d - std::fabs(p) * dot;
                     store(drop[j], positive);
                     store(gradient[j], s[j]);
                 }
@@ -219,7 +219,7 @@ void transpose_matrix(const In* x, Out* out, float* sums, int64_t rows, int64_t 
         int64_t width = std::min(TILE, columns - j), i = 0;
         Vector total[TILE] = {};  // sixteen partial sums of each column
         if (width == TILE)
-            for (; i + 2 * TILE <= rows; i += 2 * TILE)  // a whole line of the cache at a time for bfloat16
+            for (; i + 2 * TILE <= rows; i += 2 * TILE)  // a full line of the cache at a time for bfloat16
                 for (int64_t half = 0; half < 2 * TILE; half += TILE) {
                     Vector tile[TILE];
                     for (int64_t k = 0; k < TILE; k++)
@@ -266,34 +266,34 @@ void compute_gelu_gradients(T* x, T* gradients, int64_t count, int threads) {
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                 \
-    EXPORT compute_probabilities_##NAME(T* scores, T* kept, const T* c2p, const T* p2c, const bool* mask, \
-                                        int64_t heads, int64_t length, int64_t block_rows, uint64_t seed, \
-                                        int64_t first, int64_t threshold, int threads) {                  \
-        compute_probabilities(scores, kept, c2p, p2c, mask, heads, length, block_rows, seed, first,       \
-                              threshold, threads);                                                        \
-    }                                                                                                     \
-    EXPORT compute_score_gradients_##NAME(const T* kept, T* gradients, T* dropped, T* c2p, T* p2c,        \
-                                          const float* inner, int64_t heads, int64_t length,              \
-                                          int64_t block_rows, int threads) {                              \
-        compute_score_gradients(kept, gradients, dropped, c2p, p2c, inner, heads, length, block_rows,     \
-                                threads);                                                                 \
-    }                                                                                                     \
-    EXPORT sum_chunk_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,  \
-                            int64_t group, int threads) {                                                 \
-        sum_chunk(logits, largest, sums, rows, columns, group, threads);                                  \
-    }                                                                                                     \
-    EXPORT compute_chunk_gradients_##NAME(T* logits, const float* shift, const float* weight,             \
-                                          const int64_t* target, const float* sign, float* dbias,         \
-                                          int64_t rows, int64_t columns, int threads) {                   \
-        compute_chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);      \
-    }                                                                                                     \
-    EXPORT compute_gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                \
-        compute_gelu_gradients(x, gradients, count, threads);                                             \
-    }                                                                                                     \
-    EXPORT transpose_matrix_##NAME(const T* x, bfloat16* out, float* sums, int64_t rows, int64_t columns, \
-                                   int threads) {                                                         \
-        transpose_matrix(x, out, sums, rows, columns, threads);                                           \
+#define FOR_TYPE(T, NAME)                                                                                  \
+    EXPORT compute_probabilities_##NAME(T* scores, T* saved, const T* c2p, const T* p2c, const bool* mask, \
+                                        int64_t heads, int64_t length, int64_t block_rows, uint64_t seed,  \
+                                        int64_t first, int64_t threshold, int threads) {                   \
+        compute_probabilities(scores, saved, c2p, p2c, mask, heads, length, block_rows, seed, first,       \
+                              threshold, threads);                                                         \
+    }                                                                                                      \
+    EXPORT compute_score_gradients_##NAME(const T* saved, T* gradients, T* dropped, T* c2p, T* p2c,        \
+                                          const float* inner, int64_t heads, int64_t length,               \
+                                          int64_t block_rows, int threads) {                               \
+        compute_score_gradients(saved, gradients, dropped, c2p, p2c, inner, heads, length, block_rows,     \
+                                threads);                                                                  \
+    }                                                                                                      \
+    EXPORT sum_chunk_##NAME(const T* logits, float* largest, float* sums, int64_t rows, int64_t columns,   \
+                            int64_t group, int threads) {                                                  \
+        sum_chunk(logits, largest, sums, rows, columns, group, threads);                                   \
+    }                                                                                                      \
+    EXPORT compute_chunk_gradients_##NAME(T* logits, const float* shift, const float* weight,              \
+                                          const int64_t* target, const float* sign, float* dbias,          \
+                                          int64_t rows, int64_t columns, int threads) {                    \
+        compute_chunk_gradients(logits, shift, weight, target, sign, dbias, rows, columns, threads);       \
+    }                                                                                                      \
+    EXPORT compute_gelu_gradients_##NAME(T* x, T* gradients, int64_t count, int threads) {                 \
+        compute_gelu_gradients(x, gradients, count, threads);                                              \
+    }                                                                                                      \
+    EXPORT transpose_matrix_##NAME(const T* x, bfloat16* out, float* sums, int64_t rows, int64_t columns,  \
+                                   int threads) {                                                          \
+        transpose_matrix(x, out, sums, rows, columns, threads);                                            \
     }
 
 FOR_TYPE(float, float32)

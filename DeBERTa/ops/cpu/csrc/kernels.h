@@ -1,4 +1,4 @@
-// What all kernels share: numbers in memory, exponentials, random bits, transposition of registers.
+// What all kernels share: elements in memory, exponentials, random bits, transposition of registers.
 
 #pragma once
 
@@ -40,7 +40,7 @@ inline void store(bfloat16& to, float x) {  // to the nearest, ties to even
 
 inline void round_all(const float* x, float* to, int64_t count) { std::copy(x, x + count, to); }
 
-// Processors that round by themselves make zeros of numbers below 2^-126.
+// Processors that round by themselves make zeros of values below 2^-126.
 inline void round_all(const float* x, bfloat16* to, int64_t count) {
     int64_t j = 0;
 #ifdef __AVX512BF16__
@@ -76,7 +76,7 @@ inline void compute_normal(float x, float& below, float& density) {
     density = 0.39894228f * e;
 }
 
-// The largest of `count` numbers that is not NaN; compilers vectorize it in this form.
+// The largest of `count` elements that is not NaN; compilers vectorize it in this form.
 template <class T>
 float find_maximum(const T* x, int64_t count) {
     constexpr int64_t LANES = 32;
@@ -123,10 +123,10 @@ inline void zero_dropped(const bfloat16* x, bfloat16* to, const Bits* __restrict
     for (int64_t j = 0; j < count; j++) out[j] = bits[j] <= last ? 0 : from[j];
 }
 
-// Softmax of a row of `count` scores, which this overwrites: into `to` with zeros where dropped, into `keep`
+// Softmax of a row of `count` scores, which this overwrites: into `to` with zeros where dropped, into `saved`
 // with a minus sign there. `first` is the number of the first element's random bits.
 template <class T>
-void apply_softmax(float* __restrict s, T* __restrict to, T* __restrict keep, int64_t count, uint64_t seed,
+void apply_softmax(float* __restrict s, T* __restrict to, T* __restrict saved, int64_t count, uint64_t seed,
                    int64_t first, int threshold, std::vector<uint64_t>& words) {
     float sum = 0, largest = find_maximum(s, count);
 #pragma omp simd reduction(+ : sum)
@@ -138,15 +138,15 @@ void apply_softmax(float* __restrict s, T* __restrict to, T* __restrict keep, in
     float scale = 1 / sum;
     if (!threshold) {
         for (int64_t j = 0; j < count; j++) s[j] *= scale;
-        round_all(s, keep, count);
-        std::copy(keep, keep + count, to);
+        round_all(s, saved, count);
+        std::copy(saved, saved + count, to);
         return;
     }
     const Bits* bits = draw_bits(seed, first, count, words);
     const uint16_t last = uint16_t(threshold - 1);  // of those that drop
     for (int64_t j = 0; j < count; j++) s[j] *= bits[j] <= last ? -scale : scale;
-    round_all(s, keep, count);
-    zero_dropped(keep, to, bits, last, count);
+    round_all(s, saved, count);
+    zero_dropped(saved, to, bits, last, count);
 }
 
 typedef float Vector __attribute__((vector_size(64)));

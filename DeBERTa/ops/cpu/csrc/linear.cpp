@@ -1,5 +1,5 @@
 // Linear maps and the feed-forward, and their gradients, in bfloat16 on processors with AMX. Weights come in
-// float32 and are rounded while they are laid out for the product; the epilogue runs while tiles compute the
+// float32 and are rounded while they are laid out for the matmul; the epilogue runs while tiles compute the
 // next.
 //
 // Names: x [M, K], weight [N, K], y [M, N]; `rows`, `depth` and `columns` are M, K and N. K and N are
@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int64_t ROWS = 64, COLUMNS = 256;  // of a product, by one thread at a time
+constexpr int64_t ROWS = 64, COLUMNS = 256;  // of a matmul, by one thread at a time
 
-// The first factor [rows, depth] of a product, in blocks of 32 rows, with zeros after it.
+// The first factor [rows, depth] of a matmul, in blocks of 32 rows, with zeros after it.
 struct Blocks {
     const bfloat16* x;
     int64_t rows, distance;  // elements from row to row
@@ -29,7 +29,7 @@ struct Blocks {
     Left from(int64_t i) const { return {i + BLOCK <= rows ? x + i * distance : last.data(), distance * 2}; }
 };
 
-// Of all threads: N products of the same size, block by block. `finish(i, j, n, sums)` takes row n of each
+// Of all threads: N matmuls of the same size, block by block. `finish(i, j, n, sums)` takes row n of each
 // one's block from (i, j) on, in order, also where that is past the last row, and may write over it.
 template <int64_t N, class F>
 void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F finish) {
@@ -42,13 +42,13 @@ void multiply_all(const Blocks (&left)[N], const Factor* const (&right)[N], F fi
             for (int64_t j = first; j < std::min(first + COLUMNS, right[0]->columns); j += BLOCK)
                 for (int64_t k = i; k < std::min(i + ROWS, left[0].rows); k += BLOCK)
                     blocks.multiply(k, j, [&](int64_t m) {
-                        return Product{left[m].from(k), right[m]->panel(j).from(0), right[m]->depth / 32};
+                        return Matmul{left[m].from(k), right[m]->panel(j).from(0), right[m]->depth / 32};
                     });
     blocks.end();
 #pragma omp barrier
 }
 
-// 32 numbers of two rows, as `pack_rows` places them.
+// 32 elements of two rows, as `pack_rows` places them.
 inline void pack_pair(const float* low, const float* high, uint32_t* to) {
     for (int64_t half = 0; half < 2; half++)
         _mm512_storeu_si512(to + half * TILE * TILE,

@@ -1,7 +1,7 @@
-// Tiles of matrices in the processor's registers (AMX), for products in bfloat16.
+// Tiles of matrices in the processor's registers (AMX), for matmuls in bfloat16.
 //
 // A tile holds 16 rows of 64 bytes, with any distance between the rows in memory. The second factor of a
-// product has two of its rows in one, in pairs of numbers.
+// matmul has two of its rows in one, in pairs of elements.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;  // rows and columns of a product: two by two tiles
+constexpr int64_t BLOCK = 32;  // rows and columns of a matmul: two by two tiles
 constexpr int64_t APART = 16;  // floats between rows, so that these do not compete for cache lines
 
 // GCC does not know that loading tiles reads memory: what was written before it has to be there.
@@ -55,7 +55,7 @@ struct Right {
 // sums [32, 32] += left [32, 32 * steps] right [32 * steps, 32], where the sums are tiles 0 to 3. After each
 // step `interleaved` is called: it overlaps with the slower tile instructions.
 template <class F>
-inline void add_product(Left left, Right right, int64_t steps, F interleaved) {
+inline void add_matmul(Left left, Right right, int64_t steps, F interleaved) {
     finish_writing();
     const char* a = reinterpret_cast<const char*>(left.at);
     const char* b = reinterpret_cast<const char*>(right.at);
@@ -72,8 +72,8 @@ inline void add_product(Left left, Right right, int64_t steps, F interleaved) {
     }
 }
 
-inline void add_product(Left left, Right right, int64_t steps) {
-    add_product(left, right, steps, [] {});
+inline void add_matmul(Left left, Right right, int64_t steps) {
+    add_matmul(left, right, steps, [] {});
 }
 
 inline void clear_sums() {
@@ -102,7 +102,7 @@ inline void store_sums(Sums sums) {
 
 inline void multiply(Sums sums, Left left, Right right, int64_t steps) {
     clear_sums();
-    add_product(left, right, steps);
+    add_matmul(left, right, steps);
     store_sums(sums);
 }
 
@@ -124,18 +124,18 @@ inline uint32_t join_pair(bfloat16 low, bfloat16 high) {
     return uint32_t(low.bits) | uint32_t(high.bits) << 16;
 }
 
-// 16 pairs from 16 numbers of each of two rows.
+// 16 pairs from 16 elements of each of two rows.
 inline __m512i join_pairs(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// 16 numbers, in bfloat16
+// 16 elements, in bfloat16
 inline __m256i load_rounded(const bfloat16* x) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
 }
 inline __m256i load_rounded(const float* x) { return __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
 
-// [rows, D], or its transpose, as the second factor of a product: in pairs of rows, tile by tile.
+// [rows, D], or its transpose, as the second factor of a matmul: in pairs of rows, tile by tile.
 struct Packed {
     uint32_t* at;
     int64_t size;
@@ -148,7 +148,7 @@ struct Packed {
     }
 };
 
-// [rows, D] for a product over rows, `distance` elements apart; zeros after it, to a multiple of 32 rows.
+// [rows, D] for a matmul over rows, `distance` elements apart; zeros after it, to a multiple of 32 rows.
 template <class T>
 void pack_rows(const T* x, int64_t distance, int64_t rows, int64_t size, Packed to) {
     for (int64_t i = 0; i < (rows + 31) / 32 * 32; i += 2)
@@ -160,7 +160,7 @@ void pack_rows(const T* x, int64_t distance, int64_t rows, int64_t size, Packed 
         }
 }
 
-// Its transpose [D, rows], for a product over D.
+// Its transpose [D, rows], for a matmul over D.
 template <class T>
 void pack_columns(const T* x, int64_t rows, int64_t size, Packed to) {
     for (int64_t i = 0; i < rows; i += TILE)
@@ -187,7 +187,7 @@ void put_transposed(Matrix<float> from, bfloat16* to, int64_t distance, int64_t 
         }
 }
 
-// The second factor [depth, columns] of a product, cut into panels of 32 columns, each packed row by row.
+// The second factor [depth, columns] of a matmul, in panels of 32 columns, each packed row by row.
 struct Factor {
     int64_t depth, columns;
     std::unique_ptr<uint32_t[]> words{new uint32_t[columns * depth / 2]};
@@ -217,31 +217,31 @@ struct Factor {
     }
 };
 
-// A matrix [rows, columns] in bfloat16 between two products.
+// A matrix [rows, columns] in bfloat16 between two matmuls.
 struct Between {
     int64_t distance;
-    std::unique_ptr<bfloat16[]> numbers;
+    std::unique_ptr<bfloat16[]> elements;
 
     Between(int64_t rows, int64_t columns)
-        : distance(columns + 2 * APART), numbers(new bfloat16[rows * distance]) {}
-    bfloat16* row(int64_t i) const { return &numbers[i * distance]; }
+        : distance(columns + 2 * APART), elements(new bfloat16[rows * distance]) {}
+    bfloat16* row(int64_t i) const { return &elements[i * distance]; }
 };
 
-// 32 x 32 numbers
+// 32 x 32 elements
 struct alignas(64) Block {
     float at[BLOCK * BLOCK];
 
     float* row(int64_t n) { return at + n * BLOCK; }
 };
 
-// One of the products of a block.
-struct Product {
+// One of the matmuls of a block.
+struct Matmul {
     Left left;
     Right right;
     int64_t steps;
 };
 
-// Blocks of N products each, one after the other. `finish(i, j, n, sums)` has turn n of `turns` with the
+// Blocks of N matmuls each, one after the other. `finish(i, j, n, sums)` has turn n of `turns` with the
 // block from (i, j) on, in order, and may write over it. Some turns come after each of a block's `steps` and
 // take the block before, so that what they do is done while the tiles compute.
 template <int64_t N, class F>
@@ -254,21 +254,21 @@ class Pipeline {
     Pipeline(F finish, int64_t turns, int64_t steps)
         : finish(finish), turns(turns), at_once(turns / std::max(steps, int64_t(1)) + 1) {}
 
-    // `product(m)` is the block's product m.
+    // `get_matmul(m)` is the block's matmul m.
     template <class P>
-    void multiply(int64_t i, int64_t j, P product) {
+    void multiply(int64_t i, int64_t j, P get_matmul) {
         Block* done = blocks[count % 2];
         int64_t n = count ? 0 : turns;
-        auto go_on = [&] {
+        auto finish_some = [&] {
             for (int64_t end = std::min(n + at_once, turns); n < end; n++) finish(done_i, done_j, n, done);
         };
         for (int64_t m = 0; m < N; m++) {
-            Product next = product(m);
+            Matmul next = get_matmul(m);
             clear_sums();
-            add_product(next.left, next.right, next.steps, go_on);
+            add_matmul(next.left, next.right, next.steps, finish_some);
             store_sums({blocks[(count + 1) % 2][m].at, BLOCK * 4});
         }
-        while (n < turns) go_on();
+        while (n < turns) finish_some();
         finish_writing();
         count++, done_i = i, done_j = j;
     }
@@ -280,13 +280,13 @@ class Pipeline {
     }
 };
 
-// 32 numbers, which fill a line of the cache. The next line is fetched.
+// 32 elements, which fill a line of the cache. The next line is fetched.
 inline void put(const float* sums, bfloat16* to) {
     _mm512_storeu_si512(to, __m512i(_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + TILE), _mm512_load_ps(sums))));
     __builtin_prefetch(to + BLOCK, 1);
 }
 
-// 32 numbers that nobody reads soon: past the cache, where memory allows. `_mm_sfence` has to follow.
+// 32 elements that nobody reads soon: past the cache, where memory allows. `_mm_sfence` has to follow.
 inline void put_through(const float* sums, float* to) {
     if (reinterpret_cast<uintptr_t>(to) % 64) {
         std::copy(sums, sums + BLOCK, to);
