@@ -133,8 +133,11 @@ def list_values(results: list[Result], name: str) -> str:
 
 
 def format_interval(values: list[float]) -> str:
-    """Return mean and half the width of the 95 % confidence interval."""
-    if len(values) < 2:
+    """Return mean and half the width of the 95 % confidence interval.
+
+    Of one seed, or of equal values, it is the value alone.
+    """
+    if len(set(values)) < 2:
         return f"{values[0]:.3f}" if values else "–"
     half = STUDENT.get(len(values) - 1, MORE_SEEDS) * stdev(values) / len(values) ** 0.5
     return f"{mean(values):.3f} ± {half:.3f}"
