@@ -29,7 +29,7 @@ from DeBERTa import RTDConfig, RTDModel
 from DeBERTa.ops import select_implementations
 from DeBERTa.ops.attention import SdpaEncoder, SdpaSelfAttention
 from DeBERTa.ops.autocast import AutocastModule
-from DeBERTa.ops.triton.launch import HOPPER, SEQUENCES
+from DeBERTa.ops.triton.launch import HOPPER, SEQUENCES, get_launch_table
 from DeBERTa.ops.triton.modules import TritonEncoder, TritonSelfAttention
 
 CONFIGS = Path(__file__).resolve().parent.parent / "experiments" / "language_model"
@@ -195,7 +195,7 @@ def list_kernel_traffic(shape: tuple[int, ...], is_backward: bool) -> dict[str, 
     shape: B, L, H, D. Scores have full tiles of N rows, W in all.
     """
     B, L, H, D = shape
-    tile = HOPPER.tile
+    tile = get_launch_table(HOPPER, D).tile
     W = math.ceil(L / tile) * tile
     rows, table, scores = 2 * B * L * H * D, 2 * H * 2 * W * D, 2 * B * H * W * W
     statistics, input_mask, keep_mask = 4 * B * H * L, B * L, B * H * L * W // 8
@@ -223,7 +223,8 @@ class _CountedKernels(torch.autograd.Function):
         B, L, _, H, D = qkv.shape
         ctx.counter, ctx.shape = counter, (B, L, H, D)
         out, statistics = qkv.new_empty(B, L, H, D), qkv.new_empty(B, H, L, dtype=torch.float32)
-        words = math.ceil(L / HOPPER.tile) * HOPPER.tile // 32
+        tile = get_launch_table(HOPPER, D).tile
+        words = math.ceil(L / tile) * tile // 32
         keep_mask = torch.empty(B * H * L, words, dtype=torch.int32, device=META)
         ctx.save_for_backward(qkv, key_table, query_table, input_mask, out, statistics, keep_mask)
         counter.add(list_kernel_traffic(ctx.shape, is_backward=False))

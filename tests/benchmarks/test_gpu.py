@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="the package transformers is not installed")
 pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
 
+from benchmarks import gpu
 from tests.conftest import ROOT
 
 
@@ -28,9 +29,10 @@ def test_dry_run(tmp_path):
     )
     results = json.loads((out / "results.json").read_text())["parts"]
     assert {part: result["status"] for part, result in results.items()} == dict.fromkeys(results, 0)
-    assert (
-        results["runs"] | {"eager": {"twice_same_bits": True, "resumed_same_bits": True}} == results["runs"]
-    )
+    expected = {"statuses": [0, 0, 0], "twice_same_bits": True, "resumed_same_bits": True}
+    assert results["runs"]["eager"] == expected
+    assert results["correctness"]["passed"]
+    assert "SKIPPED" in (out / "correctness.log").read_text()  # there is no GPU
     for name in ("sdpa", "eager"):
         layer = results["attention"]
         assert 0 < layer[f"{name}, forward"] < layer[f"{name}, forward and backward"]
@@ -42,3 +44,19 @@ def test_dry_run(tmp_path):
     with tarfile.open(tmp_path / "out.tar.gz") as archive:
         names = archive.getnames()
     assert {"out/results.json", "out/profile.txt", "out/runs/eager-1/metrics.jsonl"} <= set(names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, run benchmarks/gpu.sh itself")
+def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    """Nor does a folder that is there already, if it is empty."""
+    monkeypatch.setitem(gpu.PARTS, "nothing", 60)  # which its process does not know
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(sys, "argv", ["gpu", str(out), "--toy", "--parts", "nothing", "attention"])
+    gpu.main()
+    results = json.loads((out / "results.json").read_text())["parts"]
+    assert {part: result["status"] for part, result in results.items()} == {"nothing": 2, "attention": 0}
+    assert "invalid choice" in (out / "nothing.log").read_text()
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "is not empty" in capsys.readouterr().err

@@ -8,23 +8,23 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from benchmarks.traffic import CASES, META, TrafficCounter, count_micro_batch, list_kernel_traffic
 
-# Operations, GB moved, GB saved for the backward passes: what was counted, and 1 % more.
-LIMITS = {
-    ("base 32x512", "sdpa"): (2575, 165.1, 14.4),
-    ("base 32x512", "triton"): (2275, 114.8, 9.6),
-    ("xsmall 64x512", "sdpa"): (2715, 172.8, 14.1),
-    ("xsmall 64x512", "triton"): (2415, 121.5, 9.4),
+# Operations, GB moved, GB saved for the backward passes: what was counted, the same with torch 2.11 and 2.13.
+COUNTS = {
+    ("base 32x512", "eager"): (3112, 304.4, 30.1),
+    ("base 32x512", "sdpa"): (2549, 164.9, 14.2),
+    ("base 32x512", "triton"): (2254, 113.5, 9.4),
+    ("xsmall 64x512", "sdpa"): (2689, 171.0, 13.8),
+    ("xsmall 64x512", "triton"): (2394, 120.2, 9.2),
 }
 
 
-@pytest.mark.parametrize(("case", "attention"), LIMITS)
+@pytest.mark.parametrize(("case", "attention"), COUNTS)
 def test_one_micro_batch(case, attention):
+    """One more pass anywhere is noticed, and so is a saving, which belongs into benchmarks/results.md."""
     config_name, sequences = CASES[case]
     traffic, _ = count_micro_batch(config_name, sequences, attention)
-    operations, moved, saved = LIMITS[case, attention]
-    assert 0.95 * operations < traffic.operations <= operations
-    assert 0.95 * moved < traffic.moved / 1e9 <= moved
-    assert 0.95 * saved < traffic.saved / 1e9 <= saved
+    counted = (traffic.operations, round(traffic.moved / 1e9, 1), round(traffic.saved / 1e9, 1))
+    assert counted == COUNTS[case, attention]
 
 
 @pytest.mark.parametrize(("attention", "attended"), [("triton", 2), ("sdpa", 19)])

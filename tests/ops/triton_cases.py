@@ -39,7 +39,7 @@ def compare(case: dict, device: str = "cpu") -> dict[str, float]:
     mask[-1, L - 3 :] = False
     seed = torch.tensor([SEED], device=device)
     last = L - 1
-    distances = list_tile_distances(L, slots.device).clamp(-last, last)
+    distances = list_tile_distances(L, D, slots.device).clamp(-last, last)
     expanded = []
     for name, sign in (("c2p", 1), ("p2c", -1)):
         selector = torch.nn.functional.one_hot(slots[last - sign * distances], rows).to(dtype)

@@ -9,7 +9,7 @@ import triton
 
 from DeBERTa.ops.dropout import compute_threshold
 from DeBERTa.ops.triton import kernels
-from DeBERTa.ops.triton.launch import HOPPER, LAUNCH_TABLES, SEQUENCES, LaunchTable
+from DeBERTa.ops.triton.launch import HOPPER, SEQUENCES, LaunchTable, get_launch_table
 
 
 @torch.compiler.disable  # a compiled layer is compiled around it
@@ -31,9 +31,9 @@ def attend(
     return _Attention.apply(qkv.contiguous(), *tables, input_mask.view(torch.int8), seed, p)
 
 
-def list_tile_distances(length: int, device: torch.device) -> torch.Tensor:
+def list_tile_distances(length: int, head_size: int, device: torch.device) -> torch.Tensor:
     """Return the distances of the rows of a table, int64 [2W], from -W up."""
-    tile = get_launch_table(device).tile
+    tile = find_launch_table(device, head_size).tile
     width = triton.cdiv(length, tile) * tile
     return torch.arange(-width, width, device=device)
 
@@ -48,7 +48,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, qkv, key_table, query_table, input_mask, seed, p):
         B, L, _, H, D = qkv.shape
         q, k, v = qkv.unbind(2)
-        launches = get_launch_table(q.device)
+        launches = find_launch_table(q.device, D)
         blocks = triton.cdiv(L, launches.tile)
         words = blocks * launches.tile // 32
         out, lse = q.new_empty(B, L, H, D), q.new_empty(B, H, L, dtype=torch.float32)
@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = qkv.unbind(2)
         key_table, query_table, *_ = inputs
         B, L, H, D = q.shape
-        launches = get_launch_table(q.device)
+        launches = find_launch_table(q.device, D)
         tile, blocks = launches.tile, triton.cdiv(L, launches.tile)
         grid = (blocks, B * H)
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
@@ -109,9 +109,10 @@ class _Attention(torch.autograd.Function):
         return grad_qkv, *grad_tables, None, None, None
 
 
-def get_launch_table(device: torch.device) -> LaunchTable:
+def find_launch_table(device: torch.device, head_size: int) -> LaunchTable:
     """Return the launch options for `device`.
 
     On a CPU, where the interpreter runs the kernels, these are the options of an H100.
     """
-    return LAUNCH_TABLES[torch.cuda.get_device_capability(device)] if device.type == "cuda" else HOPPER
+    is_gpu = device.type == "cuda"
+    return get_launch_table(torch.cuda.get_device_capability(device) if is_gpu else HOPPER, head_size)

@@ -1,13 +1,15 @@
-"""Launch options of the kernels by compute capability: tile, warps and stages.
+"""Launch options of the kernels by compute capability and head size: tile, warps and stages.
 
-Measured on an H100 (9.0). On 8.x, whose matmuls keep their operands in registers, tiles of 64 rows spill with
-4 warps. Tiles of 32 compile for 8.x and have not been run.
+Tiles of 64 rows have been measured on an H100 (9.0). Where they would spill registers, tiles are of 32 rows:
+for heads of 128, and on 8.x, whose matmuls keep their operands in registers.
 """
 
 from typing import NamedTuple
 
 SEQUENCES = 4  # per program of the kernel that sums table gradients
 HEAD_SIZES = (32, 64, 128)
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
+HOPPER = (9, 0)
 
 
 class Launch(NamedTuple):
@@ -27,6 +29,16 @@ class LaunchTable(NamedTuple):
     table_gradient: Launch = Launch(4, 1)
 
 
-AMPERE = LaunchTable(32, Launch(4, 1))
-HOPPER = LaunchTable(64, Launch(4, 2))
-LAUNCH_TABLES = {(8, 0): AMPERE, (8, 6): AMPERE, (8, 9): AMPERE, (9, 0): HOPPER}
+def get_launch_table(capability: tuple[int, int], head_size: int) -> LaunchTable:
+    """Return the launch options for one compute capability and head size."""
+    if has_run(capability, head_size):
+        return LaunchTable(64, Launch(4, 2))
+    return LaunchTable(32, Launch(4, 1))
+
+
+def has_run(capability: tuple[int, int], head_size: int) -> bool:
+    """Return whether a GPU has shown that these kernels are right, and faster than sdpa.
+
+    Others have been compiled and interpreted only.
+    """
+    return capability == HOPPER and head_size <= 64

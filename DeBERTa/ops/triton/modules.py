@@ -13,7 +13,7 @@ class TritonEncoder(ExpandingEncoder):
 
     def list_distances(self, length: int, device: torch.device) -> torch.Tensor:
         """Return the distances row - column of the rows of an expanded table, int64 [2W]."""
-        return list_tile_distances(length, device)
+        return list_tile_distances(length, self.config.head_size, device)
 
 
 class TritonSelfAttention(SdpaSelfAttention):
