@@ -140,11 +140,11 @@ def order_by_gradient(model: MaskedLanguageModel | RTDModel) -> list[nn.Paramete
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: ordered.append(parameters[name]))
     ids = torch.ones(1, 2, dtype=torch.int64)
     batch = Batch.from_tensors(ids, ids > 0, ids, torch.zeros(1, 2)).to(torch.device("meta"))
-    generator = twin.generator if isinstance(twin, RTDModel) else twin
-    loss = generator.compute_masked_loss(batch, sample=False).loss.sum()
     if isinstance(twin, RTDModel):
-        loss = loss + twin.compute_detection_loss(batch.input_ids, batch.input_mask, batch.labels).loss
-    loss.backward()
+        (masked, _), detected = twin(batch)
+        (masked.loss.sum() + detected.loss).backward()
+    else:
+        twin.compute_masked_loss(batch, sample=False).loss.sum().backward()
     return ordered
 
 

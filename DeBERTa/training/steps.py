@@ -269,6 +269,7 @@ class ReplacedTokenStep(TrainingStep):
         """Return losses, samples and logits of a batch."""
         if not self.is_decoupled:
             return self.wrapped["both"](self.model, batch, is_per_token=True)
+        # As `RTDModel.forward`, in two calls: each wrapper all-gathers the parameters of its own update.
         generator, discriminator = self.wrapped.values()
         generated = generator(self.model.generator.generate, batch)
         shared = self.gather_shared_tables()

@@ -16,7 +16,9 @@ from tests.training.batches import random_batch
 
 FILES = sorted((ROOT / "DeBERTa" / "model").glob("*.py"))
 ALLOWED = ("torch", "DeBERTa.config", "DeBERTa.model", "DeBERTa.data.batch")
-DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_meta", "is_compiling"}
+KINDS = "cpu|cuda|meta|mps|xpu"
+# Attributes, imports and strings: `x.is_cuda`, `getattr(x, "is_cuda")`, `torch.cuda`, `"cuda" in ...`.
+DEVICE_QUESTIONS = re.compile(rf"({KINDS})|is_({KINDS}|compiling|dynamo_compiling)")
 FORBIDDEN = r"is_compiling|ctypes|DeBERTa\.ops|kernels"
 
 
@@ -32,17 +34,30 @@ def list_imports(tree: ast.AST) -> Iterator[str]:
 
 
 def find_device_comparisons(tree: ast.AST) -> list[int]:
-    """Return the lines that ask for a device, or compare, match or index by one."""
+    """Return the lines that ask for a device, or compare, match, index or take apart the name of one."""
     lines = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in DEVICE_QUESTIONS:
+        texts = (getattr(node, field, None) for field in ("attr", "value", "name", "module"))
+        names = [text.rpartition(".")[2] for text in texts if isinstance(text, str)]
+        if any(map(DEVICE_QUESTIONS.fullmatch, names)):
             lines.append(node.lineno)
-        decides = isinstance(node, ast.Compare | ast.Match | ast.Subscript)
-        for part in ast.walk(node) if decides else ():
-            name = part.attr if isinstance(part, ast.Attribute) else getattr(part, "id", "")
-            if "device" in name:
-                lines.append(part.lineno)
+        if isinstance(node, ast.Compare | ast.Match | ast.Subscript) or is_string_method(node):
+            lines.extend(part.lineno for part in ast.walk(node) if names_device(part))
     return lines
+
+
+def is_string_method(node: ast.AST) -> bool:
+    """Return whether this is a method that strings have and tensors do not."""
+    return (
+        isinstance(node, ast.Attribute) and hasattr(str, node.attr) and not hasattr(torch.Tensor, node.attr)
+    )
+
+
+def names_device(node: ast.AST) -> bool:
+    """Return whether this is a device, or the type of a device or tensor."""
+    if isinstance(node, ast.Attribute):
+        return "device" in node.attr or node.attr == "type"
+    return isinstance(node, ast.Name) and "device" in node.id
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -68,6 +83,18 @@ def test_no_device_is_compared(file):
         "match x.device.type:\n case 'cpu': pass",
         "f = table[x.device.type]",
         "torch.compiler.is_compiling()",
+        "torch.compiler.is_dynamo_compiling()",
+        "if x.device.type.startswith('cu'): pass",
+        "if str(x.device).endswith('0'): pass",
+        "y = a if getattr(x, 'is_cuda') else b",
+        "y = a if x.is_mps else b",
+        "y = a if x.is_xpu else b",
+        "torch.cuda.is_available()",
+        "torch.mps.synchronize()",
+        "torch.backends.mps.is_available()",
+        "from torch.cuda import is_available",
+        "if 'cuda' in x.type(): pass",
+        "if x.type() == 'torch.FloatTensor': pass",
     ],
 )
 def test_device_comparisons_are_found(code):

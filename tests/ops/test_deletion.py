@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from DeBERTa.training.checkpoint import list_steps
 from tests.conftest import ROOT
 from tests.runs import command, final_files, remove_after
 
@@ -31,12 +32,14 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def run_python(root: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run Python on the repository in `root`."""
+def run(root: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command on the repository in `root`, with this Python first on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PYTHONPATH": str(root), "PATH": path, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [*map(str, arguments)],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -65,11 +68,11 @@ def list_flags(run_dir: Path, prepared: Path, kernels: str) -> list[str]:
 def test_training_and_resuming_without_the_package(copy, prepared, tmp_path):
     """The copy warns once, and computes what `--kernels off` does in the full repository."""
     expected, actual = tmp_path / "full", tmp_path / "copy"
-    full = run_python(ROOT, "-c", KERNELS_OFF, *list_flags(expected, prepared, "off"))
+    full = run(ROOT, sys.executable, "-c", KERNELS_OFF, *list_flags(expected, prepared, "off"))
     assert full.returncode == 0, full.stderr
     assert full.stdout.splitlines()[-1] == "[]", "--kernels off imported DeBERTa/ops"
     for _ in range(2):  # the second run resumes from step 2
-        result = run_python(copy, "-m", "DeBERTa.train", *list_flags(actual, prepared, "auto"))
+        result = run(copy, sys.executable, "-m", "DeBERTa.train", *list_flags(actual, prepared, "auto"))
         assert result.returncode == 0, result.stderr
         assert (result.stdout + result.stderr).count(WARNING) == 1
         assert final_files(actual) == final_files(expected)
@@ -77,12 +80,31 @@ def test_training_and_resuming_without_the_package(copy, prepared, tmp_path):
     assert "step 2" in result.stderr + result.stdout
 
 
+def test_quick_start_without_the_package(copy, tmp_path):
+    """The script prepares the bundled sample and trains.
+
+    The vocabulary is given: training one would take most of the time.
+    """
+    flags = {
+        "vocab_path": "tests/golden/prepare/spm.model",
+        "vocab_size": 2008,
+        "output_dir": tmp_path / "run",
+        "num_training_steps": 2,
+        "warmup": 1,
+        "train_batch_size": 4,
+    }
+    cache = str(tmp_path / "cache")
+    result = run(copy, "./rtd.sh", "deberta-v3-tiny", *command(flags), DATA="sample", DEBERTA_CACHE=cache)
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count(WARNING) == 1
+    assert list_steps(tmp_path / "run") == [2]
+
+
 def test_other_tests_run_without_the_package(copy):
     """All test modules are imported; two of the model pass, and report what is missing."""
-    result = run_python(copy, "-m", "pytest", "-q", "--collect-only")
+    result = run(copy, sys.executable, "-m", "pytest", "-q", "--collect-only")
     assert result.returncode == 0, result.stdout
-    result = run_python(
-        copy, "-m", "pytest", "-q", "-rs", "tests/model/test_golden.py", "tests/model/test_sharing.py"
-    )
+    files = ("tests/model/test_golden.py", "tests/model/test_sharing.py")
+    result = run(copy, sys.executable, "-m", "pytest", "-q", "-rs", *files)
     assert result.returncode == 0, result.stdout
     assert "the package DeBERTa/ops is missing" in result.stdout

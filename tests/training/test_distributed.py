@@ -168,7 +168,7 @@ def list_shards_all(folder: Path) -> None:
 
 
 def norms_all(folder: Path) -> None:
-    """Write losses and norms of the first step; norms of tables are over their rows, except in a kernel."""
+    """Write losses and norms of the first step; norms of tables are over their rows."""
     with mock.patch.object(optimizers, "LARGE", 0):
         found = {mode: train("gdes", mode, 0, 1)["losses"][0] for mode in MODES}
     if is_rank_zero():

@@ -115,8 +115,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x, *parameters = differentiate_affine(grad, x, weight, needs_input=ctx.needs_input_grad[0])
-        grad_x = grad_x.to(ctx.dtype) if grad_x is not None else None
-        return grad_x, *(gradient.to(weight.dtype) for gradient in parameters), None
+        return *_cast(ctx.dtype, grad_x), *_cast(weight.dtype, *parameters), None
 
 
 class FeedForward(torch.autograd.Function):
@@ -162,6 +161,7 @@ class FeedForward(torch.autograd.Function):
             gradients += [torch.empty_like(outer_weight), inner_bias.new_empty(size)]
             weights = inner_weight, inner_bias, grad.contiguous(), outer_weight
             kernel = library.find_kernel("compute_feed_forward_gradients", x, inner_weight)
+            assert kernel is not None  # as in the forward pass
             kernel(x.contiguous(), *weights, grad_x, *gradients, x.numel() // size, size, width)
             return grad_x.to(x_dtype), *gradients, None
         hidden = apply_affine(x, inner_weight, inner_bias)
@@ -169,7 +169,11 @@ class FeedForward(torch.autograd.Function):
         activated, grad_hidden = _differentiate_activation(ctx.activation, hidden, grad_activated)
         grad_x, *inner = differentiate_affine(grad_hidden, x, inner_weight)
         _, *outer = differentiate_affine(grad, activated, outer_weight, needs_input=False)
-        return grad_x.to(x_dtype), *(gradient.to(parameter_dtype) for gradient in (*inner, *outer)), None
+        return *_cast(x_dtype, grad_x), *_cast(parameter_dtype, *inner, *outer), None
+
+
+def _cast(dtype: torch.dtype, *gradients: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
 
 
 def _differentiate_activation(
