@@ -35,7 +35,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from DeBERTa.files import get_cache_dir, hash_file, sync
+from DeBERTa.errors import StorageError
+from DeBERTa.files import get_cache_dir, hash_file, open_atomic
 
 FOLDER = Path(__file__).parent / "csrc"
 HEADERS = [FOLDER / name for name in ("kernels.h", "tiles.h")]
@@ -155,10 +156,10 @@ def _load(compiler: list[str], version: str) -> ctypes.CDLL:
         _run([*compiler, "-shared", *objects, "-o", str(library)])
         loaded = ctypes.CDLL(str(library))
         if is_writable:
-            with contextlib.suppress(OSError):  # a full disk: compiled again at the next start
-                sync(library)
-                library.replace(cache / f"{name}-{hash_file(library)[:16]}.so")
-                sync(cache)
+            path = cache / f"{name}-{hash_file(library)[:16]}.so"
+            # A full disk: compiled again at the next start.
+            with contextlib.suppress(StorageError), open_atomic(path) as file:
+                file.write(library.read_bytes())
     return loaded
 
 
