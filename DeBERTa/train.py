@@ -165,14 +165,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     else:
         load_trained(config, model)
     if config.do_eval:
-        results = evaluate_splits(training, evaluation)
-        for split, metrics in results.items():
-            logger.info("%s  %s", split, format_metrics(metrics))
-        if distributed.is_rank_zero():
-            if not config.do_train:
-                config.run_dir.mkdir(parents=True, exist_ok=True)
-            finite = {split: replace_non_finite(metrics) for split, metrics in results.items()}
-            write_json(config.run_dir / "evaluation.json", finite)
+        write_evaluation(config, evaluate_splits(training, evaluation))
 
 
 def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
@@ -188,6 +181,17 @@ def train_and_save(this_run: Run, signals: Signals, vocabulary: Path) -> None:
         this_run.check_lock()
         directories = save_models(this_run.run_dir, full_model, vocabulary)
         logger.info(format_rows(describe_end(this_run.run_dir, directories)))
+
+
+def write_evaluation(config: TrainConfig, results: dict[str, dict]) -> None:
+    """Log the metrics of each split, and write them to `evaluation.json`."""
+    for split, metrics in results.items():
+        logger.info("%s  %s", split, format_metrics(metrics))
+    if distributed.is_rank_zero():
+        if not config.do_train:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+        finite = {split: replace_non_finite(metrics) for split, metrics in results.items()}
+        write_json(config.run_dir / "evaluation.json", finite)
 
 
 def check_same_on_all_ranks(settings: dict) -> None:

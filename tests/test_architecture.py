@@ -6,6 +6,18 @@ from graphlib import TopologicalSorter
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "DeBERTa"
+# Modules without a test file of their own, and where they are tested.
+TESTED_ELSEWHERE = {
+    "command.py": "status and message of every command: test_misuse.py, test_fill_mask.py and others",
+    "data/encode.py": "the encoding processes of data/prepare.py: data/test_prepare.py",
+    "errors.py": "classes that the tests of those who raise them expect",
+    "hub/names.py": "names of weights, by files that have them: hub/test_published.py",
+    "ops/autocast.py": "against plain layers on a GPU: gpu/test_triton.py; where: ops/test_selection.py",
+    "ops/cpu/modules.py": "golden figures on every path: model/test_golden.py; where: ops/test_selection.py",
+    "ops/triton/launch.py": "every entry of its tables is compiled: ops/triton/test_kernels.py",
+    "ops/triton/modules.py": "against plain models on a GPU: gpu/test_triton.py",
+    "training/interval.py": "lines of whole runs: test_train.py, training/test_trainer.py",
+}
 
 
 def list_imports() -> dict[str, set[str]]:
@@ -37,3 +49,16 @@ def test_the_page_names_every_module():
     assert [name for name in modules if f"`{name}`" not in page] == []
     packages = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
     assert [name for name in packages if f"`{name}/`" not in page] == []
+
+
+def test_tests_mirror_the_package():
+    """tests/X/test_Y.py for DeBERTa/X/Y.py."""
+    tests = ROOT / "tests"
+    untested = [
+        path
+        for module in PACKAGE.rglob("*.py")
+        if module.name != "__init__.py" and "modeling" not in module.parts
+        for path in [module.relative_to(PACKAGE)]
+        if not (tests / path.with_name(f"test_{path.stem.strip('_')}.py")).exists()
+    ]
+    assert sorted(map(str, untested)) == sorted(TESTED_ELSEWHERE)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from tests.conftest import ROOT, strip_times
 D = "--data_dir {prepared} --vocab_path {prepared}/spm.model --output_dir {folder}/run"
 TRAIN = "python -m DeBERTa.train --preset deberta-v3-tiny --workers 0 --num_training_steps 1"
 MLM = TRAIN.replace("deberta-v3-tiny", "deberta-tiny")
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> Path:
-    """Return the bin directory of an environment without packages."""
-    folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False)
-    return folder / "bin"
 
 
 def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **environment: str) -> str:
@@ -71,19 +62,6 @@ def fail(command: str, first_on_path: Path = Path(sys.executable).parent, **envi
 )
 def test_one_sentence(command, sentence, tmp_path, prepared):
     assert sentence in fail(command.format(prepared=prepared, folder=tmp_path))
-
-
-@pytest.mark.parametrize("command", ["python -m DeBERTa.train --help", "python prepare_data.py --help"])
-def test_python_without_packages(command, bare):
-    message = fail(command, bare, PYTHONPATH="")
-    assert "lacks torch, numpy, sentencepiece, safetensors, tqdm: activate a Python that has them" in message
-
-
-@pytest.mark.parametrize("command", ["python -m DeBERTa.train --help", "python prepare_data.py --help"])
-def test_python_that_is_too_old(command, tmp_path):
-    """It is this Python with another version, which it sets when it starts."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 9, 0)\n")
-    assert fail(command, PYTHONPATH=str(tmp_path)) == "Python 3.9 is too old: use 3.10 or newer"
 
 
 def test_no_python_that_is_new_enough(tmp_path):

@@ -11,16 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from DeBERTa import (
-    MaskedLanguageModel,
-    ModelConfig,
-    ReplacedTokenDetectionModel,
-    __version__,
-)
+from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.flags import parse_flags
-from DeBERTa.train import get_full_model, main
+from DeBERTa.train import get_full_model
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
 from tests.training.batches import train_config
@@ -346,54 +341,6 @@ def test_evaluation_of_a_checkpoint_of_another_model(flags):
     flags["model_config"].write_text(json.dumps(values))
     del flags["do_train"]
     assert_refused(train(*command(flags), "--do_eval"), "step-00000006", "[64, 32]", "[48, 32]")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        (["--no_such_flag"], "no flag --no_such_flag"),
-        (["--train_batchsize=8"], "did you mean --train_batch_size"),
-        (["--task_name", "GPT"], "--task_name: invalid choice: 'GPT'"),
-        (["--workers", "two"], "--workers: invalid int value: 'two'"),
-        (["--lr", "0.1"], "no flag --lr: did you mean --lr_schedule or --lr_schedule_ends; "),
-        (["--max_seq", "3"], "no flag --max_seq: did you mean --max_seq_length"),
-        (["--learning", "1"], "no flag --learning: did you mean --learning_rate"),
-        (["--zero", "1"], "give --sharding zero2"),
-        (["--fsdp"], "give --sharding fsdp"),
-        (["tiny"], "unexpected argument 'tiny'"),
-        (["--preset", "bert-tini"], "the closest names are bert-tiny"),
-        (["--preset", "bert-tiny", "--config", "config.json"], "--preset and --config"),
-        (["--corpus", "sample"], "--preset"),
-    ],
-)
-def test_wrong_flags_are_usage_errors(wrong, named, capsys):
-    """One line that names what is wrong and what is right, and status 2."""
-    assert main(wrong) == 2
-    output = capsys.readouterr()
-    (error,) = strip_times(output.err).splitlines()
-    assert not output.out
-    assert error.startswith("error: ")
-    assert named in error
-
-
-def test_help_and_version():
-    result = train("--help")
-    assert result.returncode == 0
-    assert not result.stderr
-    text = " ".join(result.stdout.split())
-    for flag in (
-        "--train_batch_size N batch size over all ranks (sequences per optimizer step; default: 256)",
-        "--lr_schedule_ends X",
-        "--sharding {none,zero2,fsdp}",
-    ):
-        assert flag in text
-    for group in ("task:", "model:", "data:", "optimization:", "computation:", "ranks:", "run directory:"):
-        assert f"\n{group}\n" in result.stdout
-    for alias in ("--fp16", "--vocab_type"):
-        assert alias not in result.stdout
-    result = train("--version")
-    assert result.returncode == 0
-    assert __version__ in result.stdout
 
 
 def test_published_spellings_still_work(flags):

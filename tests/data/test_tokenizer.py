@@ -219,16 +219,6 @@ def test_damaged_vocabularies_are_one_error_or_load(tmp_path):
     assert refused > 150
 
 
-def test_a_piece_without_a_score(tmp_path):
-    """Its score is 0, in SentencePiece and in `tokenizer.json`."""
-    intact = (GOLDEN / "spm.model").read_bytes()
-    place = intact.index("▁and".encode()) + len("▁and".encode())
-    assert intact[place] == 2 << 3 | 5  # the tag of the score
-    (tmp_path / "m").write_bytes(intact[:place] + bytes([9 << 3 | 5]) + intact[place + 1 :])
-    tokenizer = Tokenizer(tmp_path / "m")
-    assert build_tokenizer_json(tokenizer)["model"]["vocab"][tokenizer.piece_to_id["▁and"]] == ("▁and", 0.0)
-
-
 def test_scores_that_are_no_numbers_are_refused(tmp_path):
     intact = (GOLDEN / "spm.model").read_bytes()
     place = intact.index("▁and".encode()) + len("▁and".encode()) + 1  # behind the tag of the score

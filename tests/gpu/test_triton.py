@@ -9,7 +9,7 @@ from DeBERTa import RTDConfig, RTDModel
 from DeBERTa.ops.triton.launch import has_run
 from DeBERTa.training.execution import set_execution
 from tests.conftest import tiny_rtd
-from tests.ops.triton_cases import compare
+from tests.ops.triton.cases import compare
 from tests.training.batches import random_batch, train_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

@@ -23,7 +23,6 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
 from DeBERTa.files import get_state
 from DeBERTa.training.launch import find_job
-from DeBERTa.training.network import find_interface
 from DeBERTa.training.worker import Failure
 from tests.commands import (
     ENDLESS,
@@ -90,10 +89,6 @@ def test_one_process_is_not_launched_and_workers_launch_nothing(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun's")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert find_job(train_config()) is None
-
-
-def test_find_interface():
-    assert find_interface("127.0.0.1") == "lo"
 
 
 def test_port_in_use_and_unknown_host(flags):

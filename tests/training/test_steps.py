@@ -7,7 +7,6 @@ import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.batch import Batch
-from DeBERTa.model.pretraining import is_replaced
 from DeBERTa.training.metrics import average_losses
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from tests.conftest import select_path, set_threads, tiny_model, tiny_rtd
@@ -209,24 +208,6 @@ def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, v
     }
     assert changed == ({"generator"} if training.is_decoupled and broken == "discriminator" else set())
     assert training.scaler.get_scale() < 16.0
-
-
-def test_corrupted_ids():
-    """Samples go to the masked positions in row-major order; nothing else changes."""
-    model, batch = mlm_model(), random_batch()
-    masked, corrupted_ids = model.generate(batch)
-    assert torch.equal(corrupted_ids[batch.labels > 0], masked.samples)
-    assert torch.equal(corrupted_ids[batch.labels == 0], batch.input_ids[batch.labels == 0])
-    assert len(masked.samples.unique()) > len(masked.samples) / 2
-    assert torch.equal(is_replaced(corrupted_ids, batch.labels), restore(batch) != corrupted_ids)
-    assert not is_replaced(restore(batch), batch.labels).any(), (
-        "a sample that is the original counts as original"
-    )
-
-
-def restore(batch: Batch) -> torch.Tensor:
-    """Return the ids before masking."""
-    return torch.where(batch.labels > 0, batch.labels, batch.input_ids)
 
 
 def test_a_batch_without_masks_trains_the_discriminator_only():

@@ -1,4 +1,4 @@
-"""The Triton attention against float64: python -m tests.ops.triton_cases CASE...
+"""The Triton attention against float64: python -m tests.ops.triton.cases CASE...
 
 On a GPU in this process; on a CPU in Triton's interpreter, in a process with TRITON_INTERPRET=1.
 """
@@ -15,7 +15,7 @@ from DeBERTa.ops.distances import expand_table
 from DeBERTa.ops.dropout import draw_keep_mask
 from DeBERTa.ops.triton.attention import attend, list_tile_distances
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 CONFIG = ModelConfig.from_json(ROOT / "experiments" / "language_model" / "deberta_base.json")
 SEED = 123456789012345
