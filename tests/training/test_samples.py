@@ -1,6 +1,7 @@
 """Sample predictions: what the models compute, the same sentences each time."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -39,15 +40,18 @@ def read(path):
 
 
 @pytest.mark.parametrize("task", ["MLM", "RTD"])
-def test_they_are_what_the_model_computes(task, batches, tmp_path):
+def test_they_are_what_the_model_computes(task, batches, tmp_path, caplog):
     model, training = build(task)
     model.train()
-    for step in (2, 4):
-        write_samples(tmp_path / "samples.jsonl", step, training, batches)
+    with caplog.at_level(logging.INFO):
+        for step in (2, 4):
+            write_samples(tmp_path / "samples.jsonl", step, training, batches)
     assert model.training
     first, second = read(tmp_path / "samples.jsonl")
     assert (first["step"], second["step"]) == (2, 4)
     assert first["sentences"] == second["sentences"]
+    logged = [format_sentence(tokens) for tokens in first["sentences"]]
+    assert caplog.messages == [f"step {step}: {line}" for step in (2, 4) for line in logged]
 
     batch = make_sample_batch(batches).to(torch.device("cpu"))
     lines = len(batches.store)
