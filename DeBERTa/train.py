@@ -370,13 +370,12 @@ def start_or_resume(this_run: Run) -> int:
     Returns the number of completed steps. Rank 0 searches for the checkpoint. An error on rank 0 is raised on
     every rank.
     """
-    config, device = this_run.config, this_run.training.device
-    step, problem = 0, None
+    config, step, problem = this_run.config, 0, None
     if distributed.is_rank_zero():
         try:
             # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
             fresh = config.fresh and os.environ.get(RESTART_COUNT, "0") == "0"
-            environment = collect_environment(device, this_run.initial_weights)
+            environment = collect_environment(this_run)
             step, this_run.lock = open_run_dir(config.run_dir, this_run.settings, environment, fresh)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)

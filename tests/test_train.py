@@ -18,6 +18,7 @@ from DeBERTa.flags import parse_flags
 from DeBERTa.train import get_full_model
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
+from tests.runs import final_files, run, tiny_flags
 from tests.training.batches import train_config
 
 
@@ -74,6 +75,21 @@ def assert_refused(result: subprocess.CompletedProcess, *named: str) -> None:
         assert str(name) in message, message
 
 
+def test_a_directory_of_parts_trains_as_one_text(tmp_path, prepared):
+    """It gives the bytes of the run on one file."""
+    lines = (prepared / "train.txt").read_text().splitlines(keepends=True)
+    parts = tmp_path / "data" / "train.txt"
+    parts.mkdir(parents=True)
+    for number, part in enumerate((lines[:250], lines[250:])):
+        (parts / f"{number:05}-of-00002.txt").write_text("".join(part))
+    shutil.copy(prepared / "valid.txt", tmp_path / "data")
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 2}
+    for name, data in (("one", prepared), ("two", tmp_path / "data")):
+        status, output = run(flags | {"data_dir": data, "output_dir": tmp_path / name})
+        assert status == 0, output
+    assert final_files(tmp_path / "two") == final_files(tmp_path / "one")
+
+
 def test_rtd_run_leaves_models_metrics_and_settings(flags):
     result = train(*command(flags), "--do_eval")
     assert result.returncode == 0, result.stderr
@@ -98,7 +114,10 @@ def test_rtd_run_leaves_models_metrics_and_settings(flags):
     assert {"discriminator_auc", "discriminator_precision", "discriminator_recall"} <= lines[-1].keys()
     settings = json.loads((run / "config.json").read_text())["train"]
     assert (settings["num_training_steps"], settings["warmup"], settings["precision"]) == (6, 2, "fp32")
-    assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert f"precision fp32, {environment['kernels']}\n" in result.stderr  # of the banner
+    assert "kernels" in environment["kernels"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "best.json", "step-00000003", "step-00000006"
     ]  # fmt: skip

@@ -12,7 +12,6 @@ from torch import nn
 
 from DeBERTa import __version__
 from DeBERTa.files import hash_file
-from DeBERTa.hub.published import LoadedWeights
 from DeBERTa.model.pretraining import RTDModel, count_backbone_parameters, count_embedding_parameters
 from DeBERTa.training.distributed import get_world_size
 from DeBERTa.training.execution import describe_kernels
@@ -60,11 +59,11 @@ def describe_run(run: Run, first_step: int) -> dict[str, str]:
         for name, model in models.items()
     ]
     splits = [f"{split} {len(batches.store):,} lines" for split, batches in run.evaluation.items()]
-    kernels = describe_kernels(run.settings["train"]["kernels"], run.attention, config, training.device)
+    device = f"{get_device_name(training.device)}, precision {training.precision}"
     rows = {
         "run": str(run.run_dir),
         "task": task,
-        "device": f"{get_device_name(training.device)}, precision {training.precision}, {kernels}",
+        "device": f"{device}, {_describe_kernels(run)}",
         "processes": processes,
         "batch": f"{batch}: {tokens:,} tokens per step",
         "steps": f"{training.total_steps:,}, {describe_schedule(config, training.total_steps)}"
@@ -77,6 +76,11 @@ def describe_run(run: Run, first_step: int) -> dict[str, str]:
     if run.notes:
         rows["note"] = "; ".join(run.notes)
     return rows
+
+
+def _describe_kernels(run: Run) -> str:
+    kernels = run.settings["train"]["kernels"]
+    return describe_kernels(kernels, run.attention, run.config, run.training.device)
 
 
 def _describe_resume(run: Run, first_step: int) -> str:
@@ -100,7 +104,7 @@ def describe_code() -> dict[str, str]:
     return {"package_sha256": digest.hexdigest(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def collect_environment(device: torch.device, initial_weights: dict[str, LoadedWeights]) -> dict:
+def collect_environment(run: Run) -> dict:
     """Return command, versions, machine, and weights of `--init_*`."""
     return {
         "command": sys.argv,
@@ -110,11 +114,12 @@ def collect_environment(device: torch.device, initial_weights: dict[str, LoadedW
         "numpy": np.__version__,
         "platform": platform.platform(),
         "host": platform.node(),
-        "device": get_device_name(device),
+        "device": get_device_name(run.training.device),
+        "kernels": _describe_kernels(run),
         "threads": torch.get_num_threads(),
         "processes": get_world_size(),
         "nodes": get_num_nodes(),
-        "initial_weights": {name: dataclasses.asdict(loaded) for name, loaded in initial_weights.items()},
+        "initial_weights": {name: dataclasses.asdict(loaded) for name, loaded in run.initial_weights.items()},
     }
 
 
