@@ -123,14 +123,16 @@ def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
     """
     if path.exists():
         own, other = build_tokenizer_json(tokenizer), read_json(path)
-        name = "precompiled_charsmap"
-        characters = own["normalizer"]["normalizers"][0].get(name)
+        map_name = "precompiled_charsmap"
+        characters = own["normalizer"]["normalizers"][0].get(map_name)
         try:
-            pairs = zip(own["model"]["vocab"], other.get("model", {}).get("vocab", []), strict=False)
+            expected, size = own["model"]["vocab"], len(own["model"]["vocab"])
+            pieces = [tuple(piece) for piece in other["model"]["vocab"]]
             normalizers = (other.get("normalizer") or {}).get("normalizers", [])
-            is_same = all(tuple(piece) == tuple(other_piece) for piece, other_piece in pairs)
-            is_same &= all(each.get(name, characters) == characters for each in normalizers)
-        except (AttributeError, TypeError):  # lists in place of objects, for example
+            added = [name for name, *_ in pieces[size:]]  # transformers may have appended [MASK]
+            is_same = pieces[:size] == expected and added in ([], [MASK_PIECE])
+            is_same &= all(each.get(map_name, characters) == characters for each in normalizers)
+        except (AttributeError, KeyError, TypeError, ValueError):  # lists in place of objects, for example
             is_same = False
         if not is_same:
             raise ConfigError(

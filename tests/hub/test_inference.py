@@ -86,7 +86,15 @@ def test_a_vocabulary_that_was_replaced(exported, tmp_path):
         with pytest.raises(ConfigError, match=r"spm.model and tokenizer.json are not of the same vocabulary"):
             open_model(folder, MaskedLanguageModel)
     (folder / "spm.model").write_bytes(content)
-    for foreign in ({"model": []}, {"normalizer": {"normalizers": [1]}}, {"model": {"vocab": [1]}}):
+    intact = json.loads((folder / "tokenizer.json").read_text())
+    pieces = intact["model"]["vocab"]
+    appended = intact | {"model": {"vocab": [*pieces, ["[MASK]", 0.0]]}}
+    (folder / "tokenizer.json").write_text(json.dumps(appended))
+    open_model(folder, MaskedLanguageModel)
+    for foreign in (
+        *({}, {"model": []}, {"model": {"vocab": [1]}}, intact | {"normalizer": {"normalizers": [1]}}),
+        *(intact | {"model": {"vocab": vocab}} for vocab in ([], pieces[:-1], [*pieces, ["of", 0.0]])),
+    ):
         (folder / "tokenizer.json").write_text(json.dumps(foreign))
         with pytest.raises(ConfigError, match="not of the same vocabulary"):
             open_model(folder, MaskedLanguageModel)
