@@ -88,6 +88,20 @@ def test_both_formats_in_the_run_directory(finished, tmp_path):
     assert names == {"generator", "discriminator", "published"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "file"), [([], "generator"), (["--published-format"], "pytorch_model.bin")]
+)
+def test_an_output_that_is_a_link_stays_one(finished, tmp_path, flags, file):
+    """What it points to is replaced."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for _ in range(2):
+        assert main([str(finished), "--output", str(tmp_path / "out"), *flags]) == 0
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / file).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "out"}
+
+
 def test_files_of_others_in_the_current_directory(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.txt").touch()
     monkeypatch.chdir(tmp_path)

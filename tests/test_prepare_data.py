@@ -161,6 +161,25 @@ def test_parts_of_several_machines_train_as_one_text(tmp_path, capsys):
     assert "cannot make 6 parts of 5 input files" in capsys.readouterr().err
 
 
+def test_parts_with_a_validation_split(tmp_path):
+    """Each machine splits its documents as it would alone."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    arguments = ["--valid_fraction", "0.1", "--vocab_path", str(VOCABULARY), "--workers", "1"]
+    for number in range(2):
+        lines = (f"{number} {n}. {TEXT[n : n + 80]}".replace("\n", " ") for n in range(150))
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+        alone = ["-i", str(folder / f"{number}.txt"), "-o", str(tmp_path / f"alone-{number}")]
+        assert prepare_data.main([*alone, *arguments]) == 0
+    for number in range(2):
+        shard = ["-i", str(folder), "-o", str(tmp_path / "both"), "--shard", f"{number}/2"]
+        assert prepare_data.main([*shard, *arguments]) == 0
+    for split in ("train", "valid"):
+        parts = sorted((tmp_path / "both" / f"{split}.txt").glob("*.txt"))
+        alone = [tmp_path / f"alone-{number}" / f"{split}.txt" for number in range(2)]
+        assert [part.read_bytes() for part in parts] == [path.read_bytes() for path in alone]
+
+
 def test_check_reports_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("i.txt").write_text("Straße \u200bhidden\x07 ﬁne 漢 漢\n\n" + TEXT, encoding="utf-8")

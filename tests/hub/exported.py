@@ -46,7 +46,9 @@ VARIANTS: dict[str, dict] = {
     "few-distances": {"position_buckets": -1, "max_relative_positions": 40},
     "own-projections": {"share_att_key": False},
     "no-norm": {"norm_rel_ebd": "none"},
-    "relu": {"hidden_act": "relu"},
+    "relu": {"hidden_act": "relu", "conv_kernel_size": 3, "conv_act": "relu"},
+    "silu": {"hidden_act": "silu", "conv_kernel_size": 3, "conv_act": "silu"},
+    "tanh": {"hidden_act": "tanh", "conv_kernel_size": 3, "conv_act": "tanh"},
     "token-types": {"type_vocab_size": 2},
     "no-terms": {"pos_att_type": "none"},
     "bert": {

@@ -16,6 +16,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionMode
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, VocabularyError
 from DeBERTa.hub.export import list_models, replace_directory, write_model, write_published
+from DeBERTa.hub.published import load_masked_lm
 from tests.conftest import tiny_model, tiny_rtd
 from tests.hub.exported import VOCABULARY
 from tests.kill_at_call.sitecustomize import kill_at_call
@@ -182,13 +183,18 @@ def test_published_format(tmp_path, sharing):
 
 
 def test_published_format_of_a_masked_language_model(tmp_path):
-    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
-    write_published(model, tmp_path / "out", VOCABULARY)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "pytorch_model.bin",
-        "model_config.json",
-        "spm.model",
-    }
+    """Bit for bit, out and in again."""
+    model, out = MaskedLanguageModel(ModelConfig.from_dict(tiny_model())), tmp_path / "out"
+    write_published(model, out, VOCABULARY)
+    assert {path.name for path in out.iterdir()} == {"pytorch_model.bin", "model_config.json", "spm.model"}
+    assert (out / "spm.model").read_bytes() == VOCABULARY.read_bytes()
+    written = torch.load(out / "pytorch_model.bin", weights_only=True)
+    again = MaskedLanguageModel(ModelConfig.from_json(out / "model_config.json"))
+    load_masked_lm(again, out / "pytorch_model.bin")
+    assert written.keys() == again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(written[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_full_disk_names_the_file_that_is_written(tmp_path):

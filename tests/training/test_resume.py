@@ -47,23 +47,26 @@ def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_a_finished_run_is_made_longer(tmp_path, prepared, schedule):
+@pytest.mark.parametrize(
+    ("schedule", "first", "factor"), [("constant", 6, "1"), ("wsd", 4, "1"), ("linear", 6, "0.375")]
+)
+def test_a_finished_run_is_made_longer(tmp_path, prepared, schedule, first, factor):
     """Moments and position in the data continue: with equal rates it is the longer run from the start.
 
-    Under a schedule of other rates, it is the same whether it was interrupted or not.
+    `wsd` has equal rates up to a checkpoint before its decay. Under a schedule of other rates, the result is
+    the same whether the run was interrupted or not.
     """
     flags = tiny_flags(tmp_path, prepared) | {"lr_schedule": schedule, "log_interval": 2}
     longer = flags | {"num_training_steps": 10}
     assert run(flags)[0] == 0
     run_dir = flags["output_dir"]
+    remove_after(run_dir, first)
     interrupted = copy_run(run_dir, tmp_path / "interrupted")
     status, output = run(longer)
     assert status == 0, output
-    assert "the run of 6 steps is made longer: from step 6 on, its schedule is that of 10 steps" in output
-    factor = "1" if schedule == "constant" else "0.375"
-    assert f"resuming from step 6 at {factor} of the peak learning rate" in output
-    if schedule == "constant":
+    assert f"the run of 6 steps is made longer: from step {first} on, its schedule is that of 10" in output
+    assert f"resuming from step {first} at {factor} of the peak learning rate" in output
+    if factor == "1":
         assert run(longer | {"output_dir": tmp_path / "from-the-start"})[0] == 0
         assert final_files(run_dir) == final_files(tmp_path / "from-the-start")
     assert run(longer | {"output_dir": interrupted})[0] == 0
@@ -86,15 +89,21 @@ def test_a_run_is_made_longer_by_the_same_command(tmp_path, prepared):
         assert run(flags | {"num_training_steps": 40, "warmup": warmup})[0] == status
 
 
-def test_a_run_of_epochs_is_made_longer(tmp_path, prepared):
+@pytest.mark.parametrize(("schedule", "warmup", "factor"), [("constant", 2, "1"), ("linear", 0.34, "0.5")])
+def test_a_run_of_epochs_is_made_longer(tmp_path, prepared, schedule, warmup, factor):
     """A warm-up that is a proportion of all steps is longer, too; here it is over."""
-    flags = tiny_flags(tmp_path, prepared, "MLM") | {"train_batch_size": 200, "warmup": 0.34}
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"train_batch_size": 200, "dump_interval": 3}
+    flags |= {"lr_schedule": schedule, "warmup": warmup}
     del flags["num_training_steps"]
     assert run(flags)[0] == 0
-    status, output = run(flags | {"num_train_epochs": 2})
+    longer, run_dir = flags | {"num_train_epochs": 2}, flags["output_dir"]
+    status, output = run(longer)
     assert status == 0, output
-    assert "resuming from step 3 at 0.5 of the peak learning rate" in output
-    assert list_steps(flags["output_dir"])[-1] == 6
+    assert f"resuming from step 3 at {factor} of the peak learning rate" in output
+    assert list_steps(run_dir)[-1] == 6
+    if factor == "1":
+        assert run(longer | {"output_dir": tmp_path / "from-the-start"})[0] == 0
+        assert final_files(run_dir) == final_files(tmp_path / "from-the-start")
 
 
 def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[str, bytes]]:

@@ -186,7 +186,8 @@ def test_usr1_while_packages_are_imported(tmp_path, name):
     arguments = ["-m", "DeBERTa.train"] if name is None else [str(tmp_path / name)]
     (tmp_path / "deberta-train").write_text("from DeBERTa.train import run_command\nrun_command()\n")
     started = subprocess.Popen([sys.executable, *arguments, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while started.poll() is None and "/numpy/" not in Path(f"/proc/{started.pid}/maps").read_text():
+    while "/numpy/" not in Path(f"/proc/{started.pid}/maps").read_text():
+        assert started.poll() is None  # else it has ended, and the signal would reach no process
         time.sleep(0.001)
     started.send_signal(signal.SIGUSR1)
     assert started.wait(PATIENCE) == 0
@@ -295,22 +296,34 @@ def test_data_workers_end_with_a_killed_run(tmp_path, undisturbed):
     assert all_ended(workers)
 
 
-def test_a_signal_while_a_batch_does_not_come(tmp_path, undisturbed):
-    """The data worker is stopped, as one that waits for a lost disk."""
-    flags = undisturbed[0] | {"output_dir": tmp_path / "run", "workers": 1, "num_training_steps": 1_000_000}
+@pytest.mark.parametrize("more", [{}, {"nproc_per_node": 2}], ids=["one rank", "two ranks"])
+def test_a_signal_while_a_batch_does_not_come(tmp_path, undisturbed, more):
+    """The data worker is stopped, as one that waits for a lost disk.
+
+    One rank saves first. Of two, the other waits in a step, so that nothing can be saved.
+    """
+    run_dir = tmp_path / "run"
+    flags = undisturbed[0] | {"output_dir": run_dir, "workers": 1, "num_training_steps": 1_000_000} | more
     process = ForkedRun(flags | {"dump_interval": 10, "log_interval": 1})
-    while not list_steps(tmp_path / "run"):
+    while not list_steps(run_dir):
         assert is_running(process.pid)
-    worker = min(children(process.pid))  # an evaluation has one of its own
+    ranks = children(process.pid) if more else [process.pid]
+    worker = min(children(max(ranks)))  # an evaluation has one of its own
+    started = [*ranks, worker]
     os.kill(worker, signal.SIGSTOP)
     before = -1
-    while (after := len((tmp_path / "run" / "metrics.jsonl").read_text())) != before:
+    while (after := len((run_dir / "metrics.jsonl").read_text())) != before:
         before = after
         time.sleep(1)  # many steps take less: the prefetched batches are used up
+    saved = list_steps(run_dir)
     os.kill(process.pid, signal.SIGTERM)
     status, output = process.finish()
     assert status == 143, output
+    assert all_ended(started)
+    assert not started_with(str(run_dir))
+    if more:
+        assert list_steps(run_dir) == saved
+        return
     assert output.strip().splitlines()[-1].startswith("stopped by SIGTERM; the same command resumes")
-    assert all_ended([worker])
-    steps = [line["step"] for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())]
-    assert max(list_steps(tmp_path / "run")) == max(steps)  # no step is lost
+    steps = [line["step"] for line in map(json.loads, (run_dir / "metrics.jsonl").open())]
+    assert max(list_steps(run_dir)) == max(steps)  # no step is lost
