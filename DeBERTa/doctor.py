@@ -91,7 +91,7 @@ def check_machine() -> Iterator[Check]:
     from DeBERTa.files import get_cache_dir, open_partial
 
     shared, needed = 0.0, LOCKS_MB
-    advice = "data workers need more: docker run --shm-size 1g, or train with --workers 0"
+    advice = "data workers need 1 MB for locks: docker run --shm-size 1g, or train with --workers 0"
     if count_gpus() > 1:
         needed, advice = NCCL_MB, "several GPUs (NCCL) need more: docker run --shm-size 1g"
     with contextlib.suppress(OSError):  # there is none
