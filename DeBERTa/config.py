@@ -47,27 +47,27 @@ class Bounds:
 
     minimum: float
     maximum: float = LARGEST
-    excludes_minimum: bool = False
-    excludes_maximum: bool = False
+    is_minimum_excluded: bool = False
+    is_maximum_excluded: bool = False
 
     def __contains__(self, value: float) -> bool:
         """Return whether `value` lies in the interval; NaN does not."""
-        is_above = value > self.minimum or (value == self.minimum and not self.excludes_minimum)
-        is_below = value < self.maximum or (value == self.maximum and not self.excludes_maximum)
+        is_above = value > self.minimum or (value == self.minimum and not self.is_minimum_excluded)
+        is_below = value < self.maximum or (value == self.maximum and not self.is_maximum_excluded)
         return is_above and is_below
 
     def __str__(self) -> str:
         """Return the interval in words, as it follows "must be" in a message."""
-        text = f"{'above' if self.excludes_minimum else 'at least'} {self.minimum}"
-        return f"{text} and {'below' if self.excludes_maximum else 'at most'} {self.maximum}"
+        text = f"{'above' if self.is_minimum_excluded else 'at least'} {self.minimum}"
+        return f"{text} and {'below' if self.is_maximum_excluded else 'at most'} {self.maximum}"
 
 
 Limit = Bounds | tuple[str, ...] | None  # of the values of a field: numbers, or choices
 FROM_ONE, FROM_ZERO = Bounds(1), Bounds(0)
 PROCESSES = Bounds(0, 1024)  # of one machine
 # For figures in float32, with room for their products.
-POSITIVE, NOT_NEGATIVE = Bounds(0.0, 1e30, excludes_minimum=True), Bounds(0.0, 1e30)
-PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, excludes_maximum=True)
+POSITIVE, NOT_NEGATIVE = Bounds(0.0, 1e30, is_minimum_excluded=True), Bounds(0.0, 1e30)
+PROPORTION, PROPORTION_BELOW_ONE = Bounds(0.0, 1.0), Bounds(0.0, 1.0, is_maximum_excluded=True)
 
 
 class Rule(enum.Flag):

@@ -125,11 +125,11 @@ def raise_data_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iterator[BinaryIO]:
+def open_partial(path: Path, is_resumed: bool = False, parents: bool = True) -> Iterator[BinaryIO]:
     """Open and lock the partial file of `path`, for `commit` to complete.
 
     A partial file that is not committed is removed, with the directories that were created for it. With
-    `resume`, existing content stays at the start, and a partial file with content is not removed at the
+    `is_resumed`, existing content stays at the start, and a partial file with content is not removed at the
     end. Links are replaced, not written to. `parents`: whether missing directories are created. Raises
     `StorageError` if the file cannot be written, and where `path` is a directory, a pipe or a device.
     """
@@ -148,18 +148,18 @@ def open_partial(path: Path, resume: bool = False, parents: bool = True) -> Iter
                 is_locked = _lock(file, path)
                 if not _is_at(partial, file):
                     continue  # the process that held the lock has renamed or removed it
-                if not is_locked and not resume and partial == get_partial_path(path):
+                if not is_locked and not is_resumed and partial == get_partial_path(path):
                     partial.unlink(missing_ok=True)
                     partial = get_partial_path(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
                     continue
-                if not resume:
+                if not is_resumed:
                     file.truncate(0)
                 try:
                     yield file
                 finally:
-                    if resume:
+                    if is_resumed:
                         file.flush()
-                    if _is_at(partial, file) and not (resume and partial.stat().st_size):
+                    if _is_at(partial, file) and not (is_resumed and partial.stat().st_size):
                         partial.unlink()
                         _remove_empty(made)
                 return

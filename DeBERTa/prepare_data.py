@@ -151,16 +151,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = build_parser()
     arguments = argparse.Namespace(**parser.read(argv))
-    has_input, has_output, corpus = arguments.input, arguments.output, arguments.corpus
+    inputs, output, corpus = arguments.input, arguments.output, arguments.corpus
     fractions = (arguments.valid_fraction, arguments.test_fraction)
     problems = {
-        "--output needs --input, or --corpus": has_output and not has_input and not corpus,
-        "--input needs --output, or --check": has_input and not has_output and not arguments.check,
-        "--input and --corpus exclude each other": has_input and corpus,
+        "--output needs --input, or --corpus": output and not inputs and not corpus,
+        "--input needs --output, or --check": inputs and not output and not arguments.check,
+        "--input and --corpus exclude each other": inputs and corpus,
         "--check and --train_vocab exclude each other": arguments.check and arguments.train_vocab is not None,
         "--check is of all the text: omit --shard": arguments.check and arguments.shard,
-        "--wikitext is for --corpus wikitext-103": arguments.wikitext and (has_input or corpus == "sample"),
-        "--shard and fractions are for --input": not has_input and (arguments.shard or sum(fractions)),
+        "--wikitext is for --corpus wikitext-103": arguments.wikitext and (inputs or corpus == "sample"),
+        "--shard and fractions are for --input": not inputs and (arguments.shard or sum(fractions)),
         "fractions must be at least 0, and below 1 together": not 0 <= min(fractions) <= sum(fractions) < 1,
         "--character_coverage must be from 0.98 to 1": not 0.98 <= arguments.character_coverage <= 1,
     }

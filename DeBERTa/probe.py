@@ -206,9 +206,9 @@ def probe_tags(model: Model, corpus: Corpus) -> Figures:
         center, states = layer[fit].double().mean(0), layer[[*choose, *test]].float()
         centered = layer[fit].double() - center
         values, vectors = torch.linalg.eigh(centered.T @ centered)
-        product = vectors.T @ (centered.T @ (targets - targets.mean(0)))
+        projected = vectors.T @ (centered.T @ (targets - targets.mean(0)))
         for penalty in PENALTIES:
-            weights = vectors @ (product / (values + penalty * values.mean() + EPSILON)[:, None])
+            weights = vectors @ (projected / (values + penalty * values.mean() + EPSILON)[:, None])
             scores = states @ weights.float() + targets.mean(0) - center @ weights
             is_right = (scores.argmax(1) == labels[[*choose, *test]]).double()
             chosen, tested = (float(part.mean()) for part in is_right.split([len(choose), len(test)]))

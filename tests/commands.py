@@ -112,7 +112,7 @@ def saved_something(run: Command) -> Callable[[], bool]:
     return lambda: any((run.run_dir / "checkpoints").glob("step-*[0-9]")) if run.run_dir.exists() else False
 
 
-# Flags of a run that goes on until it is ended, and saves now and then.
+# Flags of a run that trains until it is ended, and saves now and then.
 ENDLESS = {"num_training_steps": 1_000_000, "dump_interval": 10, "keep_last": 2, "log_interval": 10}
 
 

@@ -149,10 +149,10 @@ def test_train_config(change, named):
 
 
 def test_bounds():
-    assert [value in Bounds(0.0, 1.0, excludes_maximum=True) for value in (-0.1, 0.0, 0.5, 1.0)] == [
+    assert [value in Bounds(0.0, 1.0, is_maximum_excluded=True) for value in (-0.1, 0.0, 0.5, 1.0)] == [
         False, True, True, False
     ]  # fmt: skip
-    assert [value in Bounds(0.0, excludes_minimum=True) for value in (0.0, 1e-9, float("inf"))] == [
+    assert [value in Bounds(0.0, is_minimum_excluded=True) for value in (0.0, 1e-9, float("inf"))] == [
         False, True, False
     ]  # fmt: skip
 

@@ -44,7 +44,7 @@ def preset_flags(folder: Path, prepared: Path, model: str, **others: object) -> 
 
 
 def assert_peak_is_estimated(flags: dict) -> None:
-    """To 15 %. The heap is kept compact as by mlm.sh and rtd.sh."""
+    """To 15 %. The heap is compact as by mlm.sh and rtd.sh."""
     compact = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
     tried = read_rows(train(flags | {"dry_run": "True"}, **compact))
     assert not Path(flags["output_dir"]).exists()

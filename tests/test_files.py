@@ -65,7 +65,7 @@ def test_remains_of_a_killed_process_are_overwritten(tmp_path):
 def test_a_partial_file_can_be_resumed(tmp_path, is_committed):
     path = tmp_path / "file"
     for content in (b"one ", b"two"):
-        with open_partial(path, resume=True) as file:
+        with open_partial(path, is_resumed=True) as file:
             file.write(content)
             if is_committed and content == b"two":
                 commit(file, path)
@@ -75,7 +75,7 @@ def test_a_partial_file_can_be_resumed(tmp_path, is_committed):
 
 
 def test_an_empty_partial_file_is_removed(tmp_path):
-    with open_partial(tmp_path / "file", resume=True):
+    with open_partial(tmp_path / "file", is_resumed=True):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,6 @@
-"""Language that the linters do not check: words inside identifiers, and the length of docstrings.
+"""Language that the linters do not check: glossary, words inside identifiers, length of docstrings.
 
-Identifiers have American spelling and the terms of the field.
+Identifiers have American spelling. No text of the repository has words for which PyTorch has others.
 """
 
 import ast
@@ -12,11 +12,21 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Each has a term in the PyTorch documentation: full, skipped, temporary, shard, reported, rank 0, retryable.
-PRIVATE_WORDS = {"whole", "aside", "beside", "told", "said", "anew", "mendable", "leftout", "cutup", "lest"}
-MODULES = sorted((ROOT / "DeBERTa").rglob("*.py"))
-DOCUMENTED = [*MODULES, *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")]
+SUFFIXES = {".py", ".h", ".cpp", ".sh", ".md", ".css"}
+TEXTS = [path for path in ROOT.glob("*") if path.suffix in SUFFIXES]
+for _name in ("DeBERTa", "benchmarks", "docs", "experiments", "tests"):
+    TEXTS += sorted(path for path in (ROOT / _name).rglob("*") if path.suffix in SUFFIXES)
+MODULES = [path for path in TEXTS if path.suffix == ".py"]
+DOCUMENTED = [path for path in MODULES if not path.is_relative_to(ROOT / "tests")]
 LONGEST_SUMMARY = 80
+# Each has a term in the PyTorch documentation: full, skipped, temporary, shard, reported, saved, resume.
+PRIVATE_WORDS = r"""
+    whole | aside | beside | told | said | anew | kept | lest | mendable | left_?out | cut[ _]?up
+    | go(es|ing)?[ _]on | went[ _]on | put[ _]together | gives?[ _]way
+"""
+PRIVATE = re.compile(rf"(?<![a-z])({PRIVATE_WORDS})(?![a-z])", re.VERBOSE | re.IGNORECASE)
+# Of matrices: matmul, elements.
+PRIVATE_IN_KERNELS = re.compile(r"(?<!dot )product|numbers", re.IGNORECASE)
 
 
 def split_words(identifier: str) -> list[str]:
@@ -47,10 +57,30 @@ def read_british() -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_identifiers(path):
-    refused = read_british() | PRIVATE_WORDS
-    assert len(refused) > 100
-    wrong = {name for name in find_identifiers(path) if refused & set(split_words(name))}
-    assert not wrong
+    british = read_british()
+    assert len(british) > 100
+    assert not {name for name in find_identifiers(path) if british & set(split_words(name))}
+
+
+def find_private_words(path: Path) -> list[str]:
+    """Return the lines of a file with words of the glossary's left column."""
+    is_kernel = path.suffix in {".h", ".cpp"}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if PRIVATE.search(line) or (is_kernel and PRIVATE_IN_KERNELS.search(line))]
+
+
+def test_glossary():
+    found = {path: find_private_words(path) for path in TEXTS if path != Path(__file__)}
+    assert len(found) > 200
+    assert not {str(path.relative_to(ROOT)): lines for path, lines in found.items() if lines}
+
+
+def test_private_words_are_found(tmp_path):
+    lines = ["is_whole = 1", "# it goes on", "kept: int", "def go_on():", "besides, upkeep, gone only"]
+    (tmp_path / "text.py").write_text("\n".join(lines))
+    assert find_private_words(tmp_path / "text.py") == lines[:4]
+    (tmp_path / "tiles.h").write_text("// numbers\nstruct Product;\n// product\n// dot product")
+    assert find_private_words(tmp_path / "tiles.h") == ["// numbers", "struct Product;", "// product"]
 
 
 def find_summaries(path: Path) -> set[str]:

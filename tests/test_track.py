@@ -1,4 +1,4 @@
-"""`experiments/track.py`: every line once, in the order of the steps, also of a run that goes on."""
+"""`experiments/track.py`: every line once, in the order of the steps, also of a run that continues."""
 
 import json
 import subprocess

@@ -151,20 +151,20 @@ def test_mlm_run_and_evaluation_of_its_checkpoint(flags):
 
 
 @pytest.mark.parametrize("task", ["MLM", "RTD"])
-def test_same_command_goes_on_from_the_last_checkpoint(flags, task, tmp_path):
+def test_same_command_resumes_from_the_last_checkpoint(flags, task, tmp_path):
     """A run that lost everything after step 3 ends with the weights of one that did not, bit for bit."""
     flags |= {"task_name": task, "model_config": tmp_path / f"{task.lower()}.json"}
     assert train(*command(flags)).returncode == 0
-    whole = flags["output_dir"]
+    full = flags["output_dir"]
     cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
+    shutil.copytree(full, cut)
     shutil.rmtree(cut / "checkpoints" / "step-00000006")
     result = train(*command(flags | {"output_dir": cut}))
     assert result.returncode == 0, result.stderr
     assert "resuming from step 3" in result.stderr
     name = Path("checkpoints") / "step-00000006" / "model.safetensors"
-    assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    assert read_equal_metrics(cut) == read_equal_metrics(whole)
+    assert (cut / name).read_bytes() == (full / name).read_bytes()
+    assert read_equal_metrics(cut) == read_equal_metrics(full)
 
 
 def test_an_evaluation_cut_off_is_made_up_for(flags):
@@ -197,7 +197,7 @@ def test_logged_losses_are_of_the_interval_and_unscaled(flags, tmp_path):
     )  # ln 2 at the start, not lambda times it
 
 
-def test_another_run_in_the_same_folder_is_refused(flags):
+def test_another_run_in_the_same_directory_is_refused(flags):
     assert train(*command(flags)).returncode == 0
     before = (flags["output_dir"] / "config.json").read_bytes()
     assert_refused(

@@ -81,7 +81,7 @@ def fetch(download: Download, destination: Path) -> Path:
     if _is_fetched(download, destination):
         return destination
     failures = []
-    with open_partial(destination, resume=True) as file:
+    with open_partial(destination, is_resumed=True) as file:
         if _is_fetched(download, destination):  # by the process that held the lock
             return destination
         for url in download.urls:

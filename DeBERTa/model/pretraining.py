@@ -98,21 +98,21 @@ class MaskedLanguageModel(nn.Module):
         targets = labels.flatten()[masked.flat_index]
         return MaskedLMOutput(F.cross_entropy(logits.float(), targets, reduction="none"), logits, targets)
 
-    def compute_masked_loss(self, batch: Batch, sample: bool) -> MaskedLoss:
+    def compute_masked_loss(self, batch: Batch, is_sampled: bool) -> MaskedLoss:
         """Return the results of `forward` that training needs, without the logits.
 
-        sample: draw a token per masked position from the predicted distribution.
+        is_sampled: whether to draw a token per masked position from the predicted distribution.
         """
         words, table = TiedLookup.apply(self.get_tables().word, batch.input_ids)
         masked = batch.masked
         hidden = self.lm_predictions.decode(self.deberta, words, batch.input_ids, batch.input_mask, masked)
         targets = batch.labels.flatten()[masked.flat_index]
-        uniforms = batch.uniforms.flatten()[masked.flat_index] if sample else None
+        uniforms = batch.uniforms.flatten()[masked.flat_index] if is_sampled else None
         return self.lm_predictions.lm_head.compute_loss(hidden, table, targets, uniforms)
 
     def generate(self, batch: Batch) -> Generated:
         """Predict the masked tokens, and replace them by samples of the prediction."""
-        masked = self.compute_masked_loss(batch, sample=True)
+        masked = self.compute_masked_loss(batch, is_sampled=True)
         assert masked.samples is not None
         return Generated(masked, batch.input_ids.masked_scatter(batch.labels > 0, masked.samples))
 

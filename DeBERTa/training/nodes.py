@@ -224,10 +224,10 @@ class Coordinator:
         Returns the failure of another node, if any.
         """
         self._call(lambda: self._store.add("succeeded", 1))
-        wait_until(lambda: self.remote_failure is not None or self._have_all("succeeded"), self.timeout)
+        wait_until(lambda: self.remote_failure is not None or self._has_all("succeeded"), self.timeout)
         return self.remote_failure
 
-    def _have_all(self, name: str) -> bool:
+    def _has_all(self, name: str) -> bool:
         """Return whether all registered nodes have incremented a counter.
 
         Also true if node 0 has left.
@@ -253,7 +253,7 @@ class Coordinator:
             return
         self._call(lambda: self._store.add("left", 1))
         if self.job.node == 0:
-            wait_until(lambda: self._have_all("left"), GRACE_SECONDS)
+            wait_until(lambda: self._has_all("left"), GRACE_SECONDS)
 
     def _call(self, function: Callable[[], Result], seconds: float = GRACE_SECONDS) -> Result | None:
         """Return `function()`, or None if node 0 does not respond within `seconds`.

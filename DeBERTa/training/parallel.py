@@ -144,7 +144,7 @@ def order_by_gradient(model: MaskedLanguageModel | RTDModel) -> list[nn.Paramete
         (masked, _), detected = twin(batch)
         (masked.loss.sum() + detected.loss).backward()
     else:
-        twin.compute_masked_loss(batch, sample=False).loss.sum().backward()
+        twin.compute_masked_loss(batch, is_sampled=False).loss.sum().backward()
     return ordered
 
 
@@ -173,7 +173,7 @@ def all_gather_full(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     if tensor.placements != (Shard(0),):  # a norm, to be reduced
         return tensor.full_tensor()
-    shard = _padded_shard(tensor)
+    shard = _pad_shard(tensor)
     full = shard.new_empty(len(shard) * tensor.device_mesh.size(), *shard.shape[1:])
     all_gather_into_tensor(full, shard, group=tensor.device_mesh.get_group())
     return full[: len(tensor)]
@@ -238,7 +238,7 @@ def _load_tensor(target: torch.Tensor, full: torch.Tensor | None) -> None:
             f"{tuple(target.shape)}; resume with the version that wrote it"
         )
     if isinstance(target, DTensor):
-        shard, local, shards = _padded_shard(target), target.to_local(), None
+        shard, local, shards = _pad_shard(target), target.to_local(), None
         if full is not None:
             shards = list(_pad(full.to(shard), len(shard) * get_world_size()).split(len(shard)))
         dist.scatter(shard, shards, src=0)
@@ -251,7 +251,7 @@ def _load_tensor(target: torch.Tensor, full: torch.Tensor | None) -> None:
 
 
 def _gather_shards(tensor: DTensor) -> torch.Tensor | None:
-    shard, full, shards = _padded_shard(tensor), None, None
+    shard, full, shards = _pad_shard(tensor), None, None
     if is_rank_zero():
         full = shard.new_empty(len(shard) * get_world_size(), *shard.shape[1:])
         shards = list(full.split(len(shard)))
@@ -259,7 +259,7 @@ def _gather_shards(tensor: DTensor) -> torch.Tensor | None:
     return None if full is None else _copy_to_host(full[: len(tensor)])
 
 
-def _padded_shard(tensor: DTensor) -> torch.Tensor:
+def _pad_shard(tensor: DTensor) -> torch.Tensor:
     """Return this rank's rows, padded to the same number on every rank.
 
     Without padding, the last ranks may have fewer rows, or none.

@@ -173,7 +173,7 @@ class MaskedLMStep(TrainingStep):
         for micro_batch, is_last in self.split(batch):
             with sync_gradients(objective, is_last):
                 with autocast(self.precision, self.device):
-                    masked = objective(self.model.compute_masked_loss, micro_batch, sample=False)
+                    masked = objective(self.model.compute_masked_loss, micro_batch, is_sampled=False)
                 self.scaler.scale(masked.loss.sum() / targets).backward()
             add(sums, sum_masked_lm(masked, ""))
         self.update("model", sums, "", ("loss",))

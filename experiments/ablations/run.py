@@ -143,7 +143,7 @@ def count_flops(config: dict) -> int:
             generated, detected = model(batch)
             (generated.masked.loss.sum() + detected.loss).backward()
         else:
-            model.compute_masked_loss(batch, sample=False).loss.sum().backward()
+            model.compute_masked_loss(batch, is_sampled=False).loss.sum().backward()
     return counter.get_total_flops()
 
 

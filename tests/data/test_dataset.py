@@ -72,7 +72,7 @@ def test_pure_function_of_seed_and_step(store, tokenizer, masker):
     assert not torch.equal(originals(first[0]), originals(other_seed))
 
 
-def test_a_line_is_masked_anew_in_each_epoch(store, tokenizer, masker):
+def test_a_line_is_masked_again_in_each_epoch(store, tokenizer, masker):
     batches = training(store, tokenizer, masker)  # 25 batches of 24 are one epoch
     first_epoch = {}
     for step in range(25):

@@ -79,7 +79,7 @@ def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
     assert abs(share[0] - 0.15 / (18 / 11) / 0.85) < 0.01  # only a span that begins there
 
 
-def test_span_lengths_and_whole_words(tokenizer, lines):
+def test_span_lengths_and_word_boundaries(tokenizer, lines):
     """Runs of masked words have lengths 1, 2, 3 in proportion 6:3:2.
 
     All tokens of a word are masked, or none.

@@ -12,7 +12,7 @@ from DeBERTa.log import set_up_logging
 TEXT = (Path(__file__).parents[1] / "golden" / "prepare" / "input.txt").read_text()
 
 
-def test_characters_left_out_are_named(tmp_path, capsys):
+def test_missing_characters_are_named(tmp_path, capsys):
     set_up_logging()
     (tmp_path / "i").write_text(TEXT + "".join(map(chr, range(0x4E00, 0x4E1A))))
     find_or_train_vocabulary([tmp_path / "i"], 400, tmp_path / "all.model")

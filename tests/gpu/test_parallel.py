@@ -40,7 +40,7 @@ def train(mode: str, flags: dict) -> list[float]:
     for step in range(4):
         batch = random_batch(seed=step % 2).to(DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = objective(model.compute_masked_loss, batch, sample=False).loss.mean()
+            loss = objective(model.compute_masked_loss, batch, is_sampled=False).loss.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

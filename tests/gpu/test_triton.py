@@ -1,4 +1,4 @@
-"""The Triton attention on a GPU against float64, and whole models against plain PyTorch."""
+"""The Triton attention on a GPU against float64, and full models against plain PyTorch."""
 
 import copy
 
@@ -32,7 +32,7 @@ def test_agrees_with_float64(dtype, terms, shape):
 
 
 @pytest.mark.parametrize("flags", [{"compile": False}, {"compile": True}, {"attention": "sdpa"}])
-def test_whole_model(monkeypatch, flags):
+def test_full_model(monkeypatch, flags):
     """Losses and gradients of an RTD model in float32 agree with plain PyTorch's, compiled or not."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     values = tiny_rtd()
@@ -48,7 +48,7 @@ def test_whole_model(monkeypatch, flags):
     batch = random_batch(length=40).to(device)
     results = []
     for model in (plain, fast):
-        masked = model.generator.compute_masked_loss(batch, sample=False)
+        masked = model.generator.compute_masked_loss(batch, is_sampled=False)
         found = model.compute_detection_loss(batch.input_ids, batch.input_mask, batch.labels)
         (masked.loss.sum() + found.loss).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -95,7 +95,7 @@ def check_masked_language_model(name: str, device: torch.device, flags: dict) ->
     # The path that training takes.
     model.zero_grad()
     inputs = [tensor.cpu() for tensor in (input_ids, input_mask, labels, torch.rand(labels.shape))]
-    trained = model.compute_masked_loss(Batch.from_tensors(*inputs).to(device), sample=False)
+    trained = model.compute_masked_loss(Batch.from_tensors(*inputs).to(device), is_sampled=False)
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
     trained.loss.mean().backward()

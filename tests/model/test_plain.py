@@ -113,7 +113,7 @@ VARIANTS = [{}, {"conv_kernel_size": 3}, ABSOLUTE]
 @pytest.mark.parametrize("change", VARIANTS)
 def test_masked_language_model_on_meta(change):
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | change)).to("meta")
-    masked = model.compute_masked_loss(random_batch().to("meta"), sample=False)
+    masked = model.compute_masked_loss(random_batch().to("meta"), is_sampled=False)
     assert masked.loss.is_meta
     masked.loss.sum().backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())

@@ -157,7 +157,7 @@ def list_shards_all(folder: Path) -> None:
     found = {}
     for mode in MODES:
         model, training = make_step("mlm", **MODES[mode])
-        masked = training.wrapped["model"](model.compute_masked_loss, select_rows(seed=0), sample=False)
+        masked = training.wrapped["model"](model.compute_masked_loss, select_rows(seed=0), is_sampled=False)
         loss = masked.loss.sum()
         after_forward = are_sharded(model)
         loss.backward()

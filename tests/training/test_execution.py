@@ -51,7 +51,7 @@ def losses_and_gradients(model: nn.Module, length: int = 32) -> dict[str, torch.
         loss = out.loss.sum() / batch.masked_tokens + 10 * detected.loss / batch.real_tokens
         losses = {"generator": out.loss, "discriminator": detected.loss, "samples": out.samples}
     else:
-        out = model.compute_masked_loss(batch, sample=False)
+        out = model.compute_masked_loss(batch, is_sampled=False)
         loss, losses = out.loss.mean(), {"loss": out.loss}
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -97,7 +97,7 @@ def test_checkpointing_keeps_less(path):
         set_execution(model, config, CPU)
         parameters = sum(p.nbytes for p in model.parameters())
         saved.append(
-            saved_bytes(lambda model=model: model.compute_masked_loss(batch, sample=False)) - parameters
+            saved_bytes(lambda model=model: model.compute_masked_loss(batch, is_sampled=False)) - parameters
         )
     assert 0 < saved[1] < saved[0] / 4
 
@@ -107,7 +107,7 @@ def test_evaluation_stores_no_checkpoints(monkeypatch):
     set_execution(model, train_config(gradient_checkpointing=True), CPU)
     monkeypatch.setattr("DeBERTa.model.encoder.checkpoint", None)  # calling it would raise
     with torch.no_grad():
-        model.compute_masked_loss(random_batch(vocabulary=200), sample=False)
+        model.compute_masked_loss(random_batch(vocabulary=200), is_sampled=False)
 
 
 def require_compiler() -> None:

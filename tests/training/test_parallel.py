@@ -53,7 +53,7 @@ def test_parameters_without_gradient(case, change, expected):
     model: MaskedLanguageModel | RTDModel
     if case == "mlm":
         model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | change))
-        loss = model.compute_masked_loss(random_batch(), sample=False).loss.sum()
+        loss = model.compute_masked_loss(random_batch(), is_sampled=False).loss.sum()
     else:
         values = tiny_rtd(case)
         parts = {name: values[name] | change for name in ("generator", "discriminator")}
@@ -178,7 +178,7 @@ def train_in_bfloat16(mode: str, dtype: torch.dtype | None, first: int, last: in
         torch.manual_seed(step)
         with GatheredBytes() as gathered:
             with FloatNorm(), torch.autocast("cpu", torch.bfloat16):
-                masked = objective(model.compute_masked_loss, select_rows(seed=step % 2), sample=False)
+                masked = objective(model.compute_masked_loss, select_rows(seed=step % 2), is_sampled=False)
             masked.loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -60,7 +60,7 @@ def test_they_are_what_the_model_computes(task, batches, tmp_path, caplog):
     with torch.no_grad():
         generator = model.generator if task == "RTD" else model
         logits = generator(batch.input_ids, batch.input_mask, batch.labels).logits
-        guesses = iter(generator.compute_masked_loss(batch, sample=True).samples.tolist())
+        guesses = iter(generator.compute_masked_loss(batch, is_sampled=True).samples.tolist())
         scores = (
             model.discriminate(generator.generate(batch).corrupted_ids, batch.input_mask, batch.labels).logits
             if task == "RTD"

@@ -153,8 +153,8 @@ def test_gradient_against_finite_differences():
 
 
 def test_view_distances():
-    product = torch.arange(10 + 2 * 4 * 7)[10:].view(2, 4, 7)
-    view = view_distances(product, 10)
+    scores = torch.arange(10 + 2 * 4 * 7)[10:].view(2, 4, 7)
+    view = view_distances(scores, 10)
     for row in range(4):
         for column in range(4):
-            assert torch.equal(view[:, row, column], product[:, row, 3 - row + column])
+            assert torch.equal(view[:, row, column], scores[:, row, 3 - row + column])

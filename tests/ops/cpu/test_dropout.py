@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("way")
 COUNT = 1 << 21
 
 
-def draw_kept(count: int, p: float) -> torch.Tensor:
-    """Return bool: what dropout keeps of `count` elements."""
+def draw_mask(count: int, p: float) -> torch.Tensor:
+    """Return bool, true where dropout does not drop one of `count` elements."""
     return CpuDropout(p)(torch.ones(count)) != 0
 
 
 def draw_signs(count: int) -> torch.Tensor:
     """Return a mask of half the elements as -1 and 1."""
-    return draw_kept(count, 0.5).float().mul_(2).sub_(1)
+    return draw_mask(count, 0.5).float().mul_(2).sub_(1)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -31,7 +31,7 @@ def test_rate(p):
     torch.manual_seed(0)
     error = (p * (1 - p) / COUNT) ** 0.5
     # Four standard errors, and p is rounded to 2^-16.
-    assert abs(draw_kept(COUNT + 3, p).float().mean() - (1 - p)) < 4 * error + 2**-17
+    assert abs(draw_mask(COUNT + 3, p).float().mean() - (1 - p)) < 4 * error + 2**-17
 
 
 @pytest.mark.parametrize("count", [1, 7, 4096, 4097, 200_003])
@@ -40,7 +40,7 @@ def test_masks_are_those_of_the_reference(count, p):
     torch.manual_seed(3)
     seed = draw_seed()
     torch.manual_seed(3)
-    assert torch.equal(draw_kept(count, p), draw_keep_mask((count,), seed, p))
+    assert torch.equal(draw_mask(count, p), draw_keep_mask((count,), seed, p))
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 64, 4096, 65536, 65537])
@@ -66,23 +66,23 @@ def test_calls_and_seeds_differ_and_repeat():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_value_and_gradient(has_residual, dtype):
-    """Kept elements and their gradients are scaled by 1 / (1 - p), dropped ones are zero in both."""
+    """Remaining elements and their gradients are scaled by 1 / (1 - p), dropped ones are zero in both."""
     torch.manual_seed(2)
     x = torch.rand(50, 40).add_(1).to(dtype).t().requires_grad_()  # not contiguous
     residual = torch.rand(40, 50).requires_grad_()
     out = add_dropout(residual if has_residual else None, x, 0.25)
     assert out.dtype == (torch.float32 if has_residual else dtype)
     changed = out - residual if has_residual else out
-    kept = changed.detach() > 0.5
-    assert 0.7 < kept.float().mean() < 0.8
+    mask = changed.detach() > 0.5
+    assert 0.7 < mask.float().mean() < 0.8
     error = 1e-6 if dtype == torch.float32 else 2**-8  # of bfloat16
     torch.testing.assert_close(
-        changed.float(), torch.where(kept, x.float() / 0.75, 0.0), atol=1e-6, rtol=error
+        changed.float(), torch.where(mask, x.float() / 0.75, 0.0), atol=1e-6, rtol=error
     )
     weights = torch.rand(40, 50)
     (out * weights).sum().backward()
     torch.testing.assert_close(
-        x.grad.float(), torch.where(kept, weights / 0.75, 0.0), atol=1e-6, rtol=2 * error
+        x.grad.float(), torch.where(mask, weights / 0.75, 0.0), atol=1e-6, rtol=2 * error
     )
     if has_residual:
         assert torch.equal(residual.grad, weights)
