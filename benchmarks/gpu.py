@@ -212,7 +212,10 @@ def run_steps(out: Path, is_toy: bool) -> dict:
 
 
 def build_probe(is_toy: bool, sequences: int) -> tuple:
-    """Return a step, compiled as a run on this device is, and a function that makes batches for it."""
+    """Return a step, and a function that makes batches for it.
+
+    The step is compiled as a run on this device is.
+    """
     config_name = "rtd_tiny.json" if is_toy else "rtd_base.json"
     size, length = (2, 64) if is_toy else (sequences, 512)
     vocabulary = read_head_config(config_name)["vocab_size"]

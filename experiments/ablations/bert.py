@@ -1,4 +1,6 @@
-"""Train BERT of transformers as the arm `mlm-absolute`, to see whether it learns as slowly.
+"""Train BERT of transformers as the arm `mlm-absolute`.
+
+It shows whether BERT learns as slowly.
 
     python experiments/ablations/bert.py output/ablations/mlm-absolute-...-seed1 --steps 800
 

@@ -1,7 +1,8 @@
-"""Launch options of the kernels by compute capability and head size: tile, warps and stages.
+"""Launch options of the kernels by compute capability and head size.
 
-Tiles of 64 rows have been measured on an H100 (9.0). Where they would spill registers, tiles are of 32 rows:
-for heads of 128, and on 8.x, whose matmuls keep their operands in registers.
+They are tile, warps and stages. Tiles of 64 rows have been measured on an H100 (9.0). Where they would
+spill registers, tiles are of 32 rows: for heads of 128, and on 8.x, whose matmuls keep their operands in
+registers.
 """
 
 from typing import NamedTuple
@@ -37,8 +38,8 @@ def get_launch_table(capability: tuple[int, int], head_size: int) -> LaunchTable
 
 
 def has_run(capability: tuple[int, int], head_size: int) -> bool:
-    """Return whether a GPU has shown that these kernels are right, and faster than sdpa.
+    """Return whether a GPU has shown that the kernels are right and fast.
 
-    Others have been compiled and interpreted only.
+    That is, faster than sdpa. Others have been compiled and interpreted only.
     """
     return capability == HOPPER and head_size <= 64
