@@ -20,7 +20,7 @@ from DeBERTa.training.run_dir import format_value
 logger = logging.getLogger(__name__)
 
 GENERATOR_FILE = "pytorch_model.generator.bin"
-VOCABULARY_FILE = "spm.model"
+VOCABULARY_FILE, CONFIG_FILE = "spm.model", "config.json"
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -76,16 +76,32 @@ def find_weights(reference: str, role: str, config: ModelConfig) -> Path:
     """
     if not reference.startswith(HUB):
         path = find_in_directory(Path(reference), role) if Path(reference).is_dir() else Path(reference)
-    elif role == "generator":
-        hint = f"give --init_generator {FROM_DISCRIMINATOR}, or the file of a generator"
-        path = fetch_from_hub(reference, (GENERATOR_FILE,), hint)
     else:
-        path = fetch_from_hub(reference, MODEL_FILES, "give a file")
-        for name in ("config.json", VOCABULARY_FILE):
-            with suppress(DownloadError):  # it is compared if there is one
-                fetch_from_hub(reference, (name,), "give a file")
+        path = fetch_weights(reference, role)
     if path.name != GENERATOR_FILE:  # the config.json next to that is the discriminator's
         check_silent_settings(path, role, config)
+    return path
+
+
+def fetch_weights(reference: str, role: str) -> Path:
+    """Fetch the weights of a model on the hub, and what is compared with them.
+
+    Next to a discriminator, a generator has a file name of its own. In a repository without that, it is
+    taken if the config names a model with an LM head, as that of an exported generator does.
+    """
+    names: tuple[str, ...] = MODEL_FILES
+    hint = "give a file"
+    if role == "generator":
+        names = (GENERATOR_FILE,)
+        hint = f"give --init_generator {FROM_DISCRIMINATOR}, or the file of a generator"
+        with suppress(DownloadError):
+            config = read_json(fetch_from_hub(reference, (CONFIG_FILE,), hint))
+            names += MODEL_FILES if "MaskedLM" in str(config.get("architectures")) else ()
+    path = fetch_from_hub(reference, names, hint)
+    if path.name != GENERATOR_FILE:
+        for name in (CONFIG_FILE, VOCABULARY_FILE):
+            with suppress(DownloadError):  # it is compared if there is one
+                fetch_from_hub(reference, (name,), hint)
     return path
 
 
@@ -132,7 +148,7 @@ def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
 
     They are compared with the `config.json` next to the file.
     """
-    config_path = path.with_name("config.json")
+    config_path = path.with_name(CONFIG_FILE)
     values = read_json(config_path) if config_path.is_file() else {}
     if isinstance(models := values.get("model"), dict):  # of a run, with one model or two
         values = models.get(role, models)

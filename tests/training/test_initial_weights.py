@@ -2,18 +2,25 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
+from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.download import REVISIONS
 from DeBERTa.errors import ConfigError
+from DeBERTa.hub.export import list_models, write_model
 from DeBERTa.train import main
 from DeBERTa.training.initial_weights import find_weights
-from tests.conftest import TINY, strip_times, tiny_model, tiny_rtd
+from tests.conftest import ROOT, TINY, strip_times, tiny_model, tiny_rtd
+from tests.hub.exported import VOCABULARY
 from tests.hub.server import run_hub
 from tests.hub.test_published import disturb
 from tests.test_train import assert_refused, command, flags, read_metrics, train  # noqa: F401
@@ -198,6 +205,36 @@ def test_continuing_from_the_hub(flags, tmp_path):  # noqa: F811
         shutil.rmtree(tmp_path / "hub")
         shutil.rmtree(flags["output_dir"])
         assert_refused(train(*command(preset), **environment), "hidden_act (relu there, gelu here)")
+
+
+FIND_GENERATOR = """
+import sys
+from DeBERTa.command import run_command
+from DeBERTa.config import ModelConfig
+from DeBERTa.training.initial_weights import find_weights
+config = ModelConfig.from_json(sys.argv[1])
+sys.exit(run_command(lambda: print(find_weights("hf:owner/name", "generator", config))))
+"""
+
+
+def test_a_generator_in_a_repository_of_its_own(tmp_path):
+    """As it is exported. A discriminator there is not taken for one."""
+    found = {}
+    for model in list_models(RTDModel(RTDConfig.from_dict(tiny_rtd()))):
+        write_model(model, tmp_path / model.name, Tokenizer(VOCABULARY), None)
+        with run_hub() as hub:
+            hub.files = {path.name: path.read_bytes() for path in (tmp_path / model.name).iterdir()}
+            found[model.name] = subprocess.run(
+                [sys.executable, "-c", FIND_GENERATOR, tmp_path / "generator" / "config.json"],
+                cwd=ROOT, env=os.environ | hub.environment(tmp_path / f"hub-{model.name}"),
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+    assert found["generator"].returncode == 0, found["generator"].stderr
+    path = Path(found["generator"].stdout.strip())
+    for name in ("model.safetensors", "config.json", "spm.model"):
+        assert path.with_name(name).read_bytes() == (tmp_path / "generator" / name).read_bytes()
+    assert found["discriminator"].returncode == 1
+    assert "hf:owner/name has no pytorch_model.generator.bin; give" in found["discriminator"].stderr
 
 
 def test_not_a_number_is_reported_at_load(flags, tmp_path, run_here):  # noqa: F811
