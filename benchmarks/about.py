@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def about() -> dict:
+def describe_machine() -> dict:
     """Return the fields that every results file has."""
     capabilities = torch.cpu.get_capabilities()
     return {
@@ -29,7 +29,7 @@ def about() -> dict:
     }
 
 
-def scripts_environment() -> dict[str, str]:
+def build_environment() -> dict[str, str]:
     """Return this environment with what `mlm.sh` and `rtd.sh` add to it for training."""
     tunables = re.search(r"glibc\.malloc\.\S+", (ROOT / "experiments" / "common.sh").read_text())
     return os.environ | {"GLIBC_TUNABLES": tunables.group()}

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.about import about  # noqa: E402
+from benchmarks.about import describe_machine  # noqa: E402
 from benchmarks.training_step import build_ours, make_batch  # noqa: E402
 from DeBERTa.training.checkpoint import Saver, Snapshot, get_checkpoint_path, verify  # noqa: E402
 from DeBERTa.training.parallel import gather_to_rank_zero  # noqa: E402
@@ -101,7 +101,9 @@ def main() -> None:
     for name, values in found.items():
         print(f"{name:<32}{statistics.median(values):>8.2f} s  ({min(values):.2f} to {max(values):.2f})")
     if arguments.json:
-        arguments.json.write_text(json.dumps(about() | {"bytes": size, "seconds": found}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(describe_machine() | {"bytes": size, "seconds": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

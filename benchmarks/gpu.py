@@ -25,7 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-from benchmarks.about import about
+from benchmarks.about import describe_machine
 from benchmarks.training_step import (
     CONFIGS,
     ROOT,
@@ -322,7 +322,7 @@ def main() -> None:
     if any(out.iterdir()):
         parser.error(f"{out} is not empty: give a new folder")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
-    results: dict = about() | {"device": device, "has_triton": HAS_TRITON, "parts": {}}
+    results: dict = describe_machine() | {"device": device, "has_triton": HAS_TRITON, "parts": {}}
     for part in arguments.parts:
         results["parts"][part] = run_part(part, out, arguments.toy)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

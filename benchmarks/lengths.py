@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.about import about, scripts_environment  # noqa: E402
+from benchmarks.about import build_environment, describe_machine  # noqa: E402
 from benchmarks.training_step import Case, measure  # noqa: E402
 from DeBERTa.config import read_json  # noqa: E402
 
@@ -62,13 +62,13 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for shape in shapes:
             command = [sys.executable, __file__, "--steps", str(arguments.steps), "--one", *map(str, shape)]
-            env = scripts_environment()
+            env = build_environment()
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
             runs[shape].append(json.loads(output))
     rates = [result["matmul_rate"] for results in runs.values() for result in results]
     rate = statistics.median(rates)
     print(f"large matmuls: {rate / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
-    rows = {shape: summary(*shape, results, rate) for shape, results in runs.items()}
+    rows = {shape: summarize_runs(*shape, results, rate) for shape, results in runs.items()}
     for name, table in TABLES.items():
         print(f"\nagainst the {name}:")
         print(f"{'shape':>12}{'s a step':>10}{'µs a token':>12}{'GFLOP':>8}{'of floor':>10}{'peak GB':>9}")
@@ -80,10 +80,10 @@ def main() -> None:
             )
     if arguments.json:
         figures = {"matmul_rates": rates, "shapes": list(rows.values())}
-        arguments.json.write_text(json.dumps(about() | figures, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(describe_machine() | figures, indent=1) + "\n")
 
 
-def summary(size: int, length: int, results: list[dict], rate: float) -> dict:
+def summarize_runs(size: int, length: int, results: list[dict], rate: float) -> dict:
     """Medians of some processes; `rate` of large matmuls in FLOP/s."""
     seconds = [result["seconds"] for result in results]
     flops = results[0]["flops"]

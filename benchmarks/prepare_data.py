@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 MAX_SEQ_LENGTH = 512
 
 
-def straightforward_loop(source: Path, output: Path, vocabulary: Path) -> None:
+def encode_in_loop(source: Path, output: Path, vocabulary: Path) -> None:
     """Encode every line with `encode_as_pieces`, then split one list of all tokens."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
     tokens = []
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--loop", type=Path, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.loop:
-        straightforward_loop(*arguments.loop)
+        encode_in_loop(*arguments.loop)
         return
 
     from DeBERTa.data.corpus import SAMPLE

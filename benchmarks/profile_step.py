@@ -16,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.about import about
+from benchmarks.about import describe_machine
 from benchmarks.training_step import CASES, ROOT, build_ours, make_batch, read_head_config, synchronize
 
 STEPS = 3
@@ -58,7 +58,7 @@ def main() -> None:
     operators = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
     events = sorted(operators, key=get_self_time, reverse=True)
     total = sum(map(get_self_time, events))
-    here = about()
+    here = describe_machine()
     lines = [
         f"{arguments.case} ({config_name}), {size} x {length} tokens, {arguments.precision}, dropout on",
         f"command  {here['command']}",

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.about import about  # noqa: E402
+from benchmarks.about import describe_machine  # noqa: E402
 from benchmarks.prepare_data import find_descendants  # noqa: E402
 from DeBERTa.data.corpus import SAMPLE  # noqa: E402
 from DeBERTa.data.dataset import BatchPlan, TrainingBatches  # noqa: E402
@@ -226,7 +226,7 @@ def main() -> None:
             print("| " + " | ".join([*row, f"{later['memory_mb']:.1f}"]) + " |", flush=True)
     print("\nSeconds are of a later start, the median, unless they say otherwise.")
     if arguments.json:
-        arguments.json.write_text(json.dumps(about() | {"texts": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(describe_machine() | {"texts": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

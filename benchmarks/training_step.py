@@ -35,7 +35,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.about import about, scripts_environment
+from benchmarks.about import build_environment, describe_machine
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel, TrainConfig
 from DeBERTa.config import read_json
 from DeBERTa.data.batch import Batch
@@ -330,7 +330,7 @@ def measure(case: Case) -> dict:
 def measure_in_process(case: Case, timeout: float | None = None) -> dict:
     """Return what `measure` returns in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--one", json.dumps(case._asdict())]
-    env = scripts_environment() if case.who == "ours" and case.device == "cpu" else None
+    env = build_environment() if case.who == "ours" and case.device == "cpu" else None
     output = subprocess.run(
         command, check=True, capture_output=True, text=True, env=env, cwd=ROOT, timeout=timeout
     ).stdout
@@ -411,7 +411,7 @@ def main() -> None:
                 memory = rows["ours"]["peak_gb"] / rows[who]["peak_gb"]
                 print(f"{'':<18}{who} over ours: {times:.2f} times, memory {memory:.0%}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(about() | {"cases": table}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(describe_machine() | {"cases": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ from contextlib import closing
 from pathlib import Path
 
 from tests.conftest import ROOT, strip_times
-from tests.runs import command, tiny_flags
+from tests.runs import build_arguments, tiny_flags
 
 PATIENCE = 60  # seconds until a test gives up on something that takes a few
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def port_is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -34,7 +34,7 @@ def port_is_free(port: int) -> bool:
         return True
 
 
-def cluster(port: int, nodes: int = 2, node: int = 0) -> dict[str, str]:
+def get_cluster(port: int, nodes: int = 2, node: int = 0) -> dict[str, str]:
     return {"WORLD_SIZE": str(nodes), "RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
@@ -47,7 +47,7 @@ class Command:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "GLOO"))}
         with self.printed.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *(before or ["-m", "DeBERTa.train"]), *command(flags)],
+                [sys.executable, *(before or ["-m", "DeBERTa.train"]), *build_arguments(flags)],
                 cwd=checkout,
                 env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
                 stdout=file,
@@ -58,18 +58,18 @@ class Command:
     def finish(self) -> int:
         return self.process.wait(timeout=PATIENCE)
 
-    def lines(self) -> list[str]:
+    def read_lines(self) -> list[str]:
         return strip_times(self.printed.read_text()).splitlines()
 
-    def error(self, status: int = 1) -> str:
+    def finish_with_error(self, status: int = 1) -> str:
         """Wait for its end, and return the one error that it ended with."""
         assert self.finish() == status, self.printed.read_text()
-        errors = [line for line in self.lines() if line.startswith("error: ")]
-        assert errors == self.lines()[-1:], self.printed.read_text()
+        errors = [line for line in self.read_lines() if line.startswith("error: ")]
+        assert errors == self.read_lines()[-1:], self.printed.read_text()
         assert "Traceback" not in self.printed.read_text()
         return errors[0]
 
-    def workers(self) -> dict[int, int]:
+    def find_workers(self) -> dict[int, int]:
         """Process ids by rank, those still there; not their data workers, which look alike and came later."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
@@ -102,13 +102,14 @@ def start_nodes(
     """Start the same command on several nodes, each with a disk of its own."""
     return [
         Command(
-            flags | change | {"output_dir": f"{flags['output_dir']}-{number}"}, **cluster(port, nodes, rank)
+            flags | change | {"output_dir": f"{flags['output_dir']}-{number}"},
+            **get_cluster(port, nodes, rank),
         )
         for number, (rank, change) in enumerate(zip(ranks, changes or ({},) * len(ranks), strict=True))
     ]
 
 
-def saved_something(run: Command) -> Callable[[], bool]:
+def watch_checkpoints(run: Command) -> Callable[[], bool]:
     return lambda: any((run.run_dir / "checkpoints").glob("step-*[0-9]")) if run.run_dir.exists() else False
 
 
@@ -116,9 +117,9 @@ def saved_something(run: Command) -> Callable[[], bool]:
 ENDLESS = {"num_training_steps": 1_000_000, "dump_interval": 10, "keep_last": 2, "log_interval": 10}
 
 
-def two_process_flags(folder: Path, prepared: Path) -> dict:
+def make_two_process_flags(folder: Path, prepared: Path) -> dict:
     return tiny_flags(folder, prepared) | {"dist_timeout": 20, "nproc_per_node": 2}
 
 
-def metrics(run_dir: Path) -> list[dict]:
+def read_metrics_log(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -41,42 +41,42 @@ class TwoNodes:
         self.started.append(process)
         return process
 
-    def output(self, node: int, *command: str) -> str:
+    def run(self, node: int, *command: str) -> str:
         """Return what a short command on a node prints; it must succeed."""
-        return system("ip", "netns", "exec", self.names[node], *command)
+        return run_command("ip", "netns", "exec", self.names[node], *command)
 
-    def processes(self, node: int) -> list[int]:
+    def list_processes(self, node: int) -> list[int]:
         """Return the ids of all processes on a node."""
-        return [int(pid) for pid in system("ip", "netns", "pids", self.names[node]).split()]
+        return [int(pid) for pid in run_command("ip", "netns", "pids", self.names[node]).split()]
 
     def cut(self) -> None:
         """Drop all packets between the nodes, without an error."""
         for node in (0, 1):
             for chain in ("INPUT", "OUTPUT"):
-                self.output(
+                self.run(
                     node, "iptables", "-A", chain, "!", "-i" if chain == "INPUT" else "-o", "lo", "-j", "DROP"
                 )
 
     def reconnect(self) -> None:
         """Undo `cut`."""
         for node in (0, 1):
-            self.output(node, "iptables", "-F")
+            self.run(node, "iptables", "-F")
 
     def drop(self, share: float) -> None:
         """Drop that share of the arriving packets, at random."""
         for node in (0, 1):
             rule = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
-            self.output(node, "iptables", "-A", "INPUT", "!", "-i", "lo", *rule)
+            self.run(node, "iptables", "-A", "INPUT", "!", "-i", "lo", *rule)
 
     def limit(self, rate: str) -> None:
         """Send no faster than `rate`, as tc writes it."""
         for node in (0, 1):
             shape = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
-            self.output(node, "tc", "qdisc", "add", "dev", "eth0", "root", *shape)
+            self.run(node, "tc", "qdisc", "add", "dev", "eth0", "root", *shape)
 
 
 @contextmanager
-def two_nodes(*programs: str) -> Iterator[TwoNodes]:
+def open_two_nodes(*programs: str) -> Iterator[TwoNodes]:
     """Create the nodes and remove them, with their processes. Fails where that is not permitted."""
     for program in ("ip", "unshare", *programs):
         if shutil.which(program) is None:
@@ -107,20 +107,22 @@ def _kill_all(name: str) -> None:
 def _connect(nodes: TwoNodes) -> None:
     hosts = "127.0.0.1 localhost\n" + "".join(f"{address} node{n}\n" for n, address in enumerate(ADDRESSES))
     for name in nodes.names:
-        system("ip", "netns", "add", name)
+        run_command("ip", "netns", "add", name)
         folder = Path("/etc/netns") / name  # `ip netns exec` puts these files over those in /etc
         folder.mkdir(parents=True)
         (folder / "hosts").write_text(hosts)
         (folder / "resolv.conf").write_text("")
     first, second = nodes.names
-    system("ip", "-n", first, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second)
+    run_command(
+        "ip", "-n", first, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second
+    )
     for name, address in zip(nodes.names, ADDRESSES, strict=True):
-        system("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
-        system("ip", "-n", name, "link", "set", "eth0", "up")
-        system("ip", "-n", name, "link", "set", "lo", "up")
+        run_command("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        run_command("ip", "-n", name, "link", "set", "eth0", "up")
+        run_command("ip", "-n", name, "link", "set", "lo", "up")
 
 
-def system(*command: str) -> str:
+def run_command(*command: str) -> str:
     """Return the output of a system command; the test fails if it is not permitted."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 
-def children(process: int) -> list[int]:
+def list_children(process: int) -> list[int]:
     """Return the ids of the processes that its threads have started. A thread may end meanwhile."""
     found = []
     for thread in Path(f"/proc/{process}/task").iterdir():
@@ -21,7 +21,7 @@ def is_running(process: int) -> bool:
         return False
 
 
-def started_with(argument: str) -> list[int]:
+def find_started(argument: str) -> list[int]:
     """Return the ids of the processes with `argument` on their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):

@@ -48,7 +48,7 @@ def tiny_flags(folder: Path, prepared: Path, task: str = "RTD", sharing: str = "
     }
 
 
-def command(values: dict) -> list[str]:
+def build_arguments(values: dict) -> list[str]:
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
@@ -85,7 +85,9 @@ class ForkedRun:
         self.log.unlink(missing_ok=True)
         if live:
             os.mkfifo(self.log)
-        self.process = CONTEXT.Process(target=_main, args=(command(values), str(self.log), environment))
+        self.process = CONTEXT.Process(
+            target=_main, args=(build_arguments(values), str(self.log), environment)
+        )
         self.process.start()
         self.pid = self.process.pid
         self.read: list[str] = []
@@ -94,7 +96,7 @@ class ForkedRun:
         self._pipe = os.open(self.log, os.O_RDWR) if live else None
         self.is_live = live
 
-    def lines(self) -> Iterator[str]:
+    def read_lines(self) -> Iterator[str]:
         """Yield lines as they are written, until the run ends. Fails after `PATIENCE` seconds."""
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -111,7 +113,7 @@ class ForkedRun:
 
     def wait_for(self, text: str) -> None:
         """Read until a line contains `text`."""
-        assert any(text in line for line in self.lines()), f"no {text!r} in: {''.join(self.read)}"
+        assert any(text in line for line in self.read_lines()), f"no {text!r} in: {''.join(self.read)}"
 
     def kill_and_fail(self) -> NoReturn:
         """End a run that takes too long."""
@@ -126,7 +128,7 @@ class ForkedRun:
     def finish(self) -> tuple[int, str]:
         """Return the exit status (negative: the signal that killed it) and the output."""
         if self._pipe:
-            for _ in self.lines():
+            for _ in self.read_lines():
                 pass
             os.close(self._pipe)
         self.process.join(PATIENCE)
@@ -159,7 +161,7 @@ def run_pair(values: dict, port: int) -> tuple[int, str]:
     return status, output
 
 
-def final_files(run_dir: Path) -> dict[str, bytes]:
+def read_final_files(run_dir: Path) -> dict[str, bytes]:
     """Return what equal runs have in common: newest weights and moments, final models, metrics."""
     newest = get_checkpoint_path(run_dir, list_steps(run_dir)[-1])
     files = {

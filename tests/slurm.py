@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import TwoNodes, two_nodes
+from tests.nodes import TwoNodes, open_two_nodes
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 PATIENCE = 900  # seconds
@@ -76,7 +76,7 @@ class Job:
         self.wait_for(log.read_text)
         self.number = int(log.read_text())
 
-    def signal(self, *flags: str) -> None:
+    def send_signal(self, *flags: str) -> None:
         self.slurm.run("scancel", *flags, self.number)
 
     def finish(self) -> int:
@@ -93,7 +93,7 @@ class Job:
         self.finish()
         deadline = time.monotonic() + PATIENCE
         while (record := self.record())["JobState"] == "COMPLETING":
-            assert time.monotonic() < deadline, self.text()
+            assert time.monotonic() < deadline, self.read_text()
             time.sleep(0.1)
         return f"{record['JobState']} {record['ExitCode']}"
 
@@ -104,19 +104,19 @@ class Job:
             "scontrol", "update", f"JobId={self.number}", f"TimeLimit={60 * hours + past + minutes}"
         )
 
-    def text(self) -> str:
+    def read_text(self) -> str:
         return self.printed.read_text() if self.printed.exists() else ""
 
     def wait_for(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
+            assert self.process.poll() is None, self.read_text()
+            assert time.monotonic() < deadline, self.read_text()
             time.sleep(0.05)
 
 
 @contextmanager
-def slurm(folder: Path, directory: Path, *programs: str) -> Iterator[Slurm]:
+def start_slurm(folder: Path, directory: Path, *programs: str) -> Iterator[Slurm]:
     """Start it and end it, with all jobs. Fails where Debian's package slurm-wlm is missing."""
     for program in PROGRAMS:
         if shutil.which(program) is None:
@@ -126,7 +126,7 @@ def slurm(folder: Path, directory: Path, *programs: str) -> Iterator[Slurm]:
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for name in ("state", "spool-node0", "spool-node1"):
         (folder / name).mkdir()
-    with two_nodes(*programs) as nodes:
+    with open_two_nodes(*programs) as nodes:
         found = Slurm(nodes, folder, directory)
         nodes.start(0, ["slurmctld", "-D"], folder / "slurmctld.log", **found.environment)
         for node in (0, 1):

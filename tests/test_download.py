@@ -42,7 +42,7 @@ def fetch(hub: Hub, cache: Path, reference: str, *names: str, **environment: str
     return subprocess.run(
         [sys.executable, "-c", CODE, reference, *names],
         cwd=ROOT,
-        env=os.environ | hub.environment(cache) | environment,
+        env=os.environ | hub.build_environment(cache) | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -141,7 +141,7 @@ def test_offline(hub, tmp_path):
 
 def test_without_a_network(hub, tmp_path):
     """The hub is asked for the first name alone: the package tries it six times, within 23 seconds."""
-    environment = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = hub.build_environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     result = subprocess.run(
         [sys.executable, "-c", f"import time\ntime.sleep = print\n{CODE}", "hf:owner/name", "a.bin", "b.bin"],
         cwd=ROOT,

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import free_port
+from tests.commands import find_free_port
 from tests.conftest import ROOT, strip_times
-from tests.runs import PATIENCE, command, tiny_flags
+from tests.runs import PATIENCE, build_arguments, tiny_flags
 
 CONFIGS = ROOT / "experiments" / "language_model"
 
 
 def train(flags: dict, **environment: str) -> subprocess.CompletedProcess:
     """Run the command as a child of a shell: a child of this process would inherit its peak of memory."""
-    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
+    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *build_arguments(flags)])
     variables = "".join(f"export {name}={value}; " for name, value in environment.items())
     return subprocess.run(
         ["bash", "-c", f"export OMP_NUM_THREADS=1; {variables}{line}; exit $?"],
@@ -36,7 +36,7 @@ def read_rows(done: subprocess.CompletedProcess) -> dict[str, str]:
     return dict(re.split(r"  ", line.strip(), maxsplit=1) for line in lines if "  " in line.strip())
 
 
-def preset_flags(folder: Path, prepared: Path, model: str, **others: object) -> dict:
+def make_preset_flags(folder: Path, prepared: Path, model: str, **others: object) -> dict:
     task = "RTD" if "rtd" in model else "MLM"
     flags = tiny_flags(folder, prepared) | {"task_name": task, "model_config": CONFIGS / model}
     flags |= {"max_seq_length": 64, "train_batch_size": 96, "eval_batch_size": 96}
@@ -60,12 +60,12 @@ def assert_peak_is_estimated(flags: dict) -> None:
     ("model", "others"), [("rtd_tiny.json", {}), ("deberta_tiny.json", {"accumulative_update": 2})]
 )
 def test_peak_memory(tmp_path, prepared, model, others):
-    assert_peak_is_estimated(preset_flags(tmp_path, prepared, model, **others))
+    assert_peak_is_estimated(make_preset_flags(tmp_path, prepared, model, **others))
 
 
 def test_report(tmp_path, prepared):
     """Steps, batch, FLOPs and time; nothing is written, but the logs of ranks next to the run directory."""
-    flags = preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")
+    flags = make_preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")
     before = sorted(tmp_path.iterdir())
     rows = read_rows(train(flags))
     assert sorted(tmp_path.iterdir()) == before
@@ -77,14 +77,14 @@ def test_report(tmp_path, prepared):
     assert re.match(r"0\.\d+ GB for checkpoints and final models; \S+ GB free in /", rows["disk"])
     assert " MB" in rows["shared memory"]
     ranks = flags | {"nproc_per_node": 2, "dist_timeout": 30}
-    assert read_rows(train(ranks, MASTER_PORT=str(free_port())))["processes"].startswith("2 processes")
+    assert read_rows(train(ranks, MASTER_PORT=str(find_free_port())))["processes"].startswith("2 processes")
     assert [path.name for path in sorted(tmp_path.iterdir()) if path not in before] == [
         f"{Path(flags['output_dir']).name}.dry-run"
     ]
 
 
 def test_it_belongs_to_training(tmp_path, prepared):
-    flags = preset_flags(
+    flags = make_preset_flags(
         tmp_path, prepared, "rtd_tiny.json", do_train="False", do_eval="True", dry_run="True"
     )
     done = train(flags)

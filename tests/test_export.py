@@ -27,7 +27,7 @@ def finished(tmp_path_factory, prepared):
     return flags["output_dir"]
 
 
-def fails(capsys, *arguments: object) -> tuple[int, str]:
+def assert_fails(capsys, *arguments: object) -> tuple[int, str]:
     """Return exit status and the one error."""
     status = main([*map(str, arguments)])
     (line,) = capsys.readouterr().err.splitlines()
@@ -105,7 +105,7 @@ def test_an_output_that_is_a_link_stays_one(finished, tmp_path, flags, file):
 def test_files_of_others_in_the_current_directory(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.txt").touch()
     monkeypatch.chdir(tmp_path)
-    status, error = fails(capsys, finished, "--published-format", "--output", ".")
+    status, error = assert_fails(capsys, finished, "--published-format", "--output", ".")
     assert status == 1
     assert "other files are there (thesis.txt)" in error
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -113,7 +113,7 @@ def test_files_of_others_in_the_current_directory(finished, tmp_path, monkeypatc
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is not None, reason="onnxscript is installed")
 def test_missing_onnx_leaves_nothing(finished, tmp_path, capsys):
-    status, error = fails(capsys, finished, "--onnx", "--output", tmp_path / "out")
+    status, error = assert_fails(capsys, finished, "--onnx", "--output", tmp_path / "out")
     assert status == 1
     assert error.startswith("--onnx needs the package onnx")
     assert not (tmp_path / "out").exists()
@@ -122,22 +122,22 @@ def test_missing_onnx_leaves_nothing(finished, tmp_path, capsys):
 def test_errors(finished, tmp_path, capsys):
     """One sentence each."""
     run_dir = copy_run(finished, tmp_path / "run")
-    assert fails(capsys, run_dir, "--step", "3") == (
+    assert assert_fails(capsys, run_dir, "--step", "3") == (
         1,
         f"--step 3: {run_dir} has no such checkpoint; it has 2, 4, 6",
     )
-    status, error = fails(capsys, tmp_path)
+    status, error = assert_fails(capsys, tmp_path)
     assert status == 1
     assert "no checkpoints; give the directory of a run" in error
-    assert fails(capsys, run_dir, "--stpe", "3")[0] == 2
-    assert fails(capsys, run_dir, "--onnx", "--published-format")[0] == 2
+    assert assert_fails(capsys, run_dir, "--stpe", "3")[0] == 2
+    assert assert_fails(capsys, run_dir, "--onnx", "--published-format")[0] == 2
     (run_dir / "export").touch()
-    status, error = fails(capsys, run_dir)
+    status, error = assert_fails(capsys, run_dir)
     assert status == 1
     assert error.endswith("Not a directory; remove what is in the way, or give another --output")
     weights = get_checkpoint_path(run_dir, 6) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    status, error = fails(capsys, run_dir, "--step", 6, "--output", tmp_path / "out")
+    status, error = assert_fails(capsys, run_dir, "--step", 6, "--output", tmp_path / "out")
     assert status == 1
     assert "model.safetensors has" in error
     assert (
@@ -162,7 +162,7 @@ def test_vocabulary_of_the_run(finished, tmp_path, capsys, is_there):
     capsys.readouterr()
     for name in ("generator", "discriminator"):
         shutil.rmtree(run_dir / name)
-    status, error = fails(capsys, run_dir, "--output", tmp_path / "out")
+    status, error = assert_fails(capsys, run_dir, "--output", tmp_path / "out")
     assert status == 1
     assert error.startswith(f"the vocabulary of {run_dir} is missing: {recorded}")
 

@@ -30,7 +30,7 @@ def restored_level():
 
 
 @contextmanager
-def terminal(shown: list[str]) -> Iterator[None]:
+def open_terminal(shown: list[str]) -> Iterator[None]:
     """Make stderr a terminal; what it shows is appended to `shown` at the end."""
     screen, keyboard = os.openpty()
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -54,7 +54,7 @@ def test_lines_have_times_when_stderr_is_not_a_terminal(capsys):
 def test_a_terminal_shows_no_times_and_messages_above_the_bar():
     set_up_logging("info")
     shown: list[str] = []
-    with terminal(shown), tqdm(total=3, desc="training") as bar:
+    with open_terminal(shown), tqdm(total=3, desc="training") as bar:
         bar.update()
         logger.error("no room")
     text = "".join(shown)

@@ -18,7 +18,7 @@ from DeBERTa.memory import (
     translate_memory_errors,
 )
 from tests.conftest import ROOT, strip_times, tiny_model
-from tests.runs import PATIENCE, command, run, tiny_flags
+from tests.runs import PATIENCE, build_arguments, run, tiny_flags
 
 # In a process of its own: the configuration of the heap lasts as long as the process.
 CODE = """
@@ -71,7 +71,7 @@ BATCH = ("micro-batches are too", "--accumulative_update", "--train_batch_size",
 def test_what_does_not_fit_a_limit(tmp_path, prepared, change, named):
     """A real limit of the process, as of a batch system."""
     flags = tiny_flags(tmp_path, prepared) | change
-    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
+    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *build_arguments(flags)])
     script = f"ulimit -v 4000000; exec {line}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE

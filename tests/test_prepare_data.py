@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def command(*arguments: object) -> list[str]:
+def build_command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
 
 
@@ -42,7 +42,7 @@ def test_preparing_does_not_load_torch():
 
 def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
     output, elsewhere = tmp_path / "train.txt", tmp_path / "elsewhere.txt"
-    arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
+    arguments = build_command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
     with open_partial(output):  # as the first run does
         second = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert "waiting for another process that writes" in second.stderr.readline()
@@ -60,7 +60,7 @@ def test_a_second_run_waits_and_uses_what_the_first_made(tmp_path):
 def test_any_text_file(tmp_path):
     arguments = ("-i", GOLDEN / "input.txt", "-o", tmp_path / "new" / "o.txt", "--max_seq_length", 64)
     run = subprocess.run(
-        command(*arguments, "--vocab_path", VOCABULARY), capture_output=True, text=True, check=True
+        build_command(*arguments, "--vocab_path", VOCABULARY), capture_output=True, text=True, check=True
     )
     assert (tmp_path / "new" / "o.txt").read_bytes() == (GOLDEN / "expected_64.txt").read_bytes()
     counts = f"{tmp_path / 'new' / 'o.txt'}: 75 lines, 4,612 tokens"
@@ -111,12 +111,18 @@ def test_standard_input_into_splits(tmp_path):
     arguments = ("-i", "-", "-o", tmp_path, "--column", "content", "--valid_fraction", 0.1)
     arguments += ("--test_fraction", 0.1, "--max_seq_length", 64, "--vocab_path", VOCABULARY)
     for _ in range(2):
-        run = subprocess.run(command(*arguments), input=records, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            build_command(*arguments), input=records, capture_output=True, text=True, check=True
+        )
         assert "MB/s" in run.stderr
     names = [f"{split}.txt{end}" for split in sorted(corpus.SPLITS) for end in ("", ".ids")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     run = subprocess.run(
-        command(*arguments, "--train_vocab", 300), input=records, capture_output=True, text=True, check=False
+        build_command(*arguments, "--train_vocab", 300),
+        input=records,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "it can be read only once" in run.stderr
     assert "Traceback" not in run.stderr

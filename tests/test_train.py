@@ -18,7 +18,7 @@ from DeBERTa.flags import parse_flags
 from DeBERTa.train import get_full_model
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
-from tests.runs import final_files, run, tiny_flags
+from tests.runs import read_final_files, run, tiny_flags
 from tests.training.batches import train_config
 
 
@@ -57,7 +57,7 @@ def flags(prepared, tmp_path):
     }
 
 
-def command(values: dict) -> list:
+def build_arguments(values: dict) -> list:
     return [part for name, value in values.items() for part in (f"--{name}", value)]
 
 
@@ -87,11 +87,11 @@ def test_a_directory_of_parts_trains_as_one_text(tmp_path, prepared):
     for name, data in (("one", prepared), ("two", tmp_path / "data")):
         status, output = run(flags | {"data_dir": data, "output_dir": tmp_path / name})
         assert status == 0, output
-    assert final_files(tmp_path / "two") == final_files(tmp_path / "one")
+    assert read_final_files(tmp_path / "two") == read_final_files(tmp_path / "one")
 
 
 def test_rtd_run_leaves_models_metrics_and_settings(flags):
-    result = train(*command(flags), "--do_eval")
+    result = train(*build_arguments(flags), "--do_eval")
     assert result.returncode == 0, result.stderr
     assert "peak learning rate is not reached" not in result.stderr
     for word in (
@@ -138,13 +138,13 @@ def test_rtd_run_leaves_models_metrics_and_settings(flags):
 
 def test_mlm_run_and_evaluation_of_its_checkpoint(flags):
     flags |= {"task_name": "MLM", "model_config": flags["model_config"].with_name("mlm.json"), "max_ngram": 3}
-    result = train(*command(flags), "--do_eval", "--accumulative_update", 2)
+    result = train(*build_arguments(flags), "--do_eval", "--accumulative_update", 2)
     assert result.returncode == 0, result.stderr
     run = flags["output_dir"]
     trained = json.loads((run / "evaluation.json").read_text())
     del flags["do_train"]
     (run / "evaluation.json").unlink()
-    result = train(*command(flags), "--do_eval")
+    result = train(*build_arguments(flags), "--do_eval")
     assert result.returncode == 0, result.stderr
     assert json.loads((run / "evaluation.json").read_text()) == trained
     assert read_metrics(run)[-1]["loss"] == trained["valid"]["loss"]
@@ -154,12 +154,12 @@ def test_mlm_run_and_evaluation_of_its_checkpoint(flags):
 def test_same_command_resumes_from_the_last_checkpoint(flags, task, tmp_path):
     """A run that lost everything after step 3 ends with the weights of one that did not, bit for bit."""
     flags |= {"task_name": task, "model_config": tmp_path / f"{task.lower()}.json"}
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     full = flags["output_dir"]
     cut = tmp_path / "cut"
     shutil.copytree(full, cut)
     shutil.rmtree(cut / "checkpoints" / "step-00000006")
-    result = train(*command(flags | {"output_dir": cut}))
+    result = train(*build_arguments(flags | {"output_dir": cut}))
     assert result.returncode == 0, result.stderr
     assert "resuming from step 3" in result.stderr
     name = Path("checkpoints") / "step-00000006" / "model.safetensors"
@@ -169,14 +169,14 @@ def test_same_command_resumes_from_the_last_checkpoint(flags, task, tmp_path):
 
 def test_an_evaluation_cut_off_is_made_up_for(flags):
     """Stopped after the last checkpoint but before its evaluation: the same command only evaluates."""
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     metrics = flags["output_dir"] / "metrics.jsonl"
     complete = read_equal_metrics(metrics.parent)
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     assert read_equal_metrics(metrics.parent) == complete
     text = metrics.read_text()
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     assert metrics.read_text() == text
 
 
@@ -184,7 +184,7 @@ def test_logged_losses_are_of_the_interval_and_unscaled(flags, tmp_path):
     """A line is the mean of the steps since the line before, weighted by targets; lambda is not in it."""
     every, third = flags | {"log_interval": 1}, flags | {"log_interval": 5, "output_dir": tmp_path / "third"}
     for values in (every, third):
-        assert train(*command(values | {"dump_interval": 6})).returncode == 0
+        assert train(*build_arguments(values | {"dump_interval": 6})).returncode == 0
     steps = {line["step"]: line for line in read_metrics(every["output_dir"]) if line["kind"] == "train"}
     interval = next(line for line in read_metrics(third["output_dir"]) if line["step"] == 5)
     for name in ("generator_loss", "discriminator_loss"):
@@ -198,18 +198,18 @@ def test_logged_losses_are_of_the_interval_and_unscaled(flags, tmp_path):
 
 
 def test_another_run_in_the_same_directory_is_refused(flags):
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     before = (flags["output_dir"] / "config.json").read_bytes()
     assert_refused(
-        train(*command(flags | {"learning_rate": 2e-3, "seed": 1})), "learning_rate", "seed", "--tag"
+        train(*build_arguments(flags | {"learning_rate": 2e-3, "seed": 1})), "learning_rate", "seed", "--tag"
     )
     assert (flags["output_dir"] / "config.json").read_bytes() == before
-    assert train(*command(flags | {"workers": 1, "log_interval": 1})).returncode == 0
+    assert train(*build_arguments(flags | {"workers": 1, "log_interval": 1})).returncode == 0
 
 
 def test_a_run_is_repeated_from_its_settings(flags, tmp_path):
     """`--config` needs no other flag, not even the model config it was started with; flags override it."""
-    assert train(*command(flags | {"fp16": "False", "precision": "auto"})).returncode == 0
+    assert train(*build_arguments(flags | {"fp16": "False", "precision": "auto"})).returncode == 0
     run = flags["output_dir"]
     flags["model_config"].unlink()
     again = ["--config", run / "config.json", "--output_dir", tmp_path / "again"]
@@ -232,17 +232,17 @@ def test_a_run_is_repeated_from_its_settings(flags, tmp_path):
 
 def test_runs_with_and_without_kernels_are_not_mixed(flags):
     """They draw different dropout masks. Without kernels, attention is eager, and recorded as such."""
-    assert train(*command(flags | {"kernels": "off"}), "--num_training_steps", 3).returncode == 0
+    assert train(*build_arguments(flags | {"kernels": "off"}), "--num_training_steps", 3).returncode == 0
     settings = json.loads((flags["output_dir"] / "config.json").read_text())["train"]
     assert (settings["kernels"], settings["attention"]) == ("off", "eager")
-    result = train(*command(flags | {"attention": "eager"}), "--num_training_steps", 3)
+    result = train(*build_arguments(flags | {"attention": "eager"}), "--num_training_steps", 3)
     assert_refused(result, "kernels (off there, auto here)")
 
 
 def test_fp16_says_what_it_trains_in(flags):
     """On this device that is bfloat16 or float32, unless it is an older GPU."""
     del flags["precision"]
-    result = train(*command(flags), "--fp16", "True", "--num_training_steps", 1)
+    result = train(*build_arguments(flags), "--fp16", "True", "--num_training_steps", 1)
     assert result.returncode == 0, result.stderr
     precision = json.loads((flags["output_dir"] / "config.json").read_text())["train"]["precision"]
     name = {"bf16": "bfloat16", "fp32": "float32"}.get(precision)
@@ -255,24 +255,24 @@ def test_the_advice_for_a_missing_validation_split_works(flags, tmp_path):
     for name in ("valid", "test"):
         for path in flags["data_dir"].glob(f"{name}.txt*"):
             path.unlink()
-    result = train(*command(flags), "--do_eval")
+    result = train(*build_arguments(flags), "--do_eval")
     assert_refused(result, "neither valid.txt nor test.txt", "prepare_data.py")
     advice = result.stderr.strip().rpartition(": python ")[2].replace(" TEXT ", f" {tmp_path / 'text'} ")
     (tmp_path / "text").write_text("We the people of the United States. " * 40)
     subprocess.run([sys.executable, *advice.split()], cwd=ROOT, check=True)
-    result = train(*command(flags), "--do_eval", "--num_training_steps", 1)
+    result = train(*build_arguments(flags), "--do_eval", "--num_training_steps", 1)
     assert result.returncode == 0, result.stderr
 
 
 def test_a_warm_up_longer_than_the_run(flags):
-    result = train(*command(flags | {"num_training_steps": 1}))
+    result = train(*build_arguments(flags | {"num_training_steps": 1}))
     assert result.returncode == 0
     assert "not reached: the warm-up is 2 steps, the run 1; lower --warmup" in result.stderr
 
 
 def test_unknown_config_key(flags):
     flags["model_config"].write_text(json.dumps(tiny_rtd() | {"generator": tiny_model() | {"hiden_size": 3}}))
-    assert_refused(train(*command(flags)), "'hiden_size'", flags["model_config"])
+    assert_refused(train(*build_arguments(flags)), "'hiden_size'", flags["model_config"])
 
 
 @pytest.mark.parametrize(
@@ -297,16 +297,18 @@ def test_unknown_config_key(flags):
     ],
 )
 def test_refusals(flags, change, named):
-    assert_refused(train(*command(flags | change)), *named)
+    assert_refused(train(*build_arguments(flags | change)), *named)
 
 
 def test_empty_data_folder(flags, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_refused(
-        train(*command(flags | {"data_dir": tmp_path / "empty"})), tmp_path / "empty", "prepare_data.py"
+        train(*build_arguments(flags | {"data_dir": tmp_path / "empty"})),
+        tmp_path / "empty",
+        "prepare_data.py",
     )
     (tmp_path / "empty" / "train.txt").touch()
-    assert_refused(train(*command(flags | {"data_dir": tmp_path / "empty"})), "train.txt")
+    assert_refused(train(*build_arguments(flags | {"data_dir": tmp_path / "empty"})), "train.txt")
 
 
 def test_checkpoint_with_other_shapes(flags, tmp_path):
@@ -317,7 +319,7 @@ def test_checkpoint_with_other_shapes(flags, tmp_path):
         "init_generator": tmp_path / "generator.bin",
         "init_discriminator": tmp_path / "discriminator.bin",
     }
-    result = train(*command(flags | weights))
+    result = train(*build_arguments(flags | weights))
     assert_refused(result, tmp_path / "generator.bin", "intermediate.dense.weight", "[48, 32]", "[64, 32]")
 
 
@@ -330,7 +332,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_checkpoints(flags):
         "log_interval": 100,
         "dump_interval": 4,
     }
-    result = train(*command(flags))
+    result = train(*build_arguments(flags))
     assert_refused(result, "step", "diverged", "--learning_rate", "--tag")
     assert not list((flags["output_dir"]).glob("checkpoints/*"))
     # A run with one good checkpoint, from which it diverges.
@@ -339,7 +341,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_checkpoints(flags):
         "output_dir": flags["output_dir"].with_name("second"),
         "num_training_steps": 8,
     }
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     shutil.rmtree(flags["output_dir"] / "checkpoints" / "step-00000008")
     good = flags["output_dir"] / "checkpoints" / "step-00000004" / "optimizer.pt"
     state = torch.load(good, weights_only=True)
@@ -348,18 +350,18 @@ def test_not_a_number_stops_the_run_and_keeps_the_checkpoints(flags):
     torch.save(state, good)
     write_manifest(good.parent, 4)
     before = {path: path.read_bytes() for path in good.parent.iterdir()}
-    assert_refused(train(*command(flags)), "step 8", "diverged")
+    assert_refused(train(*build_arguments(flags)), "step 8", "diverged")
     assert [path.name for path in (flags["output_dir"] / "checkpoints").glob("step-*")] == ["step-00000004"]
     assert {path: path.read_bytes() for path in good.parent.iterdir()} == before
 
 
 def test_evaluation_of_a_checkpoint_of_another_model(flags):
-    assert train(*command(flags)).returncode == 0
+    assert train(*build_arguments(flags)).returncode == 0
     values = tiny_rtd()
     values["discriminator"]["intermediate_size"] = 48
     flags["model_config"].write_text(json.dumps(values))
     del flags["do_train"]
-    assert_refused(train(*command(flags), "--do_eval"), "step-00000006", "[64, 32]", "[48, 32]")
+    assert_refused(train(*build_arguments(flags), "--do_eval"), "step-00000006", "[64, 32]", "[48, 32]")
 
 
 def test_published_spellings_still_work(flags):
@@ -367,7 +369,7 @@ def test_published_spellings_still_work(flags):
     for name in ("max_seq_length", "dump_interval", "do_train", "precision"):
         del flags[name]
     published = ["--do_train", "--max_seq_len", 64, "--dump", 3, "--fp16", "False", "--vocab_type", "spm"]
-    result = train(*command(flags), *published)
+    result = train(*build_arguments(flags), *published)
     assert result.returncode == 0, result.stderr
     assert "precision fp32" in result.stderr
 
@@ -379,7 +381,8 @@ def test_layers_computed_again_train_the_same_model(flags, tmp_path):
     for again in (False, True):
         run = tmp_path / f"again-{again}"
         result = train(
-            *command(values | {"gradient_checkpointing": again, "output_dir": run}), CUDA_VISIBLE_DEVICES=""
+            *build_arguments(values | {"gradient_checkpointing": again, "output_dir": run}),
+            CUDA_VISIBLE_DEVICES="",
         )
         assert result.returncode == 0, result.stderr
         states.append(load_file(run / "discriminator" / "model.safetensors"))
@@ -387,7 +390,9 @@ def test_layers_computed_again_train_the_same_model(flags, tmp_path):
 
 
 def test_compile_without_a_compiler(flags, tmp_path):
-    result = train(*command(flags), "--compile", CXX=str(tmp_path / "no-compiler"), CUDA_VISIBLE_DEVICES="")
+    result = train(
+        *build_arguments(flags), "--compile", CXX=str(tmp_path / "no-compiler"), CUDA_VISIBLE_DEVICES=""
+    )
     assert_refused(result, "--compile", "C++ compiler", tmp_path / "no-compiler", "CXX")
     assert not flags["output_dir"].exists()
 
@@ -406,7 +411,7 @@ def test_token_ids_that_change_end_the_run_in_one_sentence(flags, prepared, tmp_
         "import sys; from DeBERTa import train; from DeBERTa.data import token_store;"
         "token_store.VERIFIED_AT_OPEN = 0; train.run_command()"
     )
-    command_line = [sys.executable, "-c", code, *map(str, command(flags))]
+    command_line = [sys.executable, "-c", code, *map(str, build_arguments(flags))]
     result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert_refused(result, f"error: {store} is damaged: its token ids were changed; the same command")
     assert not store.exists()

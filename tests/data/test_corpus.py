@@ -162,7 +162,7 @@ def fetch_vocabulary(hub: Hub, tmp_path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | hub.environment(tmp_path / "hub"),
+        env=os.environ | hub.build_environment(tmp_path / "hub"),
         capture_output=True,
         text=True,
         check=False,
@@ -192,7 +192,7 @@ def test_the_vocabulary_comes_from_the_hub(tmp_path, cache):
         assert not destination.exists()
 
 
-def archive(path: Path, **texts: str) -> Path:
+def write_archive(path: Path, **texts: str) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as container:
         for split, text in texts.items():
             container.writestr(f"wikitext-103/wiki.{split}.tokens", text)
@@ -202,7 +202,7 @@ def archive(path: Path, **texts: str) -> Path:
 
 
 def test_wikitext_from_a_local_archive(tmp_path):
-    texts = fetch_wikitext(archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
+    texts = fetch_wikitext(write_archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n"))
     assert [texts[split].read_text() for split in ("train", "valid", "test")] == ["1\n", "2\n", "3\n"]
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     directory = "cache/wikitext-103/text/"
@@ -213,12 +213,12 @@ def test_wikitext_from_a_local_archive(tmp_path):
     assert fetch_wikitext(tmp_path / "a.zip") == fetch_wikitext() == texts
     assert {path: path.stat().st_mtime_ns for path in texts.values()} == times
 
-    fetch_wikitext(archive(tmp_path / "b.zip", train="4\n", valid="5\n", test="6\n"))
+    fetch_wikitext(write_archive(tmp_path / "b.zip", train="4\n", valid="5\n", test="6\n"))
     assert texts["train"].read_text() == "4\n"
 
 
 def test_wikitext_fetched(server, tmp_path, monkeypatch):
-    server.content = archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n").read_bytes()
+    server.content = write_archive(tmp_path / "a.zip", train="1\n", valid="2\n", test="3\n").read_bytes()
     monkeypatch.setattr(corpus.WIKITEXT_103, "urls", (server.address + "/plain",))
     with pytest.raises(DownloadError, match="another SHA-256"):
         fetch_wikitext()
@@ -228,11 +228,11 @@ def test_wikitext_fetched(server, tmp_path, monkeypatch):
 
 def test_archives_that_are_not_wikitext(tmp_path):
     with pytest.raises(DataError, match=r"no wikitext-103/wiki\.test\.tokens"):
-        fetch_wikitext(archive(tmp_path / "a.zip", train="1", valid="2"))
+        fetch_wikitext(write_archive(tmp_path / "a.zip", train="1", valid="2"))
     (tmp_path / "b.zip").write_bytes(b"not a zip file")
     with pytest.raises(DataError, match="cannot read the zip file"):
         fetch_wikitext(tmp_path / "b.zip")
-    complete = archive(tmp_path / "c.zip", train="1" * 10_000, valid="2", test="3").read_bytes()
+    complete = write_archive(tmp_path / "c.zip", train="1" * 10_000, valid="2", test="3").read_bytes()
     (tmp_path / "c.zip").write_bytes(complete.replace(complete[60:70], b"0123456789"))
     with pytest.raises(DataError, match="cannot read the zip file"):
         fetch_wikitext(tmp_path / "c.zip")

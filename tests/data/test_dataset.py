@@ -33,18 +33,18 @@ def masker(tokenizer):
     return Masker(tokenizer, 3, is_always_masked=False)
 
 
-def training(store, tokenizer, masker, **changes) -> TrainingBatches:
+def open_training(store, tokenizer, masker, **changes) -> TrainingBatches:
     return TrainingBatches(store, tokenizer, masker, dataclasses.replace(PLAN, **changes))
 
 
-def originals(batch) -> torch.Tensor:
+def restore_originals(batch) -> torch.Tensor:
     return torch.where(batch.labels > 0, batch.labels, batch.input_ids)
 
 
 def test_layout(store, tokenizer, masker):
-    batches = training(store, tokenizer, masker)
+    batches = open_training(store, tokenizer, masker)
     batch = batches[3]
-    for row, line in zip(originals(batch), batches.select_lines(3), strict=True):
+    for row, line in zip(restore_originals(batch), batches.select_lines(3), strict=True):
         assert (row[0], row[63]) == (tokenizer.cls_id, tokenizer.sep_id)
         assert row[1:63].tolist() == store[line].tolist()
     assert (batch.input_ids.dtype, batch.input_mask.dtype) == (torch.int32, torch.bool)
@@ -53,7 +53,7 @@ def test_layout(store, tokenizer, masker):
 
 
 def test_every_line_once_per_epoch_even_across_batches(store, tokenizer, masker):
-    batches = training(store, tokenizer, masker, batch_size=32)  # 600 lines: epochs end within batches
+    batches = open_training(store, tokenizer, masker, batch_size=32)  # 600 lines: epochs end within batches
     seen = np.concatenate([batches.select_lines(step) for step in range(75)])
     epochs = seen[:2400].reshape(4, 600)
     for epoch in epochs:
@@ -62,18 +62,18 @@ def test_every_line_once_per_epoch_even_across_batches(store, tokenizer, masker)
 
 
 def test_pure_function_of_seed_and_step(store, tokenizer, masker):
-    forwards, backwards = training(store, tokenizer, masker), training(store, tokenizer, masker)
+    forwards, backwards = open_training(store, tokenizer, masker), open_training(store, tokenizer, masker)
     first = [forwards[step] for step in (0, 30, 60)]
     again = [backwards[step] for step in (60, 30, 0)][::-1]
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.labels, b.labels)
-    other_seed = training(store, tokenizer, masker, seed=8)[0]
-    assert not torch.equal(originals(first[0]), originals(other_seed))
+    other_seed = open_training(store, tokenizer, masker, seed=8)[0]
+    assert not torch.equal(restore_originals(first[0]), restore_originals(other_seed))
 
 
 def test_a_line_is_masked_again_in_each_epoch(store, tokenizer, masker):
-    batches = training(store, tokenizer, masker)  # 25 batches of 24 are one epoch
+    batches = open_training(store, tokenizer, masker)  # 25 batches of 24 are one epoch
     first_epoch = {}
     for step in range(25):
         first_epoch |= dict(zip(batches.select_lines(step).tolist(), batches[step].labels, strict=True))
@@ -83,9 +83,9 @@ def test_a_line_is_masked_again_in_each_epoch(store, tokenizer, masker):
 
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_ranks_shard_the_same_global_batch(store, tokenizer, masker, world_size):
-    batch = training(store, tokenizer, masker)[11]
+    batch = open_training(store, tokenizer, masker)[11]
     shards = [
-        training(store, tokenizer, masker, rank=r, world_size=world_size)[11] for r in range(world_size)
+        open_training(store, tokenizer, masker, rank=r, world_size=world_size)[11] for r in range(world_size)
     ]
     for name in ("input_ids", "input_mask", "labels", "uniforms"):
         assert torch.equal(torch.cat([getattr(shard, name) for shard in shards]), getattr(batch, name))
@@ -93,7 +93,7 @@ def test_ranks_shard_the_same_global_batch(store, tokenizer, masker, world_size)
 
 
 def test_uniforms_are_uniform_and_differ_by_step_and_row(store, tokenizer, masker):
-    batches = training(store, tokenizer, masker)
+    batches = open_training(store, tokenizer, masker)
     uniforms = torch.stack([batches[step].uniforms for step in range(25)])
     assert uniforms.unique().numel() == uniforms.numel() == 25 * 24 * 64
     observed = torch.histc(uniforms, 20, 0, 1)
@@ -105,7 +105,7 @@ def test_evaluation_holds_every_line_once_with_its_own_masks(prepared, tokenizer
     store = open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
     plan = dataclasses.replace(PLAN, batch_size=batch_size)
     batches = list(EvaluationBatches(store, tokenizer, masker, plan))
-    rows = torch.cat([originals(batch) for batch in batches])
+    rows = torch.cat([restore_originals(batch) for batch in batches])
     assert len(rows) == len(store) == 40
     assert all(row[1:63].tolist() == store[i].tolist() for i, row in enumerate(rows))
     one = EvaluationBatches(store, tokenizer, masker, dataclasses.replace(PLAN, batch_size=40))[0]
@@ -139,7 +139,7 @@ def test_replay_mixes_exactly(store, tokenizer, masker, prepared, share):
     assert all(is_replayed[:n].sum() == n * share // 1 for n in range(len(is_replayed) + 1))
     assert mixed.count_own_rows(60) == (~is_replayed).sum()
     lines = np.concatenate([mixed.select_lines(step) for step in range(60)])
-    plain = np.concatenate([training(store, tokenizer, masker).select_lines(step) for step in range(60)])
+    plain = np.concatenate([open_training(store, tokenizer, masker).select_lines(step) for step in range(60)])
     own, old = lines[~is_replayed], lines[is_replayed]
     assert np.array_equal(own, plain[: len(own)])
     for first in range(0, len(old) - 40, 40):
@@ -148,7 +148,7 @@ def test_replay_mixes_exactly(store, tokenizer, masker, prepared, share):
     for step in (7, 0):
         batch = mixed[step]
         rows = mixed.is_replayed(step, np.arange(24))
-        for row, line, is_old in zip(originals(batch), mixed.select_lines(step), rows, strict=True):
+        for row, line, is_old in zip(restore_originals(batch), mixed.select_lines(step), rows, strict=True):
             assert row[1:63].tolist() == (other if is_old else store)[line].tolist()
         shards = [
             TrainingBatches(
@@ -165,7 +165,7 @@ def test_replay_mixes_exactly(store, tokenizer, masker, prepared, share):
 
 
 def test_without_replay_nothing_is_replayed(store, tokenizer, masker):
-    batches = training(store, tokenizer, masker)
+    batches = open_training(store, tokenizer, masker)
     assert not batches.is_replayed(5, np.arange(24)).any()
     assert [len(lines) for lines in batches.select_global_lines(5)] == [24, 0]
 
@@ -175,7 +175,7 @@ def test_ids_that_change_during_a_run_end_it(prepared, tokenizer, masker, tmp_pa
     """They were verified when the store was opened; what cannot be an id in a line is found in its batch."""
     text = Path(shutil.copy(prepared / "train.txt", tmp_path / "train.txt"))
     store = open_store(text, tokenizer, max_tokens=62)
-    batches = training(store, tokenizer, masker, batch_size=len(store))
+    batches = open_training(store, tokenizer, masker, batch_size=len(store))
     batches[0]
     with get_store_path(text).open("r+b") as file:  # in place, while it is mapped
         file.seek(4 * 100)

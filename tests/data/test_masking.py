@@ -28,7 +28,7 @@ def mask(masker: Masker, lines: np.ndarray, seed: int = 0):
     return masker(lines, np.random.default_rng(seed).random((len(lines), masker.count_draws(LENGTH))))
 
 
-def words_of(kinds: np.ndarray) -> list[list[int]]:
+def list_words(kinds: np.ndarray) -> list[list[int]]:
     """Return the positions of each word of a line, by a plain loop over the rule."""
     words: list[list[int]] = []
     joinable = False
@@ -69,7 +69,7 @@ def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
     masked = mask(Masker(tokenizer, 3, is_always_masked=True), lines).labels > 0
     hits, totals = np.zeros(40), np.zeros(40)
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
-        words = words_of(kinds)[:40]
+        words = list_words(kinds)[:40]
         hits[: len(words)] += [row[word[0]] for word in words]
         totals[: len(words)] += 1
     share, error = hits / totals, np.sqrt(0.15 * 0.85 / totals)
@@ -88,7 +88,7 @@ def test_span_lengths_and_word_boundaries(tokenizer, lines):
     counts = np.zeros(4, dtype=int)
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
         run = 0
-        for word in words_of(kinds):
+        for word in list_words(kinds):
             hit = row[word]
             assert hit.all() or not hit.any()
             if hit[0]:
@@ -110,7 +110,7 @@ def test_punctuation_stands_alone(tokenizer):
     """In "Fell|ow|-|C|itizens|," the hyphen and the comma are words of their own."""
     line = ["▁great", "er", "-", "C", "itizens", ",", "▁", "able"]
     kinds = tokenizer.piece_kinds[[tokenizer.piece_to_id[piece] for piece in line]]
-    assert words_of(kinds) == [[0, 1], [2], [3, 4], [5], [6, 7]]
+    assert list_words(kinds) == [[0, 1], [2], [3, 4], [5], [6, 7]]
     ids = np.array([[tokenizer.piece_to_id[piece] for piece in line * 15]] * 2000)
     masker = Masker(tokenizer, 3, is_always_masked=True)
     masked = masker(ids, np.random.default_rng(2).random((2000, masker.count_draws(120)))).labels > 0

@@ -26,7 +26,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import DataError, VocabularyError
 from DeBERTa.log import set_up_logging
 from tests.data.texts import prepare
-from tests.processes import children, is_running
+from tests.processes import is_running, list_children
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "prepare"
@@ -41,11 +41,11 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def command(*arguments: object) -> list[str]:
+def build_command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
 
 
-def straightforward(content: str, width: int) -> str:
+def prepare_plainly(content: str, width: int) -> str:
     """Return the output by definition: pieces of each line in one list, then split."""
     ids = TOKENIZER.encode_utf8([line.encode() for line in content.split("\n")])
     pieces = [TOKENIZER.pieces[index] for index in ids]
@@ -88,7 +88,7 @@ def test_the_store_holds_the_ids_of_the_text(tmp_path):
 @pytest.mark.parametrize("width", [1, 2, 62, 510, 4612, 5000])
 def test_every_width(tmp_path, width):
     prepare(GOLDEN / "input.txt", tmp_path / "o", VOCABULARY, width + 2, workers=1, block_bytes=777)
-    assert (tmp_path / "o").read_text() == straightforward((GOLDEN / "input.txt").read_text(), width)
+    assert (tmp_path / "o").read_text() == prepare_plainly((GOLDEN / "input.txt").read_text(), width)
     assert open_store(tmp_path / "o", TOKENIZER, width).meta.lines == -(-4612 // width)
 
 
@@ -108,7 +108,7 @@ def test_every_width(tmp_path, width):
 def test_unusual_text(tmp_path, content, meaning):
     (tmp_path / "i").write_bytes(content)
     prepare(tmp_path / "i", tmp_path / "o", VOCABULARY, 8, workers=1)
-    assert (tmp_path / "o").read_text() == straightforward(meaning, 6)
+    assert (tmp_path / "o").read_text() == prepare_plainly(meaning, 6)
 
 
 @pytest.mark.parametrize(("name", "pack"), [("text.gz", gzip.compress), ("text.xz", lzma.compress)])
@@ -133,7 +133,7 @@ def test_invalid_utf8(tmp_path, workers):
     prepare(
         tmp_path / "i", tmp_path / "o", VOCABULARY, 64, errors="replace", workers=workers, block_bytes=1000
     )
-    expected = straightforward((tmp_path / "i").read_text(encoding="utf-8-sig", errors="replace"), 62)
+    expected = prepare_plainly((tmp_path / "i").read_text(encoding="utf-8-sig", errors="replace"), 62)
     assert (tmp_path / "o").read_text().split() == expected.replace("\ufeff", "").split()
 
 
@@ -167,7 +167,7 @@ def test_long_lines_are_split_where_pieces_end(tmp_path):
     assert max(map(len, split_lines(line))) <= 64 << 10
     (tmp_path / "i").write_bytes(line)
     prepare(tmp_path / "i", tmp_path / "o", VOCABULARY, 64, workers=1)
-    assert (tmp_path / "o").read_text() == straightforward(line.decode(), 62)
+    assert (tmp_path / "o").read_text() == prepare_plainly(line.decode(), 62)
 
 
 MEASURED = """
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, separator):
 
 
 def start_and_wait_for_output(text: Path, output: Path) -> subprocess.Popen:
-    arguments = command("-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", "2")
+    arguments = build_command("-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", "2")
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         arguments,
@@ -223,7 +223,7 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
     text, output = tmp_path / "i", tmp_path / "out" / "train.txt"
     text.write_bytes(sample_megabytes(20))
     process = start_and_wait_for_output(text, output)
-    workers = children(process.pid)
+    workers = list_children(process.pid)
     assert len(workers) >= 2
     process.kill()
     process.communicate()
@@ -241,7 +241,7 @@ def test_a_killed_run_leaves_nothing_and_is_finished_by_the_next(tmp_path):
 def test_killed_at_every_call_that_changes_a_file(tmp_path):
     """The output is absent or complete after each kill; the last run leaves nothing else."""
     output, expected = tmp_path / "train.txt", (GOLDEN / "expected_64.txt").read_bytes()
-    arguments = command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
+    arguments = build_command("-i", GOLDEN / "input.txt", "-o", output, "--vocab_path", VOCABULARY)
     arguments += ["--max_seq_length", "64", "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "kill_at_call")}
     for number in itertools.count(1):
@@ -316,7 +316,7 @@ def test_a_worker_that_dies(tmp_path, while_sending):
     if while_sending:  # the main process receives nothing, so that results fill the pipe
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(2)
-    for child in children(process.pid):
+    for child in list_children(process.pid):
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():  # not the tracker of semaphores
             os.kill(child, signal.SIGKILL)
     os.kill(process.pid, signal.SIGCONT)
@@ -457,7 +457,7 @@ def run_on_small_disk(kilobytes: int, *arguments: object) -> subprocess.Complete
     """
     script = (
         f"mount -t tmpfs -o size={kilobytes}k tmpfs /mnt && cd /mnt && "
-        f"{' '.join(command(*arguments))}; status=$?; ls -A /mnt; exit $status"
+        f"{' '.join(build_command(*arguments))}; status=$?; ls -A /mnt; exit $status"
     )
     unshare = ["unshare", "--map-root-user", "--mount", "bash", "-c", script]
     run = subprocess.run(unshare, capture_output=True, text=True, check=False)

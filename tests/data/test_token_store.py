@@ -35,13 +35,13 @@ def text(tmp_path) -> Path:
     return Path(shutil.copy(GOLDEN / "expected_64.txt", tmp_path / "train.txt"))
 
 
-def pieces(store: TokenStore) -> list[str]:
+def list_pieces(store: TokenStore) -> list[str]:
     return [" ".join(TOKENIZER.pieces[index] for index in store[line]) for line in range(len(store))]
 
 
 def test_lines_are_those_of_the_text(text):
     store = open_store(text, TOKENIZER, 62)
-    assert pieces(store) == text.read_text().splitlines()
+    assert list_pieces(store) == text.read_text().splitlines()
     (file,) = store.files
     assert store.meta.lines == len(store) == len(file.offsets) - 1
     pieces_of_text = sum(len(line.split(" ")) for line in text.read_text().splitlines())
@@ -72,7 +72,7 @@ def test_a_valid_store_is_not_rebuilt(text):
 def test_rebuilt_when_the_text_changed(text):
     open_store(text, TOKENIZER, 62)
     text.write_text("▁the ▁of\n")
-    assert pieces(open_store(text, TOKENIZER, 62)) == ["▁the ▁of"]
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == ["▁the ▁of"]
     assert sorted(path.name for path in text.parent.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_store_is_rebuilt(text, share):
     path = get_store_path(text)
     os.truncate(path, int(share * path.stat().st_size))
     assert find_store(text) is None
-    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
 
 
 def test_a_store_with_deeply_nested_metadata_is_rebuilt(text):
@@ -115,7 +115,7 @@ def test_a_store_with_deeply_nested_metadata_is_rebuilt(text):
 
 def test_line_ends_blank_lines_and_double_spaces(text):
     text.write_bytes("▁the ▁of\r\n\n  \n▁and\n▁the  ▁in \n ▁to".encode())
-    assert pieces(open_store(text, TOKENIZER, 62)) == ["▁the ▁of", "▁and", "▁the ▁in", "▁to"]
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == ["▁the ▁of", "▁and", "▁the ▁in", "▁to"]
 
 
 def test_a_few_unknown_pieces_are_a_warning(text, capsys):
@@ -192,7 +192,7 @@ def test_the_cache_directory_is_used_if_nothing_can_be_written_next_to_the_text(
     # A store of this name would exceed the 255 bytes of a file name, so that no user can write it.
     long_name = text.rename(text.with_name("x" * 251 + ".txt"))
     for _ in range(2):
-        assert pieces(open_store(long_name, TOKENIZER, 62)) == long_name.read_text().splitlines()
+        assert list_pieces(open_store(long_name, TOKENIZER, 62)) == long_name.read_text().splitlines()
     assert find_store(long_name).path.parent == tmp_path / "cache" / "token-stores"
 
 
@@ -218,14 +218,14 @@ def test_processes_that_build_at_once(text):
 
 def test_remains_of_a_killed_build_are_overwritten(text):
     text.with_name("train.txt.ids.part").write_bytes(b"incomplete")
-    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert sorted(path.name for path in text.parent.iterdir()) == ["train.txt", "train.txt.ids"]
 
 
 def test_the_directory_of_format_1_is_replaced(text):
     get_store_path(text).mkdir()
     (get_store_path(text) / "meta.json").write_text("{}")
-    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert get_store_path(text).is_file()
 
 
@@ -234,7 +234,7 @@ def test_other_directories_are_not_removed(text, tmp_path, monkeypatch):
     for name in ("meta.json", "thesis.tex"):
         get_store_path(text).mkdir(exist_ok=True)
         (get_store_path(text) / name).write_text("{}")
-    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert len(list(get_store_path(text).iterdir())) == 2
     assert find_store(text).path.parent == tmp_path / "cache" / "token-stores"
     with pytest.raises(StorageError, match=r"ids: it is a directory with other files \(thesis\.tex\);"):
@@ -243,7 +243,7 @@ def test_other_directories_are_not_removed(text, tmp_path, monkeypatch):
 
 def test_a_pipe_in_place_of_a_store_is_replaced(text):
     os.mkfifo(get_store_path(text))
-    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert get_store_path(text).is_file()
 
 
@@ -291,7 +291,7 @@ def test_any_changed_byte_of_a_store_is_found_and_mended(text):
         if path.read_bytes() == intact:
             continue
         assert find_store(text) is None, (place, damage)
-    assert pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == text.read_text().splitlines()
     assert path.read_bytes()[:-200] == intact[:-200]  # the metadata has the time of the text
 
 
@@ -300,16 +300,16 @@ def test_ids_that_change_after_the_start_end_the_run(text, monkeypatch):
     monkeypatch.setattr("DeBERTa.data.token_store.VERIFIED_AT_OPEN", 1)
     monkeypatch.setattr("DeBERTa.data.token_store.BLOCK_TOKENS", 500)
     store = open_store(text, TOKENIZER, 62)
-    expected, path = pieces(store), get_store_path(text)
+    expected, path = list_pieces(store), get_store_path(text)
     store = open_store(text, TOKENIZER, 62)
     overwrite(path, 4 * 3000, b"\1\0\0\0")
     store = open_store(text, TOKENIZER, 62)
     assert store[0].tolist() == [TOKENIZER.piece_to_id[piece] for piece in expected[0].split(" ")]
     with pytest.raises(DamagedStoreError, match=r"train\.txt\.ids is damaged: .*builds it again") as error:
-        pieces(store)
+        list_pieces(store)
     assert error.value.is_retryable
     assert not path.exists()
-    assert pieces(open_store(text, TOKENIZER, 62)) == expected
+    assert list_pieces(open_store(text, TOKENIZER, 62)) == expected
 
 
 @pytest.mark.parametrize("value", [-1, 0, 61, 10**6, 2**62])
@@ -344,7 +344,7 @@ def test_a_directory_of_parts_is_one_text(text):
     for number, part in enumerate((lines[:20], [], lines[20:])):
         (directory / get_part_name(number, 3)).write_text("".join(part))
     store = open_store(directory, TOKENIZER, 62)
-    assert pieces(store) == [line.strip() for line in lines]
+    assert list_pieces(store) == [line.strip() for line in lines]
     assert store.meta.lines == len(lines)
     assert store.meta.num_tokens == open_store(text, TOKENIZER, 62).meta.num_tokens
     before = (store.fingerprint, store.meta.text_sha256)

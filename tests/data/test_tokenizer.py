@@ -31,7 +31,7 @@ DEBERTA_IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
 DEBERTA_NAMES = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
 
 
-def other_vocabulary(path: Path, **options) -> Path:
+def train_other_vocabulary(path: Path, **options) -> Path:
     """Train a vocabulary with SentencePiece alone."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -53,7 +53,9 @@ def test_ids_of_the_golden_vocabulary():
 
 
 def test_a_mask_piece_of_the_file_is_used(tmp_path):
-    path = other_vocabulary(tmp_path / "m", user_defined_symbols=["[MASK]"], **DEBERTA_IDS, **DEBERTA_NAMES)
+    path = train_other_vocabulary(
+        tmp_path / "m", user_defined_symbols=["[MASK]"], **DEBERTA_IDS, **DEBERTA_NAMES
+    )
     tokenizer = Tokenizer(path)
     assert len(tokenizer) == 300
     assert tokenizer.pieces[tokenizer.mask_id] == "[MASK]"
@@ -86,7 +88,7 @@ def test_files_that_are_no_vocabulary(tmp_path, content, complaint):
 
 
 def test_other_ids_are_refused(tmp_path):
-    path = other_vocabulary(tmp_path / "m")
+    path = train_other_vocabulary(tmp_path / "m")
     with pytest.raises(
         VocabularyError, match=r"<unk> <s> </s>.*\[PAD\] \[CLS\] \[SEP\] \[UNK\].*--train_vocab"
     ):
@@ -94,7 +96,9 @@ def test_other_ids_are_refused(tmp_path):
 
 
 def test_pieces_with_spaces_are_refused(tmp_path):
-    path = other_vocabulary(tmp_path / "m", user_defined_symbols=["of the"], **DEBERTA_IDS, **DEBERTA_NAMES)
+    path = train_other_vocabulary(
+        tmp_path / "m", user_defined_symbols=["of the"], **DEBERTA_IDS, **DEBERTA_NAMES
+    )
     with pytest.raises(VocabularyError, match="contain a space"):
         Tokenizer(path)
 

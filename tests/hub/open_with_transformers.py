@@ -21,7 +21,7 @@ def load(auto_class, directory, **options):
     return model.eval(), sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
 
 
-def distance(actual, expected):
+def measure_distance(actual, expected):
     """Return the largest absolute difference."""
     return (actual - expected).abs().max().item()
 
@@ -36,7 +36,7 @@ def compare_variant(folder: Path) -> dict:
     encoder, missing = load(AutoModel, folder / "generator")
     states = encoder(**batch, output_hidden_states=True).hidden_states
     expected = [reference["embeddings"], *reference["hidden_states"]]
-    hidden = max(distance(a[real], b[real]) for a, b in zip(states, expected, strict=True))
+    hidden = max(measure_distance(a[real], b[real]) for a, b in zip(states, expected, strict=True))
     lm, missing_lm = load(AutoModelForMaskedLM, folder / "generator", trust_remote_code=True)
     detector, missing_detector = load(
         AutoModelForPreTraining, folder / "discriminator", trust_remote_code=True
@@ -46,9 +46,9 @@ def compare_variant(folder: Path) -> dict:
     return {
         "encoder": type(encoder).__name__,
         "hidden": hidden,
-        "lm": distance(lm(**inputs).logits[real], reference["lm_logits"]),
+        "lm": measure_distance(lm(**inputs).logits[real], reference["lm_logits"]),
         "lm_loss": lm(**inputs, labels=labels).loss.item(),
-        "replaced": distance(detector(**inputs).logits[real], reference["replaced_logits"][real]),
+        "replaced": measure_distance(detector(**inputs).logits[real], reference["replaced_logits"][real]),
         "replaced_loss": detector(**inputs, labels=labels).loss.item(),
         "missing": missing + missing_lm + missing_detector + missing_encoder,
     }
@@ -87,7 +87,7 @@ def compare_predictions(folder: Path, variant: Path) -> dict:
     detector, _ = load(AutoModelForPreTraining, variant / "discriminator", trust_remote_code=True)
     for text, expected in detected.items():
         probabilities = detector(**tokenizer(text, return_tensors="pt")).logits[0, 1:-1].sigmoid()
-        distances.append(distance(probabilities, torch.tensor(expected)))
+        distances.append(measure_distance(probabilities, torch.tensor(expected)))
     return {"distance": max(distances), "same_tokens": tokens, "class": type(fill.model).__name__}
 
 

@@ -95,7 +95,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def handle_error(self, *arguments):
         pass  # a client that went away
 
-    def environment(self, cache: Path, **more: str) -> dict[str, str]:
+    def build_environment(self, cache: Path, **more: str) -> dict[str, str]:
         """Return the variables that point huggingface_hub here."""
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*"}
         return {"HF_ENDPOINT": self.address, "HF_HOME": str(cache)} | quiet | more

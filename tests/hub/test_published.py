@@ -48,7 +48,7 @@ def published(tmp_path):
     return tmp_path, discriminator, residuals
 
 
-def variants(state, residuals):
+def iterate_variants(state, residuals):
     """Yield the state dicts that published checkpoints may hold."""
     body = {k: v for k, v in state.items() if not k.startswith((WORD, POSITION))}
     head = {
@@ -69,7 +69,7 @@ def test_discriminator_starts_exactly_as_published(published, sharing, suffix):
     directory, discriminator, residuals = published
     batch = random_batch()
     expected = discriminator(batch.input_ids, batch.input_mask, batch.labels).logits
-    for name, state in variants(discriminator.state_dict(), residuals):
+    for name, state in iterate_variants(discriminator.state_dict(), residuals):
         path = directory / f"pytorch_model.{suffix}"
         (torch.save if suffix == "bin" else save_file)(copy.deepcopy(state), path)
         model = RTDModel(RTDConfig.from_dict(tiny_rtd(sharing))).eval()

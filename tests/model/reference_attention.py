@@ -7,7 +7,7 @@ import torch
 from DeBERTa.config import ModelConfig
 
 
-def slot(distance: int, config: ModelConfig) -> int:
+def compute_slot(distance: int, config: ModelConfig) -> int:
     """Return the row of the relative-position table for a distance (query minus key), as published."""
     span, bucket = config.position_span, distance
     if config.position_buckets > 0:
@@ -22,7 +22,7 @@ def slot(distance: int, config: ModelConfig) -> int:
     return max(0, min(2 * span - 1, bucket + span))
 
 
-def reference_context(attention, query_states, hidden_states, input_mask, table, config, drop=None):
+def compute_context(attention, query_states, hidden_states, input_mask, table, config, drop=None):
     """Return the context [B, L, H * D] of states [B, L, h], with the normalized table [S, h].
 
     `drop` [B, H, L, L], if given, multiplies the probabilities.
@@ -36,7 +36,7 @@ def reference_context(attention, query_states, hidden_states, input_mask, table,
     k, v = (split(project(hidden_states)) for project in (attention.key_proj, attention.value_proj))
     length = hidden_states.size(1)
     scores = q @ k.transpose(-1, -2)
-    rows = {distance: slot(distance, config) for distance in range(1 - length, length)}
+    rows = {distance: compute_slot(distance, config) for distance in range(1 - length, length)}
     slots = torch.tensor([[rows[i - j] for j in range(length)] for i in range(length)])
     if "c2p" in attention.terms:
         keys = split((attention.key_proj if attention.share_att_key else attention.pos_key_proj)(table))

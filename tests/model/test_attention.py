@@ -9,7 +9,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig
 from DeBERTa.model.attention import map_to_slots
 from DeBERTa.model.encoder import Encoder
 from tests.conftest import select_path, tiny_model
-from tests.model.reference_attention import reference_context, slot
+from tests.model.reference_attention import compute_context, compute_slot
 from tests.training.batches import random_batch
 
 LENGTH, SEED = 20, 12345
@@ -75,7 +75,7 @@ def test_every_position(variant, length, path):
     attention = encoder.layer[0].attention.self
     hidden, _, mask = make_inputs(length)
     ours = attention(hidden, mask, encoder.compute_relative_positions(length))
-    theirs = reference_context(attention, hidden, hidden, mask, normalize_table(encoder), config)
+    theirs = compute_context(attention, hidden, hidden, mask, normalize_table(encoder), config)
     assert torch.count_nonzero(ours[~mask]) == 0
     assert_same_gradients(ours, theirs, list_leaves(encoder, hidden))
 
@@ -89,7 +89,7 @@ def test_selected_positions(variant, path):
     rows = torch.arange(3)[:, None]
     keys = attention.project_keys(hidden, mask, encoder.compute_relative_positions(LENGTH), selected)
     ours = attention.attend(attention.project_queries(queries[rows, selected]), keys)
-    theirs = reference_context(attention, queries, hidden, mask, normalize_table(encoder), config)
+    theirs = compute_context(attention, queries, hidden, mask, normalize_table(encoder), config)
     assert_same_gradients(ours, theirs[rows, selected], list_leaves(encoder, hidden, queries))
 
 
@@ -118,7 +118,7 @@ def test_dropout_at_every_position(variant, length, path):
     keep = draw_scaled_mask((3, attention.num_heads, length, length), 0.3, path)
     assert 0.6 < keep.count_nonzero() / keep.numel() < 0.8
     table = normalize_table(encoder) * place_rows(table_mask, encoder, length)
-    theirs = reference_context(attention, hidden, hidden, mask, table, config, keep)
+    theirs = compute_context(attention, hidden, hidden, mask, table, config, keep)
     assert_same_gradients(ours, theirs, list_leaves(encoder, hidden))
 
 
@@ -142,7 +142,7 @@ def test_dropout_at_selected_positions(variant, path):
     # The sequence of one token is selected three times, with another mask each time.
     hidden_rows, once = [0, 1], selected[:2]
     table = normalize_table(encoder) * place_rows(table_mask, encoder, LENGTH)
-    theirs = reference_context(attention, queries, hidden, mask, table, config, drop)
+    theirs = compute_context(attention, queries, hidden, mask, table, config, drop)
     assert_same_gradients(
         ours[hidden_rows], theirs[rows[hidden_rows], once], list_leaves(encoder, hidden, queries)
     )
@@ -174,7 +174,7 @@ def test_slots(buckets, positions):
     values = tiny_model() | {"position_buckets": buckets, "max_relative_positions": positions}
     config = ModelConfig.from_dict(values)
     distances = torch.arange(-2 * positions, 2 * positions + 1)
-    expected = [slot(int(distance), config) for distance in distances]
+    expected = [compute_slot(int(distance), config) for distance in distances]
     assert map_to_slots(distances, config).tolist() == expected
 
 

@@ -28,10 +28,10 @@ class Golden:
     def __getitem__(self, key: str) -> torch.Tensor:
         return torch.from_numpy(self.arrays[key]).to(self.device)
 
-    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+    def read_group(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): self[k] for k in self.arrays.files if k.startswith(prefix)}
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def read_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self["in/input_ids"], self["in/input_mask"], self["in/labels"]
 
 
@@ -76,8 +76,8 @@ def check_masked_language_model(name: str, device: torch.device, flags: dict) ->
     golden = Golden(name, device)
     model = MaskedLanguageModel(ModelConfig.from_dict(golden.config)).eval().to(device)
     select_kernels(model, train_config(**flags), device)
-    model.load_state_dict(golden.group("generator/"), strict=True)
-    input_ids, input_mask, labels = golden.inputs()
+    model.load_state_dict(golden.read_group("generator/"), strict=True)
+    input_ids, input_mask, labels = golden.read_inputs()
     real = input_mask > 0
 
     hidden_states = model.deberta(input_ids, input_mask).hidden_states
@@ -90,7 +90,7 @@ def check_masked_language_model(name: str, device: torch.device, flags: dict) ->
     assert_forward(out.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(out.labels, labels[labels > 0])
     out.loss.mean().backward()
-    assert_gradients(model, golden.group("grad_generator/"))
+    assert_gradients(model, golden.read_group("grad_generator/"))
 
     # The path that training takes.
     model.zero_grad()
@@ -99,7 +99,7 @@ def check_masked_language_model(name: str, device: torch.device, flags: dict) ->
     assert_forward(trained.loss, golden["out/mlm_loss_per_token"])
     assert torch.equal(trained.correct, golden["out/mlm_logits"].argmax(-1) == out.labels)
     trained.loss.mean().backward()
-    assert_gradients(model, golden.group("grad_generator/"))
+    assert_gradients(model, golden.read_group("grad_generator/"))
 
 
 def check_replaced_token_detection(device: torch.device, flags: dict) -> None:
@@ -107,14 +107,14 @@ def check_replaced_token_detection(device: torch.device, flags: dict) -> None:
     golden = Golden("rtd_gdes", device)
     model = RTDModel(RTDConfig.from_dict(golden.config)).eval().to(device)
     select_kernels(model, train_config(**flags), device)
-    model.generator.load_state_dict(golden.group("generator/"), strict=True)
-    model.discriminator.load_state_dict(golden.group("discriminator/"), strict=True)
-    input_ids, input_mask, labels = golden.inputs()
+    model.generator.load_state_dict(golden.read_group("generator/"), strict=True)
+    model.discriminator.load_state_dict(golden.read_group("discriminator/"), strict=True)
+    input_ids, input_mask, labels = golden.read_inputs()
 
     out = model.generator(input_ids, input_mask, labels)
     assert_forward(out.logits, golden["out/mlm_logits"])
     out.loss.mean().backward()
-    assert_gradients(model.generator, golden.group("grad_generator/"))
+    assert_gradients(model.generator, golden.read_group("grad_generator/"))
     model.zero_grad()
 
     out = model.discriminate(golden["in/corrupted_ids"], input_mask, labels)
@@ -124,7 +124,7 @@ def check_replaced_token_detection(device: torch.device, flags: dict) -> None:
     assert_forward(out.loss, golden["out/rtd_loss_per_token"])
     assert_forward(out.loss.mean(), golden["out/rtd_loss"])
     out.loss.mean().backward()
-    assert_gradients(model.discriminator, golden.group("grad_discriminator/"))
+    assert_gradients(model.discriminator, golden.read_group("grad_discriminator/"))
     assert all(parameter.grad is None for parameter in model.generator.parameters())
 
     # The path that training takes.
@@ -133,5 +133,5 @@ def check_replaced_token_detection(device: torch.device, flags: dict) -> None:
     assert_forward(trained.loss / real.sum(), golden["out/rtd_loss"])
     assert trained.correct == ((golden["out/rtd_logits"] > 0)[real] == (golden["out/rtd_labels"] > 0)).sum()
     (trained.loss / real.sum()).backward()
-    assert_gradients(model.discriminator, golden.group("grad_discriminator/"))
+    assert_gradients(model.discriminator, golden.read_group("grad_discriminator/"))
     assert all(parameter.grad is None for parameter in model.generator.parameters())

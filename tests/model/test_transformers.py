@@ -30,7 +30,7 @@ RELATIVE = {
 }
 
 
-def cases():
+def iterate_cases():
     """Yield position terms x buckets (shorter than the lengths) x shared or own projections, and others."""
     for terms, buckets, shared in itertools.product(
         ("c2p", "p2c", "c2p|p2c", "none"), (6, -1), (True, False)
@@ -47,17 +47,17 @@ def cases():
     yield "conv", BASE | RELATIVE | {"pos_att_type": "p2c|c2p", "conv_kernel_size": 3, "conv_act": "gelu"}
 
 
-def reference(config: dict) -> DebertaV2Model:
+def build_reference(config: dict) -> DebertaV2Model:
     terms = [term for term in config.get("pos_att_type", "none").split("|") if term != "none"]
     renamed = config | {"pos_att_type": terms, "hidden_act": "gelu"}
     return DebertaV2Model(DebertaV2Config(**renamed)).eval()
 
 
 @pytest.mark.parametrize("length", [9, 40])
-@pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in cases()])
+@pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in iterate_cases()])
 def test_hidden_states(config, length):
     torch.manual_seed(length)
-    theirs = reference(config)
+    theirs = build_reference(config)
     for name, parameter in theirs.named_parameters():  # biases and LayerNorms away from 0 and 1
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0 if "LayerNorm.weight" in name else 0.0, std=0.2)

@@ -10,7 +10,7 @@ import pytest
 
 from DeBERTa.training.checkpoint import list_steps
 from tests.conftest import ROOT
-from tests.runs import command, final_files, remove_after
+from tests.runs import build_arguments, read_final_files, remove_after
 
 WARNING = "the package DeBERTa/ops is missing: plain PyTorch is used, as with --kernels off"
 KERNELS_OFF = """
@@ -62,7 +62,7 @@ def list_flags(run_dir: Path, prepared: Path, kernels: str) -> list[str]:
         "precision": "fp32",
         "kernels": kernels,
     }
-    return command(values)
+    return build_arguments(values)
 
 
 def test_training_and_resuming_without_the_package(copy, prepared, tmp_path):
@@ -75,7 +75,7 @@ def test_training_and_resuming_without_the_package(copy, prepared, tmp_path):
         result = run(copy, sys.executable, "-m", "DeBERTa.train", *list_flags(actual, prepared, "auto"))
         assert result.returncode == 0, result.stderr
         assert (result.stdout + result.stderr).count(WARNING) == 1
-        assert final_files(actual) == final_files(expected)
+        assert read_final_files(actual) == read_final_files(expected)
         remove_after(actual, 2)
     assert "step 2" in result.stderr + result.stdout
 
@@ -94,7 +94,9 @@ def test_quick_start_without_the_package(copy, tmp_path):
         "train_batch_size": 4,
     }
     cache = str(tmp_path / "cache")
-    result = run(copy, "./rtd.sh", "deberta-v3-tiny", *command(flags), DATA="sample", DEBERTA_CACHE=cache)
+    result = run(
+        copy, "./rtd.sh", "deberta-v3-tiny", *build_arguments(flags), DATA="sample", DEBERTA_CACHE=cache
+    )
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count(WARNING) == 1
     assert list_steps(tmp_path / "run") == [2]

@@ -11,7 +11,7 @@ import numpy as np
 
 from DeBERTa.data.tokenizer import Tokenizer
 from tests.conftest import GOLDEN, ROOT, TINY
-from tests.runs import command
+from tests.runs import build_arguments
 
 WORDS, TOKENS = 64, 62
 STEPS = 120
@@ -53,7 +53,7 @@ def train(run_dir: Path, data: Path, before: str = "", **flags: object) -> Path:
     }  # fmt: skip
     program = f"{before}\nimport sys\nfrom DeBERTa.train import main\nsys.exit(main())"
     result = subprocess.run(
-        [sys.executable, "-c", program, *command(values | flags)],
+        [sys.executable, "-c", program, *build_arguments(values | flags)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

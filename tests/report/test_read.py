@@ -47,12 +47,18 @@ def test_the_last_samples_of_a_step_count(tmp_path):
 
 
 def test_events(tmp_path):
-    def row(step, minute, elapsed, **values):
+    def make_row(step, minute, elapsed, **values):
         time = f"2026-01-01T00:{minute:02}:00+00:00"
         return {"step": step, "kind": "train", "time": time, "elapsed_seconds": elapsed, **values}
 
-    spike = row(20, 2, 120, loss=9.0, mean=2.0) | {"kind": "spike"}
-    write(tmp_path, row(10, 1, 60), spike, row(20, 2, 120, skipped_steps=2), row(30, 9, 180, skipped_steps=2))
+    spike = make_row(20, 2, 120, loss=9.0, mean=2.0) | {"kind": "spike"}
+    write(
+        tmp_path,
+        make_row(10, 1, 60),
+        spike,
+        make_row(20, 2, 120, skipped_steps=2),
+        make_row(30, 9, 180, skipped_steps=2),
+    )
     events = read_run(tmp_path).list_events()
     assert [step for step, _ in events] == [20, 20, 20]
     texts = sorted(text for _, text in events)

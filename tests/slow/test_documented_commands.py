@@ -100,7 +100,9 @@ def prepared_workspace(tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]
     workspace = tmp_path_factory.mktemp("workspace")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with run_hub() as hub:
-        environment = os.environ | hub.environment(workspace / "hub") | {"PATH": path, "OMP_NUM_THREADS": "1"}
+        environment = (
+            os.environ | hub.build_environment(workspace / "hub") | {"PATH": path, "OMP_NUM_THREADS": "1"}
+        )
         environment |= {"DEBERTA_CACHE": str(workspace / "cache"), "PYTHONPATH": str(ROOT)}
         write_scripts(workspace)
         write_texts(workspace)

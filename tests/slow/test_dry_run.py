@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_dry_run import assert_peak_is_estimated, preset_flags
+from tests.test_dry_run import assert_peak_is_estimated, make_preset_flags
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from tests.test_dry_run import assert_peak_is_estimated, preset_flags
     ],
 )
 def test_peak_memory(tmp_path, prepared, model, others):
-    assert_peak_is_estimated(preset_flags(tmp_path, prepared, model, **others))
+    assert_peak_is_estimated(make_preset_flags(tmp_path, prepared, model, **others))

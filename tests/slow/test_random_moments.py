@@ -12,7 +12,7 @@ import time
 from DeBERTa.data.token_store import get_store_path
 from tests.conftest import ROOT
 from tests.data.test_prepare import VOCABULARY, sample_megabytes
-from tests.runs import ForkedRun, final_files, run, tiny_flags
+from tests.runs import ForkedRun, read_final_files, run, tiny_flags
 
 MOMENTS = 20
 
@@ -27,7 +27,7 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
         run(flags | {"output_dir": tmp_path / "timed"})[0] == 0
     )  # the first run also starts the fork server
     duration = time.monotonic() - started
-    expected = final_files(flags["output_dir"])
+    expected = read_final_files(flags["output_dir"])
     moments = random.Random(0)
     killed = 0
     for number in range(MOMENTS):
@@ -38,7 +38,7 @@ def test_training_killed_at_random_moments(tmp_path, prepared):
         killed += process.finish()[0] == -signal.SIGKILL
         status, output = run(again)
         assert status == 0, output
-        assert final_files(again["output_dir"]) == expected, number
+        assert read_final_files(again["output_dir"]) == expected, number
     assert killed > MOMENTS // 2
 
 
@@ -61,7 +61,7 @@ def test_one_run_killed_again_and_again(tmp_path, prepared):
         assert status in (0, -signal.SIGKILL), output
         kills += status != 0
     assert kills > 0
-    assert final_files(again["output_dir"]) == final_files(flags["output_dir"])
+    assert read_final_files(again["output_dir"]) == read_final_files(flags["output_dir"])
 
 
 def test_preparation_killed_at_random_moments(tmp_path):
@@ -70,24 +70,26 @@ def test_preparation_killed_at_random_moments(tmp_path):
     text.write_bytes(sample_megabytes(4))
     names = ("train.txt", "spm.model")
 
-    def command(folder) -> list[str]:
+    def build_command(folder) -> list[str]:
         flags = ["-i", text, "-o", folder / "train.txt", "--train_vocab", 500, "--workers", 2]
         return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags)]
 
     started = time.monotonic()
-    subprocess.run(command(tmp_path / "undisturbed"), check=True, capture_output=True)
+    subprocess.run(build_command(tmp_path / "undisturbed"), check=True, capture_output=True)
     duration = time.monotonic() - started
     moments = random.Random(2)
     killed = 0
     for number in range(MOMENTS):
         folder = tmp_path / f"run-{number}"
-        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            build_command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(timeout=moments.uniform(0, duration))
         except subprocess.TimeoutExpired:
             process.kill()
         killed += process.wait() == -signal.SIGKILL
-        subprocess.run(command(folder), check=True, capture_output=True)
+        subprocess.run(build_command(folder), check=True, capture_output=True)
         for name in names:
             assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), (
                 number,
@@ -104,24 +106,26 @@ def test_fixed_vocabulary_killed_at_random_moments(tmp_path):
     text = tmp_path / "text"
     text.write_bytes(sample_megabytes(8))
 
-    def command(output) -> list[str]:
+    def build_command(output) -> list[str]:
         flags = ["-i", text, "-o", output, "--vocab_path", VOCABULARY, "--workers", 2]
         return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags)]
 
     started = time.monotonic()
-    subprocess.run(command(tmp_path / "undisturbed.txt"), check=True, capture_output=True)
+    subprocess.run(build_command(tmp_path / "undisturbed.txt"), check=True, capture_output=True)
     duration = time.monotonic() - started
     moments = random.Random(3)
     killed = 0
     for number in range(MOMENTS):
         output = tmp_path / f"{number}" / "train.txt"
-        process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            build_command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(timeout=moments.uniform(0, duration))
         except subprocess.TimeoutExpired:
             process.kill()
         killed += process.wait() == -signal.SIGKILL
-        subprocess.run(command(output), check=True, capture_output=True)
+        subprocess.run(build_command(output), check=True, capture_output=True)
         assert output.read_bytes() == (tmp_path / "undisturbed.txt").read_bytes(), number
         assert sorted(path.name for path in output.parent.iterdir()) == ["train.txt", "train.txt.ids"]
         assert get_store_path(output).is_file()

@@ -24,7 +24,7 @@ import pytest
 
 from tests.conftest import ROOT, strip_times
 from tests.draws import count_differences, read_draws
-from tests.nodes import TwoNodes, two_nodes
+from tests.nodes import TwoNodes, open_two_nodes
 
 STEPS = 20
 EXAMPLE = ["./rtd.sh", "deberta-v3-tiny"]
@@ -34,7 +34,7 @@ PATIENCE = 900  # seconds
 MOST_DIFFERENT = 180  # draws, 1 %: they differ by chance, in proportion to vocabulary size and rounding
 
 
-def environment(folder: Path) -> dict[str, str]:
+def make_environment(folder: Path) -> dict[str, str]:
     """Return variables: this Python first on the path, one cache for all runs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     replay = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "replay_draws")])
@@ -63,7 +63,7 @@ class Cluster:
                     *FLAGS,
                     *flags,
                 ],
-                self.printed(node),
+                self.get_printed(node),
                 **self.shared,
                 **where,
                 RANK=str(node),
@@ -71,7 +71,7 @@ class Cluster:
             for node in (0, 1)
         ]
 
-    def printed(self, node: int) -> Path:
+    def get_printed(self, node: int) -> Path:
         return self.folder / f"node{node}.printed"
 
     def finish(self) -> list[int]:
@@ -80,15 +80,15 @@ class Cluster:
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert all(process.poll() is None for process in self.processes), self.printed(0).read_text()
-            assert time.monotonic() < deadline, self.printed(0).read_text()
+            assert all(process.poll() is None for process in self.processes), self.get_printed(0).read_text()
+            assert time.monotonic() < deadline, self.get_printed(0).read_text()
             time.sleep(0.05)
 
     def assert_same(self, alone: "Alone") -> None:
         """Compare losses with the draws given, and count the own draws that differ."""
-        found = losses(self.folder / "node0")
+        found = read_losses(self.folder / "node0")
         assert [line["step"] for line in found] == list(range(1, STEPS + 1))
-        for ours, theirs in zip(found, losses(alone.run_dir), strict=True):
+        for ours, theirs in zip(found, read_losses(alone.run_dir), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
         different, total = count_differences(read_draws(alone.draws), read_draws(self.folder / "draws"))
         print(f"{different} of {total} draws differ")
@@ -103,7 +103,7 @@ class Alone(NamedTuple):
     draws: Path
 
 
-def losses(run_dir: Path) -> list[dict]:
+def read_losses(run_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "generator_loss", "discriminator_loss")
     return [{name: line[name] for name in names} for line in lines if line["kind"] == "train"]
@@ -120,7 +120,7 @@ def run_alone(folder: Path, name: str, *flags: object) -> Alone:
     subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
-        env=os.environ | environment(folder) | {"DRAWS_RECORD": str(alone.draws)},
+        env=os.environ | make_environment(folder) | {"DRAWS_RECORD": str(alone.draws)},
         check=True,
         capture_output=True,
     )
@@ -135,27 +135,27 @@ def alone(shared) -> Alone:
 @pytest.fixture
 def cluster(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with two_nodes("iptables", "tc") as nodes:
-        yield Cluster(nodes, tmp_path, environment(shared))
+    with open_two_nodes("iptables", "tc") as nodes:
+        yield Cluster(nodes, tmp_path, make_environment(shared))
 
 
 def test_readme_example_learns_as_one_process_does(cluster, alone):
     cluster.start(alone)
-    assert cluster.finish() == [0, 0], cluster.printed(0).read_text() + cluster.printed(1).read_text()
+    assert cluster.finish() == [0, 0], cluster.get_printed(0).read_text() + cluster.get_printed(1).read_text()
     cluster.assert_same(alone)
-    assert "4 processes on 2 nodes" in cluster.printed(0).read_text()
+    assert "4 processes on 2 nodes" in cluster.get_printed(0).read_text()
     assert (cluster.folder / "node0" / "discriminator" / "model.safetensors").exists()
     assert sorted(path.name for path in (cluster.folder / "node1").iterdir()) == ["logs"]
     logs = [path.name for path in (cluster.folder / "node1" / "logs").glob("rank-*")]
     assert sorted(logs) == ["rank-0002.log", "rank-0003.log"]
-    assert "step 20/" not in cluster.printed(1).read_text()
-    assert cluster.nodes.processes(0) == cluster.nodes.processes(1) == []
+    assert "step 20/" not in cluster.get_printed(1).read_text()
+    assert cluster.nodes.list_processes(0) == cluster.nodes.list_processes(1) == []
 
 
 def test_another_seed(cluster, shared):
     alone = run_alone(shared, "another", "--seed", 1)
     cluster.start(alone, "--seed", 1)
-    assert cluster.finish() == [0, 0], cluster.printed(0).read_text() + cluster.printed(1).read_text()
+    assert cluster.finish() == [0, 0], cluster.get_printed(0).read_text() + cluster.get_printed(1).read_text()
     cluster.assert_same(alone)
 
 
@@ -163,29 +163,29 @@ def test_a_slow_link_that_loses_packets_changes_nothing(cluster, alone):
     cluster.nodes.drop(0.05)
     cluster.nodes.limit("200mbit")
     cluster.start(alone)
-    assert cluster.finish() == [0, 0], cluster.printed(0).read_text() + cluster.printed(1).read_text()
+    assert cluster.finish() == [0, 0], cluster.get_printed(0).read_text() + cluster.get_printed(1).read_text()
     cluster.assert_same(alone)
-    dropped = cluster.nodes.output(0, "iptables", "-nvxL", "INPUT").splitlines()[2].split()
+    dropped = cluster.nodes.run(0, "iptables", "-nvxL", "INPUT").splitlines()[2].split()
     assert int(dropped[0]) > 100  # packets
 
 
 def test_a_cut_link_ends_both_sides_and_the_same_command_resumes(cluster, alone):
     cluster.start(alone, "--dump_interval", 5, "--dist_timeout", 40)
-    log = cluster.printed(0)
+    log = cluster.get_printed(0)
     cluster.wait_for(lambda: "step 6/" in log.read_text())
     cluster.nodes.cut()
     cut = time.monotonic()
     assert cluster.finish() == [1, 1]
     assert time.monotonic() - cut < 40 + 15  # of a loaded machine
     for node in (0, 1):
-        lines = strip_times(cluster.printed(node).read_text()).splitlines()
+        lines = strip_times(cluster.get_printed(node).read_text()).splitlines()
         assert sum(line.startswith("error: ") for line in lines) == 1
         assert lines[-1].startswith("error: ")
         assert "Traceback" not in "".join(lines)
-        assert cluster.nodes.processes(node) == []
-    assert "--dist_timeout 40 s" in cluster.printed(0).read_text()
+        assert cluster.nodes.list_processes(node) == []
+    assert "--dist_timeout 40 s" in cluster.get_printed(0).read_text()
     cluster.nodes.reconnect()
     cluster.start(alone, "--dump_interval", 5, "--dist_timeout", 60)
-    assert cluster.finish() == [0, 0], cluster.printed(0).read_text() + cluster.printed(1).read_text()
-    assert "resuming from step 5" in cluster.printed(0).read_text()
+    assert cluster.finish() == [0, 0], cluster.get_printed(0).read_text() + cluster.get_printed(1).read_text()
+    assert "resuming from step 5" in cluster.get_printed(0).read_text()
     cluster.assert_same(alone)

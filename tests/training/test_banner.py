@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from DeBERTa.training.banner import describe_code
-from tests.commands import Command, cluster, free_port, two_process_flags
+from tests.commands import Command, find_free_port, get_cluster, make_two_process_flags
 from tests.conftest import ROOT
 
 
@@ -28,17 +28,17 @@ def test_nodes_with_different_code_do_not_train_together(tmp_path, prepared):
     shutil.copytree(ROOT / "DeBERTa", tmp_path / "DeBERTa")
     with (tmp_path / "DeBERTa" / "model" / "losses.py").open("a") as file:
         file.write("GROUP = GROUP\n")
-    flags, port = two_process_flags(tmp_path, prepared) | {"nproc_per_node": 1}, free_port()
+    flags, port = make_two_process_flags(tmp_path, prepared) | {"nproc_per_node": 1}, find_free_port()
     nodes = [
         Command(
             flags | {"output_dir": tmp_path / f"run-{node}"},
             checkout=checkout,
-            **cluster(port, node=node),
+            **get_cluster(port, node=node),
         )
         for node, checkout in enumerate((ROOT, tmp_path))
     ]
     here = describe_code()["package_sha256"]
     for node in nodes:
-        error = node.error()
+        error = node.finish_with_error()
         assert f"ranks 0 and 1 differ in package_sha256 ({here} and " in error
         assert "start the same command with the same package" in error

@@ -43,7 +43,7 @@ from DeBERTa.training.run_dir import check_same_run, save_models
 from DeBERTa.training.run_lock import LOCK
 from DeBERTa.training.steps import ReplacedTokenStep
 from tests.conftest import GOLDEN, ROOT, strip_times, tiny_model, tiny_rtd
-from tests.runs import ForkedRun, command, copy_run, final_files, remove_after, run, tiny_flags
+from tests.runs import ForkedRun, build_arguments, copy_run, read_final_files, remove_after, run, tiny_flags
 from tests.training.batches import random_batch
 from tests.training.ranks import make_step
 
@@ -63,7 +63,7 @@ def copied(trained, tmp_path) -> dict:
     return trained | {"output_dir": copy_run(trained["output_dir"], tmp_path / "run")}
 
 
-def damages(size: int) -> list[tuple[str, int | None]]:
+def list_damages(size: int) -> list[tuple[str, int | None]]:
     """Return kinds of damage: a length to truncate to, None to delete, the position of a bit to flip."""
     lengths = [(f"truncated to {percent} %", size * percent // 100) for percent in (0, 25, 50, 99)]
     return [*lengths, ("first bit flipped", -size), ("last bit flipped", -1), ("deleted", None)]
@@ -87,7 +87,7 @@ def test_any_damage_is_found(copied, name):
     folder = get_checkpoint_path(copied["output_dir"], 6)
     valid = (folder / name).read_bytes()
     verify(folder)
-    for kind, length in damages(len(valid)):
+    for kind, length in list_damages(len(valid)):
         damage(folder / name, length)
         with pytest.raises(DamagedCheckpointError, match=name):
             verify(folder)
@@ -226,13 +226,13 @@ def test_a_linked_checkpoint_is_resumed_and_pruned(copied, trained, tmp_path):
         path = get_checkpoint_path(run_dir, step)
         path.rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
-    before = contents(tmp_path / "step-00000002")
+    before = read_contents(tmp_path / "step-00000002")
     for _ in range(2):
         status, output = run(copied | {"keep_last": 1, "num_training_steps": 6})
         assert status == 0, output
-    assert final_files(run_dir) == final_files(trained["output_dir"])
+    assert read_final_files(run_dir) == read_final_files(trained["output_dir"])
     assert set(list_steps(run_dir)) <= {4, 6}
-    assert contents(tmp_path / "step-00000002") == before
+    assert read_contents(tmp_path / "step-00000002") == before
     verify(tmp_path / "step-00000004")
 
 
@@ -251,7 +251,7 @@ def test_an_unfinished_checkpoint_of_any_kind_is_removed(copied, trained, tmp_pa
     status, output = run(copied)
     assert status == 0, output
     assert f"removing {path}" in output
-    assert final_files(copied["output_dir"]) == final_files(trained["output_dir"])
+    assert read_final_files(copied["output_dir"]) == read_final_files(trained["output_dir"])
     assert (tmp_path / "target" / "file").exists()
     assert not os.path.lexists(path)
 
@@ -320,13 +320,13 @@ def test_a_run_resumes_from_the_checkpoint_before(copied, trained, name):
         in output
     )
     assert "resuming from step 4" in output
-    assert final_files(copied["output_dir"]) == final_files(trained["output_dir"])
+    assert read_final_files(copied["output_dir"]) == read_final_files(trained["output_dir"])
     renamed = copied["output_dir"] / "checkpoints" / "damaged-step-00000006-1"
     assert str(renamed) in output
     assert (renamed / name).read_bytes() == damaged
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
+def read_contents(folder: Path) -> dict[Path, bytes]:
     """Return all files except the lock, which stays in the run directory."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {path.relative_to(folder): path.read_bytes() for path in files}
@@ -358,7 +358,7 @@ def test_no_valid_checkpoint(copied, trained):
     run_dir = copied["output_dir"]
     for step, name in ((2, "state.json"), (4, "optimizer.pt"), (6, "model.safetensors")):
         damage(get_checkpoint_path(run_dir, step) / name, 10)
-    before = contents(run_dir)
+    before = read_contents(run_dir)
     for more in ({}, {"do_train": False, "do_eval": True}):
         status, output = run(copied | more)
         assert status == 1
@@ -371,14 +371,14 @@ def test_no_valid_checkpoint(copied, trained):
             "step-00000006/model.safetensors",
         ):
             assert part in message
-        assert contents(run_dir) == before
+        assert read_contents(run_dir) == before
     for number in (1, 2):
         status, output = run(copied | {"fresh": True})
         assert status == 0, output
         old = run_dir.with_name(f"run.old-{number}")
         assert f"now in {old}" in output
-        assert final_files(run_dir) == final_files(trained["output_dir"])
-    assert contents(run_dir.with_name("run.old-1")) == before
+        assert read_final_files(run_dir) == read_final_files(trained["output_dir"])
+    assert read_contents(run_dir.with_name("run.old-1")) == before
 
 
 def test_evaluation_skips_a_damaged_checkpoint_and_leaves_it(copied):
@@ -455,7 +455,7 @@ def test_training_state_of_another_shape_is_one_error(copied, change):
     assert f"error: {path} has another content than this version writes (" in output
 
 
-def snapshot_of(training: ReplacedTokenStep, step: int) -> Snapshot:
+def make_snapshot(training: ReplacedTokenStep, step: int) -> Snapshot:
     state = {"training": training.state_dict()}
     return Snapshot(step, gather_to_rank_zero(training.model.state_dict()), state, {"step": step}, {})
 
@@ -467,9 +467,9 @@ def test_bytes_saved_in_the_background_are_those_of_the_step(tmp_path):
     training(random_batch())
     for name in ("synchronous", "background"):
         (tmp_path / name).mkdir()
-    write_checkpoint(tmp_path / "synchronous", snapshot_of(training, 1), 3, None)
+    write_checkpoint(tmp_path / "synchronous", make_snapshot(training, 1), 3, None)
     saver = Saver(tmp_path / "background", 3)
-    snapshot = snapshot_of(training, 1)
+    snapshot = make_snapshot(training, 1)
     weight = training.model.generator.lm_predictions.lm_head.bias
     before = weight.detach().clone()
     saver.save(snapshot, best=None)
@@ -496,7 +496,7 @@ def check_until_written(saver: Saver) -> None:
 def test_one_save_at_a_time_and_its_error_from_the_next_call(tmp_path):
     _, training = make_step("gdes")
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
-    snapshot = snapshot_of(training, 1)
+    snapshot = make_snapshot(training, 1)
     for call in (lambda saver: saver.save(snapshot, None), Saver.wait, check_until_written):
         saver = Saver(tmp_path, 3)
         saver.save(snapshot, None)
@@ -563,7 +563,7 @@ def test_a_small_disk(tmp_path, prepared):
         sys.executable,
         "-m",
         "DeBERTa.train",
-        *command(flags | {"output_dir": tmp_path / "disk" / "run"}),
+        *build_arguments(flags | {"output_dir": tmp_path / "disk" / "run"}),
     ]
     names = {"disk": tmp_path / "disk", "copy": tmp_path / "copy", "train": shlex.join(train)}
     done = subprocess.run(
@@ -594,7 +594,7 @@ def test_a_small_disk(tmp_path, prepared):
     assert f"resumes from step {full - 1}" in late
     assert saved == ["best.json", *(f"step-{step:08d}" for step in range(1, full))]
     assert f"resuming from step {full - 1}" in done.stderr
-    ours, theirs = final_files(tmp_path / "copy"), final_files(flags["output_dir"])
+    ours, theirs = read_final_files(tmp_path / "copy"), read_final_files(flags["output_dir"])
     assert {name for name in theirs if ours[name] != theirs[name]} == set()
 
 

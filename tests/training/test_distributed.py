@@ -100,7 +100,7 @@ def train_all(folder: Path, size: int) -> None:
     if size == 2:
         count_reductions_all(folder)
         list_collectives_all(folder)
-        norms_all(folder)
+        write_norms_all(folder)
         list_shards_all(folder)
 
 
@@ -146,7 +146,7 @@ def list_collectives_all(folder: Path) -> None:
         torch.save(found, folder / "collectives.pt")
 
 
-def are_sharded(model: nn.Module) -> set[bool]:
+def find_sharded(model: nn.Module) -> set[bool]:
     """Return whether the parameters of layers are shards: two values if only some are."""
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     return {isinstance(p, DTensor) for layer in layers for p in layer.parameters()}
@@ -159,15 +159,15 @@ def list_shards_all(folder: Path) -> None:
         model, training = make_step("mlm", **MODES[mode])
         masked = training.wrapped["model"](model.compute_masked_loss, select_rows(seed=0), is_sampled=False)
         loss = masked.loss.sum()
-        after_forward = are_sharded(model)
+        after_forward = find_sharded(model)
         loss.backward()
         gradients = {isinstance(p.grad, DTensor) for p in model.parameters() if p.grad is not None}
-        found[mode] = [after_forward, are_sharded(model), gradients]
+        found[mode] = [after_forward, find_sharded(model), gradients]
     if is_rank_zero():
         torch.save(found, folder / "shards.pt")
 
 
-def norms_all(folder: Path) -> None:
+def write_norms_all(folder: Path) -> None:
     """Write losses and norms of the first step; norms of tables are over their rows."""
     with mock.patch.object(optimizers, "LARGE", 0):
         found = {mode: train("gdes", mode, 0, 1)["losses"][0] for mode in MODES}

@@ -24,7 +24,7 @@ from tests.training.batches import train_config
 CPU = torch.device("cpu")
 
 
-def naive_auc(scores, replaced):
+def compute_naive_auc(scores, replaced):
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[replaced] for b in scores[~replaced]]
     return sum(pairs) / len(pairs)
 
@@ -34,7 +34,7 @@ def test_auc_counts_pairs(seed):
     generator = np.random.default_rng(seed)
     scores = np.round(generator.normal(size=120), 1).astype(np.float32)  # rounding makes ties
     replaced = generator.random(120) < 0.2
-    assert compute_roc_auc(scores, replaced) == pytest.approx(naive_auc(scores, replaced), abs=1e-12)
+    assert compute_roc_auc(scores, replaced) == pytest.approx(compute_naive_auc(scores, replaced), abs=1e-12)
 
 
 def test_auc_extremes():
@@ -98,7 +98,7 @@ def store(prepared, tokenizer):
     return open_store(prepared / "valid.txt", tokenizer, max_tokens=62)
 
 
-def batches(store, tokenizer, rtd, size):
+def make_batches(store, tokenizer, rtd, size):
     return EvaluationBatches(
         store, tokenizer, Masker(tokenizer, 1, is_always_masked=rtd), BatchPlan(1, size, 64)
     )
@@ -109,12 +109,13 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | {"initializer_range": 0.3}))
     training = MaskedLMStep(model, train_config(), "fp32", CPU, total_steps=10)
     results = [
-        evaluate(training, list(batches(store, tokenizer, False, size)), num_counted=6) for size in (7, 40)
+        evaluate(training, list(make_batches(store, tokenizer, False, size)), num_counted=6)
+        for size in (7, 40)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     model.eval()
     with torch.no_grad():
-        full = batches(store, tokenizer, False, 40)[0].to(torch.device("cpu"))
+        full = make_batches(store, tokenizer, False, 40)[0].to(torch.device("cpu"))
         out = model(full.input_ids, full.input_mask, full.labels)
     assert results[0]["loss"] == pytest.approx(F.cross_entropy(out.logits, out.labels).item(), rel=1e-5)
     assert results[0]["accuracy"] == pytest.approx(
@@ -131,7 +132,7 @@ def test_rarity_of_tokens_alone(prepared, store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
     counts = open_store(prepared / "train.txt", tokenizer, max_tokens=62).count_ids(2008)
-    data = list(batches(store, tokenizer, True, 16))[:2]
+    data = list(make_batches(store, tokenizer, True, 16))[:2]
     found = evaluate(build_step(model), data, 2, counts)
     original, replaced = [], []  # counts of the tokens that the discriminator sees
     with torch.no_grad():
@@ -151,7 +152,7 @@ def test_rarity_of_tokens_alone(prepared, store, tokenizer):
 def test_rtd_evaluation_is_repeatable_and_restores_the_mode(store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd())).train()
-    data = list(batches(store, tokenizer, True, 16))
+    data = list(make_batches(store, tokenizer, True, 16))
     first, second = (evaluate(build_step(model), data, len(data)) for _ in range(2))
     assert first == second
     assert model.training

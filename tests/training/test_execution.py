@@ -27,7 +27,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL = TINY | {"vocab_size": 208, "num_hidden_layers": 3}
 
 
-def small_model(task: str, change: dict) -> nn.Module:
+def build_small_model(task: str, change: dict) -> nn.Module:
     """Return a model of three layers, two in a generator, for up to 64 of 208 tokens."""
     torch.manual_seed(0)
     values = SMALL | change
@@ -37,7 +37,7 @@ def small_model(task: str, change: dict) -> nn.Module:
     return RTDModel(RTDConfig.from_dict({"embedding_sharing": "gdes"} | parts))
 
 
-def losses_and_gradients(model: nn.Module, length: int = 32) -> dict[str, torch.Tensor]:
+def compute_losses_and_gradients(model: nn.Module, length: int = 32) -> dict[str, torch.Tensor]:
     """Return those of one micro-batch, as steps.py computes them."""
     batch = random_batch(length=length, vocabulary=200)
     torch.manual_seed(7)
@@ -59,7 +59,7 @@ def losses_and_gradients(model: nn.Module, length: int = 32) -> dict[str, torch.
     return {name: loss.detach() for name, loss in losses.items()} | gradients | {"next draw": torch.rand(1)}
 
 
-def saved_bytes(function: Callable[[], object]) -> int:
+def count_saved_bytes(function: Callable[[], object]) -> int:
     """Return what autograd saves for the backward pass while `function` runs, each storage once."""
     saved: dict[int, int] = {}
 
@@ -77,11 +77,11 @@ def saved_bytes(function: Callable[[], object]) -> int:
 @pytest.mark.parametrize("task", ["MLM", "RTD"])
 def test_checkpointing_gives_the_same_bits(task, path):
     """With dropout: a recomputed layer draws the same masks, and what follows draws as before."""
-    plain = small_model(task, {})
+    plain = build_small_model(task, {})
     again = copy.deepcopy(plain)
     set_execution(plain, train_config(**PATHS[path]), CPU)
     set_execution(again, train_config(**PATHS[path], gradient_checkpointing=True), CPU)
-    expected, actual = losses_and_gradients(plain), losses_and_gradients(again)
+    expected, actual = compute_losses_and_gradients(plain), compute_losses_and_gradients(again)
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
@@ -92,18 +92,19 @@ def test_checkpointing_keeps_less(path):
     batch = random_batch(length=64, vocabulary=200)
     saved = []
     for gradient_checkpointing in (False, True):
-        model = small_model("MLM", {"num_hidden_layers": 6})
+        model = build_small_model("MLM", {"num_hidden_layers": 6})
         config = train_config(**PATHS[path], gradient_checkpointing=gradient_checkpointing)
         set_execution(model, config, CPU)
         parameters = sum(p.nbytes for p in model.parameters())
         saved.append(
-            saved_bytes(lambda model=model: model.compute_masked_loss(batch, is_sampled=False)) - parameters
+            count_saved_bytes(lambda model=model: model.compute_masked_loss(batch, is_sampled=False))
+            - parameters
         )
     assert 0 < saved[1] < saved[0] / 4
 
 
 def test_evaluation_stores_no_checkpoints(monkeypatch):
-    model = small_model("MLM", {})
+    model = build_small_model("MLM", {})
     set_execution(model, train_config(gradient_checkpointing=True), CPU)
     monkeypatch.setattr("DeBERTa.model.encoder.checkpoint", None)  # calling it would raise
     with torch.no_grad():
@@ -154,13 +155,13 @@ def test_compiled_layers_compute_the_same(task, backend, change, flags, other_le
     """No graph break, one graph for all layers, and one more for other lengths; names stay."""
     torch.compiler.reset()
     counters.clear()
-    plain = small_model(task, NO_DROPOUT | change)
+    plain = build_small_model(task, NO_DROPOUT | change)
     fast = compile_copy(plain, backend, **flags)
     assert list(fast.state_dict()) == list(plain.state_dict())
-    assert_close(losses_and_gradients(fast), losses_and_gradients(plain))
+    assert_close(compute_losses_and_gradients(fast), compute_losses_and_gradients(plain))
     assert counters["stats"]["unique_graphs"] == 1
     for length in other_lengths:
-        assert_close(losses_and_gradients(fast, length), losses_and_gradients(plain, length))
+        assert_close(compute_losses_and_gradients(fast, length), compute_losses_and_gradients(plain, length))
         assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
@@ -170,18 +171,18 @@ def test_layers_of_many_kinds_are_all_compiled():
     torch.compiler.reset()
     counters.clear()
     for width in range(16, 26):
-        model = small_model("MLM", NO_DROPOUT | {"hidden_size": width, "num_attention_heads": 1})
-        losses_and_gradients(compile_copy(model, "aot_eager"))
+        model = build_small_model("MLM", NO_DROPOUT | {"hidden_size": width, "num_attention_heads": 1})
+        compute_losses_and_gradients(compile_copy(model, "aot_eager"))
     assert counters["stats"]["unique_graphs"] == 10
 
 
 def test_compiled_dropout_is_drawn_again_by_checkpointing():
     """The compiler's own random numbers are those of PyTorch's generator too."""
     torch.compiler.reset()
-    plain = small_model("MLM", {})
-    first = losses_and_gradients(compile_copy(plain, "inductor"))
-    again = losses_and_gradients(compile_copy(plain, "inductor", gradient_checkpointing=True))
-    without = losses_and_gradients(small_model("MLM", NO_DROPOUT))
+    plain = build_small_model("MLM", {})
+    first = compute_losses_and_gradients(compile_copy(plain, "inductor"))
+    again = compute_losses_and_gradients(compile_copy(plain, "inductor", gradient_checkpointing=True))
+    without = compute_losses_and_gradients(build_small_model("MLM", NO_DROPOUT))
     assert_close(again, first)
     assert not torch.allclose(first["loss"], without["loss"], rtol=1e-3)
 
@@ -209,14 +210,14 @@ def test_compiled_by_default(device, flags, has_triton, expected, monkeypatch, t
 
 def test_flag_compiles_every_layer_in_place():
     require_compiler()
-    model = small_model("RTD", {})
+    model = build_small_model("RTD", {})
     names = list(model.state_dict())
     set_execution(model, train_config(compile=True), CPU)
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     assert len(layers) == 5
     torch.compiler.reset()
     counters.clear()
-    losses_and_gradients(model)
+    compute_losses_and_gradients(model)
     assert counters["stats"]["unique_graphs"] == 1
     assert list(model.state_dict()) == names
 
@@ -237,7 +238,7 @@ def test_missing_compiler_is_reported(monkeypatch, tmp_path):
 def test_triton_needs_a_gpu():
     pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
     with pytest.raises(ConfigError, match="--attention triton: its kernels need a CUDA GPU, not a CPU"):
-        select_kernels(small_model("MLM", {}), train_config(attention="triton"), CPU)
+        select_kernels(build_small_model("MLM", {}), train_config(attention="triton"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_triton_needs_a_gpu():
 def test_what_the_flags_mean_here(flags, expected):
     if expected["kernels"] == "auto":
         pytest.importorskip("DeBERTa.ops", reason="the package DeBERTa/ops is missing")
-    model = small_model("MLM", {})
+    model = build_small_model("MLM", {})
     names = list(model.state_dict())
     assert select_kernels(model, train_config(**flags), CPU) == expected
     assert list(model.state_dict()) == names

@@ -21,10 +21,10 @@ from DeBERTa.training.guard import MIN_WINDOW, SIGMAS, WINDOW, UpdateGuard
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.signals import Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
-from tests.runs import copy_run, final_files, run, tiny_flags
+from tests.runs import copy_run, read_final_files, run, tiny_flags
 from tests.training.batches import random_batch, train_config
 from tests.training.ranks import run_ranks
-from tests.training.test_steps import CPU, mlm_model, rtd_model
+from tests.training.test_steps import CPU, build_mlm, build_rtd
 
 NAN, INF = float("nan"), float("inf")
 
@@ -38,7 +38,7 @@ def copy_state(training, model) -> dict[str, torch.Tensor]:
     return copy.deepcopy(tensors)
 
 
-def changed(before: dict, after: dict) -> set[str]:
+def list_changed(before: dict, after: dict) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -60,7 +60,7 @@ def test_a_step_without_targets_has_no_loss():
 
 @pytest.mark.parametrize(("value", "precision"), [(NAN, "fp32"), (INF, "fp32"), (NAN, "bf16"), (INF, "fp16")])
 def test_masked_lm_update_with_a_broken_gradient(value, precision):
-    model = mlm_model()
+    model = build_mlm()
     training = MaskedLMStep(model, train_config(), precision, CPU, total_steps=10)
     training.set_learning_rate(1)
     training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
@@ -71,7 +71,7 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     handle = break_gradient(model, "", value)
     training(random_batch())
     training(random_batch())
-    assert changed(before, copy_state(training, model)) == set()
+    assert list_changed(before, copy_state(training, model)) == set()
     assert (training.guard.is_skipped, training.guard.skipped_steps, training.guard.consecutive_skips) == (
         True,
         2,
@@ -79,7 +79,7 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
     )
     handle.remove()
     training(random_batch())
-    assert "weight lm_predictions.lm_head.bias" in changed(before, copy_state(training, model))
+    assert "weight lm_predictions.lm_head.bias" in list_changed(before, copy_state(training, model))
     assert (training.guard.skipped_steps, training.guard.consecutive_skips) == (2, 0)
 
 
@@ -89,7 +89,7 @@ def test_masked_lm_update_with_a_broken_gradient(value, precision):
 )
 def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
     """Nothing changes, except by a decoupled generator's update before the discriminator's loss is known."""
-    model = rtd_model(sharing)
+    model = build_rtd(sharing)
     config = train_config(task_name="RTD", decoupled_training=decoupled)
     training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
@@ -97,7 +97,7 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
     before = copy_state(training, model)
     break_gradient(model, f"{broken}.", NAN)
     training(random_batch())
-    names = changed(before, copy_state(training, model))
+    names = list_changed(before, copy_state(training, model))
     if training.is_decoupled and broken == "discriminator":
         assert names
         assert not [name for name in names if "discriminator" in name]
@@ -108,7 +108,7 @@ def test_rtd_update_with_a_broken_gradient(sharing, decoupled, broken):
 
 @pytest.mark.parametrize("role", ["generator", "discriminator"])
 def test_a_loss_that_is_not_a_number(role):
-    model = rtd_model()
+    model = build_rtd()
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
     training(random_batch())
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_a_number(role):
     before = copy_state(training, model)
     training(random_batch())
     after = copy_state(training, model)
-    unequal = {name for name in changed(before, after) if not torch.isnan(after[name]).any()}
+    unequal = {name for name in list_changed(before, after) if not torch.isnan(after[name]).any()}
     assert not [name for name in unequal if role in name or role == "generator"]
     assert math.isnan(training.guard.losses[f"{role}_loss"])
     assert not training.guard.has_finite_losses()
@@ -129,7 +129,7 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
     """Decoupled: its weights and moments are those of a normal step, and the step counts as skipped."""
     found = []
     for broken in (False, True):
-        model = rtd_model(sharing)
+        model = build_rtd(sharing)
         training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
         training.set_learning_rate(1)
         training(random_batch())
@@ -144,29 +144,29 @@ def test_the_generator_is_updated_as_usual_when_only_the_discriminator_fails(sha
     (_, usual), (before, after) = found
     generators = {name for name in after if "discriminator" not in name}
     assert len(generators) > 50
-    assert not changed(*({name: x[name] for name in generators} for x in (usual, after)))
-    (bias,) = changed(before, after) - generators
+    assert not list_changed(*({name: x[name] for name in generators} for x in (usual, after)))
+    (bias,) = list_changed(before, after) - generators
     assert bias == "weight discriminator.mask_predictions.classifier.bias"
-    assert generators & changed(before, after)
+    assert generators & list_changed(before, after)
 
 
 def run_rank(directory: Path) -> None:
     """Run one of two ranks: in step 2 rank 1's gradient is not finite, in step 3 its loss is a spike."""
-    model = mlm_model()
+    model = build_mlm()
     training = MaskedLMStep(model, train_config(skip_spikes=True), "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
     training(random_batch())
     before = copy_state(training, model)
     handle = break_gradient(model, "", NAN) if get_rank() == 1 else None
     training(random_batch(seed=get_rank()))
-    found = [training.guard.is_skipped, len(changed(before, copy_state(training, model)))]
+    found = [training.guard.is_skipped, len(list_changed(before, copy_state(training, model)))]
     if handle:
         handle.remove()
     training.guard.windows["loss"] = deque([1.0] * MIN_WINDOW)
     training(random_batch(seed=get_rank()))
     found += [
         training.guard.is_skipped,
-        len(changed(before, copy_state(training, model))),
+        len(list_changed(before, copy_state(training, model))),
         training.guard.losses,
     ]
     signals = Signals()
@@ -187,7 +187,7 @@ def test_all_ranks_decide_the_same(tmp_path):
     assert requests == [(0, True), (0, False), (15, False)]
 
 
-def sums(loss: float) -> Sums:
+def make_sums(loss: float) -> Sums:
     return {"loss": torch.tensor(loss * 4), "targets": torch.tensor(4)}
 
 
@@ -202,7 +202,7 @@ def test_spikes(skip_spikes):
     found, window_losses = [], []
     for step, loss in enumerate(losses):
         guard.begin_step()
-        allowed = guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
+        allowed = guard.allows_update(make_sums(loss), ("loss",), torch.tensor(1.0))
         guard.end_step()
         window = np.array(window_losses[-WINDOW:])
         by_hand = len(window_losses) >= MIN_WINDOW and loss > window.mean() + SIGMAS * window.std()
@@ -224,7 +224,7 @@ def test_a_lasting_change_of_level_is_no_spike_for_long():
     for step in range(300):
         guard.begin_step()
         loss = (3.0 if step < 200 else 6.0) + step % 2 * 0.01
-        skipped += not guard.allows_update(sums(loss), ("loss",), torch.tensor(1.0))
+        skipped += not guard.allows_update(make_sums(loss), ("loss",), torch.tensor(1.0))
     assert 0 < skipped <= 5
 
 
@@ -291,4 +291,4 @@ def test_a_spike_in_a_run(tmp_path, tokenizer):
     status, output = run(flags | {"output_dir": cut})
     assert status == 0
     assert "resuming from step 175" in output
-    assert final_files(cut) == final_files(flags["output_dir"])
+    assert read_final_files(cut) == read_final_files(flags["output_dir"])

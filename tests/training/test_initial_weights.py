@@ -23,7 +23,7 @@ from tests.conftest import ROOT, TINY, strip_times, tiny_model, tiny_rtd
 from tests.hub.exported import VOCABULARY
 from tests.hub.server import run_hub
 from tests.hub.test_published import disturb
-from tests.test_train import assert_refused, command, flags, read_metrics, train  # noqa: F401
+from tests.test_train import assert_refused, build_arguments, flags, read_metrics, train  # noqa: F401
 
 CONFIG = ModelConfig.from_dict(TINY)
 
@@ -33,7 +33,7 @@ def run_here(capsys):
     """Return a function that trains in this process, and returns exit status and messages."""
 
     def run(values: dict) -> tuple[int, str]:
-        status = main([str(part) for part in command(values)])
+        status = main([str(part) for part in build_arguments(values)])
         return status, strip_times(capsys.readouterr().err)
 
     return run
@@ -190,13 +190,13 @@ def test_continuing_from_the_hub(flags, tmp_path):  # noqa: F811
         hub.repositories, hub.revisions = {repository}, {REVISIONS[repository]}
         hub.files["config.json"] = json.dumps(TINY | {"model_type": "deberta-v2"}).encode()
         hub.files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
-        environment = hub.environment(tmp_path / "hub")
+        environment = hub.build_environment(tmp_path / "hub")
         assert_refused(
-            train(*command(preset), **environment),
+            train(*build_arguments(preset), **environment),
             f"hf:{repository} has no pytorch_model.generator.bin; give --init_generator from-discriminator",
         )
         hub.files["pytorch_model.generator.bin"] = (tmp_path / "pytorch_model.generator.bin").read_bytes()
-        result = train(*command(preset), **environment)
+        result = train(*build_arguments(preset), **environment)
         assert result.returncode == 0, result.stderr
         assert re.search(
             rf"from \(discriminator\)  \d+ tensors of {tmp_path}/hub/.*/pytorch_model.bin", result.stderr
@@ -204,7 +204,7 @@ def test_continuing_from_the_hub(flags, tmp_path):  # noqa: F811
         hub.files["config.json"] = json.dumps(TINY | {"hidden_act": "relu"}).encode()
         shutil.rmtree(tmp_path / "hub")
         shutil.rmtree(flags["output_dir"])
-        assert_refused(train(*command(preset), **environment), "hidden_act (relu there, gelu here)")
+        assert_refused(train(*build_arguments(preset), **environment), "hidden_act (relu there, gelu here)")
 
 
 FIND_GENERATOR = """

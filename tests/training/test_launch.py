@@ -28,22 +28,22 @@ from tests.commands import (
     ENDLESS,
     PATIENCE,
     Command,
-    cluster,
-    free_port,
-    metrics,
-    port_is_free,
-    saved_something,
+    find_free_port,
+    get_cluster,
+    is_port_free,
+    make_two_process_flags,
+    read_metrics_log,
     start_nodes,
-    two_process_flags,
+    watch_checkpoints,
 )
-from tests.processes import children, is_running
+from tests.processes import is_running, list_children
 from tests.runs import ForkedRun
 from tests.training.batches import train_config
 
 
 @pytest.fixture
 def flags(prepared, tmp_path) -> dict:
-    return two_process_flags(tmp_path, prepared)
+    return make_two_process_flags(tmp_path, prepared)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_one_process_is_not_launched_and_workers_launch_nothing(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert find_job(train_config(nproc_per_node=1)) is None
     assert find_job(train_config(nproc_per_node=3)).processes == 3
-    for name, value in cluster(29500).items():
+    for name, value in get_cluster(29500).items():
         monkeypatch.setenv(name, value)
     assert (find_job(train_config()).nodes, find_job(train_config()).port) == (2, 29500)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun's")
@@ -96,34 +96,38 @@ def test_port_in_use_and_unknown_host(flags):
         other.bind(("0.0.0.0", 0))
         other.listen()
         taken = other.getsockname()[1]
-        error = Command(flags, **cluster(taken)).error()
+        error = Command(flags, **get_cluster(taken)).finish_with_error()
         assert str(taken) in error
         assert "in use" in error
         assert "MASTER_PORT" in error
-    error = Command(flags, **cluster(29500, node=1) | {"MASTER_ADDR": "no-such-host.invalid"}).error()
+    error = Command(
+        flags, **get_cluster(29500, node=1) | {"MASTER_ADDR": "no-such-host.invalid"}
+    ).finish_with_error()
     assert "MASTER_ADDR no-such-host.invalid" in error
 
 
 def test_nodes_that_do_not_register(flags):
     flags |= {"dist_timeout": 2}
-    port = free_port()
-    alone = Command(flags, **cluster(port))
-    error = alone.error()
+    port = find_free_port()
+    alone = Command(flags, **get_cluster(port))
+    error = alone.finish_with_error()
     assert "RANK 1" in error
     assert "--dist_timeout 2 s" in error
-    error = Command(flags, **cluster(port, node=1)).error()
+    error = Command(flags, **get_cluster(port, node=1)).finish_with_error()
     assert f"MASTER_PORT {port}" in error
     assert "--dist_timeout 2 s" in error
-    assert port_is_free(port)
+    assert is_port_free(port)
 
 
 def test_two_nodes_of_rank_0(flags):
     """On one host, which has the port once: the second one fails at once, and the first one keeps waiting."""
-    port = free_port()
-    first = ForkedRun(flags, **cluster(port))
-    while port_is_free(port):
+    port = find_free_port()
+    first = ForkedRun(flags, **get_cluster(port))
+    while is_port_free(port):
         assert is_running(first.pid)
-    status, output = ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port)).finish()
+    status, output = ForkedRun(
+        flags | {"output_dir": f"{flags['output_dir']}-1"}, **get_cluster(port)
+    ).finish()
     _, error = output.splitlines()  # after where it waits
     assert status == 1
     assert error.startswith(f"error: port {port} of this node is in use, by another command with RANK 0 or")
@@ -160,7 +164,7 @@ def test_a_port_of_another_program(flags):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ports = [server.server_address[1] for server in servers] + [store.port]
         runs = [
-            ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-{port}"}, **cluster(port, node=1))
+            ForkedRun(flags | {"output_dir": f"{flags['output_dir']}-{port}"}, **get_cluster(port, node=1))
             for port in ports
         ]
         for port, node in zip(ports, runs, strict=True):
@@ -174,29 +178,31 @@ def test_a_port_of_another_program(flags):
 
 
 def test_two_nodes_of_one_rank(flags):
-    port = free_port()
+    port = find_free_port()
     runs = start_nodes(flags, port, ranks=(0, 1, 1), nodes=3)
     for run in runs:
-        assert "two nodes have RANK 1" in run.error()
-    assert port_is_free(port)
+        assert "two nodes have RANK 1" in run.finish_with_error()
+    assert is_port_free(port)
 
 
 def test_nodes_with_different_world_sizes(flags):
-    port = free_port()
-    runs = [Command(flags, **cluster(port, nodes=2))]
-    runs.append(Command(flags | {"output_dir": f"{flags['output_dir']}-1"}, **cluster(port, nodes=3, node=1)))
+    port = find_free_port()
+    runs = [Command(flags, **get_cluster(port, nodes=2))]
+    runs.append(
+        Command(flags | {"output_dir": f"{flags['output_dir']}-1"}, **get_cluster(port, nodes=3, node=1))
+    )
     for run in runs:
-        assert "WORLD_SIZE is" in run.error()
+        assert "WORLD_SIZE is" in run.finish_with_error()
 
 
 def test_a_latecomer_does_not_end_the_run(endless):
     """Started with another WORLD_SIZE, or with a RANK that is taken, while the others train."""
-    port = free_port()
+    port = find_free_port()
     runs = start_nodes(endless | {"nproc_per_node": 1}, port)
-    runs[0].wait_for(saved_something(runs[0]))
+    runs[0].wait_for(watch_checkpoints(runs[0]))
     for number, (nodes, rank) in enumerate(((3, 2), (3, 1), (2, 1))):
         late = endless | {"output_dir": f"{endless['output_dir']}-late-{number}"}
-        status, output = ForkedRun(late, **cluster(port, nodes, rank)).finish()
+        status, output = ForkedRun(late, **get_cluster(port, nodes, rank)).finish()
         _, error = output.splitlines()  # after where it waits
         assert status == 1
         assert error.startswith("error: ")
@@ -208,7 +214,7 @@ def test_a_latecomer_does_not_end_the_run(endless):
 
 
 def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared):
-    port = free_port()
+    port = find_free_port()
     other = tmp_path / "other"
     other.mkdir()
     (other / "train.txt").write_text(
@@ -216,17 +222,17 @@ def test_settings_that_differ_are_named_by_both_nodes(flags, tmp_path, prepared)
     )
     change = {"learning_rate": 0.5, "data_dir": other, "workers": 1}
     for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, change):
-        error = run.error()
+        error = run.finish_with_error()
         for name in ("learning_rate (0.001 and 0.5)", "train_sha256", "train_lines (600 and 599)"):
             assert name in error
         assert "data_dir" not in error
         assert "workers" not in error
-    assert port_is_free(port)
+    assert is_port_free(port)
 
 
 def test_token_ids_that_differ_are_named(flags, tmp_path, prepared):
     """The recorded hash of the text is the same: what is compared is what is trained on."""
-    port = free_port()
+    port = find_free_port()
     other = shutil.copytree(prepared, tmp_path / "other")
     for split in ("train", "valid"):
         text = other / f"{split}.txt"
@@ -236,7 +242,7 @@ def test_token_ids_that_differ_are_named(flags, tmp_path, prepared):
             writer.append(store.tokens[::-1], store.offsets[1:])
             writer.commit()
     for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, {"data_dir": other}):
-        error = run.error()
+        error = run.finish_with_error()
         assert "train_ids_sha256" in error
         assert "valid_ids_sha256" in error
         assert "train_sha256" not in error
@@ -249,20 +255,22 @@ def test_validation_texts_that_differ_are_named(flags, tmp_path, prepared):
     with (other / "valid.txt").open("a") as text:
         text.write("one more line\n")
     for change in ({}, {"do_train": False, "do_eval": True}):
-        for run in start_nodes(flags | {"nproc_per_node": 1} | change, free_port(), {}, {"data_dir": other}):
-            assert "valid_sha256" in run.error()
+        for run in start_nodes(
+            flags | {"nproc_per_node": 1} | change, find_free_port(), {}, {"data_dir": other}
+        ):
+            assert "valid_sha256" in run.finish_with_error()
 
 
 def test_an_error_on_one_node_is_reported_on_both(flags):
-    port = free_port()
+    port = find_free_port()
     for run in start_nodes(flags | {"nproc_per_node": 1}, port, {}, {"vocab_path": "no.model"}):
-        assert "node 1 (" in run.error()
-        assert "no.model" in run.error()
-        assert not run.workers()
+        assert "node 1 (" in run.finish_with_error()
+        assert "no.model" in run.finish_with_error()
+        assert not run.find_workers()
 
 
 def test_batch_smaller_than_the_processes(flags):
-    error = Command(flags | {"train_batch_size": 6, "accumulative_update": 6}).error(status=2)
+    error = Command(flags | {"train_batch_size": 6, "accumulative_update": 6}).finish_with_error(status=2)
     assert "--train_batch_size 6" in error
     assert "at least 12" in error
 
@@ -285,7 +293,7 @@ def test_a_run_of_two_processes(flags):
     logs = {path.name: path.read_text() for path in (run.run_dir / "logs").glob("*.log")}
     assert logs.keys() == {"rank-0000.log", "rank-0001.log", "node-0000.log"}
     assert "step 6/6" in logs["rank-0000.log"]
-    kinds = [line["kind"] for line in metrics(run.run_dir)]
+    kinds = [line["kind"] for line in read_metrics_log(run.run_dir)]
     assert (kinds.count("train"), kinds.count("valid")) == (5, 3)
     assert json.loads((run.run_dir / "checkpoints" / "best.json").read_text())["step"] in (2, 4, 6)
     assert (run.run_dir / "generator" / "model.safetensors").exists()
@@ -310,17 +318,17 @@ def list_listeners(processes: list[int]) -> set[str]:
 def test_one_node_listens_on_loopback_and_no_stranger_ends_it_well(endless):
     """Another user of the machine writes a failure of status 0, with escape codes, to the store."""
     run = Command(endless, GLOO_SOCKET_IFNAME="eth0")
-    run.wait_for(saved_something(run))
-    workers = list(run.workers().values())
+    run.wait_for(watch_checkpoints(run))
+    workers = list(run.find_workers().values())
     assert list_listeners([run.process.pid, *workers]) == {"0100007F"}
     environment = Path(f"/proc/{workers[0]}/environ").read_text().split("\0")
     (port,) = [int(line.split("=")[1]) for line in environment if line.startswith("MASTER_PORT=")]
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=PATIENCE))
     failure = Failure("all\x1b[31m is\nwell").to_json().replace('"exit_status": 1', '"exit_status": 0')
     store.set("attempt-0/failure", failure)
-    assert "another node reported a failure that cannot be read" in run.error()
+    assert "another node reported a failure that cannot be read" in run.finish_with_error()
     assert "\x1b" not in run.printed.read_text()
-    assert not run.workers()
+    assert not run.find_workers()
 
 
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
@@ -332,7 +340,9 @@ def test_sharded_training_saves_full_checkpoints_and_models(flags, mode):
     for name in ("checkpoints/step-00000006", "generator", "discriminator"):
         found, expected = (load_file(run.run_dir / name / "model.safetensors") for run in (sharded, full))
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
-    for found, expected in zip(metrics(sharded.run_dir), metrics(full.run_dir), strict=True):
+    for found, expected in zip(
+        read_metrics_log(sharded.run_dir), read_metrics_log(full.run_dir), strict=True
+    ):
         assert found["generator_loss"] == pytest.approx(expected["generator_loss"], rel=1e-4)
         assert found["discriminator_loss"] == pytest.approx(expected["discriminator_loss"], rel=1e-4)
     shutil.rmtree(sharded.run_dir / "checkpoints" / "step-00000006")
@@ -343,43 +353,43 @@ def test_sharded_training_saves_full_checkpoints_and_models(flags, mode):
 
 def test_a_killed_data_worker_is_one_error(endless):
     run = Command(endless | {"workers": 1})
-    run.wait_for(saved_something(run))
-    os.kill(children(run.workers()[1])[0], signal.SIGKILL)
-    assert "a data worker died" in run.error()
-    assert not run.workers()
+    run.wait_for(watch_checkpoints(run))
+    os.kill(list_children(run.find_workers()[1])[0], signal.SIGKILL)
+    assert "a data worker died" in run.finish_with_error()
+    assert not run.find_workers()
 
 
 def test_a_killed_process_ends_the_run_on_both_nodes(endless):
-    port = free_port()
+    port = find_free_port()
     runs = start_nodes(endless | {"nproc_per_node": 1}, port)
-    runs[0].wait_for(saved_something(runs[0]))
-    os.kill(runs[1].workers()[1], signal.SIGKILL)
+    runs[0].wait_for(watch_checkpoints(runs[0]))
+    os.kill(runs[1].find_workers()[1], signal.SIGKILL)
     for run in runs:
-        error = run.error()
+        error = run.finish_with_error()
         assert "rank 1" in error
         assert "SIGKILL" in error
         assert "rank-0001.log" in error
-        assert not run.workers()
-    assert port_is_free(port)
+        assert not run.find_workers()
+    assert is_port_free(port)
 
 
 def test_a_stopped_process_ends_the_run(endless):
     """It receives no signal but SIGKILL; all processes end within `--dist_timeout` seconds."""
     run = Command(endless | {"dist_timeout": 30})
-    run.wait_for(saved_something(run))
-    os.kill(run.workers()[1], signal.SIGSTOP)
+    run.wait_for(watch_checkpoints(run))
+    os.kill(run.find_workers()[1], signal.SIGSTOP)
     stopped = time.monotonic()
-    error = run.error()
+    error = run.finish_with_error()
     assert time.monotonic() - stopped < 30
     assert "rank 0" in error
     assert "--dist_timeout 30 s" in error
-    assert not run.workers()
+    assert not run.find_workers()
 
 
 def test_processes_end_with_a_killed_launcher(endless):
     run = Command(endless)
-    run.wait_for(saved_something(run))
-    workers = run.workers()
+    run.wait_for(watch_checkpoints(run))
+    workers = run.find_workers()
     assert workers.keys() == {0, 1}
     pidfds = [os.pidfd_open(pid) for pid in workers.values()]
     run.process.kill()
@@ -393,8 +403,8 @@ def test_processes_end_with_a_killed_launcher(endless):
 def test_processes_end_with_a_launcher_killed_at_once(endless):
     """Before they have a handler for its end: they compare their parent with the one that started them."""
     run = Command(endless)
-    run.wait_for(lambda: run.workers().keys() == {0, 1})
-    workers = run.workers().values()
+    run.wait_for(lambda: run.find_workers().keys() == {0, 1})
+    workers = run.find_workers().values()
     run.process.kill()
     deadline = time.monotonic() + PATIENCE
     while any(map(is_running, workers)):
@@ -403,24 +413,24 @@ def test_processes_end_with_a_launcher_killed_at_once(endless):
 
 def test_a_signal_while_nodes_register(flags):
     """SIGUSR1 does nothing yet; SIGTERM ends the command, which still waits for the other node."""
-    port = free_port()
-    run = Command(flags, **cluster(port))
-    run.wait_for(lambda: not port_is_free(port))
+    port = find_free_port()
+    run = Command(flags, **get_cluster(port))
+    run.wait_for(lambda: not is_port_free(port))
     for number in (signal.SIGUSR1, signal.SIGTERM):
         run.process.send_signal(number)
     assert run.finish() == 143
-    (line,) = run.lines()
+    (line,) = run.read_lines()
     assert line == f"node 0 of 2, with node 0 at 127.0.0.1:{port}: waiting up to 20 s for the other nodes"
-    assert port_is_free(port)
+    assert is_port_free(port)
 
 
 def test_a_restart_resumes_from_the_last_checkpoint(flags):
     """On nodes with one and two processes, and with `--fresh`, which is for the first attempt."""
     flags |= {"max_restarts": 1, "num_training_steps": 200, "dump_interval": 20, "log_interval": 20}
-    port = free_port()
+    port = find_free_port()
     runs = start_nodes(flags | {"fresh": True}, port, {"nproc_per_node": 1}, {"nproc_per_node": 2})
-    runs[0].wait_for(saved_something(runs[0]))
-    workers = runs[1].workers()
+    runs[0].wait_for(watch_checkpoints(runs[0]))
+    workers = runs[1].find_workers()
     assert workers.keys() == {1, 2}
     os.kill(workers[2], signal.SIGKILL)
     for run in runs:

@@ -78,7 +78,7 @@ def name_curve(task: str, path: str, dropout: float) -> str:
     return f"{task}, dropout {dropout}, {masks}"
 
 
-def holds(actual: dict[str, list[float]], stored: dict[str, list[float]]) -> bool:
+def is_equal(actual: dict[str, list[float]], stored: dict[str, list[float]]) -> bool:
     """Return whether two curves agree but for rounding."""
     return actual.keys() == stored.keys() and all(
         actual[name] == pytest.approx(expected, rel=TOLERANCE[name], abs=TOLERANCE[name])
@@ -93,7 +93,7 @@ def test_loss_curve(task, path, dropout):
         pytest.skip("sdpa draws its own dropout masks, for which no curve is stored")
     stored = json.loads(STORED.read_text())[name_curve(task, path, dropout)]
     computed = compute_curve(task, path, dropout)
-    assert holds(computed, stored)
+    assert is_equal(computed, stored)
     falling = computed["generator_loss" if task == "RTD" else "loss"]
     assert falling[0] > 7.5
     assert falling[-1] < falling[0] - 0.5
@@ -105,7 +105,7 @@ def store_curves() -> None:
     for dropout, path in CURVES:
         for task in ("MLM", "RTD"):
             name, curve = name_curve(task, path, dropout), compute_curve(task, path, dropout)
-            if not holds(curve, curves.get(name, {})):
+            if not is_equal(curve, curves.get(name, {})):
                 curves[name] = curve
     STORED.write_text(json.dumps(curves, indent=1) + "\n")
 

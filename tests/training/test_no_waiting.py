@@ -39,7 +39,7 @@ class Copies(TorchDispatchMode):
         return operation(*args, **kwargs)
 
 
-def without_update(step: type[TrainingStep]) -> type[TrainingStep]:
+def remove_update(step: type[TrainingStep]) -> type[TrainingStep]:
     """Return the step without its update, which reads whether everything is finite."""
 
     class Gradients(step):
@@ -49,7 +49,7 @@ def without_update(step: type[TrainingStep]) -> type[TrainingStep]:
     return Gradients
 
 
-def on_meta(task: str, sharing: str, change: dict) -> nn.Module:
+def build_on_meta(task: str, sharing: str, change: dict) -> nn.Module:
     if task == "MLM":
         return MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | change)).to(META)
     values = tiny_rtd(sharing)
@@ -75,11 +75,11 @@ def on_meta(task: str, sharing: str, change: dict) -> nn.Module:
 )
 def test_a_step_never_waits(task, sharing, change, flags, monkeypatch):
     config = train_config(task_name=task, **flags)
-    model = on_meta(task, sharing, change)
+    model = build_on_meta(task, sharing, change)
     set_execution(model, config, META)
     # autocast knows real devices only.
     monkeypatch.setattr("DeBERTa.training.steps.autocast", lambda *_: torch.autocast("cpu", enabled=False))
-    step = without_update(MaskedLMStep if task == "MLM" else ReplacedTokenStep)
+    step = remove_update(MaskedLMStep if task == "MLM" else ReplacedTokenStep)
     training = step(model, config, "fp32", META, total_steps=10)
     with Copies() as copies:
         sums = training(random_batch())
@@ -96,7 +96,7 @@ def test_a_step_never_waits(task, sharing, change, flags, monkeypatch):
 
 def test_what_waits_is_found():
     """The public forward pass picks real positions with a mask: fine there, and raised here."""
-    model, batch = on_meta("RTD", "gdes", {}), random_batch().to(META)
+    model, batch = build_on_meta("RTD", "gdes", {}), random_batch().to(META)
     with pytest.raises(NotImplementedError, match="nonzero"):
         model.discriminate(batch.input_ids, batch.input_mask, batch.labels)
     with pytest.raises(RuntimeError, match="item"):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from DeBERTa.errors import LaunchError
 from DeBERTa.training.nodes import LONGEST_MESSAGE, Coordinator, Job, Member, read_failure
 from DeBERTa.training.worker import Failure
-from tests.commands import free_port
+from tests.commands import find_free_port
 
 UNREADABLE = "another node reported a failure that cannot be read: look at the messages of every node"
 FAILURE = asdict(Failure("x"))
@@ -30,7 +30,7 @@ STRANGE = [
 
 @pytest.fixture
 def node_0():
-    return Coordinator(Job(2, 0, "127.0.0.1", free_port(), 1), timeout=5)
+    return Coordinator(Job(2, 0, "127.0.0.1", find_free_port(), 1), timeout=5)
 
 
 @pytest.fixture

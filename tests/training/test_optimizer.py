@@ -146,18 +146,18 @@ def test_schedule():
 def test_other_schedules():
     """All rise as the linear one does; then half a cosine, a line over the last tenth, or nothing."""
 
-    def factors(schedule: str, end: float = 0.0) -> list[float]:
+    def list_factors(schedule: str, end: float = 0.0) -> list[float]:
         config = train_config(warmup=10.0, lr_schedule=schedule, lr_schedule_ends=end)
         return [compute_lr_factor(update, 100, config) for update in range(1, 101)]
 
     for schedule in ("cosine", "wsd", "constant"):
-        assert factors(schedule)[:10] == factors("linear")[:10]
-    cosine = factors("cosine", 0.2)
+        assert list_factors(schedule)[:10] == list_factors("linear")[:10]
+    cosine = list_factors("cosine", 0.2)
     assert (cosine[54], cosine[99]) == pytest.approx((0.6, 0.2))
     assert [a + b for a, b in zip(cosine[9:], cosine[:8:-1], strict=True)] == pytest.approx([1.2] * 91)
-    assert factors("wsd")[9:90] == [1.0] * 81
-    assert factors("wsd")[90:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-    assert factors("constant")[9:] == [1.0] * 91
+    assert list_factors("wsd")[9:90] == [1.0] * 81
+    assert list_factors("wsd")[90:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert list_factors("constant")[9:] == [1.0] * 91
 
 
 def test_warmup_in_steps_or_as_a_proportion():

@@ -11,9 +11,9 @@ import pytest
 
 from DeBERTa.config import TrainConfig
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
-from tests.commands import Command, metrics
+from tests.commands import Command, read_metrics_log
 from tests.conftest import GOLDEN, ROOT
-from tests.runs import copy_run, final_files, remove_after, run, tiny_flags
+from tests.runs import copy_run, read_final_files, remove_after, run, tiny_flags
 
 KINDS = [
     ("MLM", "gdes", {"max_ngram": 3}),
@@ -42,7 +42,7 @@ def test_resume_is_bitwise(tmp_path, prepared, task, sharing, more):
         status, output = run(flags | {"output_dir": resumed})
         assert status == 0, output
         assert f"resuming from step {first}" in output
-        assert final_files(resumed) == final_files(run_dir)
+        assert read_final_files(resumed) == read_final_files(run_dir)
     state = json.loads((get_checkpoint_path(run_dir, 6) / "state.json").read_text())
     assert (state["step"], state["seed"], state["epoch"], state["lines_into_epoch"]) == (6, 42, 2, 240)
 
@@ -68,11 +68,11 @@ def test_a_finished_run_is_made_longer(tmp_path, prepared, schedule, first, fact
     assert f"resuming from step {first} at {factor} of the peak learning rate" in output
     if factor == "1":
         assert run(longer | {"output_dir": tmp_path / "from-the-start"})[0] == 0
-        assert final_files(run_dir) == final_files(tmp_path / "from-the-start")
+        assert read_final_files(run_dir) == read_final_files(tmp_path / "from-the-start")
     assert run(longer | {"output_dir": interrupted})[0] == 0
     remove_after(interrupted, 8)
     assert run(longer | {"output_dir": interrupted})[0] == 0
-    assert final_files(interrupted) == final_files(run_dir)
+    assert read_final_files(interrupted) == read_final_files(run_dir)
     status, output = run(flags)
     assert status == 1
     assert "num_training_steps (10 there, 6 here)" in output
@@ -103,7 +103,7 @@ def test_a_run_of_epochs_is_made_longer(tmp_path, prepared, schedule, warmup, fa
     assert list_steps(run_dir)[-1] == 6
     if factor == "1":
         assert run(longer | {"output_dir": tmp_path / "from-the-start"})[0] == 0
-        assert final_files(run_dir) == final_files(tmp_path / "from-the-start")
+        assert read_final_files(run_dir) == read_final_files(tmp_path / "from-the-start")
 
 
 def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[str, bytes]]:
@@ -111,7 +111,7 @@ def prepare_run(folder: Path, prepared: Path, first: int) -> tuple[dict, dict[st
     flags = tiny_flags(folder, prepared) | {"dump_interval": 1, "num_training_steps": first + 1}
     status, output = run(flags)
     assert status == 0, output
-    expected = final_files(flags["output_dir"])
+    expected = read_final_files(flags["output_dir"])
     remove_after(flags["output_dir"], first)
     return flags, expected
 
@@ -130,14 +130,14 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path):
     }
     flags |= {"model_config": tmp_path / "model.json", "data_dir": tmp_path, "output_dir": run_dir}
     flags |= {"vocab_path": GOLDEN / "prepare" / "spm.model"}
-    expected = metrics(run_dir)
+    expected = read_metrics_log(run_dir)
     status, output = run(flags | {"kernels": "off"})  # draws other dropout masks
     assert status == 1
     assert "kernels (auto there, off here)" in output
     status, output = run(flags)
     assert status == 0, output
     assert "resuming from step 2" in output
-    resumed = metrics(run_dir)
+    resumed = read_metrics_log(run_dir)
     assert [line["step"] for line in resumed] == [line["step"] for line in expected] == [1, 2, 2, 3, 4, 4]
     for before, now in zip(expected, resumed, strict=True):
         losses = [name for name in before if name.endswith(("loss", "norm", "learning_rate"))]
@@ -153,7 +153,7 @@ def test_another_validation_split(tmp_path, prepared):
     data = shutil.copytree(prepared, tmp_path / "data")
     flags = tiny_flags(tmp_path, data, "MLM") | {"keep_last": 9}
     assert run(flags)[0] == 0
-    expected = final_files(flags["output_dir"])
+    expected = read_final_files(flags["output_dir"])
     remove_after(flags["output_dir"], 4)
     shutil.copy(data / "test.txt", data / "valid.txt")
     status, output = run(flags)
@@ -161,7 +161,7 @@ def test_another_validation_split(tmp_path, prepared):
     assert "warning: resuming with another validation split: valid_sha256 (" in output
     best = flags["output_dir"] / "checkpoints" / "best.json"
     losses = {}
-    for line in metrics(flags["output_dir"]):
+    for line in read_metrics_log(flags["output_dir"]):
         if line["kind"] == "valid":
             losses.setdefault(line["text_sha256"], {})[line["step"]] = line["loss"]
     first, second = losses.values()
@@ -175,7 +175,7 @@ def test_another_validation_split(tmp_path, prepared):
     assert status == 0, output
     assert "resuming with another validation split" in output
     assert json.loads(best.read_text())["loss"] == second[4]
-    newest = final_files(flags["output_dir"])
+    newest = read_final_files(flags["output_dir"])
     assert {name for name in expected if newest[name] != expected[name]} == {"metrics"}
 
 
@@ -196,7 +196,7 @@ def kill_at_every_call(killed: dict, start: Path, first: int, expected: dict, th
         assert (list_steps(run_dir) or [0])[-1] >= first, places[-1]
         status, output = run(killed)
         assert status == 0, (places[-1], output)
-        assert final_files(run_dir) == expected, places[-1]
+        assert read_final_files(run_dir) == expected, places[-1]
         assert not [*run_dir.rglob("*.tmp*"), *run_dir.rglob("*.part")], places[-1]
         number += 6 if re.search(r"/\.?(generator|discriminator)\.tmp", places[-1]) else 1
 
@@ -226,6 +226,6 @@ def test_command_killed_at_a_call(tmp_path, prepared):
     flags, expected = prepare_run(tmp_path, prepared, 1)
     killed = Command(flags, PYTHONPATH=str(ROOT / "tests" / "kill_at_call"), KILL_AT_CALL="30")
     assert killed.finish() == -signal.SIGKILL
-    assert killed.lines()[-1].startswith("killed at "), killed.lines()
+    assert killed.read_lines()[-1].startswith("killed at "), killed.read_lines()
     assert run(flags)[0] == 0
-    assert final_files(flags["output_dir"]) == expected
+    assert read_final_files(flags["output_dir"]) == expected

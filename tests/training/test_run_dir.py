@@ -33,7 +33,7 @@ from tests.conftest import GOLDEN, ROOT, tiny_model, tiny_rtd
 VOCABULARY = GOLDEN / "prepare" / "spm.model"
 
 
-def settings(**train: object) -> dict:
+def make_settings(**train: object) -> dict:
     return {
         "train": train,
         "model": {"generator": {"hidden_size": 8}},
@@ -44,21 +44,21 @@ def settings(**train: object) -> dict:
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    check_same_run(settings(seed=1, workers=2), settings(seed=1, workers=0), tmp_path)
+    check_same_run(make_settings(seed=1, workers=2), make_settings(seed=1, workers=0), tmp_path)
     with pytest.raises(ConfigError, match=r"seed \(1 there, 2 here\)"):
-        check_same_run(settings(seed=1), settings(seed=2), tmp_path)
-    other = settings(seed=1) | {"model": {"generator": {"hidden_size": 16}}}
+        check_same_run(make_settings(seed=1), make_settings(seed=2), tmp_path)
+    other = make_settings(seed=1) | {"model": {"generator": {"hidden_size": 16}}}
     with pytest.raises(ConfigError, match=r"generator.hidden_size \(8 there, 16 here\)"):
-        check_same_run(settings(seed=1), other, tmp_path)
+        check_same_run(make_settings(seed=1), other, tmp_path)
     # The flag may change, for example to the size that the config has; the size may not.
-    mlm, other = (settings(vocab_size=0) | {"model": {"vocab_size": rows}} for rows in (900, 832))
-    check_same_run(mlm, mlm | settings(vocab_size=900) | {"model": mlm["model"]}, tmp_path)
+    mlm, other = (make_settings(vocab_size=0) | {"model": {"vocab_size": rows}} for rows in (900, 832))
+    check_same_run(mlm, mlm | make_settings(vocab_size=900) | {"model": mlm["model"]}, tmp_path)
     with pytest.raises(ConfigError, match=r"vocab_size \(900 there, 832 here\)"):
         check_same_run(mlm, other, tmp_path)
 
 
 def test_a_setting_that_is_missing_is_shown_in_words(tmp_path, caplog):
-    check_same_run(settings(), settings() | {"validation": {"valid_sha256": None}}, tmp_path)
+    check_same_run(make_settings(), make_settings() | {"validation": {"valid_sha256": None}}, tmp_path)
     assert "valid_sha256 (b there, none here)" in caplog.text
     assert "None" not in caplog.text
 
@@ -81,8 +81,8 @@ def test_warm_up_in_steps_or_in_proportion(tmp_path, saved, given, is_same, is_s
     """Of a run of 6 steps, and of that run made longer."""
     for steps, is_accepted in ((6, is_same), (20, is_same_in_longer)):
         with contextlib.nullcontext() if is_accepted else pytest.raises(ConfigError, match="warmup"):
-            old = settings(num_training_steps=6, warmup=saved)
-            check_same_run(old, settings(num_training_steps=steps, warmup=given), tmp_path, step=6)
+            old = make_settings(num_training_steps=6, warmup=saved)
+            check_same_run(old, make_settings(num_training_steps=steps, warmup=given), tmp_path, step=6)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def no_more_files() -> Iterator[None]:
 
 WRITERS: list[Callable[[Path], object]] = [
     lambda path: write_checkpoint(path, Snapshot(1, {"a": torch.zeros(1)}, {}, {}, {}), 1, None),
-    lambda path: open_run_dir(path, settings(), {}, fresh=False),
+    lambda path: open_run_dir(path, make_settings(), {}, fresh=False),
     lambda path: write_json(path / "evaluation.json", {}),
 ]
 
@@ -122,15 +122,15 @@ def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, kind, fresh):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (os.mkfifo if kind == "pipe" else lambda path: path.symlink_to("/dev/zero"))(tmp_path / name)
     with pytest.raises(StorageError, match=rf"{name} is a pipe or a device; remove it"):
-        open_run_dir(tmp_path, settings(), {}, fresh)
+        open_run_dir(tmp_path, make_settings(), {}, fresh)
 
 
 def test_fresh_moves_the_previous_files(tmp_path):
     run_dir = tmp_path / "run"
-    assert open_run_dir(run_dir, settings(), {}, fresh=False)[0] == 0
+    assert open_run_dir(run_dir, make_settings(), {}, fresh=False)[0] == 0
     (run_dir / "metrics.jsonl").write_text("old\n")
     (run_dir / "logs").mkdir()
-    assert open_run_dir(run_dir, settings(), {}, fresh=True)[0] == 0
+    assert open_run_dir(run_dir, make_settings(), {}, fresh=True)[0] == 0
     assert sorted(path.name for path in run_dir.iterdir()) == [
         ".lock", "config.json", "environment.json", "logs"
     ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_fresh_on_a_linked_directory(tmp_path):
     run_dir.symlink_to(disk / "run")
     (run_dir / "metrics.jsonl").touch()
     (disk / "run.old-1").symlink_to("/nowhere")
-    open_run_dir(run_dir, settings(), {}, fresh=True)
+    open_run_dir(run_dir, make_settings(), {}, fresh=True)
     assert (disk / "run.old-2" / "metrics.jsonl").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run"]
 
@@ -180,7 +180,7 @@ def test_fresh_does_not_move_the_current_directory(tmp_path, monkeypatch, path):
     (tmp_path / "project" / "thesis.tex").touch()
     monkeypatch.chdir(tmp_path / "project")
     with pytest.raises(ConfigError, match=r"--fresh would move .*, which is in use"):
-        open_run_dir(Path(path.format(tmp_path)), settings(), {}, fresh=True)
+        open_run_dir(Path(path.format(tmp_path)), make_settings(), {}, fresh=True)
     assert (tmp_path / "project" / "thesis.tex").exists()
     assert list(tmp_path.iterdir()) == [tmp_path / "project"] or path == ".."
 
@@ -189,15 +189,19 @@ def test_fresh_does_not_move_the_current_directory(tmp_path, monkeypatch, path):
 def test_fresh_does_not_move_what_the_run_reads(tmp_path, name):
     (tmp_path / "run" / "data").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"--fresh would move .*/run/data, which is in use"):
-        open_run_dir(tmp_path / "run", settings(**{name: str(tmp_path / "run" / "data")}), {}, fresh=True)
+        open_run_dir(
+            tmp_path / "run", make_settings(**{name: str(tmp_path / "run" / "data")}), {}, fresh=True
+        )
     assert (tmp_path / "run" / "data").is_dir()
 
 
 def test_other_code_is_a_warning(tmp_path, caplog):
     """Unlike other settings: a run can be resumed with a newer version."""
-    check_same_run(settings(), settings(), tmp_path)
+    check_same_run(make_settings(), make_settings(), tmp_path)
     assert caplog.text == ""
-    check_same_run(settings(), settings() | {"code": {"package_sha256": "d", "torch": "2"}}, tmp_path)
+    check_same_run(
+        make_settings(), make_settings() | {"code": {"package_sha256": "d", "torch": "2"}}, tmp_path
+    )
     assert "resuming with other code: package_sha256 (c there, d here)" in caplog.text
 
 
@@ -206,13 +210,13 @@ def test_other_code_is_a_warning(tmp_path, caplog):
 def test_a_checkpoint_without_settings_is_refused(tmp_path, section, value):
     """It would match any run."""
     with pytest.raises(DamagedCheckpointError, match=f"config.json .* has no section '{section}'"):
-        check_same_run(settings() | {section: value}, settings(), tmp_path)
+        check_same_run(make_settings() | {section: value}, make_settings(), tmp_path)
 
 
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot write the run directory .* give another --output_dir"):
-        open_run_dir(tmp_path / "file" / "run", settings(), {}, fresh=False)
+        open_run_dir(tmp_path / "file" / "run", make_settings(), {}, fresh=False)
 
 
 def test_unfinished_files_are_removed(tmp_path):

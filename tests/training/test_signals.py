@@ -20,17 +20,17 @@ import pytest
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 from DeBERTa.training.signals import RunInterrupted, Signals
 from tests.conftest import ROOT
-from tests.processes import children, is_running, started_with
-from tests.runs import CONTEXT, PATIENCE, ForkedRun, command, final_files, run, tiny_flags
+from tests.processes import find_started, is_running, list_children
+from tests.runs import CONTEXT, PATIENCE, ForkedRun, build_arguments, read_final_files, run, tiny_flags
 
 
-def kinds(run_dir: Path) -> list[tuple[int, str]]:
+def read_kinds(run_dir: Path) -> list[tuple[int, str]]:
     return [
         (x["step"], x["kind"]) for x in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     ]
 
 
-def all_ended(processes: list[int], seconds: float = 60) -> bool:
+def wait_for_ends(processes: list[int], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict[str, bytes]]:
     flags = tiny_flags(folder, prepared) | {"num_training_steps": 60, "dump_interval": 40, "log_interval": 7}
     status, output = run(flags)
     assert status == 0, output
-    return flags, final_files(flags["output_dir"])
+    return flags, read_final_files(flags["output_dir"])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, undisturbed, number, worke
     found, output = run(flags)
     assert found == 0, output
     assert f"resuming from step {step}" in output
-    assert final_files(flags["output_dir"]) == expected
+    assert read_final_files(flags["output_dir"]) == expected
 
 
 def test_a_second_signal_ends_at_once(tmp_path, undisturbed):
@@ -116,7 +116,7 @@ def test_a_reader_that_ends_does_not_end_the_run(tmp_path, undisturbed, workers)
     process.wait_for("step 7/")
     process.stop_reading()
     assert process.finish()[0] == 0
-    assert final_files(flags["output_dir"]) == expected
+    assert read_final_files(flags["output_dir"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_reader_that_ends_does_not_end_the_run(tmp_path, undisturbed, workers)
 )
 def test_a_run_does_not_depend_on_its_console(tmp_path, prepared, redirection, more):
     flags = tiny_flags(tmp_path, prepared) | {"log_interval": 1} | more
-    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *command(flags)])
+    line = shlex.join([sys.executable, "-m", "DeBERTa.train", *build_arguments(flags)])
     script = f"{line} {redirection}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=ROOT, capture_output=True, check=False, timeout=PATIENCE
@@ -133,7 +133,7 @@ def test_a_run_does_not_depend_on_its_console(tmp_path, prepared, redirection, m
     assert done.returncode == 0
     assert list_steps(flags["output_dir"]) == [2, 4, 6]
     assert (flags["output_dir"] / "generator" / "model.safetensors").exists()
-    assert len(kinds(flags["output_dir"])) == 9
+    assert len(read_kinds(flags["output_dir"])) == 9
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_terminal_that_is_closed(tmp_path, prepared, more, is_ignored, status)
     if not process:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
         os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-m", "DeBERTa.train", *command(flags)])
+        os.execv(sys.executable, [sys.executable, "-m", "DeBERTa.train", *build_arguments(flags)])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     shown, metrics = b"", flags["output_dir"] / "metrics.jsonl"
     while not metrics.exists() or not metrics.read_text():  # written after the first step
@@ -156,7 +156,7 @@ def test_a_terminal_that_is_closed(tmp_path, prepared, more, is_ignored, status)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status, shown.decode()
     assert len(list_steps(flags["output_dir"])) == 1
-    assert not started_with(str(flags["output_dir"]))
+    assert not find_started(str(flags["output_dir"]))
 
 
 def test_usr1_saves_and_training_continues(tmp_path, undisturbed):
@@ -171,13 +171,13 @@ def test_usr1_saves_and_training_continues(tmp_path, undisturbed):
     assert len(steps) == 3
     assert 7 <= steps[0] < 40
     assert steps[1:] == [40, 60]
-    assert final_files(flags["output_dir"]) == expected
+    assert read_final_files(flags["output_dir"]) == expected
     for later in steps[1:]:  # resume from the extra checkpoint: its sums enter the next line of the log
         shutil.rmtree(get_checkpoint_path(flags["output_dir"], later))
     status, output = run(flags)
     assert status == 0
     assert f"resuming from step {steps[0]}" in output
-    assert final_files(flags["output_dir"]) == expected
+    assert read_final_files(flags["output_dir"]) == expected
 
 
 @pytest.mark.parametrize("name", [None, "deberta-train"])
@@ -215,10 +215,10 @@ def test_a_signal_during_evaluation(tmp_path, prepared, undisturbed):
     status, output = process.finish()
     assert status == 143, output
     assert "Traceback" not in output
-    assert kinds(tmp_path / "run") == [(1, "train"), (2, "train")]
+    assert read_kinds(tmp_path / "run") == [(1, "train"), (2, "train")]
     verify(checkpoint)
     assert run(flags | {"output_dir": tmp_path / "run"})[0] == 0
-    assert final_files(tmp_path / "run") == final_files(tmp_path / "undisturbed")
+    assert read_final_files(tmp_path / "run") == read_final_files(tmp_path / "undisturbed")
 
 
 def _receive_twice() -> None:
@@ -267,7 +267,7 @@ def test_a_killed_data_worker(tmp_path, undisturbed):
     flags = flags | {"output_dir": tmp_path / "run", "workers": 2, "dump_interval": 10}
     process = ForkedRun(flags, live=True)
     process.wait_for("saved ")
-    workers = children(process.pid)
+    workers = list_children(process.pid)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     status, output = process.finish()
@@ -275,12 +275,12 @@ def test_a_killed_data_worker(tmp_path, undisturbed):
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1].startswith("error: a data worker died")
     assert "--workers" in output
-    assert all_ended(workers)
+    assert wait_for_ends(workers)
     status, output = run(flags | {"dump_interval": 40})
     assert status == 0
     assert "resuming from step" in output
     names = [name for name in expected if name.endswith("safetensors")]
-    ours = final_files(flags["output_dir"])
+    ours = read_final_files(flags["output_dir"])
     assert len(names) == 3
     assert {name: ours[name] for name in names} == {name: expected[name] for name in names}
 
@@ -289,11 +289,11 @@ def test_data_workers_end_with_a_killed_run(tmp_path, undisturbed):
     flags = undisturbed[0] | {"output_dir": tmp_path / "run", "workers": 2}
     process = ForkedRun(flags, live=True)
     process.wait_for("step 7/")
-    workers = children(process.pid)
+    workers = list_children(process.pid)
     assert len(workers) == 2
     os.kill(process.pid, signal.SIGKILL)
     assert process.finish()[0] == -9
-    assert all_ended(workers)
+    assert wait_for_ends(workers)
 
 
 @pytest.mark.parametrize("more", [{}, {"nproc_per_node": 2}], ids=["one rank", "two ranks"])
@@ -307,8 +307,8 @@ def test_a_signal_while_a_batch_does_not_come(tmp_path, undisturbed, more):
     process = ForkedRun(flags | {"dump_interval": 10, "log_interval": 1})
     while not list_steps(run_dir):
         assert is_running(process.pid)
-    ranks = children(process.pid) if more else [process.pid]
-    worker = min(children(max(ranks)))  # an evaluation has one of its own
+    ranks = list_children(process.pid) if more else [process.pid]
+    worker = min(list_children(max(ranks)))  # an evaluation has one of its own
     started = [*ranks, worker]
     os.kill(worker, signal.SIGSTOP)
     before = -1
@@ -319,8 +319,8 @@ def test_a_signal_while_a_batch_does_not_come(tmp_path, undisturbed, more):
     os.kill(process.pid, signal.SIGTERM)
     status, output = process.finish()
     assert status == 143, output
-    assert all_ended(started)
-    assert not started_with(str(run_dir))
+    assert wait_for_ends(started)
+    assert not find_started(str(run_dir))
     if more:
         assert list_steps(run_dir) == saved
         return

@@ -16,12 +16,12 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CPU = torch.device("cpu")
 
 
-def mlm_model() -> MaskedLanguageModel:
+def build_mlm() -> MaskedLanguageModel:
     torch.manual_seed(0)
     return MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | NO_DROPOUT))
 
 
-def rtd_model(sharing: str = "gdes") -> RTDModel:
+def build_rtd(sharing: str = "gdes") -> RTDModel:
     torch.manual_seed(0)
     config = tiny_rtd(sharing)
     return RTDModel(
@@ -29,7 +29,7 @@ def rtd_model(sharing: str = "gdes") -> RTDModel:
     )
 
 
-def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def copy_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
@@ -40,7 +40,7 @@ def assert_same(ours: dict, theirs: dict, **tolerance) -> None:
 
 def test_decoupled_step_by_hand():
     """Generator update, then the discriminator on samples from before it and tables from after it."""
-    model = rtd_model()
+    model = build_rtd()
     by_hand = copy.deepcopy(model)
     config = train_config(task_name="RTD", learning_rate=1e-2, discriminator_learning_rate=2e-3, warmup=0.0)
     training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
@@ -81,7 +81,7 @@ def test_accumulation_changes_nothing(micro_batches, decoupled):
     assert len(set((batch.labels > 0).sum(1).view(micro_batches, -1).sum(1).tolist())) > 1
     states, norms = [], []
     for accumulative_update in (1, micro_batches):
-        model = rtd_model()
+        model = build_rtd()
         config = train_config(
             task_name="RTD",
             accumulative_update=accumulative_update,
@@ -92,7 +92,7 @@ def test_accumulation_changes_nothing(micro_batches, decoupled):
         training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
         training.set_learning_rate(1)
         norms.append(average_losses(training(batch)))
-        states.append(state(model))
+        states.append(copy_state(model))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert_same(*states, atol=1e-7, rtol=1e-4)
 
@@ -100,7 +100,7 @@ def test_accumulation_changes_nothing(micro_batches, decoupled):
 @pytest.mark.parametrize("limit", [0.5, 0.0])
 def test_clipping(limit):
     """The reported norm is that before clipping; 0 does not clip."""
-    model = mlm_model()
+    model = build_mlm()
     training = MaskedLMStep(model, train_config(max_grad_norm=limit), "fp32", CPU, total_steps=10)
     seen = []
 
@@ -115,7 +115,7 @@ def test_clipping(limit):
 
 def test_gradients_have_the_layout_of_their_parameters(path):
     """PyTorch's fused AdamW on a CPU reads gradients as they lie in memory."""
-    model = select_path(rtd_model(), path)
+    model = select_path(build_rtd(), path)
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "bf16", CPU, total_steps=10)
     strides = {}
 
@@ -149,7 +149,7 @@ def test_a_step_on_two_threads_repeats_bit_for_bit(path, decoupled):
             training.set_learning_rate(1)
             sums = [training(batch) for _ in range(2)]
             states.append(
-                state(model) | {f"sum {n} {k}": v for n, s in enumerate(sums) for k, v in s.items()}
+                copy_state(model) | {f"sum {n} {k}": v for n, s in enumerate(sums) for k, v in s.items()}
             )
     first, second = states
     assert first.keys() == second.keys()
@@ -161,7 +161,7 @@ def test_low_precision_stays_near_float32(precision):
     """Weights stay float32; losses agree to the format's rounding (8 or 11 bits, a few layers)."""
     losses = {}
     for kind in ("fp32", precision):
-        model = rtd_model()
+        model = build_rtd()
         training = ReplacedTokenStep(model, train_config(task_name="RTD"), kind, CPU, total_steps=10)
         training.set_learning_rate(1)
         torch.manual_seed(0)
@@ -172,10 +172,10 @@ def test_low_precision_stays_near_float32(precision):
 
 
 def test_fp16_scales_the_loss_and_recovers_from_overflow():
-    model = mlm_model()
+    model = build_mlm()
     training = MaskedLMStep(model, train_config(learning_rate=1e-3), "fp16", CPU, total_steps=10)
     training.set_learning_rate(1)
-    before = state(model)
+    before = copy_state(model)
     training.scaler.scale(torch.zeros(1))  # the scaler starts at its first use
     training.scaler.update(2.0**60)  # overflows: the update must be skipped and the scale lowered
     training(random_batch())
@@ -191,7 +191,7 @@ def test_fp16_scales_the_loss_and_recovers_from_overflow():
 @pytest.mark.parametrize(("sharing", "decoupled"), [("es", True), ("gdes", False), ("gdes", True)])
 def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, value, broken):
     """A joint update is skipped; decoupled, the discriminator's with the generator's, not the reverse."""
-    model = rtd_model(sharing)
+    model = build_rtd(sharing)
     config = train_config(task_name="RTD", decoupled_training=decoupled)
     training = ReplacedTokenStep(model, config, "fp16", CPU, total_steps=10)
     training.set_learning_rate(1)
@@ -199,7 +199,7 @@ def test_fp16_overflow_in_one_model_never_spoils_the_other(sharing, decoupled, v
     training.scaler.update(16.0)
     name = f"{broken}.deberta.encoder.layer.0.output.dense.weight"
     dict(model.named_parameters())[name].register_hook(lambda gradient: gradient + value)
-    before = state(model)
+    before = copy_state(model)
     training(random_batch())
     changed = {
         key.split(".")[0]
@@ -215,10 +215,10 @@ def test_a_batch_without_masks_trains_the_discriminator_only():
     batch = random_batch()
     labels = torch.zeros_like(batch.labels)
     empty = Batch.from_tensors(batch.input_ids, batch.input_mask, labels, batch.uniforms)
-    model = rtd_model()
+    model = build_rtd()
     training = ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
     training.set_learning_rate(1)
-    before = state(model)
+    before = copy_state(model)
     metrics = average_losses(training(empty))
     assert metrics["generator_loss"] is None
     assert metrics["discriminator_loss"] > 0

@@ -20,16 +20,16 @@ from tests.commands import (
     ENDLESS,
     PATIENCE,
     Command,
-    cluster,
-    free_port,
-    metrics,
-    port_is_free,
-    saved_something,
+    find_free_port,
+    get_cluster,
+    is_port_free,
+    make_two_process_flags,
+    read_metrics_log,
     start_nodes,
-    two_process_flags,
+    watch_checkpoints,
 )
-from tests.processes import children, is_running, started_with
-from tests.runs import ForkedRun, final_files, run_pair
+from tests.processes import find_started, is_running, list_children
+from tests.runs import ForkedRun, read_final_files, run_pair
 
 # Imported by each process at its start: fsync for the checkpoint of step 4 is slow.
 SLOW_DISK = """
@@ -45,7 +45,7 @@ os.fsync = fsync
 
 @pytest.fixture
 def flags(prepared, tmp_path) -> dict:
-    return two_process_flags(tmp_path, prepared)
+    return make_two_process_flags(tmp_path, prepared)
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_a_signal_to_the_launcher_ends_the_run_after_a_save(endless, number):
     command.wait_for(lambda: "step 10/" in command.printed.read_text())
     command.process.send_signal(number)
     assert command.finish() == 128 + number, command.printed.read_text()
-    assert saved_something(command)()
-    assert not command.workers()
+    assert watch_checkpoints(command)()
+    assert not command.find_workers()
     assert "Traceback" not in command.printed.read_text()
 
 
@@ -78,24 +78,24 @@ def test_a_signal_to_launcher_and_processes_at_once(endless):
     """As a service manager ends a job: each process receives it twice, and saves all the same."""
     command = Command(endless | {"dump_interval": 1_000_000})
     command.wait_for(lambda: "step 10/" in command.printed.read_text())
-    for process in (*command.workers().values(), command.process.pid):
+    for process in (*command.find_workers().values(), command.process.pid):
         os.kill(process, signal.SIGTERM)
     assert command.finish() == 143, command.printed.read_text()
-    assert saved_something(command)()
-    assert not command.workers()
+    assert watch_checkpoints(command)()
+    assert not command.find_workers()
 
 
 def test_a_signal_to_one_process_ends_all(endless):
-    port = free_port()
+    port = find_free_port()
     runs = start_nodes(endless | {"nproc_per_node": 1, "dump_interval": 1_000_000}, port)
     runs[0].wait_for(lambda: "step 10/" in runs[0].printed.read_text())
-    os.kill(runs[1].workers()[1], signal.SIGTERM)
+    os.kill(runs[1].find_workers()[1], signal.SIGTERM)
     for node in runs:
         assert node.finish() == 143, node.printed.read_text()
-        assert not node.workers()
-    assert saved_something(runs[0])()
-    assert not saved_something(runs[1])()  # node 0 writes
-    assert port_is_free(port)
+        assert not node.find_workers()
+    assert watch_checkpoints(runs[0])()
+    assert not watch_checkpoints(runs[1])()  # node 0 writes
+    assert is_port_free(port)
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +103,19 @@ def undisturbed(tmp_path_factory, prepared) -> tuple[dict, dict]:
     """Return flags of a run of two ranks that saves at steps 2, 4 and 6, and its final files."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(prepared, folder / "data", ignore=shutil.ignore_patterns("valid*", "test*"))
-    flags = two_process_flags(folder, folder / "data") | {
+    flags = make_two_process_flags(folder, folder / "data") | {
         "dist_timeout": 60,
         "log_interval": 1,
         "keep_last": 9,
     }
-    status, output = run_pair(flags, free_port())
+    status, output = run_pair(flags, find_free_port())
     assert status == 0, output
-    return flags, result(flags["output_dir"])
+    return flags, read_result(flags["output_dir"])
 
 
-def result(run_dir: Path) -> dict:
+def read_result(run_dir: Path) -> dict:
     """Return newest weights and moments, final models, and the training lines of the log."""
-    files = final_files(run_dir)
+    files = read_final_files(run_dir)
     return files | {"metrics": [line for line in json.loads(files["metrics"]) if line["kind"] == "train"]}
 
 
@@ -150,7 +150,7 @@ class SlowRun(ForkedRun):
         """Return its exit status; no process of it is left."""
         self.process.join(PATIENCE)
         assert not is_running(self.pid), self.log.read_text()
-        assert not started_with(str(self.run_dir))
+        assert not find_started(str(self.run_dir))
         return self.finish()[0]
 
 
@@ -163,10 +163,10 @@ def list_valid_checkpoints(run_dir: Path) -> list[int]:
 
 def assert_resumes(flags: dict, step: int, expected: dict) -> None:
     """Assert that the same command resumes from `step` and ends with the bits of the undisturbed run."""
-    status, output = run_pair(flags, free_port())
+    status, output = run_pair(flags, find_free_port())
     assert status == 0, output
     assert f"resuming from step {step}" in output, output
-    assert result(flags["output_dir"]) == expected
+    assert read_result(flags["output_dir"]) == expected
     assert not list(flags["output_dir"].glob("checkpoints/*.tmp"))
 
 
@@ -181,13 +181,13 @@ def test_a_signal_while_two_processes_evaluate(tmp_path, undisturbed, evaluated)
     }
     stopped = SlowRun(flags, tmp_path, 0.2)
     stopped.wait_for(stopped.slow.exists)
-    for process in (*children(stopped.pid), stopped.pid):
+    for process in (*list_children(stopped.pid), stopped.pid):
         os.kill(process, signal.SIGTERM)
     assert stopped.end() == 143, stopped.log.read_text()
     assert list_valid_checkpoints(tmp_path / "run") == [4]
-    assert {line["kind"] for line in metrics(tmp_path / "run")} == {"train"}
+    assert {line["kind"] for line in read_metrics_log(tmp_path / "run")} == {"train"}
     assert_resumes(flags | {"eval_batch_size": 300}, 4, expected)
-    assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "valid"] == [4, 6]
+    assert [line["step"] for line in read_metrics_log(tmp_path / "run") if line["kind"] == "valid"] == [4, 6]
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -195,17 +195,17 @@ def test_a_signal_to_one_node_while_two_evaluate(tmp_path, undisturbed, evaluate
     """Both end with its status; node 0 completes a checkpoint that takes longer than `GRACE_SECONDS`."""
     seconds = 1.2 * GRACE_SECONDS / 6 if node == 1 else 0
     change = {"nproc_per_node": 1, "data_dir": evaluated, "dump_interval": 4, "eval_batch_size": 1}
-    port = free_port()
+    port = find_free_port()
     runs = []
     for number in (0, 1):
         flags = undisturbed[0] | change | {"output_dir": tmp_path / f"run-{number}"}
-        runs.append(SlowRun(flags, tmp_path, seconds, **cluster(port, node=number)))
+        runs.append(SlowRun(flags, tmp_path, seconds, **get_cluster(port, node=number)))
     runs[0].wait_for((runs[0].slow if seconds else get_checkpoint_path(runs[0].run_dir, 4)).exists)
     os.kill(runs[node].pid, signal.SIGTERM)
     assert [run.end() for run in runs] == [143, 143], runs[0].log.read_text() + runs[1].log.read_text()
     assert f"stopped by SIGTERM on node {node}" in runs[1 - node].log.read_text()
     assert list_valid_checkpoints(tmp_path / "run-0") == [4]
-    assert {line["kind"] for line in metrics(tmp_path / "run-0")} == {"train"}
+    assert {line["kind"] for line in read_metrics_log(tmp_path / "run-0")} == {"train"}
 
 
 def test_a_signal_while_a_checkpoint_of_two_processes_is_written(tmp_path, undisturbed):
@@ -243,10 +243,10 @@ def test_a_restarted_run_keeps_its_bits(tmp_path, undisturbed):
     flags = flags | {"output_dir": tmp_path / "run", "max_restarts": 1}
     disturbed = SlowRun(flags, tmp_path, 0.2)
     disturbed.wait_for(disturbed.slow.exists)
-    os.kill(max(children(disturbed.pid)), signal.SIGKILL)
+    os.kill(max(list_children(disturbed.pid)), signal.SIGKILL)
     assert disturbed.end() == 0, disturbed.log.read_text()
     printed = disturbed.log.read_text()
     assert "SIGKILL" in printed
     assert "restart 1 of 1" in printed
     assert "resuming from step" in printed
-    assert result(flags["output_dir"]) == expected
+    assert read_result(flags["output_dir"]) == expected

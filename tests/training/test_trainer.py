@@ -12,7 +12,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig
 from DeBERTa.errors import NonFiniteError
 from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.trainer import check_finite_weights
-from tests.commands import free_port, metrics
+from tests.commands import find_free_port, read_metrics_log
 from tests.conftest import tiny_model
 from tests.runs import copy_run, remove_after, run, run_pair, tiny_flags
 
@@ -44,7 +44,7 @@ def test_metrics_continue_across_a_resume(tmp_path, prepared):
     assert status == 0, output
     assert "resuming from step 2" in output
     for run_dir in (flags["output_dir"], cut):
-        lines = [line for line in metrics(run_dir) if line["kind"] == "train"]
+        lines = [line for line in read_metrics_log(run_dir) if line["kind"] == "train"]
         assert [line["tokens_seen"] for line in lines] == [
             TOKENS_PER_STEP * step for step in (1, 2, 3, 4, 5, 6)
         ]
@@ -63,7 +63,7 @@ def test_metrics_continue_across_a_resume(tmp_path, prepared):
 
 def test_only_rank_0_writes_to_the_console(tmp_path, prepared):
     flags = tiny_flags(tmp_path, prepared)
-    status, output = run_pair(flags, free_port())
+    status, output = run_pair(flags, find_free_port())
     assert status == 0, output
     assert "step 6/6" in output
     assert "saved" in output
@@ -94,7 +94,7 @@ def test_a_validation_set_without_masked_tokens(tmp_path, prepared, task):
     assert "warning: valid: " in output
     assert "loss is undefined: no token was masked" in output
     prefix = "generator_" if task == "RTD" else ""
-    recorded = [line for line in metrics(flags["output_dir"]) if line["kind"] == "valid"]
+    recorded = [line for line in read_metrics_log(flags["output_dir"]) if line["kind"] == "valid"]
     recorded.append(json.loads((flags["output_dir"] / "evaluation.json").read_text())["valid"])
     assert len(recorded) == 4
     for line in recorded:

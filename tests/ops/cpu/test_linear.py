@@ -36,20 +36,20 @@ def test_linear(shape):
     x, weight, bias = torch.randn(2, rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     grad = torch.randn(2, rows, outputs)
 
-    def results(compute, dtype):
+    def compute_results(compute, dtype):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias)]
         out = compute(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
-    exact = results(F.linear, torch.float64)
+    exact = compute_results(F.linear, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = results(apply_linear, torch.float32), results(F.linear, torch.float32)
+        ours, theirs = compute_results(apply_linear, torch.float32), compute_results(F.linear, torch.float32)
     assert [tensor.dtype for tensor in ours] == [torch.bfloat16, *[torch.float32] * 3]
     for mine, usual, right in zip(ours, theirs, exact, strict=True):
         error, allowed = (float((tensor.double() - right).norm()) for tensor in (mine, usual))
         assert error <= 1.1 * allowed + 1e-6
     torch.testing.assert_close(
-        results(apply_linear, torch.float32), results(F.linear, torch.float32), rtol=0, atol=0
+        compute_results(apply_linear, torch.float32), compute_results(F.linear, torch.float32), rtol=0, atol=0
     )
 
 

@@ -30,11 +30,11 @@ def compare(case: dict, device: str = "cpu") -> dict[str, float]:
     slots = slots - slots.min()
     rows = int(slots.max()) + 1
 
-    def leaf(*shape: int) -> torch.Tensor:
+    def draw_leaf(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, device=device) * 0.5).to(dtype).requires_grad_()
 
-    qkv = leaf(B, L, 3, H, D)
-    tables = {name: leaf(H, rows, D) for name in ("c2p", "p2c") if name in terms}
+    qkv = draw_leaf(B, L, 3, H, D)
+    tables = {name: draw_leaf(H, rows, D) for name in ("c2p", "p2c") if name in terms}
     mask = torch.ones(B, L, dtype=torch.bool, device=device)
     mask[-1, L - 3 :] = False
     seed = torch.tensor([SEED], device=device)
@@ -67,14 +67,14 @@ def compare(case: dict, device: str = "cpu") -> dict[str, float]:
     reference = (probs @ v).transpose(1, 2) * mask[:, :, None, None]
     expected = torch.autograd.grad(reference, exact, grad.double())
 
-    def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    def measure_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
         return float(((actual.double() - wanted).norm() / wanted.norm()).detach())
 
     names = ["qkv", *tables]
-    errors = {name: error(a, w) for name, a, w in zip(names, gradients, expected, strict=True)}
+    errors = {name: measure_error(a, w) for name, a, w in zip(names, gradients, expected, strict=True)}
     again = torch.autograd.grad(attend(qkv, tuple(expanded), mask, (p, seed)), [qkv], grad)
     errors["differs between calls"] = float(not torch.equal(again[0], gradients[0]))
-    return {"context": error(context, reference)} | errors
+    return {"context": measure_error(context, reference)} | errors
 
 
 if __name__ == "__main__":
