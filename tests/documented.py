@@ -26,6 +26,7 @@ NOT_RUN = {
     r"^python experiments/track\.py": "needs a tracker; tests/test_track.py runs it with TensorBoard",
     r"--glue ": "needs `datasets` and a network",
     r"^python experiments/finetune/": "needs labeled files; tests/experiments/test_finetune.py runs it",
+    r"^python experiments/ablations/bert": "needs a run; tests/experiments/test_ablations.py trains one",
     r"^python experiments/ablations/run": "takes hours; tests/slow/test_ablations.py runs it at a small size",
     r"^pip download": "needs a network",
     r"tests/run\.sh tests/slow": "runs slow tests, among them the one of these commands",

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from DeBERTa.config import ModelConfig, RTDConfig, read_json
+from DeBERTa.config import ModelConfig, RTDConfig, TrainConfig, read_json
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import DataError
+from DeBERTa.errors import ConfigError, DataError
 from DeBERTa.hub.weights import write_tensors
+from experiments.ablations.bert import build_bert, train
 from experiments.ablations.run import ARMS, WORDS, build_config, count_flops, main, measure_cosines
 from experiments.ablations.table import draw_curves, format_interval, format_tables, read_results
 from tests.conftest import GOLDEN, ROOT, strip_times, tiny_model
@@ -159,3 +160,17 @@ def test_plots(tmp_path):
 def test_the_default_model_is_there():
     config = read_json(ROOT / "experiments" / "ablations" / "model.json")
     assert all(build_config(arm, config) for arm in ARMS)
+
+
+def test_bert_of_transformers(prepared):
+    """It takes the configs and the batches of runs, starts at the entropy of a uniform guess, and learns."""
+    pytest.importorskip("transformers", reason="the package transformers is not installed")
+    data = {"data_dir": str(prepared), "vocab_path": str(prepared / "spm.model"), "max_seq_length": 64}
+    rates = {"learning_rate": 2e-3, "warmup": 1.0, "lr_schedule": "constant", "train_batch_size": 32}
+    absolute = tiny_model() | ARMS["mlm-absolute"]
+    model = build_bert(ModelConfig.from_dict(absolute), seed=1)
+    losses = train(model, TrainConfig(**data, **rates, num_training_steps=20), 20)
+    assert losses[0] == pytest.approx(math.log(absolute["vocab_size"]), rel=0.02)
+    assert losses[-1] < losses[0] - 0.2
+    with pytest.raises(ConfigError, match="its model is not a BERT"):
+        build_bert(ModelConfig.from_dict(tiny_model()), seed=1)
