@@ -57,7 +57,7 @@ def test_what_is_missing():
         found = run(program=program, DEBERTA_CACHE="/proc/cache", HF_ENDPOINT=mirror)
     assert found["cache"][1].endswith("it cannot be written: name another directory in DEBERTA_CACHE")
     assert "make room, or give --output_dir on another disk" in found["disk"][1]
-    assert found["shared memory"][1].startswith("shared memory: 0.0 MB; data workers need more: ")
+    assert found["shared memory"][1].startswith("shared memory: 0.0 MB; data workers need 1 MB for locks: ")
     assert found["network"] == ("ok", "network: 127.0.0.1")
     found = run(HF_ENDPOINT="mirror.example", CXX="/nowhere/g++")
     assert found["kernels"][1].endswith("; set CXX to a C++ compiler, or unset it")

@@ -89,7 +89,8 @@ def test_picture(tmp_path):
     """A chart of the loss: a curve of the training, one of the validation; well-formed XML."""
     picture = ET.fromstring(draw_curves(read_made_run(tmp_path)))
     namespace = "{http://www.w3.org/2000/svg}"
-    train, valid = picture.iter(f"{namespace}polyline")
+    (train,) = picture.iter(f"{namespace}polyline")
+    (valid,) = picture.iter(f"{namespace}circle")  # one evaluation
     assert train.get("points").split()[-1] == "390.0,186.0"  # the last step, the lowest loss
     assert valid.get("class") == "curve c1"
     texts = ["".join(text.itertext()) for text in picture.iter(f"{namespace}text")]

@@ -226,7 +226,7 @@ def test_a_generator_in_a_repository_of_its_own(tmp_path):
             hub.files = {path.name: path.read_bytes() for path in (tmp_path / model.name).iterdir()}
             found[model.name] = subprocess.run(
                 [sys.executable, "-c", FIND_GENERATOR, tmp_path / "generator" / "config.json"],
-                cwd=ROOT, env=os.environ | hub.environment(tmp_path / f"hub-{model.name}"),
+                cwd=ROOT, env=os.environ | hub.build_environment(tmp_path / f"hub-{model.name}"),
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
     assert found["generator"].returncode == 0, found["generator"].stderr

@@ -140,10 +140,10 @@ def test_fresh_moves_the_previous_files(tmp_path):
 FRESH_THREE_TIMES = """
 from pathlib import Path
 from DeBERTa.training.run_dir import open_run_dir
-from tests.training.test_run_dir import settings
+from tests.training.test_run_dir import make_settings
 for number in range(3):
     Path("{run}/metrics.jsonl").write_text(str(number))
-    assert open_run_dir(Path("{run}"), settings(), {{}}, fresh=True)[0] == 0
+    assert open_run_dir(Path("{run}"), make_settings(), {{}}, fresh=True)[0] == 0
 print([Path("{run}/old-%d/metrics.jsonl" % number).read_text() for number in (1, 2, 3)])
 """
 
