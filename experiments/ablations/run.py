@@ -82,11 +82,16 @@ def train_all() -> None:
         for arm in flags.arms:
             config = build_config(arm, base)
             key = {"arm": arm, "seed": seed, "flops": reference, "model_sha256": hash_values(config)}
-            results = read_results(flags.results) if flags.results.exists() else []
-            if any(key.items() <= result.items() for result in results):
+            if has_result(flags.results, key):
                 continue
             result = key | train(arm, seed, config, reference, flags.work)
-            append_line(flags.results, json.dumps(result))
+            if not has_result(flags.results, key):  # another process may have finished the same run
+                append_line(flags.results, json.dumps(result))
+
+
+def has_result(path: Path, key: dict[str, Any]) -> bool:
+    """Return whether a run is among the results."""
+    return path.exists() and any(key.items() <= result.items() for result in read_results(path))
 
 
 def parse_arguments() -> argparse.Namespace:
