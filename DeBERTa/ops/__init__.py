@@ -7,7 +7,7 @@ Parameters and their names stay. Deleting this package leaves plain PyTorch.
 | device | attention                                   | everything else      |
 | ------ | ------------------------------------------- | -------------------- |
 | CPU    | blocked (cpu/attention.py)                  | C++ kernels (cpu/)   |
-| CUDA   | triton (triton/) where it has been run,     | losses.py, and       |
+| CUDA   | triton (triton/) where it was measured,     | losses.py, and       |
 |        | else sdpa (attention.py)                    | autocast.py or       |
 |        |                                             | compiled layers      |
 """
@@ -64,15 +64,16 @@ def _choose_attention(model: nn.Module, device: torch.device, attention: str, is
     """Return the attention that `attention` selects for `model` on `device`."""
     if attention not in ("auto", "triton"):
         return attention
-    sizes = sorted({m.head_size for m in model.modules() if isinstance(m, DisentangledSelfAttention)})
-    if attention == "triton":
-        for obstacle in filter(None, (triton.find_obstacle(device, size) for size in sizes)):
-            raise ConfigError(f"--attention triton: {obstacle}; use --attention auto")
-        return attention
+    is_default = attention == "auto"
+    sizes = {m.head_size for m in model.modules() if isinstance(m, DisentangledSelfAttention)}
+    found = [triton.find_obstacle(device, size, is_default) for size in sorted(sizes)]
+    obstacles = [obstacle for obstacle in found if obstacle is not None]
+    if attention == "triton" and obstacles:
+        raise ConfigError(f"--attention triton: {obstacles[0]}; use --attention auto")
     if device.type == "cpu":
         return "eager" if is_compiled else "blocked"
     if device.type == "cuda":
-        return "sdpa" if any(triton.find_doubt(device, size) for size in sizes) else "triton"
+        return "sdpa" if obstacles else "triton"
     return "eager"
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from DeBERTa import RTDConfig, RTDModel
-from DeBERTa.ops.triton.launch import has_run
 from DeBERTa.training.execution import set_execution
 from tests.conftest import tiny_rtd
 from tests.ops.triton.cases import compare
@@ -31,7 +30,10 @@ def test_agrees_with_float64(dtype, terms, shape):
     assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
-@pytest.mark.parametrize("flags", [{"compile": False}, {"compile": True}, {"attention": "sdpa"}])
+FLAGS = [{"attention": "triton", "compile": is_compiled} for is_compiled in (False, True)]
+
+
+@pytest.mark.parametrize("flags", [*FLAGS, {"attention": "sdpa"}])
 def test_full_model(monkeypatch, flags):
     """Losses and gradients of an RTD model in float32 agree with plain PyTorch's, compiled or not."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -43,8 +45,7 @@ def test_full_model(monkeypatch, flags):
     fast = copy.deepcopy(plain)
     config = train_config(tf32=False, **flags)
     device = torch.device("cuda")
-    usual = "triton" if has_run(torch.cuda.get_device_capability(device), 32) else "sdpa"
-    assert set_execution(fast, config, device)["attention"] == flags.get("attention", usual)
+    assert set_execution(fast, config, device)["attention"] == flags["attention"]
     batch = random_batch(length=40).to(device)
     results = []
     for model in (plain, fast):

@@ -7,13 +7,16 @@ import importlib.util
 
 import torch
 
-from DeBERTa.ops.triton.launch import CAPABILITIES, HEAD_SIZES, has_run
+from DeBERTa.ops.triton.launch import CAPABILITIES, HEAD_SIZES, MEASURED
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def find_obstacle(device: torch.device, head_size: int) -> str | None:
-    """Return why the kernels cannot run here, or None if they can."""
+def find_obstacle(device: torch.device, head_size: int, is_default: bool = False) -> str | None:
+    """Return why the kernels cannot run here, or None if they can.
+
+    is_default: also return why they are not the default where they can run.
+    """
     if device.type != "cuda":
         return f"its kernels need a CUDA GPU, not a {device.type.upper()}"
     if not HAS_TRITON:
@@ -23,16 +26,6 @@ def find_obstacle(device: torch.device, head_size: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability not in CAPABILITIES:
         return f"its kernels have not been compiled for compute capability {capability[0]}.{capability[1]}"
+    if is_default and (capability, head_size) not in MEASURED:
+        return f"its kernels have not been measured on this GPU with heads of {head_size}"
     return None
-
-
-def find_doubt(device: torch.device, head_size: int) -> str | None:
-    """Return why `--attention auto` takes another attention, or None if it takes this."""
-    obstacle = find_obstacle(device, head_size)
-    capability = torch.cuda.get_device_capability(device) if obstacle is None else (0, 0)
-    if obstacle is None and not has_run(capability, head_size):
-        return (
-            f"its kernels have not been run on compute capability {capability[0]}.{capability[1]} with heads "
-            f"of {head_size}; --attention triton runs them"
-        )
-    return obstacle

@@ -11,6 +11,8 @@ SEQUENCES = 4  # per program of the kernel that sums table gradients
 HEAD_SIZES = (32, 64, 128)
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 HOPPER = (9, 0)
+# Capabilities and head sizes for which a GPU has shown that the kernels are right, and faster than sdpa.
+MEASURED = {(HOPPER, 64)}
 
 
 class Launch(NamedTuple):
@@ -32,14 +34,6 @@ class LaunchTable(NamedTuple):
 
 def get_launch_table(capability: tuple[int, int], head_size: int) -> LaunchTable:
     """Return the launch options for one compute capability and head size."""
-    if has_run(capability, head_size):
+    if capability == HOPPER and head_size <= 64:
         return LaunchTable(64, Launch(4, 2))
     return LaunchTable(32, Launch(4, 1))
-
-
-def has_run(capability: tuple[int, int], head_size: int) -> bool:
-    """Return whether a GPU has shown that the kernels are right and fast.
-
-    That is, faster than sdpa. Others have been compiled and interpreted only.
-    """
-    return capability == HOPPER and head_size <= 64
