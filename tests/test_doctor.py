@@ -17,7 +17,7 @@ def run(*before, program="", first="", **environment):
     code = f"{first}\nimport sys, DeBERTa.doctor as doctor\n{program}\nsys.exit(doctor.main())"
     result = subprocess.run(
         [*before, sys.executable, "-c", code],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert not result.stderr
     lines = [line.split("\t") for line in result.stdout.splitlines()]
