@@ -2,8 +2,9 @@
 
 Shapes: B lines, L length.
 
-A masked line is a pure function of its ids and its uniform values. Every line takes the same number of them
-(`count_draws`), so that any slice of a batch can be masked separately with the same result.
+A masked line is a pure function of its tokens and its uniform values, whatever the padding. Every line takes
+the same number of them (`count_draws`), so that any slice of a batch can be masked separately with the same
+result.
 """
 
 from typing import NamedTuple
@@ -27,15 +28,17 @@ class MaskedLines(NamedTuple):
 
 
 class Masker:
-    """Masks 15 % of the ordinary tokens.
+    """Masks 15 % of the ordinary tokens, or of the words.
 
     [CLS], [SEP], [UNK] and padding are never masked.
 
     With `max_ngram` 1, single tokens are drawn without replacement, all equally likely. Above 1, spans of n
-    words are drawn with p(n) proportional to 1/n (DeBERTa, section 4.1.1), spread uniformly with at least one
-    word between any two. Only the first and last words of a line are masked less often, since a span reaches
-    them from one side. `is_always_masked` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK],
-    10 % unchanged, 10 % a random token (MLM).
+    words are drawn with p(n) proportional to 1/n (ALBERT, section 4.1), spread uniformly with at least
+    one word between any two. The first and last words of a line are masked less often than others, since a
+    span reaches them from one side.
+
+    `is_always_masked` replaces every masked token by [MASK] (RTD) instead of 80 % [MASK], 10 % unchanged,
+    10 % a random token (MLM).
     """
 
     def __init__(self, tokenizer: Tokenizer, max_ngram: int, is_always_masked: bool) -> None:
@@ -47,7 +50,7 @@ class Masker:
 
     @staticmethod
     def count_draws(length: int) -> int:
-        """Return how many uniform values a line of `length` tokens takes.
+        """Return how many uniform values a line of at most `length` tokens takes.
 
         The number is a multiple of 4, the block size of numpy's Philox.
         """
@@ -56,11 +59,12 @@ class Masker:
     def __call__(self, ids: np.ndarray, uniforms: np.ndarray) -> MaskedLines:
         """Mask lines of token ids.
 
-        `ids`: int [B, L], padded with [PAD]. `uniforms`: float64 [B, at least count_draws(L)] in [0, 1).
+        `ids`: int [B, L], padded with [PAD]. `uniforms`: float64 [B, count_draws(N)] in [0, 1) for any N of
+        at least L; the same N gives the same masks for every L.
         """
         length = ids.shape[1]
         # Column 0 of span_draws rounds the number of spans or tokens; the others draw span lengths.
-        span_draws, keys, kind, other = np.split(uniforms[:, : 4 * (length + 1)], 4, axis=1)
+        span_draws, keys, kind, other = np.split(uniforms, 4, axis=1)
         kinds = self.kinds[ids]
         if self.max_ngram == 1:
             is_masked = _sample_tokens(kinds != SPECIAL, span_draws[:, 0], keys[:, :length])

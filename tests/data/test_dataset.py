@@ -113,6 +113,41 @@ def test_evaluation_holds_every_line_once_with_its_own_masks(prepared, tokenizer
     assert torch.equal(torch.cat([batch.uniforms for batch in batches]), one.uniforms)
 
 
+@pytest.mark.parametrize("max_ngram", [1, 3])
+def test_masks_do_not_depend_on_padding(tmp_path, prepared, tokenizer, max_ngram):
+    """Lines of all lengths have the same masks in batches, and on ranks, that are padded to other lengths."""
+    pieces = (prepared / "train.txt").read_text(encoding="utf-8").split()
+    lines = [" ".join(pieces[62 * i : 62 * i + 2 + 13 * i % 60]) for i in range(60)]
+    (tmp_path / "train.txt").write_text("\n".join(lines), encoding="utf-8")
+    store = open_store(tmp_path / "train.txt", tokenizer, max_tokens=62)
+    masker = Masker(tokenizer, max_ngram, is_always_masked=False)
+
+    def list_rows(batches) -> list[tuple]:
+        """Return ids, labels and uniform values of the tokens of each line."""
+        return [
+            (ids[is_real].tolist(), labels[is_real].tolist(), uniforms[is_real].tolist())
+            for batch in batches
+            for ids, is_real, labels, uniforms in zip(
+                batch.input_ids, batch.input_mask, batch.labels, batch.uniforms, strict=True
+            )
+        ]
+
+    def list_evaluated(size: int) -> list[tuple]:
+        return list_rows(
+            EvaluationBatches(store, tokenizer, masker, dataclasses.replace(PLAN, batch_size=size))
+        )
+
+    together = list_evaluated(60)
+    assert any(any(labels) for _, labels, _ in together)
+    assert list_evaluated(1) == list_evaluated(7) == together
+    one = list_rows([open_training(store, tokenizer, masker)[5]])
+    for world_size in (2, 24):
+        ranks = [
+            open_training(store, tokenizer, masker, rank=r, world_size=world_size) for r in range(world_size)
+        ]
+        assert list_rows(rank[5] for rank in ranks) == one
+
+
 def test_short_lines_are_padded_to_the_longest_of_the_batch(tmp_path, tokenizer, masker):
     (tmp_path / "train.txt").write_text("▁the ▁of\n▁the " + "s " * 19 + "\n", encoding="utf-8")
     store = open_store(tmp_path / "train.txt", tokenizer, max_tokens=62)
