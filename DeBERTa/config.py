@@ -335,7 +335,7 @@ class ModelConfig(Config):
 class RTDConfig(Config):
     """Generator, discriminator, and their embedding sharing.
 
-    Source: DeBERTaV3, section 3.3.
+    Source: DeBERTaV3, sections 3.2 and 3.3.
     """
 
     generator: ModelConfig
@@ -429,7 +429,7 @@ class TrainConfig(Config):
     vocab_path: str = _flag("", "SentencePiece model of the data", rules=INPUT)
     vocab_type: str = _flag("spm", "kind of vocabulary", ("spm",), rules=HIDDEN)
     max_seq_length: int = _flag(512, "sequence length with [CLS] and [SEP]", Bounds(3), "tokens")
-    max_ngram: int = _flag(1, "longest masked span; 1: single tokens", FROM_ONE, "words", task="MLM")
+    max_ngram: int = _flag(1, "longest masked span, in words; 1: single tokens", FROM_ONE, task="MLM")
     train_batch_size: int = _flag(256, "batch size over all ranks", FROM_ONE, "sequences per optimizer step")
     accumulative_update: int = _flag(1, "micro-batches per step of a rank, to need less memory", FROM_ONE)
     eval_batch_size: int = _flag(32, "batch size of the evaluation", FROM_ONE, "sequences", RESUME)

@@ -1,7 +1,7 @@
 """Disentangled self-attention (DeBERTa, section 3.1) in plain PyTorch.
 
 Shapes: B batch, L keys, M queries, H heads, D head size, h hidden size.
-S is the number of rows of the relative-position table.
+S rows of the relative-position table: those of the distances that occur.
 """
 
 import math
@@ -42,9 +42,9 @@ def map_to_slots(distances: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 class RelativePositions(NamedTuple):
     """Relative positions of sequences of one length.
 
-    table: [S, h], the rows of the relative-position table that can occur.
-    distance_slots: int64 [2L - 1], the row of each distance from L - 1 down to -(L - 1).
-    slots: int64 [L, L], the row of query i and key j: delta(i, j) of the paper.
+    table: [S, h], the rows of the relative-position table that occur at this length.
+    distance_slots: int64 [2L - 1], the row in `table` of each distance from L - 1 down to -(L - 1).
+    slots: int64 [L, L], the row in `table` of query i and key j; delta(i, j) of the paper, in buckets.
     """
 
     table: torch.Tensor
@@ -59,7 +59,7 @@ class Keys(NamedTuple):
     slots: int64 [L, L], or [B, M, L] for queries at selected positions.
     key_table: [H, S, D], the projected relative-position table.
     position_to_content: [B, H, M, L], scores of the p2c term, which do not depend on the queries' content.
-    The last three are None where a term is not in use.
+    `slots` is None without relative attention, the last two are where their term is not in use.
     """
 
     k: torch.Tensor

@@ -54,8 +54,8 @@ class EnhancedMaskDecoder(nn.Module):
 
     With `position_biased_input` the last layer is applied as usual. Otherwise absolute positions enter here:
     the layer is applied twice with keys and values from its own input H, and queries that start as H +
-    position embeddings. In both cases only masked positions are read, so queries, feed-forward and head are
-    computed for these alone.
+    position embeddings, as in the published code (the paper starts from position embeddings). In both cases
+    only masked positions are read, so queries, feed-forward and head are computed for these alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -98,7 +98,7 @@ class EnhancedMaskDecoder(nn.Module):
 class ReplacedTokenHead(nn.Module):
     """LayerNorm(h_0 + h_i), linear map, activation and one logit per token.
 
-    h_0 is the hidden state of [CLS].
+    h_0 is the hidden state of [CLS], added as in the published code; the papers do not say so.
     """
 
     def __init__(self, config: ModelConfig) -> None:

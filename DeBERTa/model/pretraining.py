@@ -164,7 +164,7 @@ class ReplacedTokenDetectionModel(nn.Module):
     ) -> DetectionLoss:
         """Return the sums of `forward` that training needs.
 
-        Padding has weight 0.
+        input_ids: the corrupted ids. Padding has weight 0.
         """
         logits = self.compute_logits(input_ids, input_mask, shared).float()
         is_real, replaced = input_mask > 0, is_replaced(input_ids, labels)

@@ -1,9 +1,9 @@
 """Embedding sharing between generator and discriminator: GDES, ES and NES.
 
-Source: DeBERTaV3, section 3.3.
+Source: DeBERTaV3, sections 3.2 and 3.3.
 
 Sharing is explicit: the discriminator's forward pass receives the generator's tables as tensors, and each
-kind of table uses them in its own way. Shapes: V rows, E embedding width.
+kind of table uses them in its own way. Shapes: V rows (tokens, or positions), E embedding width.
 
 | sharing | the discriminator's table is           | kind of table    | gradient of the RTD loss goes to |
 | ------- | -------------------------------------- | ---------------- | -------------------------------- |
@@ -79,7 +79,7 @@ EmbeddingTable = OwnTable | ResidualTable | GeneratorTable
 
 
 def make_table(sharing: str, rows: int, width: int) -> EmbeddingTable:
-    """Create the discriminator's table for "gdes", "es" or "nes"."""
+    """Create a table for "gdes", "es" or "nes"; a model that shares none has "nes"."""
     if sharing == "es":
         return GeneratorTable()
     return ResidualTable(rows, width) if sharing == "gdes" else OwnTable(rows, width)

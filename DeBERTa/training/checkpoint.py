@@ -3,8 +3,8 @@
     checkpoints/step-00010000/
         model.safetensors   weights, residuals of shared tables included
         optimizer.pt        moments, loss scaler, windows of losses, sums of the logging interval
-        state.json          step, seed, position in the data, elapsed seconds, versions
-        config.json         settings, model, data and vocabulary fingerprints
+        state.json          step, elapsed seconds; for the reader: seed, epoch, ranks, skipped steps, versions
+        config.json         settings, model config, fingerprints of data, vocabulary and code
         manifest.json       size and SHA-256 of the files above
 
 A checkpoint is written to a temporary directory: the files, then the manifest, each synced to disk. Then the

@@ -55,8 +55,9 @@ def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> flo
 
     It rises linearly to 1 at the end of warm-up, then decays to `lr_schedule_ends` at update `total_steps`:
     along a line, half a cosine (Loshchilov and Hutter, SGDR, equation 5), or a line that starts after 90 % of
-    the updates (`wsd`: warm-up, stable, decay; Hu et al., MiniCPM, section 4). It depends on nothing else, so
-    that a resumed run, also one made longer, has the rates of an uninterrupted one.
+    the updates (`wsd`: warm-up, stable, decay; Hu et al., MiniCPM, section 4, with an exponential decay). A
+    skipped update counts. The factor depends on nothing else, so that a resumed run, also one made longer,
+    has the rates of an uninterrupted one.
     """
     warmup, end = count_warmup_steps(config.warmup, total_steps), config.lr_schedule_ends
     if update < warmup:

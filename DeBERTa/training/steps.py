@@ -157,7 +157,7 @@ class TrainingStep:
 
 
 class MaskedLMStep(TrainingStep):
-    """Masked language modeling (DeBERTa, section 3.2; BERT, section 3.1)."""
+    """Masked language modeling (DeBERTa, section 2.2; BERT, section 3.1)."""
 
     model: MaskedLanguageModel
 
