@@ -33,10 +33,9 @@ def describe_dry_run(run: Run) -> str:
     folder = next(path for path in run.run_dir.absolute().parents if path.is_dir())
     evaluations = math.ceil(steps / config.dump_interval)
     disk = check_disk_space(folder, run.model, evaluations, config.keep_last)
-    step_seconds = time_steps(run)
+    step_seconds, length = time_steps(run)
     evaluation_seconds = time_evaluation(run)
     total = format_duration(steps * step_seconds + evaluations * evaluation_seconds)
-    length = config.max_seq_length
     flops = config.train_batch_size * length * count_flops_per_token(run.model.config, length)
     kind = "allocated on the GPU" if device.type == "cuda" else "resident"
     checks = {name: f"{found}{'; ' if advice else ''}{advice}" for name, found, advice in check_machine()}
@@ -54,25 +53,27 @@ def describe_dry_run(run: Run) -> str:
     return format_rows(describe_run(run, 0) | needs)
 
 
-def time_steps(run: Run) -> float:
-    """Take a few steps, and return the seconds per step.
+def time_steps(run: Run) -> tuple[float, int]:
+    """Take a few steps, and return the seconds per step and the padded length.
 
     The first ones do not count, nor does the last, during which a checkpoint is held as while one is written.
     """
     training, number = run.training, WARM_UP + MEASURED + 1
     training.set_learning_rate(1)
     run.model.train()
-    snapshot, started, seconds = None, 0.0, 0.0
+    snapshot, started, seconds, lengths = None, 0.0, 0.0, 0
     batches = load_batches(run.train_batches, range(number), run.config.workers)
     for step, batch in enumerate(batches, start=1):
         training(batch)
         if step == WARM_UP:
             started = read_clock(training.device)
+        if WARM_UP < step <= WARM_UP + MEASURED:
+            lengths += batch.input_ids.size(1)
         if step == WARM_UP + MEASURED:
             seconds = read_clock(training.device) - started
             snapshot = take_snapshot(run, step)
     del snapshot
-    return seconds / MEASURED
+    return seconds / MEASURED, round(lengths / MEASURED)
 
 
 def time_evaluation(run: Run) -> float:

@@ -124,7 +124,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
     batches = open_training(config, tokenizer, masker) if config.do_train else None
     # Not the size of the vocabulary: a generator can sample a row past it.
     rows = model_config.models[0].vocab_size
-    counts = batches.store.count_ids(rows) if batches and is_rtd else None
+    counts = count_tokens(batches.store, tokenizer, rows) if batches and is_rtd else None
     evaluation = open_evaluation(config, tokenizer, masker, counts)
 
     torch.manual_seed(config.seed)
@@ -278,6 +278,16 @@ def open_evaluation(
     }
 
 
+def count_tokens(store: TokenStore, tokenizer: Tokenizer, num_ids: int) -> np.ndarray:
+    """Count each id in the training text, int64 [num_ids].
+
+    Every line has one [CLS] and one [SEP].
+    """
+    counts = store.count_ids(num_ids)
+    counts[[tokenizer.cls_id, tokenizer.sep_id]] = counts.sum() * len(store) // store.meta.num_tokens
+    return counts
+
+
 def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     """Return the number of optimizer steps of the run.
 
@@ -286,7 +296,8 @@ def count_steps(config: TrainConfig, batches: TrainingBatches) -> int:
     if config.num_training_steps:
         return config.num_training_steps
     lines_per_step = config.train_batch_size * (1 - batches.replay.share)
-    steps = math.ceil(config.num_train_epochs * len(batches.store) / lines_per_step)
+    epochs = Fraction(str(config.num_train_epochs))  # exact: 1.1 epochs of 10 steps are 11 steps
+    steps = math.ceil(epochs * len(batches.store) / lines_per_step)
     dataclasses.replace(config, num_training_steps=steps).validate("--num_train_epochs is too large: ")
     return steps
 

@@ -16,7 +16,6 @@ TESTED_ELSEWHERE = {
     "ops/cpu/modules.py": "golden figures on every path: model/test_golden.py; where: ops/test_selection.py",
     "ops/triton/launch.py": "every entry of its tables is compiled: ops/triton/test_kernels.py",
     "ops/triton/modules.py": "against plain models on a GPU: gpu/test_triton.py",
-    "training/interval.py": "lines of full runs: test_train.py, training/test_trainer.py",
 }
 
 

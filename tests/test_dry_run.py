@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from DeBERTa import RTDConfig
+from DeBERTa.model.flops import count_flops_per_token
 from tests.commands import find_free_port
 from tests.conftest import ROOT, strip_times
 from tests.runs import PATIENCE, build_arguments, tiny_flags
@@ -81,6 +83,20 @@ def test_report(tmp_path, prepared):
     assert [path.name for path in sorted(tmp_path.iterdir()) if path not in before] == [
         f"{Path(flags['output_dir']).name}.dry-run"
     ]
+
+
+def test_compute_of_short_lines(tmp_path, prepared):
+    """Batches are padded to their longest line: 5 tokens up to a multiple of 8."""
+    flags = make_preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "valid"):
+        (data / f"{split}.txt").write_text("▁the ▁of ▁and\n" * 50, encoding="utf-8")
+    rows = read_rows(train(flags | {"data_dir": data, "vocab_size": 8064}))
+    config = RTDConfig.from_json(CONFIGS / "rtd_tiny.json")
+    assert {model.vocab_size for model in config.models} == {8064}
+    step = float(re.search(r", (\S+) per step: ", rows["compute"])[1])
+    assert step == pytest.approx(8 * 8 * count_flops_per_token(config, 8), rel=0.01)
 
 
 def test_it_belongs_to_training(tmp_path, prepared):

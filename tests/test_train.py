@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches
+from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.flags import parse_flags
-from DeBERTa.train import get_full_model
+from DeBERTa.train import count_steps, get_full_model
 from DeBERTa.training.checkpoint import write_manifest
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
 from tests.runs import read_final_files, run, tiny_flags
@@ -424,3 +426,18 @@ def test_a_model_of_one_process_is_full(sharding):
     """It is not built a second time."""
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
     assert get_full_model(train_config(sharding=sharding), model) is model
+
+
+@pytest.mark.parametrize(
+    ("lines", "batch_size", "epochs", "steps"),
+    [(100, 10, 1.1, 11), (100, 5, 2.2, 44), (100, 10, 1.11, 12), (101, 10, 1.0, 11), (100, 10, 3.0, 30)],
+)
+def test_steps_of_decimal_epochs(tmp_path, tokenizer, lines, batch_size, epochs, steps):
+    (tmp_path / "train.txt").write_text("▁the ▁of\n" * lines, encoding="utf-8")
+    store = open_store(tmp_path / "train.txt", tokenizer, max_tokens=62)
+    batches = TrainingBatches(store, tokenizer, Masker(tokenizer, 1, True), BatchPlan(1, batch_size, 64))
+    required = {"model_config": "m.json", "data_dir": "data", "vocab_path": "spm.model", "output_dir": "run"}
+    config = train_config(
+        num_training_steps=0, num_train_epochs=epochs, train_batch_size=batch_size, **required
+    )
+    assert count_steps(config, batches) == steps

@@ -92,6 +92,8 @@ class SdpaSelfAttention(JointSelfAttention):
 
     def attend(self, q: torch.Tensor, keys: Keys) -> torch.Tensor:
         """Return the context [B, M, H * D] of scaled queries [B, H, M, D]."""
+        if q.size(2) == 0:  # the bias would have no gradient, instead of zeros
+            return super().attend(q, keys)
         bias = keys.position_to_content
         if keys.key_table is not None and keys.slots is not None:
             c2p = self.compute_content_to_position(q, keys.key_table, keys.slots)

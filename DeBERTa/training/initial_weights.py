@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 GENERATOR_FILE = "pytorch_model.generator.bin"
 VOCABULARY_FILE, CONFIG_FILE = "spm.model", "config.json"
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+# Settings that shapes of weights show, and that have no default in a config.json.
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "attention_head_size",
+)  # fmt: skip
 
 
 def load_initial_weights(
@@ -146,7 +151,7 @@ def find_in_directory(directory: Path, role: str) -> Path:
 def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
     """Raise `ConfigError` for other settings of a kind that shapes do not show.
 
-    They are compared with the `config.json` next to the file.
+    They are compared with the `config.json` next to the file, in which a missing setting has its default.
     """
     config_path = path.with_name(CONFIG_FILE)
     values = read_json(config_path) if config_path.is_file() else {}
@@ -154,7 +159,10 @@ def check_silent_settings(path: Path, role: str, config: ModelConfig) -> None:
         values = models.get(role, models)
     fields = config.to_dict()
     known = {k: v for k, v in convert_hub_config(values, str(config_path)).items() if k in fields}
-    there = describe_computation(ModelConfig.from_dict(fields | known, str(config_path)))
+    if not known:
+        return
+    sizes = {name: fields[name] for name in SIZES}
+    there = describe_computation(ModelConfig.from_dict(sizes | known, str(config_path)))
     differing = [
         f"{name} ({format_value(there.get(name))} there, {format_value(value)} here)"
         for name, value in describe_computation(config).items()
@@ -183,6 +191,6 @@ def describe_computation(config: ModelConfig) -> dict[str, object]:
     if config.position_terms:
         described["share_att_key"] = config.share_att_key
         described["norm_rel_ebd"] = config.norm_rel_ebd
-        described["position_buckets"] = config.position_span
+        described["position_buckets"] = max(config.position_buckets, 0)
         described["max_relative_positions"] = config.max_distance
     return described

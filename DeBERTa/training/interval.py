@@ -29,10 +29,11 @@ class Interval:
     def add(self, sums: Sums, tokens: int, is_finite: bool) -> None:
         """Add a step's sums and real tokens.
 
-        Losses are added only if `is_finite`. Of the gradient norms, those of the last step are stored.
+        Losses are added only if `is_finite`. Of the gradient norms, those of the last step are stored:
+        a step without an update of the discriminator has none of it.
         """
         norms = {name: value for name, value in sums.items() if name.endswith("grad_norm")}
-        self.norms |= norms
+        self.norms = norms
         if is_finite:
             add(self.sums, {name: sums[name].detach().double() for name in sums if name not in norms})
         self.tokens += tokens

@@ -55,19 +55,27 @@ def compute_lr_factor(update: int, total_steps: int, config: TrainConfig) -> flo
 
     It rises linearly to 1 at the end of warm-up, then decays to `lr_schedule_ends` at update `total_steps`:
     along a line, half a cosine (Loshchilov and Hutter, SGDR, equation 5), or a line that starts after 90 % of
-    the updates (`wsd`: warm-up, stable, decay; Hu et al., MiniCPM, section 4, with an exponential decay). A
-    skipped update counts. The factor depends on nothing else, so that a resumed run, also one made longer,
+    the updates (`wsd`: warm-up, stable, decay; Hu et al., MiniCPM, section 4, with exponential decay).
+    Skipped updates count. The factor depends on nothing else, so that a resumed run, also one made longer,
     has the rates of an uninterrupted one.
     """
     warmup, end = count_warmup_steps(config.warmup, total_steps), config.lr_schedule_ends
     if update < warmup:
         return update / warmup
-    start = max(warmup, round(WSD_DECAY_START * total_steps)) if config.lr_schedule == "wsd" else warmup
+    start = find_decay_start(config, total_steps)
     if config.lr_schedule == "constant" or update <= start or total_steps <= start:
         return 1.0
     if config.lr_schedule == "cosine":
         return end + (1 - end) * (1 + math.cos(math.pi * (update - start) / (total_steps - start))) / 2
     return 1 - (1 - end) * (update - start) / (total_steps - start)
+
+
+def find_decay_start(config: TrainConfig, total_steps: int) -> int:
+    """Return the last update with the peak learning rate."""
+    warmup = count_warmup_steps(config.warmup, total_steps)
+    if config.lr_schedule != "wsd":
+        return warmup
+    return max(warmup, min(round(WSD_DECAY_START * total_steps), total_steps - 1))
 
 
 def describe_schedule(config: TrainConfig, total_steps: int) -> str:
@@ -76,7 +84,7 @@ def describe_schedule(config: TrainConfig, total_steps: int) -> str:
     if kind == "constant":
         return f"warm-up {warmup:,}, constant"
     if kind == "wsd":
-        kind = f"linear decay from step {round(WSD_DECAY_START * total_steps):,}"
+        kind = f"linear decay from step {find_decay_start(config, total_steps):,}"
     else:
         kind += " decay"
     return f"warm-up {warmup:,}, {kind} to {config.lr_schedule_ends:g}"

@@ -1,12 +1,17 @@
 """PyTorch's fused attention; tests/model/test_attention.py compares it with the formula."""
 
+import copy
+
 import pytest
 import torch
 
-from DeBERTa import ModelConfig
+from DeBERTa import MaskedLanguageModel, ModelConfig
+from DeBERTa.data.batch import Batch
 from DeBERTa.model.attention import DisentangledSelfAttention, Keys
 from DeBERTa.ops.attention import SdpaSelfAttention
+from DeBERTa.training.execution import set_execution
 from tests.conftest import tiny_model
+from tests.training.batches import train_config
 
 
 def make(p: float) -> SdpaSelfAttention:
@@ -64,3 +69,24 @@ def test_scores_are_not_saved():
         assert torch.equal(mine, expected)
         gradients = (torch.autograd.grad((out * weights).sum(), (q, table)) for out in (mine, expected))
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("terms", ["c2p", "p2c", "p2c|c2p", "none"])
+@pytest.mark.parametrize("share_att_key", [True, False])
+def test_without_a_masked_token_gradients_are_those_of_the_plain_model(terms, share_att_key):
+    """Zeros, not None: ranks reduce the same gradients whatever their batches are."""
+    config = tiny_model() | {"pos_att_type": terms, "share_att_key": share_att_key}
+    torch.manual_seed(0)
+    plain = MaskedLanguageModel(ModelConfig.from_dict(config))
+    fused = copy.deepcopy(plain)
+    set_execution(fused, train_config(attention="sdpa"), torch.device("cpu"))
+    ids, labels = torch.randint(5, 50, (2, 8)), torch.zeros(2, 8, dtype=torch.long)
+    batch = Batch.from_tensors(ids, torch.ones(2, 8, dtype=torch.bool), labels, torch.rand(2, 8).double())
+    gradients = []
+    for model in (plain, fused):
+        model.compute_masked_loss(batch, False).loss.sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        found = gradients[1][name]
+        assert (found is None) == (expected is None), name
+        assert found is None or torch.equal(found, expected), name

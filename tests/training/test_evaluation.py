@@ -11,6 +11,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
+from DeBERTa.train import count_tokens
 from DeBERTa.training.evaluation import (
     compute_detection_metrics,
     compute_recall_at_precision,
@@ -131,7 +132,9 @@ def build_step(model: RTDModel) -> ReplacedTokenStep:
 def test_rarity_of_tokens_alone(prepared, store, tokenizer):
     torch.manual_seed(0)
     model = RTDModel(RTDConfig.from_dict(tiny_rtd()))
-    counts = open_store(prepared / "train.txt", tokenizer, max_tokens=62).count_ids(2008)
+    train = open_store(prepared / "train.txt", tokenizer, max_tokens=62)
+    counts = count_tokens(train, tokenizer, 2008)
+    assert counts[tokenizer.cls_id] == counts[tokenizer.sep_id] == len(train)  # one per line
     data = list(make_batches(store, tokenizer, True, 16))[:2]
     found = evaluate(build_step(model), data, 2, counts)
     original, replaced = [], []  # counts of the tokens that the discriminator sees

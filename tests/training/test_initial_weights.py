@@ -94,10 +94,17 @@ def test_directories_without_weights(tmp_path):
         ({"hidden_act": "swiglu"}, "hidden_act must be one of"),
         ({"model_type": "bert"}, 'model_type is "bert"'),
         ({"pos_att_type": "c2p|p2c", "num_hidden_layers": 9, "new_key": 1, "conv_act": "relu"}, None),
+        # A missing setting has its default; without any setting, nothing is compared.
+        ({"position_biased_input": None}, "position_biased_input (true there, false here)"),
+        ({"hidden_act": None, "num_attention_heads": None}, None),
+        (dict.fromkeys(TINY) | {"transformers_version": "5"}, None),
+        # Both tables have 32 rows.
+        ({"position_buckets": -1, "max_relative_positions": 16}, "position_buckets (0 there, 16 here)"),
     ],
 )
 def test_settings_that_no_shape_shows(tmp_path, change, named):
-    path = place(tmp_path / "model.safetensors", TINY | change)
+    there = {name: value for name, value in (TINY | change).items() if value is not None}
+    path = place(tmp_path / "model.safetensors", there)
     if named is None:
         assert find_weights(str(path), "model", CONFIG) == path
     else:

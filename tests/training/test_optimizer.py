@@ -13,6 +13,7 @@ from DeBERTa.training.optimizer import (
     compute_gradient_norm,
     compute_lr_factor,
     count_warmup_steps,
+    describe_schedule,
 )
 from tests.conftest import set_threads, tiny_model
 from tests.training.batches import train_config
@@ -158,6 +159,21 @@ def test_other_schedules():
     assert list_factors("wsd")[9:90] == [1.0] * 81
     assert list_factors("wsd")[90:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     assert list_factors("constant")[9:] == [1.0] * 91
+
+
+@pytest.mark.parametrize("total", range(1, 13))
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_short_runs_end_at_the_end_value(schedule, total):
+    config = train_config(warmup=0.0, lr_schedule=schedule, lr_schedule_ends=0.25)
+    assert compute_lr_factor(total, total, config) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("warmup", "start"), [(10.0, 90), (95.0, 95)])
+def test_wsd_is_described(warmup, start):
+    config = train_config(warmup=warmup, lr_schedule="wsd")
+    assert f"linear decay from step {start} to 0" in describe_schedule(config, 100)
+    factors = [compute_lr_factor(update, 100, config) for update in range(1, 101)]
+    assert [number for number, factor in enumerate(factors, 1) if factor == 1.0][-1] == start
 
 
 def test_warmup_in_steps_or_as_a_proportion():

@@ -66,14 +66,15 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, key_table, query_table, saved, context = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: gradient checkpointing allows no second time
+        q, k, v, key_table, query_table, saved, context = tensors
         batch, heads, length, _ = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         kernel = _find_fused("compute_attention_gradients", q)
         if kernel is not None:
             tables = (key_table, query_table)
             dtables = [None if table is None else torch.empty_like(table) for table in tables]
-            kernel(*ctx.saved_tensors, grad.contiguous(), dq, dk, dv, *dtables, *q.shape, 1 / (1 - ctx.p))
+            kernel(*tensors, grad.contiguous(), dq, dk, dv, *dtables, *q.shape, 1 / (1 - ctx.p))
             return dq, dk, dv, *dtables, None, None
         c2p, p2c = _PositionTerm(key_table, length), _PositionTerm(query_table, length)
         dscores, dropped = (q.new_empty(heads, length, length) for _ in range(2))

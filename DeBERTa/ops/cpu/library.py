@@ -134,13 +134,13 @@ def load_library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load(compiler: list[str], version: str) -> ctypes.CDLL:
-    """Load the library for these sources, compiler and processor.
+    """Load the library for these sources, compiler command and processor.
 
     It is compiled if it is not in the cache. Its file name contains the SHA-256 of the file: loading a
     truncated library would end the process.
     """
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
-    key = "\n".join([*texts, version, *FLAGS, torch.__version__, _describe_processor()])
+    key = "\n".join([*texts, shlex.join(compiler), version, *FLAGS, torch.__version__, _describe_processor()])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     cache = get_cache_dir() / "kernels"
     for path in sorted(cache.glob(f"{name}-*.so")):

@@ -81,6 +81,14 @@ def test_several_processes_compile_at_once(tmp_path, expected):
     assert all(path.suffix == ".so" for path in (tmp_path / "c" / "kernels").iterdir())
 
 
+@pytest.mark.usefixtures("kernels")
+def test_flags_of_the_compiler_are_a_compiler_of_their_own(tmp_path):
+    compiler = os.environ.get("CXX", "g++")
+    for flags in ("", " -O1", ""):
+        assert run(tmp_path, CXX=compiler + flags)[0] == "None"
+    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 2
+
+
 def write_script(folder: Path, text: str) -> str:
     path = folder / "compiler"
     path.write_text(f"#!/bin/sh\n{text}\n")
