@@ -1,9 +1,11 @@
 """BlockedAttention on kernels against PyTorch's operations; tests/model/test_attention.py has the formula."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.attention import BlockedAttention, view_distances
@@ -67,7 +69,7 @@ def test_fused_kernels_where_the_processor_has_tiles(monkeypatch):
         return kernel
 
     monkeypatch.setattr(library, "find_kernel", record)  # what is called is recorded, and runs
-    flags = Path("/proc/cpuinfo").read_text()
+    has_tiles = "amx_bf16" in Path("/proc/cpuinfo").read_text() or "tiles" in os.environ.get("CXX", "")
     sizes = [(64, 32, torch.bfloat16), (60, 32, torch.bfloat16), (64, 16, torch.bfloat16)]
     for length, size, dtype in [*sizes, (64, 32, torch.float32)]:
         called.clear()
@@ -78,11 +80,7 @@ def test_fused_kernels_where_the_processor_has_tiles(monkeypatch):
             name for name, kernel in called if kernel is not None and name.startswith("compute_attention")
         ]
         is_made_for = (length, size, dtype) == (64, 32, torch.bfloat16)
-        expected = (
-            ["compute_attention", "compute_attention_gradients"]
-            if is_made_for and "amx_bf16" in flags
-            else []
-        )
+        expected = ["compute_attention", "compute_attention_gradients"] if is_made_for and has_tiles else []
         assert fused == expected
         assert called
 
@@ -100,6 +98,24 @@ def test_same_bits_with_any_number_of_threads():
             found.append([context, *torch.autograd.grad(context.float().square().sum(), inputs)])
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("length", "size", "dtype"), SIZES)
+def test_gradient_checkpointing_gives_the_same_bits(length, size, dtype):
+    """It reads each saved tensor once."""
+    torch.manual_seed(10)
+    inputs = [torch.randn(2, 2, length, size) for _ in range(3)]
+    inputs += [torch.randn(2, 2 * length - 1, size) for _ in range(2)]
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    mask = torch.ones(2, length, dtype=torch.bool)
+    torch.manual_seed(11)
+    plain = BlockedAttention.apply(*inputs, mask, 0.1)
+    torch.manual_seed(11)
+    again = checkpoint(BlockedAttention.apply, *inputs, mask, 0.1, use_reentrant=False)
+    assert torch.equal(plain, again)
+    gradients = [torch.autograd.grad(context.float().square().sum(), inputs) for context in (plain, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.usefixtures("way")

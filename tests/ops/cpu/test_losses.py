@@ -14,15 +14,13 @@ def compute_vocabulary_loss(*inputs: torch.Tensor, chunk: int = losses.CHUNK) ->
     return losses.compute_vocabulary_loss(*inputs, operations=CpuChunkOperations(chunk))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("chunk", [32, 96, 1024])
 @pytest.mark.parametrize(
     ("rows", "width", "tokens"), [(1, 32, 1), (31, 64, 250), (64, 96, 992), (130, 1056, 8225)]
 )
-def test_bfloat16_is_exact_but_for_rounding(rows, width, tokens, chunk, way):
-    """Compare values that bfloat16 can hold with float64.
-
-    With tiles, logits are float32, and only their gradients are rounded. Otherwise logits are rounded too.
-    """
+def test_bfloat16_is_exact_but_for_rounding(rows, width, tokens, chunk):
+    """Compare values that bfloat16 can hold with float64; logits and their gradients are rounded."""
     torch.manual_seed(2)
     x, table, bias = (
         torch.randn(rows, width).bfloat16(),
@@ -42,17 +40,9 @@ def test_bfloat16_is_exact_but_for_rounding(rows, width, tokens, chunk, way):
     logits = F.linear(exact[0], exact[1], exact[2].requires_grad_())
     expected = F.cross_entropy(logits, targets, reduction="none")
     theirs = torch.autograd.grad((expected * weights).sum(), exact)
-    has_tiles = way == "kernels" and library.has_tiles()
-    torch.testing.assert_close(actual.loss.double(), expected, atol=1e-5 if has_tiles else 0.05, rtol=1e-5)
+    torch.testing.assert_close(actual.loss.double(), expected, atol=0.05, rtol=1e-5)
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.double() - b).norm() <= (0.004 if has_tiles else 0.02) * b.norm() + 1e-6
-    if not has_tiles:
-        return
-    assert torch.equal(actual.correct, logits.argmax(1) == targets)
-    ends = torch.softmax(logits, 1).cumsum(1)
-    start, end = (F.pad(ends, (1, 0)).gather(1, actual.samples[:, None] + n).squeeze(1) for n in (0, 1))
-    assert (uniforms >= start - 1e-5).all()
-    assert (uniforms <= end + 1e-5).all()
+        assert (a.double() - b).norm() <= 0.02 * b.norm() + 1e-6
 
 
 def test_values_that_are_not_finite(way):
