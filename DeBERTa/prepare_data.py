@@ -52,7 +52,7 @@ HELP = {
     "in the cache)",
     "--character_coverage": "for --train_vocab: the share of the text's characters that the vocabulary must "
     "cover, from 0.98 (default: 1; 0.9995 leaves out rare characters of large scripts, such as Chinese)",
-    "--errors": "invalid UTF-8: an error that says where (strict, the default), or U+FFFD for each bad byte",
+    "--errors": "invalid UTF-8: an error that says where (strict, the default), or U+FFFD in place of it",
     "--workers": "encoding processes (default: one per usable core)",
 }
 
@@ -97,9 +97,7 @@ def prepare_texts(
             for prepared in prepare_outputs(sources, [folder / f"{split}.txt"], recipe, length, workers)
         ]
     (sources,) = texts.values()
-    outputs = [arguments.output]
-    if recipe.ranges:
-        outputs = [arguments.output / f"{split}.txt" for split in ("train", *get_ranges(arguments))]
+    outputs = list_outputs(arguments)
     if shard is not None:
         number, count = shard
         if count > len(sources):
@@ -110,6 +108,23 @@ def prepare_texts(
         sources = sources[number::count]
         outputs = [output / get_part_name(number, count) for output in outputs]
     return prepare_outputs(sources, outputs, recipe, length, workers, is_part=shard is not None)
+
+
+def list_outputs(arguments: argparse.Namespace) -> list[Path]:
+    """Return what is written for --input: files, or with --shard directories."""
+    folder, ranges = arguments.output, get_ranges(arguments)
+    return [folder / f"{split}.txt" for split in ("train", *ranges)] if ranges else [folder]
+
+
+def list_written(arguments: argparse.Namespace) -> set[Path]:
+    """Return files and directories that are no input, although they may be below one."""
+    if arguments.output is None:
+        return set()
+    outputs = [output.resolve() for output in list_outputs(arguments)]
+    vocabulary = (arguments.vocab_path or outputs[0].parent / "spm.model").resolve()
+    names = [(path, path.name + suffix) for path in outputs for suffix in ("", ".ids")]
+    names += [(vocabulary, vocabulary.name + suffix) for suffix in ("", ".json")]
+    return {path.parent / f"{name}{part}" for path, name in names for part in ("", ".part")}
 
 
 def get_ranges(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -221,7 +236,7 @@ def find_inputs(arguments: argparse.Namespace) -> tuple[dict[str, list[Path]], P
     """
     try:
         if arguments.input is not None:
-            texts = {"input": find_sources(arguments.input)}
+            texts = {"input": find_sources(arguments.input, list_written(arguments))}
         else:
             is_sample = arguments.corpus == "sample"
             splits = extract_sample() if is_sample else fetch_wikitext(arguments.wikitext)

@@ -212,7 +212,8 @@ def probe_tags(model: Model, corpus: Corpus) -> Figures:
             scores = states @ weights.float() + targets.mean(0) - center @ weights
             is_right = (scores.argmax(1) == labels[[*choose, *test]]).double()
             chosen, tested = (float(part.mean()) for part in is_right.split([len(choose), len(test)]))
-            best = max(best, (chosen, tested, number))
+            if chosen > best[0]:  # the first of equal ones: the test part decides nothing
+                best = (chosen, tested, number)
     usual = {word: tag for (word, tag), _ in reversed(Counter(words[i] for i in fit).most_common())}
     baseline = mean(usual.get(word, "nn") == tag for word, tag in (words[i] for i in test))
     return {"tag_accuracy": best[1], "tag_layer": best[2], "tags": len(test), "word_tag_accuracy": baseline}

@@ -203,6 +203,35 @@ def test_check_reports_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["i.txt"]
 
 
+def test_check_counts_documents_whatever_their_length(tmp_path, monkeypatch, capsys):
+    """Those of 200 kB are not cut, in text as in JSON lines."""
+    monkeypatch.chdir(tmp_path)
+    documents = [f"{number} {' '.join(TEXT.split())[:20_000]}" for number in range(4)]
+    documents = ["\n".join([document] * 10) for document in documents]
+    Path("i.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    Path("i.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+    reports = []
+    for name in ("i.txt", "i.jsonl"):
+        assert prepare_data.main(["-i", name, "--check", "--vocab_path", str(VOCABULARY)]) == 0
+        reports.append(strip_times(capsys.readouterr().err).partition("text: ")[2])
+    assert reports[0].startswith("4 documents")
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("fractions", [[], ["--valid_fraction", "0.2"]])
+def test_outputs_below_the_input_are_no_input(tmp_path, monkeypatch, capsys, fractions):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("in/i.txt").write_text(TEXT, encoding="utf-8")
+    output = "in/out" if fractions else "in/out/train.txt"
+    arguments = ["-i", "in", "-o", output, "--train_vocab", "400", *fractions]
+    assert prepare_data.main(arguments) == 0
+    written = {path: path.read_bytes() for path in Path("in/out").iterdir()}
+    assert prepare_data.main(arguments) == 0
+    assert "up to date" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("in/out").iterdir()} == written
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

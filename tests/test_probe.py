@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel, probe
 from DeBERTa.data.tokenizer import Tokenizer
@@ -91,6 +92,22 @@ def test_random_states_tell_some_tags(corpus):
     """Random codes of pieces tell tags of words, fewer than the words themselves."""
     figures = probe.probe_tags(build(MaskedLanguageModel), take(corpus, 4))
     assert 0.4 < figures["tag_accuracy"] < figures["word_tag_accuracy"] < 0.9
+
+
+def test_the_test_part_decides_no_tie(corpus, monkeypatch):
+    """Of two layers that are equally good on the second part, the first is taken, the worse one, too."""
+    some = take(corpus, 10)
+    tags = sorted({tag for _, tag in some.words})
+    right = one_hot(torch.tensor([tags.index(tag) for _, tag in some.words])).half()
+    wrong = right.clone()
+    tested = [word for word, part in some.parts.items() if part == probe.TEST]
+    wrong[tested] = right[tested].roll(1, 1)
+    found = []
+    for layers in ((right, wrong), (wrong, right)):
+        monkeypatch.setattr(probe, "compute_word_states", lambda *_, layers=layers: torch.stack(layers))
+        found.append(probe.probe_tags(build(MaskedLanguageModel), some))
+    assert [figures["tag_layer"] for figures in found] == [0, 0]
+    assert found[0]["tag_accuracy"] > found[1]["tag_accuracy"]
 
 
 def test_pairs_are_balanced(corpus):

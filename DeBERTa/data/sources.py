@@ -5,28 +5,24 @@ not from its name: gzip, xz, bzip2 or Zstandard, and in it Parquet, JSON lines o
 not depend on the size of a file or of its lines.
 """
 
-import bz2
 import codecs
 import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import re
 import sys
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
+from DeBERTa.data.compression import DECOMPRESSION_ERRORS, ResumedStream, import_pyarrow, open_compressed
 from DeBERTa.data.text import (
     STRINGS,
     Block,
@@ -37,7 +33,7 @@ from DeBERTa.data.text import (
     refuse_binary,
     split_lines,
 )
-from DeBERTa.errors import ConfigError, DataError
+from DeBERTa.errors import DataError
 from DeBERTa.files import get_cache_dir, get_state, raise_data_errors, raise_storage_errors
 
 BLOCK_BYTES = 1 << 20
@@ -49,8 +45,6 @@ SAMPLE_BLOCK_BYTES = 64 << 10
 STDIN = Path("-")
 HEAD_BYTES = 512
 PARQUET = b"PAR1"
-LZMA = b"\x5d\0\0"  # of the format before xz, .lzma
-BZIP2 = (b"1AY&SY", b"\x17rE8P\x90")  # after "BZh" and a digit: a block, or the end of an empty file
 ROWS = 64  # of Parquet, per batch
 TEXT_TYPES = re.compile(r"(large_)?string|dictionary<values=(large_)?string")
 
@@ -73,19 +67,20 @@ class Reading:
     block_bytes: int = BLOCK_BYTES
 
 
-def find_sources(inputs: Iterable[Path]) -> list[Path]:
+def find_sources(inputs: Iterable[Path], written: Collection[Path] = ()) -> list[Path]:
     """Return the files that the inputs name, in order.
 
     A directory stands for all files in it and below, a pattern for what matches, both in the order of their
-    names; hidden files and those that begin with "_" are skipped in directories. "-" is standard input.
-    Raises `DataError` if an input names no file.
+    names and each file once; hidden files, those that begin with "_", and those that `written` names are
+    skipped in directories. "-" is standard input. Raises `DataError` if an input names no file, or a file or
+    directory below one cannot be read.
     """
     sources: list[Path] = []
     for given in inputs:
         matches = [given]
         if given != STDIN and not given.exists():
             matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207 (absolute ones too)
-        found = [source for match in matches for source in _list_files(match)]
+        found = list(dict.fromkeys(source for match in matches for source in _list_files(match, written)))
         if not found:
             what = "the directory has no files that are not hidden" if given.is_dir() else "it does not exist"
             raise DataError(f"no text file {given}: {what}; check the path")
@@ -95,11 +90,27 @@ def find_sources(inputs: Iterable[Path]) -> list[Path]:
     return sources
 
 
-def _list_files(path: Path) -> list[Path]:
+def _list_files(path: Path, written: Collection[Path]) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = (file for file in path.rglob("*") if file.is_file())
-    return sorted(file for file in files if not any(p[0] in "._" for p in file.relative_to(path).parts))
+    files: list[Path] = []
+    visited: set[Path] = set()  # links can form a circle
+
+    def refuse(error: OSError) -> NoReturn:
+        what = f"cannot read {error.filename}: {error.strerror}"
+        raise DataError(f"{what}; check its permissions") from error
+
+    with raise_data_errors(path):
+        for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+            here = Path(folder).resolve()
+            is_skipped = here in visited or here in written
+            visited.add(here)
+            folders[:] = [name for name in folders if name[0] not in "._" and not is_skipped]
+            files += [Path(folder, name) for name in names if name[0] not in "._" and not is_skipped]
+    for file in files:
+        if not file.exists():
+            raise DataError(f"cannot read {file}: it is a link to nothing; remove it")
+    return sorted(file for file in files if file.is_file() and file.resolve() not in written)
 
 
 def name_sources(sources: Sequence[Path]) -> str:
@@ -157,7 +168,7 @@ class SourceFile:
         """Return the next bytes of the decompressed content; fewer at its end."""
         try:
             return self._stream.read(size)
-        except (lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
+        except DECOMPRESSION_ERRORS as error:
             if not self._compression:
                 raise
             what = f"{self.path} is not a complete {self._compression} file"
@@ -168,7 +179,8 @@ class SourceFile:
         data = first.removeprefix(codecs.BOM_UTF8)
         offset = len(first) - len(data)
         kind = find_kind(self.path, data, reading.column, reading.has_documents)
-        self._stream = io.BufferedReader(_Resumed(data, self._stream))  # blocks may be smaller than `first`
+        # From its beginning again: blocks may be smaller than `first`.
+        self._stream = io.BufferedReader(ResumedStream(data, self._stream))
         size = reading.block_bytes
         data = self._read(size)
         is_last = len(data) < size
@@ -204,7 +216,7 @@ class SourceFile:
 
         Raises `DataError` if the column has no text, or the file is damaged.
         """
-        pyarrow = _import_pyarrow(self.path, "Parquet")
+        pyarrow = import_pyarrow(self.path, "Parquet")
         documents: list[bytes] = []
         offset = row = size = 0
         try:
@@ -238,53 +250,6 @@ def _convert_to_bytes(column: Any) -> list[bytes | None]:
     return column.cast("large_binary").to_pylist()
 
 
-def open_compressed(path: Path, beginning: bytes, rest: IO[bytes]) -> tuple[IO[bytes], str]:
-    """Return a stream of decompressed content, and its compression or "".
-
-    `beginning` and `rest` are the file `path`. Raises `ConfigError` if Zstandard cannot be read here.
-    """
-    stream: Any = io.BufferedReader(_Resumed(beginning, rest))
-    if beginning.startswith(b"\x1f\x8b"):
-        return io.BufferedReader(gzip.open(stream)), "gzip"
-    if beginning.startswith((b"\xfd7zXZ\0", LZMA)):
-        return lzma.open(stream), "xz"
-    if beginning.startswith(b"BZh") and beginning[4:10] in BZIP2:
-        return bz2.open(stream), "bzip2"
-    if beginning[:4] == b"\x28\xb5\x2f\xfd" or beginning[1:4] == b"\x2a\x4d\x18":
-        pyarrow = _import_pyarrow(path, "Zstandard")
-        decompressed = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
-        return io.BufferedReader(decompressed), "Zstandard"
-    return stream, ""
-
-
-class _Resumed(io.RawIOBase):
-    """A stream whose beginning was read already."""
-
-    def __init__(self, beginning: bytes, rest: IO[bytes]) -> None:
-        self._beginning, self._rest = io.BytesIO(beginning), rest
-
-    def readable(self) -> bool:
-        """Return whether the stream can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read bytes into a buffer; return how many."""
-        data = self._beginning.read(len(buffer)) or self._rest.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _import_pyarrow(path: Path, name: str) -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"cannot read {path}: {name} needs the package pyarrow; install it with pip install pyarrow"
-        ) from error
-    return pyarrow
-
-
 def read_files(files: Sequence[SourceFile], reading: Reading, bar: tqdm) -> Iterator[Block]:
     """Yield the blocks of all files, with a progress bar over their bytes on disk."""
     for file in files:
@@ -300,6 +265,7 @@ def sample_lines(sources: Sequence[Path], reading: Reading) -> list[bytes]:
 
     Raises `DataError` for text that cannot be read.
     """
+    reading = replace(reading, block_bytes=SAMPLE_BLOCK_BYTES)
     documents = sample_documents(sources, reading, SAMPLE_BYTES)
     return [line for document in documents for line in split_lines(document)]
 
@@ -309,7 +275,6 @@ def sample_documents(sources: Sequence[Path], reading: Reading, most: int) -> li
 
     Every `stride`-th block is taken; the stride doubles whenever there are too many.
     """
-    reading = replace(reading, block_bytes=SAMPLE_BLOCK_BYTES)
     sampled: list[Block] = []
     stride, size = 1, 0
     blocks = chain.from_iterable(SourceFile(source).read_blocks(reading) for source in sources)

@@ -13,8 +13,10 @@ from DeBERTa.errors import DataError
 MAX_LINE_BYTES = 64 << 10
 # Kinds of blocks, by what a document is in them.
 TEXT, PARAGRAPHS, LINES, JSON_LINES, STRINGS = "text", "paragraphs", "lines", "JSON lines", "strings"
-BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n")
-JSON_VALUE = re.compile(rb'\s*(\[\s*\{\s*"|\{\s*\n\s*")')  # an array of objects, an object over several lines
+BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))[ \t]*(?:\r\n|\n|\r(?!\n))")
+# An array of objects, an object over several lines, or objects with commas after them.
+JSON_VALUE = re.compile(rb'\s*(\[\s*\{\s*"|\{\s*\n\s*"|\{\s*"[^"\n]*"\s*:[^\n]*,\s*\n)')
+LONG_RECORD = re.compile(rb'\{[ \t]*"')
 TAR_MARK = 257  # where a tar archive has "ustar"
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
@@ -68,12 +70,12 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
     """Return the kind of the blocks of a file that is not Parquet.
 
     `beginning`: the first megabyte, without byte order mark. With `column` "", JSON lines are plain text.
-    Without `has_documents`, text is not split into documents. Raises `DataError` for one JSON value that goes
-    over several lines.
+    Without `has_documents`, text is not split into documents. Raises `DataError` for JSON that is not one
+    value per line.
     """
     if column and JSON_VALUE.match(beginning):
         advice = "convert it, for example with jq -c '.[]', or pass --column '' to read it as plain text"
-        raise DataError(f"{path} is one JSON value, not one per line; {advice}")
+        raise DataError(f"{path} is JSON, but not one value per line; {advice}")
     first, end, _ = beginning.lstrip().partition(b"\n")
     if column and first.startswith(b"{"):
         try:
@@ -82,7 +84,7 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
         except RecursionError:
             return JSON_LINES  # reading the record raises an error that names the place
         except ValueError:
-            if not end and first.startswith(b'{"'):  # a record that is longer than a block
+            if not end and LONG_RECORD.match(first):  # longer than a block
                 return JSON_LINES
     if not has_documents:
         return TEXT
@@ -117,7 +119,7 @@ def check_utf8(data: bytes, errors: str, where: str, offset: int = 0) -> bytes:
             return data.decode(errors="replace").encode()
         around = data[max(error.start - 2048, 0) : error.start + 2048].decode(errors="replace")
         bad = sum(char == "\ufffd" or (char < " " and char not in "\t\n\r\f\v") for char in around)
-        advice = "correct it, or pass --errors replace to read every invalid byte as U+FFFD"
+        advice = "correct it, or pass --errors replace to read invalid bytes as U+FFFD"
         if bad > max(MAX_BAD_SHARE * len(around), 1):
             advice = "it looks like binary data or another encoding: convert it, for example with iconv"
         what = f"{where} is not valid UTF-8 at byte {offset + error.start}"

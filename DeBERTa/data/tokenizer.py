@@ -34,6 +34,8 @@ DROPPING = {0: " ", 0x2585: " "}
 PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 # Fixed, since the result depends on the number of threads (order of float sums).
 TRAINING_THREADS = 4
+# A NormalizerSpec to append to a SentencePiece model: it overrides one field, so that no word mark is added.
+NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
@@ -96,6 +98,14 @@ class Tokenizer:
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
         """Return the ids per line, without special ids; unknown pieces become `[UNK]`."""
         return self._processor.encode(lines, num_threads=1)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of text inside a word, in front of which no word mark is added."""
+        return self._inside.encode(text)
+
+    @cached_property
+    def _inside(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=read_file(self.path) + NO_PREFIX)
 
     def encode_utf8(self, lines: list[bytes]) -> np.ndarray:
         """Return the concatenated ids of lines of valid UTF-8, int32 [pieces]."""

@@ -27,9 +27,8 @@ HEADS: dict[type[nn.Module], tuple[str, str]] = {
     ReplacedTokenDetectionModel: ("mask_predictions.classifier.bias", "python -m DeBERTa.fill_mask"),
 }
 SPECIAL = re.compile(f"({'|'.join(map(re.escape, (*SPECIAL_PIECES, MASK_PIECE)))})")
-# A NormalizerSpec to append to a SentencePiece model, which overrides its fields: no word mark is added in
-# front; with the second, spaces at both ends stay, too.
-NO_PREFIX, NO_PREFIX_ALL_SPACES = b"\x1a\x02\x18\x00", b"\x1a\x04\x18\x00\x20\x00"
+# As NO_PREFIX in data/tokenizer.py; spaces at both ends stay, too.
+NO_PREFIX_ALL_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class TokenProbability(NamedTuple):
@@ -54,12 +53,8 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        model = tokenizer.path.read_bytes()
-        self.tokenizer = tokenizer
-        self._inside, self._spaces = (
-            sentencepiece.SentencePieceProcessor(model_proto=model + override)
-            for override in (NO_PREFIX, NO_PREFIX_ALL_SPACES)
-        )
+        model = tokenizer.path.read_bytes() + NO_PREFIX_ALL_SPACES
+        self.tokenizer, self._spaces = tokenizer, sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` between `[CLS]` and `[SEP]`."""
@@ -77,7 +72,7 @@ class PromptEncoder:
         """
         if is_first or self._spaces.normalize(segment).startswith((" ", WORD_MARK)):
             return self.tokenizer.encode_lines([segment])[0]
-        return self._inside.encode(segment)
+        return self.tokenizer.encode_inside(segment)
 
 
 def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, PromptEncoder]:

@@ -62,9 +62,9 @@ def split_piece(piece: str, old: Tokenizer) -> list[int]:
     """
     if piece in old.piece_to_id:
         return [old.piece_to_id[piece]]
-    (ids,) = old.encode_lines([piece.replace(WORD_MARK, " ").strip()])
-    if not piece.startswith(WORD_MARK) and ids:
-        # Encoding marks the beginning of a word, which this piece does not have.
-        first = old.pieces[ids[0]].removeprefix(WORD_MARK)
-        ids = ([old.piece_to_id.get(first, ids[0])] if first else []) + list(ids[1:])
-    return list(ids) or [old.unk_id]
+    text = piece.replace(WORD_MARK, " ")
+    if piece.startswith(WORD_MARK):
+        (ids,) = old.encode_lines([text.strip()])
+    else:
+        ids = old.encode_inside(text)
+    return ids or [old.unk_id]

@@ -247,6 +247,52 @@ def test_directories_and_patterns_are_in_order(tmp_path, monkeypatch):
         find_sources([Path("-"), Path("-")])
 
 
+def test_patterns_name_each_file_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("s/x/y").mkdir(parents=True)
+    for name in ("s/x/y/a.txt", "s/x/b.txt"):
+        Path(name).write_text(name)
+    for pattern in ("s/**", "s/**/*", "s/**/*.txt", "s"):
+        assert sorted(map(str, find_sources([Path(pattern)]))) == ["s/x/b.txt", "s/x/y/a.txt"]
+    assert list(map(str, find_sources([Path("s")], {Path("s/x/y").resolve()}))) == ["s/x/b.txt"]
+    assert list(map(str, find_sources([Path("s")], {Path("s/x/b.txt").resolve()}))) == ["s/x/y/a.txt"]
+
+
+def test_links_below_a_directory(tmp_path):
+    """They are followed, circles too; a file that is not there is an error, not silence."""
+    for name in ("disk/part", "data"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "disk" / "part" / "a.txt").write_text("a")
+    (tmp_path / "data" / "part").symlink_to(tmp_path / "disk" / "part")
+    (tmp_path / "disk" / "part" / "circle").symlink_to(tmp_path / "data")
+    assert find_sources([tmp_path / "data"]) == [tmp_path / "data" / "part" / "a.txt"]
+    (tmp_path / "data" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"data/gone: it is a link to nothing; remove it"):
+        find_sources([tmp_path / "data"])
+
+
+def test_a_directory_that_cannot_be_read(tmp_path):
+    """Nothing below it is left out silently."""
+    (tmp_path / "data" / "closed").mkdir(parents=True)
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "data" / "closed").chmod(0)
+    (tmp_path / "data").chmod(0o755)
+    code = "import os, sys; from pathlib import Path; from DeBERTa.data.sources import find_sources\n"
+    code += "if os.getuid() == 0: os.setuid(65534)\nprint(find_sources([Path(sys.argv[1])]))"
+    folders = [tmp_path, *tmp_path.parents[:-1]]
+    modes = {folder: folder.stat().st_mode for folder in folders}
+    try:
+        for folder, mode in modes.items():
+            folder.chmod(mode | 0o111)
+        command = [sys.executable, "-c", code, str(tmp_path / "data")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finally:
+        for folder, mode in modes.items():
+            folder.chmod(mode)
+        (tmp_path / "data" / "closed").chmod(0o755)
+    assert "closed: Permission denied; check its permissions" in done.stderr, done.stdout
+
+
 def test_without_pyarrow_one_sentence_says_what_is_missing(tmp_path):
     (tmp_path / "i").write_bytes(b"PAR1" + bytes(100))
     code = (

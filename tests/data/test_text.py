@@ -48,11 +48,33 @@ def test_documents_of_text(tmp_path, text, documents):
         (b'{"text": "a"}\n' + b"[" * 99_999 + b"\n", "is not JSON"),
         (b'{"text": "a"}\n[1]\n', "no text in the field"),
         (b'{"text": "\\ud800"}\n', "surrogate"),
-        (b'[{"text": "a"},\n {"text": "b"}]\n', "is one JSON value, .*--column ''"),
-        (b'{\n "text": "a"\n}\n', "is one JSON value, .*--column ''"),
+        (b'[{"text": "a"},\n {"text": "b"}]\n', "is JSON, but not one value per line; .*--column ''"),
+        (b'{\n "text": "a"\n}\n', "is JSON, but not one value per line; .*--column ''"),
+        (b'{"text": "a",\n "id": 1}\n', "is JSON, but not one value per line"),
+        (b'{"text": "a"},\n{"text": "b"},\n', "is JSON, but not one value per line"),
     ],
 )
 def test_records_that_are_refused(tmp_path, content, complaint):
     (tmp_path / "i").write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         read(tmp_path / "i")
+
+
+def test_long_records_with_a_space_after_the_brace(tmp_path):
+    """The first record is longer than what is read to find the kind of the file."""
+    texts = ["wort " * 300_000, "b"]
+    (tmp_path / "i").write_text("".join('{ "text": ' + json.dumps(text) + "}\n" for text in texts))
+    assert read(tmp_path / "i") == [text.strip() for text in texts]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block_bytes", [7, 8, 9, 10, 1000])
+def test_documents_do_not_depend_on_line_ends(tmp_path, end, block_bytes):
+    text = "A1\nA2\n\nB1\n \t\nC1\nC2\n\n\nD\n"
+    (tmp_path / "i").write_bytes(text.replace("\n", end).encode())
+    found = [document.replace("\r", "\n") for document in read(tmp_path / "i", block_bytes=block_bytes)]
+    expected = ["A1\nA2", "B1", "C1\nC2", "D"]
+    if block_bytes < 1000:  # documents are cut where they are longer than a block
+        assert [line for document in found for line in document.split()] == "\n".join(expected).split()
+    else:
+        assert found == expected

@@ -38,7 +38,7 @@ inline void store(int tile, void* to, int64_t stride) {
         std::memcpy(static_cast<char*>(to) + row * stride, tiles[tile][row], 64);
 }
 
-// Add the product of two matrices of bfloat16, stored in pairs in elements of 32 bits, to a matrix of float32.
+// Add the matmul of tiles of bfloat16, which are stored in pairs in elements of 32 bits, to a tile of float32.
 inline void multiply(int sum, int a, int b) {
     for (int m = 0; m < 16; m++)
         for (int k = 0; k < 16; k++) {
