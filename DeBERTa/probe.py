@@ -46,6 +46,7 @@ FIT, CHOOSE, TEST = 0, 1, 2
 PARTS = (FIT, FIT, FIT, CHOOSE, TEST)  # of the documents, in turn
 PENALTIES = [10.0**power for power in range(-5, 2)]  # relative to the mean variance of the states
 RANDOM_SEEDS = (1, 2, 3)
+NUMBERS = (("bez", "ber"), ("bedz", "bed"), ("hvz", "hv"))  # tags of a verb in both numbers
 OTHER_NUMBER = {"bez": "are", "ber": "is", "bedz": "were", "bed": "was", "hvz": "have", "hv": "has"}
 INFINITIVE = {"md", "to", "do", "doz", "dod"}  # tags before a "have" that has no number
 EPSILON = 1e-9  # for states that do not vary
@@ -267,7 +268,7 @@ def probe_pairs(model: Model, corpus: Corpus, tokenizer: Tokenizer) -> Figures:
 def list_pairs(corpus: Corpus, tokenizer: Tokenizer) -> list[tuple[list[int], int, int]]:
     """Return ids, position of the verb, and id of the verb in the other number.
 
-    There are as many of each verb, if the corpus has them: always preferring the same one gives 0.5.
+    Of a singular and its plural there are as many: always preferring the same one gives 0.5.
     """
     found = defaultdict(list)
     for ids, owners in zip(corpus.ids, corpus.owners, strict=True):
@@ -279,8 +280,11 @@ def list_pairs(corpus: Corpus, tokenizer: Tokenizer) -> list[tuple[list[int], in
             right, wrong = (tokenizer.piece_to_id.get(WORD_MARK + form) for form in (word, OTHER_NUMBER[tag]))
             if wrong and word.islower() and owners.count(owner) == 1 and ids[position] == right:
                 found[tag].append((ids, position, wrong))
-    chosen = ((pairs, min(MOST_PAIRS, len(pairs))) for pairs in found.values())
-    return [pairs[i * len(pairs) // count] for pairs, count in chosen for i in range(count)]
+    chosen: list[tuple[list[int], int, int]] = []
+    for tags in NUMBERS:
+        count = min(MOST_PAIRS, *(len(found[tag]) for tag in tags))
+        chosen += [found[tag][i * len(found[tag]) // count] for tag in tags for i in range(count)]
+    return chosen
 
 
 if __name__ == "__main__":

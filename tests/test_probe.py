@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -122,6 +123,18 @@ def test_pairs_are_balanced(corpus):
     assert figures["pair_accuracy"] == 0.5
     assert figures["pairs"] == 1200
     assert figures["pair_margin"] == pytest.approx(1.96 * (0.25 / 1200) ** 0.5)
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_pairs_of_short_sequences_are_balanced(length):
+    """A model for few positions sees fewer sentences, and of them fewer of one number."""
+    tokenizer = Tokenizer(VOCABULARY)
+    pairs = probe.list_pairs(probe.read_corpus(VOCABULARY, length), tokenizer)
+    verbs = Counter(tokenizer.pieces[wrong] for _, _, wrong in pairs)
+    assert sorted(verbs) == sorted(f"▁{form}" for form in probe.OTHER_NUMBER.values())
+    for singular, plural in (("is", "are"), ("was", "were"), ("has", "have")):
+        assert verbs[f"▁{singular}"] == verbs[f"▁{plural}"]
+    assert len(pairs) < 1200
 
 
 def test_without_pairs_there_is_no_figure():

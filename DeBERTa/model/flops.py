@@ -2,7 +2,7 @@
 
 Matmuls only, 2 per multiply-add; the backward pass takes twice the forward pass. What is computed again to
 save memory does not count. Position terms count the rows of the relative-position table that a sequence can
-use, of which there are `length` or fewer.
+use: one per distance, of which there are 2 * length - 1, or all of the table.
 """
 
 from DeBERTa.config import ModelConfig, RTDConfig
@@ -26,7 +26,8 @@ def _count_layer(config: ModelConfig, length: int) -> tuple[float, float]:
     They are those of its queries, and those of keys, values and p2c.
     """
     heads = config.num_attention_heads * config.head_size
-    terms = {term: 2 * min(length, 2 * config.position_span) * heads for term in config.position_terms}
+    rows = min(2 * length - 1, 2 * config.position_span)
+    terms = dict.fromkeys(config.position_terms, 2 * rows * heads)
     queries = 4 * config.hidden_size * (heads + config.intermediate_size) + 4 * length * heads
     return queries + terms.get("c2p", 0), 4 * config.hidden_size * heads + terms.get("p2c", 0)
 

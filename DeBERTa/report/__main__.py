@@ -64,7 +64,7 @@ def write_all(flags: argparse.Namespace) -> None:
     write_report(runs, page.resolve())  # a link stays, and what it points to is replaced
     nothing = Finding(NOTE, "the reference", "has no evaluation at a step of this run")
     for run in runs if flags.reference else ():
-        for finding in compare_with_reference(run) or [nothing]:
+        for finding in compare_with_reference(run, recorded=flags.csv) or [nothing]:
             logger.info("%s: %s: %s %s", run.name, *finding)
     if flags.csv:
         write_csv(runs, flags.csv)

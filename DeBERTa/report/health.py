@@ -92,7 +92,8 @@ def check_vocabulary(run: RunRecord) -> Finding | None:
     model = run.settings.get("model", {})
     uniform = math.log(model.get("generator", model).get("vocab_size") or 1)
     weights = run.train.get("init_model") or run.train.get("init_generator")
-    if weights and first[0] == 1 and first[1] > 0.9 * uniform:
+    is_new = run.train.get("fresh_head")  # a new head starts there
+    if weights and not is_new and first[0] == 1 and first[1] > 0.9 * uniform:
         shown = f"The loss of {weights} is {first[1]:.2f} at step 1; a uniform guess has {uniform:.2f}."
         advice = "They were trained with another vocabulary: pass theirs, and prepare the text with it."
         return Finding(PROBLEM, "The vocabulary does not fit the weights", f"{shown} {advice}")
@@ -110,7 +111,7 @@ def check_vocabulary(run: RunRecord) -> Finding | None:
 def check_masking(run: RunRecord) -> Finding | None:
     """Check that tokens are masked, and that the model does not see them."""
     name = f"{get_prefix(run)}accuracy"
-    if not any(name in row for row in run.rows):
+    if not any(name in row for row in run.rows if row["kind"] == "train"):
         return None
     accuracy = run.get_last(name)
     if accuracy is None:  # null: nothing is counted
@@ -172,7 +173,7 @@ def check_residual(run: RunRecord) -> Finding | None:
     It is compared with the generator's table.
     """
     drift = run.get_last("residual_drift", "valid")
-    if drift is None:
+    if drift is None or run.step == 0:  # it starts at 0
         return None
     shown = f"Its norm is {drift:.3f} of the generator's table; up to {LARGE_DRIFT:g} is usual, but not 0."
     level = PROBLEM if drift == 0 else NOTE if drift > LARGE_DRIFT else USUAL
@@ -196,12 +197,15 @@ def check_stability(run: RunRecord) -> Finding:
     """
     name = f"{get_prefix(run)}loss"
     spikes, skipped = sum(row["kind"] == "spike" for row in run.rows), run.get_last("skipped_steps") or 0
-    lost = sum(row.get(name, 0) is None for row in run.rows)
+    is_logged = any(name in row for row in run.rows)
+    # Where no loss of an interval was finite, its line has none.
+    missing = {"train": None} if is_logged else {}
+    lost = sum(row.get(name, missing.get(row["kind"], 0)) is None for row in run.rows)
     shown = f"{spikes} spikes, {skipped:.0f} skipped updates, {lost} losses that are null."
     if lost:
         shown += " They were not finite, or no token of theirs was masked."
     values = [value for _, value in run.list_values(name)]
-    means = [median(values[i : i + 5]) for i in range(0, len(values) - 4, 5)]
+    means = [median(values[i : i + 5]) for i in range(len(values) % 5, len(values), 5)]
     if means and means[-1] > 1.1 * min(means):
         advice = "Start over with a lower --learning_rate or a longer --warmup."
         rise = f"The loss on masked tokens has risen from {min(means):.3f} to {means[-1]:.3f}."

@@ -95,7 +95,7 @@ def read_lines(path: Path) -> list[dict]:
     Other lines are omitted.
     """
     with contextlib.suppress(OSError):
-        texts = read_file(path).decode(errors="replace").splitlines()
+        texts = read_file(path).decode(errors="replace").split("\n")  # predictions can hold other line ends
         return [line for text in texts if (line := parse_line(text))]
     return []
 

@@ -7,33 +7,64 @@ import csv
 from pathlib import Path
 from statistics import mean, stdev
 
-from DeBERTa.config import find_experiments
+from DeBERTa.config import FREE_TO_CHANGE, ModelConfig, RTDConfig, TrainConfig, find_experiments
 from DeBERTa.errors import ConfigError
 from DeBERTa.presets import PRESETS
 from DeBERTa.report.health import NOTE, PROBLEM, USUAL, Finding
 from DeBERTa.report.read import RunRecord, format_number
 
-FOLDER = find_experiments() / "reference"
+FOLDER, CONFIGS = find_experiments() / "reference", find_experiments() / "language_model"
 SIGMAS, SHARE = 4, 0.03  # tolerance: standard deviations over the seeds, at least this share of the mean
 COMPARED = ("loss", "auc")  # endings of the metrics
-FREE = ("dump_interval", "log_interval")  # flags of a preset that do not change what is learned
+# Flags that do not change what is learned, or not more than another seed does.
+FREE = (
+    "tag", "seed", "dump_interval", "log_interval", "max_skipped_steps", "accumulative_update",
+    "precision", "fp16", "tf32", "kernels", "attention", "compile", "deterministic", "sharding",
+)  # fmt: skip
+TINY = [name for name, preset in PRESETS.items() if preset.corpus == "sample"]
 
 
-def compare_with_reference(run: RunRecord, folder: Path = FOLDER) -> list[Finding]:
-    """Compare the last evaluation of both run and reference, metric by metric.
+def find_reference(run: RunRecord, folder: Path = FOLDER) -> Path:
+    """Return the file of the reference curves of a run's preset.
 
-    Raises `ConfigError` if there is no reference for the run's settings.
+    It need not exist yet. Raises `ConfigError` if the run is not of a tiny preset as it is.
     """
     tag = run.train.get("tag", "")
-    path = folder / f"{tag}.csv"
-    if tag not in PRESETS or not path.exists():
-        there = ", ".join(sorted(file.stem for file in folder.glob("*.csv"))) or "none"
-        raise ConfigError(f"{run.path}: no reference curves for {tag!r}; train one of these presets: {there}")
-    usual = {name: value for name, value in PRESETS[tag].flags.items() if name not in FREE}
-    if others := [name for name, value in usual.items() if run.train.get(name) != value]:
-        raise ConfigError(f"{run.path}: {', '.join(others)} differ from {tag}; train the preset as it is")
+    if tag not in PRESETS or PRESETS[tag].corpus != "sample":
+        raise ConfigError(f"{run.path}: no reference curves for {tag!r}; train one of {', '.join(TINY)}")
+    preset = PRESETS[tag]
+    usual = TrainConfig(preset.task_name, max_seq_length=preset.max_seq_length, **preset.flags).to_dict()
+    names = [name for name in usual if name in preset.flags or name not in FREE_TO_CHANGE]
+    differing = [
+        name for name in names if name not in FREE and run.train.get(name, usual[name]) != usual[name]
+    ]
+    config = RTDConfig if preset.task_name == "RTD" else ModelConfig
+    model = config.from_json(CONFIGS / preset.model_config).to_dict()
+    if run.settings.get("model", model) != model:
+        differing.append("the model config")
+    if differing:
+        raise ConfigError(f"{run.path}: {', '.join(differing)} differ from {tag}; train the preset as it is")
+    return folder / f"{tag}.csv"
+
+
+def compare_with_reference(
+    run: RunRecord, folder: Path = FOLDER, recorded: Path | None = None
+) -> list[Finding]:
+    """Compare the last evaluation of both run and reference, metric by metric.
+
+    `recorded`: a file that is written next; if it is to be the reference, there need not be one. Raises
+    `ConfigError` if there is no reference for the run's settings and validation text.
+    """
+    path = find_reference(run, folder)
+    if not path.exists():
+        if recorded and recorded.resolve() == path.resolve():
+            return [Finding(NOTE, "the reference", "is recorded for the first time")]
+        raise ConfigError(f"{run.path}: no reference curves {path}; record them (docs/report.md)")
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "valid"]
+    texts = {row["text_sha256"] for row in run.rows if row["kind"] == "valid" and "text_sha256" in row}
+    if not texts <= {row.get("text_sha256") for row in rows}:
+        raise ConfigError(f"{run.path}: another valid.txt than the reference's; train the preset as it is")
     findings = []
     for name in (name for name in rows[0] if name.endswith(COMPARED)):
         values = dict(run.list_values(name, "valid"))

@@ -5,13 +5,13 @@ It shows whether BERT learns as slowly.
     python experiments/ablations/bert.py output/ablations/mlm-absolute-...-seed1 --steps 800
 
 It is `BertForMaskedLM`, of the same size and initialization, on the batches of the run, with its learning
-rates, weight decay and clipping, in float32. Needs transformers. Prints the mean training loss of every 100
-steps, and that of the run.
+rates, weight decay and clipping, in float32. Needs transformers. Prints the mean training loss over the
+steps of each line of the run's metrics.jsonl, and that of the run.
 """
 
 import argparse
-import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -46,10 +46,12 @@ def compare() -> None:
     config = TrainConfig.from_dict(settings["train"])
     model = build_bert(ModelConfig.from_dict(settings["model"]), config.seed)
     losses = train(model, config, flags.steps)
-    ours = {row["step"]: row["loss"] for row in read_run(flags.run).rows if row["kind"] == "train"}
-    for step in range(100, flags.steps + 1, 100):
-        bert, run = sum(losses[step - 100 : step]) / 100, ours.get(step, math.nan)
-        write_output(f"step {step}: BertForMaskedLM {bert:.3f}, the run {run:.3f}\n")
+    rows = [row for row in read_run(flags.run).rows if row["kind"] == "train"]
+    for before, row in pairwise([{"step": 0}, *rows]):
+        steps = losses[before["step"] : row["step"]]
+        if row["step"] <= flags.steps:
+            bert = sum(steps) / len(steps)
+            write_output(f"to step {row['step']}: BertForMaskedLM {bert:.3f}, the run {row['loss']:.3f}\n")
 
 
 def build_bert(config: ModelConfig, seed: int) -> nn.Module:

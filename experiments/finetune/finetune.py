@@ -254,7 +254,8 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(flags.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         flags.model, num_labels=len(task.labels) or 1, problem_type=None if task.labels else "regression"
-    ).to(device)
+    ).float()  # files may be in half precision
+    model.to(device)
 
     def encode(rows: list[Row]) -> dict[str, torch.Tensor]:
         texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
@@ -273,6 +274,8 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
             batch = rows[start : start + flags.batch_size]
             targets = torch.tensor(task.encode_targets(batch), device=device)
             loss = model(**encode(batch), labels=targets.long() if task.labels else targets).loss
+            if not loss.isfinite():
+                raise ValueError("training diverged: the loss is not finite; give a lower --learning_rate")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -283,6 +286,8 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
     with torch.no_grad():
         for start in range(0, len(task.test), flags.batch_size):
             logits = model(**encode(task.test[start : start + flags.batch_size])).logits
+            if not logits.isfinite().all():
+                raise ValueError("training diverged: scores are not finite; give a lower --learning_rate")
             predictions += (logits.argmax(1) if task.labels else logits[:, 0]).tolist()
     return predictions
 

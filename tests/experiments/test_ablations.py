@@ -149,6 +149,12 @@ def test_flags_that_cannot_work(flags, monkeypatch, capsys):
 def test_interval():
     assert format_interval([1.0, 1.0]) == "1.000"  # the same by construction: no interval
     assert format_interval([]) == "–"
+    stats = pytest.importorskip("scipy.stats")
+    for number in range(2, 40):
+        values = [float(n % 3) for n in range(number)]
+        half = stats.t.ppf(0.975, number - 1) * stats.sem(values)
+        shown = float(format_interval(values).partition(" ± ")[2])
+        assert half - 6e-4 < shown < 1.03 * half + 6e-4  # never too narrow
 
 
 def test_plots(tmp_path):

@@ -3,10 +3,12 @@
 import io
 import json
 import random
+import shutil
 import sys
 import tarfile
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.hub.export import list_models, write_model
@@ -56,6 +58,18 @@ def test_classification(model, tmp_path, capsys):
     assert values["words_only"]["accuracy"] == 1.0
 
 
+def test_half_precision_weights_are_trained_in_full(model, tmp_path, capsys):
+    """AdamW's epsilon and small updates are 0 in float16: the first update would give NaN."""
+    half = shutil.copytree(model, tmp_path / "half")
+    weights = {name: tensor.half() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, half / "model.safetensors", {"format": "pt"})
+    rows = tmp_path / "rows.tsv"
+    rows.write_text(HEAD + "".join(f"{text}\t{label}\n" for text, label in make_rows(64, 1)))
+    flags = ["--train", str(rows), "--test", str(rows), "--epochs", "8", "--learning_rate", "5e-3"]
+    assert main([str(half), *flags, "--seeds", "1"]) == 0
+    assert float(capsys.readouterr().out.partition("seed 1: accuracy ")[2].split()[0]) > 0.9
+
+
 def test_the_directory_of_a_run(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(SystemExit, match="2"):
@@ -77,6 +91,7 @@ HEAD, ROWS = "text\tlabel\n", "a good film\tgood\na bad film\tbad\n"
         (HEAD + "a film\tgood\n", [], "all training rows are labeled good"),
         (HEAD + 2 * "a b\tgood\nc d\tbad\n", [], "no word of two letters"),
         (HEAD + 2 * ROWS, ["--learning_rate", "nan"], "Invalid learning rate: nan"),
+        (HEAD + 2 * ROWS, ["--learning_rate", "1e30"], "training diverged: "),
         ("\udcff", [], "rows.tsv: neither TSV nor JSON lines in UTF-8 ("),
     ],
 )

@@ -119,6 +119,33 @@ def test_diverging(tmp_path):
     assert levels["Training diverges"] == PROBLEM
     rows = [{"step": n, "kind": "train", "loss": None} for n in range(60)]
     assert "60 losses that are null. They were not finite, or" in examine(make_run(tmp_path, rows))[0].text
+    rows[:20] = [{"step": n, "kind": "train", "loss": 3.0} for n in range(20)]
+    rows[20:] = [{"step": n, "kind": "train"} for n in range(20, 35)]  # as Interval writes it
+    assert "15 losses that are null" in examine(make_run(tmp_path, rows))[0].text
+
+
+@pytest.mark.parametrize("number", range(3, 9))
+def test_diverging_at_the_end(tmp_path, number):
+    """The last lines count, whatever the number of lines."""
+    losses = [6.0 - 0.1 * n for n in range(20)] + [12.0] * number
+    rows = [{"step": n, "kind": "train", "loss": loss} for n, loss in enumerate(losses)]
+    assert "Training diverges" in [finding.title for finding in examine(make_run(tmp_path, rows))]
+
+
+def test_before_the_first_step(tmp_path):
+    """With --replay both texts are evaluated there: nothing is masked or moved yet."""
+    figures = {"generator_loss": 9.0, "generator_accuracy": 0.0, "residual_drift": 0.0}
+    rows = [{"step": 0, "kind": kind, **figures} for kind in ("valid", "replay")]
+    assert PROBLEM not in [finding.level for finding in examine(make_run(tmp_path, rows))]
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_new_head_starts_at_chance(tmp_path, is_fresh):
+    rows = [{"step": 1, "kind": "train", "loss": 10.5}]
+    run = make_run(tmp_path, rows, init_model="x.bin", fresh_head=is_fresh)
+    run.settings["model"] = {"vocab_size": 8064}
+    titles = [finding.title for finding in examine(run) if finding.level == PROBLEM]
+    assert titles == ([] if is_fresh else ["The vocabulary does not fit the weights"])
 
 
 def test_rows_with_nothing(tmp_path):

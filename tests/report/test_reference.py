@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from DeBERTa.config import RTDConfig
 from DeBERTa.errors import ConfigError
 from DeBERTa.presets import PRESETS
 from DeBERTa.report.__main__ import write_csv
 from DeBERTa.report.health import NOTE, PROBLEM, USUAL
 from DeBERTa.report.read import RunRecord
-from DeBERTa.report.reference import FOLDER, compare_with_reference
+from DeBERTa.report.reference import CONFIGS, FOLDER, compare_with_reference
 
 TAG = "deberta-v3-tiny"
 STEPS = (400, 800, 1200)
@@ -59,14 +60,49 @@ def test_the_last_common_step_is_compared(folder):
 
 
 def test_another_recipe_is_not_compared(folder):
-    with pytest.raises(ConfigError, match="learning_rate, train_batch_size differ from"):
-        compare_with_reference(make_run(1, learning_rate=0.1, train_batch_size=2), folder)
-    assert compare_with_reference(make_run(1, log_interval=7, dump_interval=100), folder)
+    others = {
+        "learning_rate": 0.1, "train_batch_size": 2, "rtd_lambda": 50.0, "weight_decay": 0.5,
+        "max_seq_length": 64, "lr_schedule": "constant", "decoupled_training": False, "max_grad_norm": 0.1,
+        "discriminator_learning_rate": 0.1, "num_training_steps": 6000, "task_name": "MLM",
+    }  # fmt: skip
+    for name, value in others.items():
+        with pytest.raises(ConfigError, match=f"{name} differ from {TAG}; train the preset as it is"):
+            compare_with_reference(make_run(1, **{name: value}), folder)
+    free = {"log_interval": 7, "dump_interval": 100, "precision": "fp32", "attention": "eager"}
+    assert compare_with_reference(make_run(1, **free, data_dir="/elsewhere", workers=0), folder)
+
+
+def test_another_model_or_text_is_not_compared(folder):
+    run = make_run(1)
+    model = RTDConfig.from_json(CONFIGS / PRESETS[TAG].model_config).to_dict()
+    run.settings["model"] = model
+    assert compare_with_reference(run, folder)
+    run.settings["model"] = model | {"embedding_sharing": "nes"}
+    with pytest.raises(ConfigError, match="the model config differ from"):
+        compare_with_reference(run, folder)
+    del run.settings["model"]
+    run.rows[-1]["text_sha256"] = "0" * 64
+    with pytest.raises(ConfigError, match=r"another valid\.txt than the reference's"):
+        compare_with_reference(run, folder)
+
+
+def test_curves_are_recorded_for_the_first_time(tmp_path):
+    """Other recipes are refused there, too; without `--csv` to that file there is nothing to compare with."""
+    file = tmp_path / f"{TAG}.csv"
+    (found,) = compare_with_reference(make_run(1), tmp_path, file)
+    assert found == (NOTE, "the reference", "is recorded for the first time")
+    with pytest.raises(ConfigError, match="rtd_lambda differ from"):
+        compare_with_reference(make_run(1, rtd_lambda=50.0), tmp_path, file)
+    for other in (None, tmp_path / "other.csv"):
+        with pytest.raises(ConfigError, match=r"no reference curves .*\.csv; record them"):
+            compare_with_reference(make_run(1), tmp_path, other)
 
 
 @pytest.mark.parametrize("tag", ["", "deberta-v3-large", "../reference/x"])
 def test_no_reference(folder, tag):
-    with pytest.raises(ConfigError, match=f"no reference curves for .*; train one of these presets: {TAG}"):
+    with pytest.raises(
+        ConfigError, match=r"no reference curves for .*; train one of bert-tiny, deberta-tiny"
+    ):
         compare_with_reference(make_run(1, tag=tag), folder)
 
 
