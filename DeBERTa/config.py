@@ -500,7 +500,9 @@ class TrainConfig(Config):
         ("none", "zero2", "fsdp"),
         rules=RESUME,
     )
-    max_restarts: int = _flag(0, "restarts of all ranks after one was lost", FROM_ZERO, "restarts", RESUME)
+    max_restarts: int = _flag(
+        0, "restarts of several ranks after one was lost", FROM_ZERO, "restarts", RESUME
+    )
     dist_timeout: int = _flag(600, "limit of waiting for other nodes and ranks", FROM_ONE, "seconds", RESUME)
 
     output_dir: str = _flag("", "path; empty: output/TAG", rules=RESUME | NODE, group="run directory")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from DeBERTa import command
-from DeBERTa.config import FREE_PER_NODE, ModelConfig, RTDConfig, TrainConfig
+from DeBERTa.config import FREE_PER_NODE, ModelConfig, RTDConfig, TrainConfig, read_json
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches, Replay, TrainingBatches
 from DeBERTa.data.loader import BYTES_PER_TOKEN, translate_worker_errors
 from DeBERTa.data.masking import Masker
@@ -33,6 +33,7 @@ from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.dry_run import describe_dry_run
 from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
+from DeBERTa.files import hash_file
 from DeBERTa.flags import parse_flags
 from DeBERTa.log import secure_console, set_up_logging
 from DeBERTa.memory import MODEL, check_size, keep_freed_memory, translate_memory_errors
@@ -49,7 +50,7 @@ from DeBERTa.training.checkpoint import (
 )
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.execution import explain_precision, resolve_compile, resolve_precision, set_execution
-from DeBERTa.training.initial_weights import load_initial_weights
+from DeBERTa.training.initial_weights import check_silent_settings, load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
@@ -61,7 +62,14 @@ from DeBERTa.training.signals import Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
 from DeBERTa.training.summary import describe_end
 from DeBERTa.training.trainer import Run, Trainer, resume
-from DeBERTa.training.worker import RESTART_COUNT, exit_process, get_local_rank, is_worker, log_rank
+from DeBERTa.training.worker import (
+    LAUNCH_ID,
+    RESTART_COUNT,
+    exit_process,
+    get_local_rank,
+    is_worker,
+    log_rank,
+)
 
 Model = MaskedLanguageModel | RTDModel
 logger = logging.getLogger("DeBERTa.train")  # as a command, __name__ is "__main__"
@@ -92,6 +100,10 @@ def start(argv: Sequence[str]) -> int:
         job = find_job(config)
         if job is not None:
             return launch(job, config, argv)
+        if config.max_restarts and not is_worker():
+            logger.warning(
+                "--max_restarts is for several ranks: if this one is lost, the same command resumes"
+            )
         with Signals() as signals, ExitStack() as stack:
             if is_worker():
                 stack.enter_context(log_rank(config.run_dir))
@@ -150,7 +162,9 @@ def run(config: TrainConfig, signals: Signals) -> None:
         if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
             settings["train"]["attention"] = "eager"
         settings["data"] |= describe_data(batches)
-    check_same_on_all_ranks(settings | {"evaluation": texts})  # before DDP compares shapes in its own words
+    weights = {f"init_{name}_sha256": hash_file(Path(found.path)) for name, found in loaded.items()}
+    # Before DDP compares shapes in its own words.
+    check_same_on_all_ranks(settings | {"evaluation": texts, "weights": weights})
     kind = ReplacedTokenStep if is_rtd else MaskedLMStep
     training = kind(model, config, precision, device, steps)
     if batches:
@@ -163,7 +177,7 @@ def run(config: TrainConfig, signals: Signals) -> None:
             return
         train_and_save(this_run, signals, tokenizer.path)
     else:
-        load_trained(config, model)
+        load_trained(config, model, tokenizer)
     if config.do_eval:
         write_evaluation(config, evaluate_splits(training, evaluation))
 
@@ -314,22 +328,45 @@ def check_model_size(
     check_size(size, what, MODEL)
 
 
-def load_trained(config: TrainConfig, model: Model) -> None:
+def check_trained(checkpoint: Path, config: ModelConfig | RTDConfig, tokenizer: Tokenizer) -> None:
+    """Raise `ConfigError` if a checkpoint is of another vocabulary or config.
+
+    Shapes of weights do not show all of that.
+    """
+    models = {"model": config} if isinstance(config, ModelConfig) else vars(config)
+    for role in models.keys() & {"model", "generator", "discriminator"}:
+        check_silent_settings(checkpoint / "model.safetensors", role, models[role])
+    data = read_json(checkpoint / "config.json").get("data") or {}
+    if data.get("vocabulary_sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{checkpoint} was trained with another vocabulary than {tokenizer.path}; give its --vocab_path, "
+            "and a --data_dir that was prepared with it"
+        )
+
+
+def load_trained(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> None:
     """Load the weights of the run's newest valid checkpoint for evaluation.
 
     Weights named by `--init_*` are used instead. Raises `ConfigError` if there are neither.
     """
     if config.init_model or config.init_generator:
         return
-    weights = None
+    weights, problem = None, None
     if distributed.is_rank_zero():  # nodes may have disks of their own
         step, damages = find_newest_valid(config.run_dir)
         for damage in damages:
             logger.warning("damaged checkpoint: %s", damage)
-        if step:
-            weights = read_model(config.run_dir, step, model)
-            logger.info("evaluating %s", get_checkpoint_path(config.run_dir, step))
-    if not distributed.broadcast_value(weights is not None):
+        try:
+            if step:
+                check_trained(get_checkpoint_path(config.run_dir, step), model.config, tokenizer)
+                weights = read_model(config.run_dir, step, model)
+                logger.info("evaluating %s", get_checkpoint_path(config.run_dir, step))
+        except DebertaError as error:
+            problem = error
+    is_found, message = distributed.broadcast_value((weights is not None, str(problem) if problem else ""))
+    if message:
+        raise problem or ConfigError(message)
+    if not is_found:
         raise ConfigError(
             f"--do_eval: there is no checkpoint in {config.run_dir} and no --init_model (MLM) or "
             "--init_generator and --init_discriminator (RTD) to evaluate"
@@ -384,10 +421,11 @@ def start_or_resume(this_run: Run) -> int:
     config, step, problem = this_run.config, 0, None
     if distributed.is_rank_zero():
         try:
-            # A restart by torchrun resumes from this run's checkpoints, as a restart by our launcher does.
-            fresh = config.fresh and os.environ.get(RESTART_COUNT, "0") == "0"
-            environment = collect_environment(this_run)
-            step, this_run.lock = open_run_dir(config.run_dir, this_run.settings, environment, fresh)
+            environment, launch = collect_environment(this_run), os.environ.get(LAUNCH_ID, "")
+            # A restart by torchrun, which has no such variable, resumes from this run's checkpoints, too.
+            is_restart = is_worker() and not launch and os.environ.get(RESTART_COUNT, "0") != "0"
+            fresh = config.fresh and not is_restart
+            step, this_run.lock = open_run_dir(config.run_dir, this_run.settings, environment, fresh, launch)
             coming = math.ceil((this_run.training.total_steps - step) / config.dump_interval)
             check_disk_space(config.run_dir, this_run.model, coming, config.keep_last)
         except DebertaError as error:

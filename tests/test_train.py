@@ -421,6 +421,32 @@ def test_token_ids_that_change_end_the_run_in_one_sentence(flags, prepared, tmp_
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("task", ["MLM", "RTD"])
+def test_evaluation_by_another_config_or_vocabulary(flags, task, tmp_path):
+    """What no shape of a weight shows is compared with the checkpoint, as for --init_*."""
+    config = tmp_path / f"{task.lower()}.json"
+    flags |= {"task_name": task, "model_config": config}
+    assert train(*build_arguments(flags)).returncode == 0
+    evaluate = flags | {"do_train": False, "do_eval": True}
+    values = json.loads(config.read_text())
+    changed = values if task == "MLM" else values["discriminator"]
+    changed |= {"hidden_act": "relu", "layer_norm_eps": 0.5, "num_attention_heads": 4}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(values))
+    refused = train(*build_arguments(evaluate | {"model_config": other}))
+    assert_refused(
+        refused, "hidden_act (gelu there, relu here)", "layer_norm_eps", "num_attention_heads (2 there"
+    )
+    data = shutil.copytree(flags["data_dir"], tmp_path / "data")
+    vocabulary = data / "spm.model"
+    vocabulary.write_bytes(vocabulary.read_bytes() + bytes([0x12, 0x00]))  # an empty message of settings
+    for store in data.glob("*.ids"):
+        store.unlink()
+    refused = train(*build_arguments(evaluate | {"vocab_path": vocabulary, "data_dir": data}))
+    assert_refused(refused, "was trained with another vocabulary than", vocabulary)
+    assert train(*build_arguments(evaluate)).returncode == 0
+
+
 @pytest.mark.parametrize("sharding", ["none", "zero2", "fsdp"])
 def test_a_model_of_one_process_is_full(sharding):
     """It is not built a second time."""

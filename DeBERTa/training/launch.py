@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from DeBERTa.errors import ConfigError, LaunchError
 from DeBERTa.files import raise_storage_errors
 from DeBERTa.processes import STOP_SIGNALS, RunInterrupted, list_handled_signals
 from DeBERTa.training import worker
-from DeBERTa.training.network import find_interface
+from DeBERTa.training.network import find_interface, is_loopback
 from DeBERTa.training.nodes import GRACE_SECONDS, Coordinator, Job, Member, describe_loss, wait_until
 from DeBERTa.training.worker import Failure, get_stop_signal
 
@@ -149,6 +150,7 @@ class Supervisor:
     def __init__(self, job: Job, config: TrainConfig, arguments: Sequence[str]) -> None:
         """Install the signal handlers."""
         self.job, self.config, self.arguments = job, config, arguments
+        self.launch_id = uuid.uuid4().hex  # of all attempts
         self.stop_signal = 0  # received while workers were running
         self._stop_deadline = math.inf  # monotonic clock
         self._has_workers = False
@@ -208,7 +210,7 @@ class Supervisor:
     def _make_environment(self, members: list[Member], coordinator: Coordinator) -> dict[str, str]:
         """Return the variables of all workers of this node, and log their start."""
         job, environment = self.job, dict(os.environ)
-        if interface := find_interface(job.address):
+        if interface := find_interface(self._choose_target(members)):
             if job.nodes == 1:  # the loopback interface, whatever is set for runs on several nodes
                 environment["GLOO_SOCKET_IFNAME"] = interface
                 environment.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -230,8 +232,17 @@ class Supervisor:
             "MASTER_ADDR": job.address,
             "MASTER_PORT": str(coordinator.port),
             worker.LAUNCHER_PID: str(os.getpid()),
+            worker.LAUNCH_ID: self.launch_id,
             worker.RESTART_COUNT: str(coordinator.attempt),
         }
+
+    def _choose_target(self, members: list[Member]) -> str:
+        """Return the address to which other nodes' messages leave this node.
+
+        Node 0 looks towards another node: its own name may stand for 127.0.1.1 there.
+        """
+        others = (member.address for member in members[1:] if self.job.node == 0)
+        return next((each for each in others if each and not is_loopback(each)), self.job.address)
 
     def _is_ending(self, coordinator: Coordinator) -> bool:
         """Return whether all workers have ended, or the running ones must end."""

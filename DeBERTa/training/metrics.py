@@ -92,10 +92,14 @@ class MetricsLog:
         self._size = 0  # bytes of the file when a line was written last
         # By split ("replay": that of --replay) and step.
         self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in texts}
+        self.has_other_texts = False  # whether earlier lines are evaluations on another text
         if is_writer and not first_step:
             move_previous_lines(path)
         elif is_writer and path.exists():
             self._remove_later_lines(first_step)
+        elif is_writer:
+            what = "evaluations up to step %d are unknown, and with them the best checkpoint so far"
+            logger.warning(f"%s is missing: {what}", path, first_step)
         self._append("")
 
     def _remove_later_lines(self, first_step: int) -> None:
@@ -108,6 +112,8 @@ class MetricsLog:
             file.writelines(f"{line}\n".encode() for line, _ in valid)
         for split, text in self._texts.items():
             self.evaluations[split] = select_evaluations([values for _, values in valid], split, text)
+        evaluated = sum(values.get("kind") in list(self._texts) for _, values in valid)
+        self.has_other_texts = evaluated > sum(map(len, self.evaluations.values()))
 
     def _append(self, text: str) -> None:
         if self._is_writer:

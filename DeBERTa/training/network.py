@@ -17,9 +17,10 @@ def check_host(address: str) -> None:
     """Raise `LaunchError` if this machine cannot resolve the host."""
     try:
         socket.getaddrinfo(address, None)
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: an empty or long part of a name
+        reason = getattr(error, "strerror", None) or "not the name of a host"
         raise LaunchError(
-            f"MASTER_ADDR {address}: no such host is known here ({error.strerror}); "
+            f"MASTER_ADDR {address}: no such host is known here ({reason}); "
             "export the name or address of node 0"
         ) from None
 
@@ -38,18 +39,31 @@ def describe_silence(address: str, port: int, timeout: int) -> str:
     return f"the server at {where} is not the launcher of node 0: {advice}"
 
 
+def find_own_address(address: str) -> str | None:
+    """Return this machine's IPv4 address towards `address`, or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # a datagram socket: nothing is sent
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address cannot be reached from other machines."""
+    return address.startswith("127.")
+
+
 def find_interface(address: str) -> str | None:
     """Return the network interface that leads to `address`, or None.
 
     Only interfaces with an IPv4 address are considered. Gloo would otherwise use the address of the host's
     own name, which on many machines is 127.0.1.1.
     """
+    own_address = find_own_address(address)
+    if own_address is None:
+        return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # a datagram socket: nothing is sent
-        except OSError:
-            return None
-        own_address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
                 result = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))

@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from DeBERTa.errors import LaunchError
-from DeBERTa.training.network import check_host, describe_silence
+from DeBERTa.training.network import check_host, describe_silence, find_own_address
 from DeBERTa.training.worker import STORE_THREAD, Failure
 
 POLL_SECONDS = 0.1
@@ -51,6 +51,7 @@ class Member:
     nodes: int  # its WORLD_SIZE
     processes: int
     token: str  # differs between nodes with the same RANK
+    address: str  # its own, towards node 0; "" if there is none
 
     @staticmethod
     def from_json(text: bytes) -> "Member":
@@ -61,6 +62,7 @@ class Member:
         try:
             member = Member(**json.loads(text))
             is_valid = all(isinstance(n, int) and 0 < n < 2**20 for n in (member.nodes, member.processes))
+            is_valid &= isinstance(member.address, str)
         except (ValueError, TypeError, RecursionError):
             is_valid = False
         if not is_valid:
@@ -136,7 +138,8 @@ class Coordinator:
         or WORLD_SIZE do not fit together.
         """
         job = self.job
-        own = Member(socket.gethostname(), job.nodes, job.processes, uuid.uuid4().hex)
+        address = find_own_address(job.address) or ""
+        own = Member(socket.gethostname(), job.nodes, job.processes, uuid.uuid4().hex, address)
         first = Member.from_json(self._store.compare_set(f"node-{job.node}", "", json.dumps(asdict(own))))
         if first != own:
             self._refuse(f"two nodes have RANK {job.node}: {first.host} and {own.host}")

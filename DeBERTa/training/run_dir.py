@@ -22,7 +22,7 @@ from DeBERTa.errors import (
     VocabularyError,
     describe_os_error,
 )
-from DeBERTa.files import find_unused_path, remove
+from DeBERTa.files import find_unused_path, open_atomic, read_file, remove
 from DeBERTa.hub.export import list_models, write_model, write_plain_model
 from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
@@ -36,6 +36,8 @@ from DeBERTa.training.checkpoint import (
 from DeBERTa.training.optimizer import count_warmup_steps
 from DeBERTa.training.run_lock import LOCK, RunLock
 from DeBERTa.training.worker import LOGS
+
+FRESH = ".fresh"  # names the command whose --fresh has moved the previous run
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +54,27 @@ WARNINGS = {
 }
 
 
-def open_run_dir(run_dir: Path, settings: dict, environment: dict, fresh: bool) -> tuple[int, RunLock]:
+def open_run_dir(
+    run_dir: Path, settings: dict, environment: dict, fresh: bool, launch: str = ""
+) -> tuple[int, RunLock]:
     """Create or reopen the run directory and lock it.
 
-    Returns the step to resume from, or 0, and the lock. Writes settings and environment there. Raises
-    `StorageError` when the directory cannot be written, and `ConfigError` when another process trains in it,
-    its run has other settings, or none of its checkpoints is valid.
+    Returns the step to resume from, or 0, and the lock. Writes settings and environment there. `launch` names
+    the command: with `fresh`, a restart of its workers does not move its own files. Raises `StorageError`
+    when the directory cannot be written, and `ConfigError` when another process trains in it, its run has
+    other settings, or none of its checkpoints is valid.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         check_file_types(run_dir)
         lock = RunLock(run_dir)
-        if fresh:
+        moved = run_dir / FRESH
+        if fresh and not (launch and moved.is_file() and read_file(moved) == launch.encode()):
             inputs = (settings["train"].get(name) for name in INPUTS)
             move_previous_run(run_dir, [Path(path) for path in inputs if path])
+            if launch:
+                with open_atomic(moved) as file:
+                    file.write(launch.encode())
         step, damages = find_newest_valid(run_dir)
         if step:
             saved = read_json(get_checkpoint_path(run_dir, step) / "config.json")
@@ -112,7 +121,7 @@ def move_previous_run(run_dir: Path, inputs: list[Path]) -> None:
     previous = [
         path
         for path in sorted(run_dir.iterdir())
-        if path.name not in (LOGS, LOCK) and not re.fullmatch(r"old-\d+", path.name)
+        if path.name not in (LOGS, LOCK, FRESH) and not re.fullmatch(r"old-\d+", path.name)
     ]
     if not previous:
         return

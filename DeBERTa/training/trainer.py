@@ -239,13 +239,15 @@ class Trainer:
     def evaluate_if_missed(self) -> None:
         """Evaluate the resumed checkpoint if the run stopped before its evaluation.
 
-        With `--replay`, evaluate also before the first step, to compare with later.
+        It is also evaluated where the text to evaluate on has changed since. With `--replay`, evaluate also
+        before the first step, to compare with later.
         """
         step, run = self.first_step, self.run
         if not step and "replay" in run.evaluation:
             self.evaluate(0)
-        is_due = step and (step % run.config.dump_interval == 0 or step == self.total_steps)
+        is_usual = step % run.config.dump_interval == 0 or step == self.total_steps
         there = [split for split in self.log.evaluations if split in run.evaluation]
+        is_due = step and (is_usual or (there and broadcast_value(self.log.has_other_texts)))
         missing = broadcast_value([split for split in there if step not in self.log.evaluations[split]])
         if is_due and (missing or not there):
             self.evaluate(step, missing)

@@ -30,6 +30,7 @@ LOGS = "logs"  # directory of the ranks' logs in a run directory
 STORE_THREAD = "store"  # name of the launcher's threads that wait for a store
 # Variables of our launcher's workers, besides those that torchrun sets.
 LAUNCHER_PID, FAILURE_FILE = "DEBERTA_LAUNCHER_PID", "DEBERTA_FAILURE_FILE"
+LAUNCH_ID = "DEBERTA_LAUNCH_ID"  # the same in all attempts of one command
 RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 
 

@@ -25,6 +25,7 @@ import pytest
 from tests.conftest import ROOT, strip_times
 from tests.draws import count_differences, read_draws
 from tests.nodes import TwoNodes, open_two_nodes
+from tests.runs import build_arguments, tiny_flags
 
 STEPS = 20
 EXAMPLE = ["./rtd.sh", "deberta-v3-tiny"]
@@ -189,3 +190,23 @@ def test_a_cut_link_ends_both_sides_and_the_same_command_resumes(cluster, alone)
     assert cluster.finish() == [0, 0], cluster.get_printed(0).read_text() + cluster.get_printed(1).read_text()
     assert "resuming from step 5" in cluster.get_printed(0).read_text()
     cluster.assert_same(alone)
+
+
+def test_a_host_whose_name_stands_for_127_0_1_1(tmp_path, prepared, monkeypatch):
+    """As on Debian, where node 0 finds its own name in /etc/hosts; addresses are above 127 or below."""
+    for network in ("10.77.0", "192.168.77"):
+        monkeypatch.setattr("tests.nodes.ADDRESSES", (f"{network}.1", f"{network}.2"))
+        flags = tiny_flags(tmp_path, prepared, "MLM") | {"nproc_per_node": 1, "dist_timeout": 60}
+        with open_two_nodes() as nodes:
+            hosts = Path("/etc/netns") / nodes.names[0] / "hosts"
+            hosts.write_text("127.0.0.1 localhost\n127.0.1.1 node0\n")
+            processes = [
+                nodes.start(
+                    node,
+                    [sys.executable, "-m", "DeBERTa.train", *build_arguments(flags | {"output_dir": folder})],
+                    folder.with_suffix(".printed"),
+                    WORLD_SIZE="2", RANK=str(node), MASTER_ADDR="node0", MASTER_PORT="29500",
+                )
+                for node, folder in enumerate(tmp_path / f"{network}-{node}" for node in (0, 1))
+            ]  # fmt: skip
+            assert [process.wait(timeout=PATIENCE) for process in processes] == [0, 0]

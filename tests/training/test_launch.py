@@ -15,9 +15,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from DeBERTa import RTDConfig, RTDModel
 from DeBERTa.data.token_store import get_store_path, open_store, write_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError
@@ -439,6 +441,56 @@ def test_a_restart_resumes_from_the_last_checkpoint(flags):
         assert "restart 1 of 1" in run.printed.read_text()
     assert "resuming from step" in runs[0].printed.read_text()
     assert (runs[0].run_dir / "checkpoints" / "step-00000200").exists()
+
+
+def test_fresh_and_a_restart_before_the_run_is_opened(flags, tmp_path):
+    """The restart starts over, too: the finished run of before is not resumed."""
+    finished = Command(flags | {"num_training_steps": 4, "dump_interval": 2})
+    assert finished.finish() == 0, finished.printed.read_text()
+    before = {path.name for path in (finished.run_dir / "checkpoints").iterdir()}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if (os.environ.get('LOCAL_RANK'), os.environ.get('TORCHELASTIC_RESTART_COUNT')) == ('1', '0'):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    again = flags | {"num_training_steps": 4, "dump_interval": 2, "fresh": True, "max_restarts": 1}
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    run = Command(again, PYTHONPATH=path)
+    assert run.finish() == 0, run.printed.read_text()
+    printed = run.printed.read_text()
+    assert "restart 1 of 1" in printed
+    assert "resuming from" not in printed
+    moved = run.run_dir.with_name(f"{run.run_dir.name}.old-1")
+    assert {path.name for path in (moved / "checkpoints").iterdir()} == before
+
+
+def test_one_process_is_not_restarted(flags):
+    run = Command(flags | {"nproc_per_node": 1, "num_training_steps": 2, "max_restarts": 3})
+    assert run.finish() == 0, run.printed.read_text()
+    assert "--max_restarts is for several ranks" in run.printed.read_text()
+
+
+def test_nodes_that_start_from_other_weights(flags, tmp_path):
+    """The same path on two nodes, with other content: an error, no mixture."""
+    config = RTDConfig.from_json(flags["model_config"])
+    port, runs = find_free_port(), []
+    for node in range(2):
+        torch.manual_seed(node)
+        model = RTDModel(config)
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        for name, part in (
+            ("generator", model.generator.state_dict()),
+            ("discriminator", model.merge_discriminator()),
+        ):
+            save_file(part, folder / f"{name}.safetensors")
+        weights = {f"init_{name}": folder / f"{name}.safetensors" for name in ("generator", "discriminator")}
+        given = flags | weights | {"nproc_per_node": 1, "output_dir": tmp_path / f"run-{node}"}
+        runs.append(Command(given, **get_cluster(port, node=node)))
+    for run in runs:
+        error = run.finish_with_error()
+        assert "ranks 0 and 1 differ in init_discriminator_sha256 (" in error
 
 
 def test_under_torchrun_nothing_is_launched(flags):

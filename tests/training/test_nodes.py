@@ -61,7 +61,7 @@ def test_a_strange_failure_while_nodes_register(node_0, stranger):
 
 @pytest.mark.parametrize("processes", [0, -1, "2", None, 2**40])
 def test_a_strange_member(node_0, stranger, processes):
-    member = asdict(Member("host", 2, 1, "token")) | {"processes": processes}
+    member = asdict(Member("host", 2, 1, "token", "")) | {"processes": processes}
     stranger.set("attempt-0/node-1", json.dumps(member))
     with pytest.raises(LaunchError, match="another program uses MASTER_PORT"):
         node_0.register()

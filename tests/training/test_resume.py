@@ -179,6 +179,30 @@ def test_another_validation_split(tmp_path, prepared):
     assert {name for name in expected if newest[name] != expected[name]} == {"metrics"}
 
 
+def test_another_validation_split_between_evaluations(tmp_path, prepared):
+    """A checkpoint that is at no multiple of --dump_interval is evaluated on the new text, too."""
+    data = shutil.copytree(prepared, tmp_path / "data")
+    flags = tiny_flags(tmp_path, data, "MLM") | {"num_training_steps": 5, "dump_interval": 4}
+    assert run(flags)[0] == 0
+    shutil.copy(data / "test.txt", data / "valid.txt")
+    status, output = run(flags | {"num_training_steps": 8})
+    assert status == 0, output
+    evaluated = [line for line in read_metrics_log(flags["output_dir"]) if line["kind"] == "valid"]
+    assert [line["step"] for line in evaluated] == [4, 5, 5, 8]
+    assert len({line["text_sha256"] for line in evaluated[:2]}) == 1
+    assert {line["text_sha256"] for line in evaluated[2:]}.isdisjoint({evaluated[0]["text_sha256"]})
+
+
+def test_missing_metrics_are_a_warning(tmp_path, prepared):
+    flags = tiny_flags(tmp_path, prepared, "MLM")
+    assert run(flags)[0] == 0
+    remove_after(flags["output_dir"], 4)
+    (flags["output_dir"] / "metrics.jsonl").unlink()
+    status, output = run(flags)
+    assert status == 0, output
+    assert "metrics.jsonl is missing: evaluations up to step 4 are unknown, and with them the best" in output
+
+
 def kill_at_every_call(killed: dict, start: Path, first: int, expected: dict, thread: str) -> list[str]:
     """SIGKILL at the n-th call of a thread, for all n until a run ends; return the places.
 

@@ -148,6 +148,20 @@ print([Path("{run}/old-%d/metrics.jsonl" % number).read_text() for number in (1,
 """
 
 
+def test_fresh_moves_files_once_per_command(tmp_path):
+    """A restart of the same command resumes what the command itself began, and no older run."""
+    run_dir = tmp_path / "run"
+    open_run_dir(run_dir, make_settings(), {}, fresh=False)
+    (run_dir / "metrics.jsonl").write_text("old")
+    for launch, number in (("a", 1), ("a", 1), ("b", 2), ("b", 2), ("", 3)):
+        open_run_dir(run_dir, make_settings(), {}, fresh=True, launch=launch)
+        (run_dir / "metrics.jsonl").write_text(launch)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "run", *(f"run.old-{n}" for n in range(1, number + 1))
+        ]  # fmt: skip
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == "old"
+
+
 def test_fresh_on_a_mount_point(tmp_path):
     """The previous files cannot be moved out of it."""
     run_dir = tmp_path / "run"
