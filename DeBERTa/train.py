@@ -162,7 +162,9 @@ def run(config: TrainConfig, signals: Signals) -> None:
         if execution["kernels"] == "off":  # otherwise auto may mean another attention on another device
             settings["train"]["attention"] = "eager"
         settings["data"] |= describe_data(batches)
-    weights = {f"init_{name}_sha256": hash_file(Path(found.path)) for name, found in loaded.items()}
+    weights = {}
+    if distributed.is_distributed():  # reading large files again takes seconds
+        weights = {f"init_{name}_sha256": hash_file(Path(found.path)) for name, found in loaded.items()}
     # Before DDP compares shapes in its own words.
     check_same_on_all_ranks(settings | {"evaluation": texts, "weights": weights})
     kind = ReplacedTokenStep if is_rtd else MaskedLMStep
@@ -333,9 +335,9 @@ def check_trained(checkpoint: Path, config: ModelConfig | RTDConfig, tokenizer: 
 
     Shapes of weights do not show all of that.
     """
-    models = {"model": config} if isinstance(config, ModelConfig) else vars(config)
-    for role in models.keys() & {"model", "generator", "discriminator"}:
-        check_silent_settings(checkpoint / "model.safetensors", role, models[role])
+    roles = ("model",) if isinstance(config, ModelConfig) else ("generator", "discriminator")
+    for role, part in zip(roles, config.models, strict=True):
+        check_silent_settings(checkpoint / "model.safetensors", role, part)
     data = read_json(checkpoint / "config.json").get("data") or {}
     if data.get("vocabulary_sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise ConfigError(

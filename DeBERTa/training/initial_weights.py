@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 GENERATOR_FILE = "pytorch_model.generator.bin"
 VOCABULARY_FILE, CONFIG_FILE = "spm.model", "config.json"
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-# Settings that shapes of weights show, and that have no default in a config.json.
+# Settings that shapes of weights show: where a config.json omits them, they are those of --model_config.
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "attention_head_size",

@@ -272,7 +272,7 @@ def test_links_below_a_directory(tmp_path):
 
 
 def test_a_directory_that_cannot_be_read(tmp_path):
-    """Nothing below it is left out silently."""
+    """It is an error: nothing below it is omitted."""
     (tmp_path / "data" / "closed").mkdir(parents=True)
     (tmp_path / "data" / "a.txt").write_text("a")
     (tmp_path / "data" / "closed").chmod(0)
