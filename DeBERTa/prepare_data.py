@@ -13,9 +13,9 @@ from DeBERTa import command
 from DeBERTa.config import Bounds
 from DeBERTa.data.corpus import DownloadError, extract_sample, fetch_vocabulary, fetch_wikitext
 from DeBERTa.data.encode import Recipe
-from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, prepare_outputs
+from DeBERTa.data.prepare import MIN_SEQ_LENGTH, PreparedText, is_prepared, prepare_outputs
 from DeBERTa.data.sources import Reading, find_sources
-from DeBERTa.data.token_store import get_part_name
+from DeBERTa.data.token_store import PART, get_part_name
 from DeBERTa.data.vocabulary import check_text, find_or_train_vocabulary
 from DeBERTa.errors import DataError
 from DeBERTa.files import get_cache_dir
@@ -116,15 +116,32 @@ def list_outputs(arguments: argparse.Namespace) -> list[Path]:
     return [folder / f"{split}.txt" for split in ("train", *ranges)] if ranges else [folder]
 
 
-def list_written(arguments: argparse.Namespace) -> set[Path]:
-    """Return files and directories that are no input, although they may be below one."""
+def find_input_files(arguments: argparse.Namespace) -> list[Path]:
+    """Return the files that --input names, without what this command wrote below them.
+
+    An output is what has this command's token ids, which name its size and time. Raw text of the same name
+    remains an input, so that it is not overwritten. Parts can be other nodes', and without token ids yet.
+    Raises `DataError` if parts were to be written beside the input.
+    """
     if arguments.output is None:
-        return set()
+        return find_sources(arguments.input)
     outputs = [output.resolve() for output in list_outputs(arguments)]
     vocabulary = (arguments.vocab_path or outputs[0].parent / "spm.model").resolve()
-    names = [(path, path.name + suffix) for path in outputs for suffix in ("", ".ids")]
-    names += [(vocabulary, vocabulary.name + suffix) for suffix in ("", ".json")]
-    return {path.parent / f"{name}{part}" for path, name in names for part in ("", ".part")}
+
+    def is_output(path: Path) -> bool:
+        path = path.with_name(path.name.removesuffix(".part"))
+        if path in (vocabulary, vocabulary.with_name(f"{vocabulary.name}.json")):
+            return True
+        text = path.with_name(path.name.removesuffix(".ids"))
+        if arguments.shard:
+            return text.parent == outputs[0] and PART.fullmatch(text.name) is not None
+        return text in outputs and (text != path or is_prepared(text))
+
+    sources = find_sources(arguments.input, is_output)
+    if arguments.shard and any(source.resolve().parent == outputs[0] for source in sources):
+        what = f"cannot write parts to {arguments.output}: it also holds input"
+        raise DataError(f"{what}; give a directory of its own as --output")
+    return sources
 
 
 def get_ranges(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -236,7 +253,7 @@ def find_inputs(arguments: argparse.Namespace) -> tuple[dict[str, list[Path]], P
     """
     try:
         if arguments.input is not None:
-            texts = {"input": find_sources(arguments.input, list_written(arguments))}
+            texts = {"input": find_input_files(arguments)}
         else:
             is_sample = arguments.corpus == "sample"
             splits = extract_sample() if is_sample else fetch_wikitext(arguments.wikitext)

@@ -78,15 +78,20 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
 
 
 class ForkedRun:
-    """One run; its output goes to a file, or line by line to `lines` through a pipe."""
+    """One run; its output goes to a file, or line by line to `lines` through a pipe.
 
-    def __init__(self, values: dict, live: bool = False, log: Path | None = None, **environment: str) -> None:
+    more: arguments after the flags of `values`.
+    """
+
+    def __init__(
+        self, values: dict, *more: str, live: bool = False, log: Path | None = None, **environment: str
+    ) -> None:
         self.log = log or Path(values["output_dir"]).with_name(Path(values["output_dir"]).name + ".log")
         self.log.unlink(missing_ok=True)
         if live:
             os.mkfifo(self.log)
         self.process = CONTEXT.Process(
-            target=_main, args=(build_arguments(values), str(self.log), environment)
+            target=_main, args=([*build_arguments(values), *more], str(self.log), environment)
         )
         self.process.start()
         self.pid = self.process.pid

@@ -232,6 +232,59 @@ def test_outputs_below_the_input_are_no_input(tmp_path, monkeypatch, capsys, fra
     assert {path: path.read_bytes() for path in Path("in/out").iterdir()} == written
 
 
+@pytest.mark.parametrize("given", ["in", "in/*"])
+def test_an_output_beside_the_input(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("in/i.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ["-i", given, "-o", "in/train.txt", "--train_vocab", "400"]
+    for _ in range(2):
+        assert prepare_data.main(arguments) == 0
+    assert "up to date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-i", "in", "-o", "in/train.txt"],
+        ["-i", "in/*", "-o", "in/train.txt"],
+        ["-i", "in", "-o", "in", "--valid_fraction", "0.2"],
+        ["-i", "in", "-o", "in/link.txt"],
+        ["-i", "alone", "-o", "alone/train.txt"],
+    ],
+)
+def test_raw_text_below_the_input_is_never_overwritten(tmp_path, monkeypatch, capsys, arguments):
+    """Although the output has its name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/i.txt", "in/train.txt", "in/valid.txt", "alone/train.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f"{name}\n\n{TEXT}", encoding="utf-8")
+    Path("in/link.txt").symlink_to("i.txt")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert prepare_data.main([*arguments, "--vocab_path", str(VOCABULARY)]) == 1
+    assert "it is also the input" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_parts_below_the_input(tmp_path, monkeypatch, capsys):
+    """Those of other nodes are no input; beside the input there is no place for them."""
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for name in "ab":
+        Path(f"in/{name}.txt").write_text(f"{name} {TEXT}", encoding="utf-8")
+    arguments = ["-i", "in", "-o", "in/parts", "--vocab_path", str(VOCABULARY)]
+    for number in (0, 1, 0):
+        assert prepare_data.main([*arguments, "--shard", f"{number}/2"]) == 0
+    assert "up to date" in capsys.readouterr().err
+    for number, name in enumerate("ab"):
+        alone = tmp_path / f"{name}.txt"
+        prepare(tmp_path / "in" / f"{name}.txt", alone, VOCABULARY, workers=1)
+        assert Path(f"in/parts/0000{number}-of-00002.txt").read_bytes() == alone.read_bytes()
+    arguments[3] = "in"
+    assert prepare_data.main([*arguments, "--shard", "0/2"]) == 1
+    assert "cannot write parts to in: it also holds input" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -25,6 +25,7 @@ from DeBERTa.errors import DataError, VocabularyError
 from DeBERTa.files import commit, get_state, open_partial
 
 WARN_UNKNOWN, MAX_UNKNOWN = 0.05, 0.2  # shares of [UNK]
+READER = 2  # raised when the same files are read as other text, so that they are prepared again
 MIN_SEQ_LENGTH = 3  # [CLS], one piece, [SEP]
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,12 @@ def prepare_outputs(
     return [PreparedText(writer.output, writer.meta, seconds) for writer in writers]
 
 
+def is_prepared(text: Path) -> bool:
+    """Return whether a file is an output, not changed since."""
+    store = find_store(text)
+    return store is not None and store.meta.recipe is not None
+
+
 def _check_paths(sources: Sequence[Path], output: Path, vocabulary: Path) -> Path:
     """Return `output` with symbolic links resolved, so that links to it remain.
 
@@ -112,6 +119,7 @@ def _check_paths(sources: Sequence[Path], output: Path, vocabulary: Path) -> Pat
 def _describe_origin(sources: Sequence[Path], recipe: Recipe, max_seq_length: int) -> dict[str, Any]:
     """Return what tells whether an output is up to date."""
     return {
+        "reader": READER,
         "inputs_sha256": hash_states(sources),
         "has_stdin": STDIN in sources,
         "max_seq_length": max_seq_length,

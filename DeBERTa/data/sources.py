@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -67,34 +67,45 @@ class Reading:
     block_bytes: int = BLOCK_BYTES
 
 
-def find_sources(inputs: Iterable[Path], written: Collection[Path] = ()) -> list[Path]:
+def find_sources(inputs: Iterable[Path], is_output: Callable[[Path], bool] = lambda _: False) -> list[Path]:
     """Return the files that the inputs name, in order.
 
     A directory stands for all files in it and below, a pattern for what matches, both in the order of their
-    names and each file once; hidden files, those that begin with "_", and those that `written` names are
-    skipped in directories. "-" is standard input. Raises `DataError` if an input names no file, or a file or
-    directory below one cannot be read.
+    names and each file once; files that `is_output` holds for are skipped, and in directories hidden files
+    and those that begin with "_". "-" is standard input. Raises `DataError` if an input names no file, or a
+    file or directory below one cannot be read.
     """
     sources: list[Path] = []
     for given in inputs:
+        if given == STDIN or given.is_file():
+            sources.append(given)
+            continue
         matches = [given]
-        if given != STDIN and not given.exists():
+        if not given.exists():
             matches = [Path(match) for match in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207 (absolute ones too)
-        found = list(dict.fromkeys(source for match in matches for source in _list_files(match, written)))
-        if not found:
+        visited: set[Path] = set()
+        found: dict[Path, Path] = {}
+        for file in chain.from_iterable(_list_files(match, visited) for match in matches):
+            found.setdefault(file.resolve(), file)
+        read = [file for path, file in found.items() if not is_output(path)]
+        if not read:
             what = "the directory has no files that are not hidden" if given.is_dir() else "it does not exist"
+            what = "all files there are outputs of this command" if found else what
             raise DataError(f"no text file {given}: {what}; check the path")
-        sources += found
+        sources += read
     if sources.count(STDIN) > 1:
         raise DataError("cannot read standard input twice: it ends once; give - once")
     return sources
 
 
-def _list_files(path: Path, written: Collection[Path]) -> list[Path]:
+def _list_files(path: Path, visited: set[Path]) -> list[Path]:
+    """Return the files below a directory, except in directories that were visited; or a file as it is.
+
+    Links can form circles, and name a directory twice.
+    """
     if not path.is_dir():
         return [path]
     files: list[Path] = []
-    visited: set[Path] = set()  # links can form a circle
 
     def refuse(error: OSError) -> NoReturn:
         what = f"cannot read {error.filename}: {error.strerror}"
@@ -103,14 +114,15 @@ def _list_files(path: Path, written: Collection[Path]) -> list[Path]:
     with raise_data_errors(path):
         for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
             here = Path(folder).resolve()
-            is_skipped = here in visited or here in written
+            is_new = here not in visited
             visited.add(here)
-            folders[:] = [name for name in folders if name[0] not in "._" and not is_skipped]
-            files += [Path(folder, name) for name in names if name[0] not in "._" and not is_skipped]
+            # Sorted: which of two names of a directory is visited first must not depend on the disk.
+            folders[:] = sorted(name for name in folders if name[0] not in "._" and is_new)
+            files += [Path(folder, name) for name in names if name[0] not in "._" and is_new]
     for file in files:
         if not file.exists():
             raise DataError(f"cannot read {file}: it is a link to nothing; remove it")
-    return sorted(file for file in files if file.is_file() and file.resolve() not in written)
+    return sorted(file for file in files if file.is_file())
 
 
 def name_sources(sources: Sequence[Path]) -> str:

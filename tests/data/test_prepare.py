@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from DeBERTa.data import corpus
+from DeBERTa.data import prepare as preparation
 from DeBERTa.data.encode import Recipe
 from DeBERTa.data.prepare import prepare_outputs
 from DeBERTa.data.sources import Reading
@@ -83,6 +84,15 @@ def test_the_store_holds_the_ids_of_the_text(tmp_path):
     assert written.fingerprint == read.fingerprint
     for name in ("lines", "num_tokens", "longest", "longest_line", "unknown", "text_sha256"):
         assert getattr(written.meta, name) == getattr(read.meta, name), name
+
+
+def test_files_that_are_read_otherwise_than_before(tmp_path, monkeypatch):
+    """An output of an earlier version, which read them as other text, is not up to date."""
+    arguments = (GOLDEN / "input.txt", tmp_path / "train.txt", VOCABULARY)
+    assert prepare(*arguments, workers=1).seconds is not None
+    assert prepare(*arguments, workers=1).seconds is None
+    monkeypatch.setattr(preparation, "READER", preparation.READER + 1)
+    assert prepare(*arguments, workers=1).seconds is not None
 
 
 @pytest.mark.parametrize("width", [1, 2, 62, 510, 4612, 5000])

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
@@ -254,8 +255,30 @@ def test_patterns_name_each_file_once(tmp_path, monkeypatch):
         Path(name).write_text(name)
     for pattern in ("s/**", "s/**/*", "s/**/*.txt", "s"):
         assert sorted(map(str, find_sources([Path(pattern)]))) == ["s/x/b.txt", "s/x/y/a.txt"]
-    assert list(map(str, find_sources([Path("s")], {Path("s/x/y").resolve()}))) == ["s/x/b.txt"]
-    assert list(map(str, find_sources([Path("s")], {Path("s/x/b.txt").resolve()}))) == ["s/x/y/a.txt"]
+    for given in ("s", "s/**"):
+        assert find_sources([Path(given)], lambda path: path.name == "b.txt") == [Path("s/x/y/a.txt")]
+    with pytest.raises(DataError, match=r"no text file s: all files there are outputs of this command"):
+        find_sources([Path("s")], lambda _: True)
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_links_name_each_file_once(tmp_path, monkeypatch, is_reversed):
+    """By the same of its names, whichever the file system lists first."""
+    monkeypatch.chdir(tmp_path)
+    Path("s/2024").mkdir(parents=True)
+    Path("s/2024/x.txt").write_text("x")
+    for link, target in (("again", "2024"), ("latest", "2024"), ("y.txt", "2024/x.txt")):
+        (Path("s") / link).symlink_to(target)
+    walk = os.walk
+
+    def walk_in_order(*arguments, **options):
+        for folder, folders, names in walk(*arguments, **options):
+            folders.sort(reverse=is_reversed)
+            yield folder, folders, names
+
+    monkeypatch.setattr(os, "walk", walk_in_order)
+    for given in ("s", "s/*", "s/**"):
+        assert find_sources([Path(given)]) == [Path("s/2024/x.txt")], given
 
 
 def test_links_below_a_directory(tmp_path):

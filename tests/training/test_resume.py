@@ -250,6 +250,7 @@ def test_command_killed_at_a_call(tmp_path, prepared):
     flags, expected = prepare_run(tmp_path, prepared, 1)
     killed = Command(flags, PYTHONPATH=str(ROOT / "tests" / "kill_at_call"), KILL_AT_CALL="30")
     assert killed.finish() == -signal.SIGKILL
-    assert killed.read_lines()[-1].startswith("killed at "), killed.read_lines()
+    # Another thread can write a line between these words and the signal.
+    assert any(line.startswith("killed at ") for line in killed.read_lines()), killed.read_lines()
     assert run(flags)[0] == 0
     assert read_final_files(flags["output_dir"]) == expected
