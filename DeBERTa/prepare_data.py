@@ -121,7 +121,7 @@ def find_input_files(arguments: argparse.Namespace) -> list[Path]:
 
     An output is what has this command's token ids, which name its size and time. Raw text of the same name
     remains an input, so that it is not overwritten. Parts can be other nodes', and without token ids yet.
-    Raises `DataError` if parts were to be written beside the input.
+    Raises `DataError` if parts were to be written to a directory that holds input.
     """
     if arguments.output is None:
         return find_sources(arguments.input)

@@ -50,7 +50,7 @@ from DeBERTa.training.checkpoint import (
 )
 from DeBERTa.training.evaluation import evaluate_splits
 from DeBERTa.training.execution import explain_precision, resolve_compile, resolve_precision, set_execution
-from DeBERTa.training.initial_weights import check_silent_settings, load_initial_weights
+from DeBERTa.training.initial_weights import check_silent_settings, find_vocabulary, load_initial_weights
 from DeBERTa.training.interval import Interval
 from DeBERTa.training.launch import find_job, launch
 from DeBERTa.training.metrics import format_metrics, replace_non_finite
@@ -165,6 +165,8 @@ def run(config: TrainConfig, signals: Signals) -> None:
     weights = {}
     if distributed.is_distributed():  # reading large files again takes seconds
         weights = {f"init_{name}_sha256": hash_file(Path(found.path)) for name, found in loaded.items()}
+        if config.resize_vocab:
+            weights["resize_vocab_sha256"] = hash_file(find_vocabulary(config.resize_vocab))
     # Before DDP compares shapes in its own words.
     check_same_on_all_ranks(settings | {"evaluation": texts, "weights": weights})
     kind = ReplacedTokenStep if is_rtd else MaskedLMStep

@@ -233,7 +233,7 @@ def test_outputs_below_the_input_are_no_input(tmp_path, monkeypatch, capsys, fra
 
 
 @pytest.mark.parametrize("given", ["in", "in/*"])
-def test_an_output_beside_the_input(tmp_path, monkeypatch, capsys, given):
+def test_an_output_in_the_directory_of_the_input(tmp_path, monkeypatch, capsys, given):
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
     Path("in/i.txt").write_text(TEXT, encoding="utf-8")
@@ -267,7 +267,7 @@ def test_raw_text_below_the_input_is_never_overwritten(tmp_path, monkeypatch, ca
 
 
 def test_parts_below_the_input(tmp_path, monkeypatch, capsys):
-    """Those of other nodes are no input; beside the input there is no place for them."""
+    """Those of other nodes are no input; parts next to the input are refused."""
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
     for name in "ab":

@@ -99,7 +99,7 @@ def find_sources(inputs: Iterable[Path], is_output: Callable[[Path], bool] = lam
 
 
 def _list_files(path: Path, visited: set[Path]) -> list[Path]:
-    """Return the files below a directory, except in directories that were visited; or a file as it is.
+    """Return a file itself, or the files below a directory, except in directories of `visited`.
 
     Links can form circles, and name a directory twice.
     """
@@ -183,8 +183,8 @@ class SourceFile:
         except DECOMPRESSION_ERRORS as error:
             if not self._compression:
                 raise
-            what = f"{self.path} is not a complete {self._compression} file"
-            raise DataError(f"{what}: {error}; copy it again") from error
+            what = f"{self.path} is damaged, cut off, or not {self._compression} data to its end"
+            raise DataError(f"{what}: {error}; copy it again, or decompress it by hand") from error
 
     def _cut(self, first: bytes, reading: Reading) -> Iterator[Block]:
         """Yield the blocks of text or JSON lines; `first` is the first megabyte."""

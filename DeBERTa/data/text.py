@@ -14,8 +14,10 @@ MAX_LINE_BYTES = 64 << 10
 # Kinds of blocks, by what a document is in them.
 TEXT, PARAGRAPHS, LINES, JSON_LINES, STRINGS = "text", "paragraphs", "lines", "JSON lines", "strings"
 BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))[ \t]*(?:\r\n|\n|\r(?!\n))")
-# An array of objects, an object over several lines, or objects with commas after them.
-JSON_VALUE = re.compile(rb'\s*(\[\s*\{\s*"|\{\s*\n\s*"|\{\s*"[^"\n]*"\s*:[^\n]*,\s*\n)')
+# An array of objects or strings, an object over several lines, or objects with commas after them.
+JSON_VALUE = re.compile(
+    rb'\s*(\[\s*(\{\s*"|"[^"\n]*"\s*[,\]])|\{\s*\n\s*"|\{\s*"[^"\n]*"\s*:(\s*\n|[^\n]*(,\s*\n|\n\s*[}"])))'
+)
 LONG_RECORD = re.compile(rb'\{[ \t]*"')
 TAR_MARK = 257  # where a tar archive has "ustar"
 ARCHIVES = {
@@ -73,9 +75,10 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
     Without `has_documents`, text is not split into documents. Raises `DataError` for JSON that is not one
     value per line.
     """
+    advice = "convert it, for example with jq -c '.[]', or pass --column '' to read it as plain text"
+    refusal = DataError(f"{path} is JSON, but not one value per line; {advice}")
     if column and JSON_VALUE.match(beginning):
-        advice = "convert it, for example with jq -c '.[]', or pass --column '' to read it as plain text"
-        raise DataError(f"{path} is JSON, but not one value per line; {advice}")
+        raise refusal
     first, end, _ = beginning.lstrip().partition(b"\n")
     if column and first.startswith(b"{"):
         try:
@@ -83,8 +86,12 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
             return JSON_LINES
         except RecursionError:
             return JSON_LINES  # reading the record raises an error that names the place
-        except ValueError:
-            if not end and LONG_RECORD.match(first):  # longer than a block
+        except ValueError as error:
+            is_record = LONG_RECORD.match(first)
+            if is_record and isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+                if error.doc[error.pos :].startswith("{"):  # another record on the line
+                    raise refusal from error
+            if not end and is_record:  # longer than a block
                 return JSON_LINES
     if not has_documents:
         return TEXT

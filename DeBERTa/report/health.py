@@ -172,9 +172,10 @@ def check_residual(run: RunRecord) -> Finding | None:
 
     It is compared with the generator's table.
     """
-    drift = run.get_last("residual_drift", "valid")
-    if drift is None or run.step == 0:  # it starts at 0
+    values = [drift for step, drift in run.list_values("residual_drift", "valid") if step]  # it starts at 0
+    if not values:
         return None
+    drift = values[-1]
     shown = f"Its norm is {drift:.3f} of the generator's table; up to {LARGE_DRIFT:g} is usual, but not 0."
     level = PROBLEM if drift == 0 else NOTE if drift > LARGE_DRIFT else USUAL
     return Finding(level, "Drift of the GDES residual", shown)

@@ -15,7 +15,8 @@ from DeBERTa.report.read import RunRecord, format_number
 
 FOLDER, CONFIGS = find_experiments() / "reference", find_experiments() / "language_model"
 SIGMAS, SHARE = 4, 0.03  # tolerance: standard deviations over the seeds, at least this share of the mean
-COMPARED = ("loss", "auc")  # endings of the metrics
+# Metrics of the model; `discriminator_rarity_auc` is of the tokens alone.
+COMPARED = ("loss", "generator_loss", "discriminator_loss", "discriminator_auc")
 # Flags that do not change what is learned, or not more than another seed does.
 FREE = (
     "tag", "seed", "dump_interval", "log_interval", "max_skipped_steps", "accumulative_update",
@@ -52,21 +53,25 @@ def compare_with_reference(
 ) -> list[Finding]:
     """Compare the last evaluation of both run and reference, metric by metric.
 
-    `recorded`: a file that is written next; if it is to be the reference, there need not be one. Raises
-    `ConfigError` if there is no reference for the run's settings and validation text.
+    `recorded`: a file that is written next; if it is to be the reference, there need not be one, and it may
+    be of another validation text. Raises `ConfigError` if there is no reference for the run's settings and
+    validation text.
     """
     path = find_reference(run, folder)
+    is_recorded = recorded is not None and recorded.resolve() == path.resolve()
     if not path.exists():
-        if recorded and recorded.resolve() == path.resolve():
+        if is_recorded:
             return [Finding(NOTE, "the reference", "is recorded for the first time")]
         raise ConfigError(f"{run.path}: no reference curves {path}; record them (docs/report.md)")
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "valid"]
     texts = {row["text_sha256"] for row in run.rows if row["kind"] == "valid" and "text_sha256" in row}
     if not texts <= {row.get("text_sha256") for row in rows}:
+        if is_recorded:
+            return [Finding(NOTE, "the reference", "is recorded again: its valid.txt is another")]
         raise ConfigError(f"{run.path}: another valid.txt than the reference's; train the preset as it is")
     findings = []
-    for name in (name for name in rows[0] if name.endswith(COMPARED)):
+    for name in (name for name in rows[0] if name in COMPARED):
         values = dict(run.list_values(name, "valid"))
         step = max((int(row["step"]) for row in rows if row[name] and int(row["step"]) in values), default=0)
         seeds = [float(row[name]) for row in rows if int(row["step"]) == step and row[name]]

@@ -92,7 +92,7 @@ class MetricsLog:
         self._size = 0  # bytes of the file when a line was written last
         # By split ("replay": that of --replay) and step.
         self.evaluations: dict[str, dict[int, dict]] = {split: {} for split in texts}
-        self.has_other_texts = False  # whether earlier lines are evaluations on another text
+        self.has_other_texts = False  # whether the last evaluation was on another text
         if is_writer and not first_step:
             move_previous_lines(path)
         elif is_writer and path.exists():
@@ -112,8 +112,9 @@ class MetricsLog:
             file.writelines(f"{line}\n".encode() for line, _ in valid)
         for split, text in self._texts.items():
             self.evaluations[split] = select_evaluations([values for _, values in valid], split, text)
-        evaluated = sum(values.get("kind") in list(self._texts) for _, values in valid)
-        self.has_other_texts = evaluated > sum(map(len, self.evaluations.values()))
+        for split, there in self.evaluations.items():
+            last = next((values for _, values in reversed(valid) if values.get("kind") == split), None)
+            self.has_other_texts |= last is not None and there.get(last["step"]) != last
 
     def _append(self, text: str) -> None:
         if self._is_writer:

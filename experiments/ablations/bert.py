@@ -49,7 +49,7 @@ def compare() -> None:
     rows = [row for row in read_run(flags.run).rows if row["kind"] == "train"]
     for before, row in pairwise([{"step": 0}, *rows]):
         steps = losses[before["step"] : row["step"]]
-        if row["step"] <= flags.steps:
+        if row["step"] <= flags.steps and row.get("loss") is not None:
             bert = sum(steps) / len(steps)
             write_output(f"to step {row['step']}: BertForMaskedLM {bert:.3f}, the run {row['loss']:.3f}\n")
 

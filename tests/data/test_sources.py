@@ -106,7 +106,7 @@ def test_formats_and_compressions_by_content(tmp_path, compression, form):
     assert read(tmp_path / "empty") == []
     if compression != "plain":
         (tmp_path / "damaged").write_bytes(packed[: len(packed) * 2 // 3])
-        with pytest.raises(DataError, match=r"damaged is not a complete \w+ file"):
+        with pytest.raises(DataError, match=r"damaged is damaged, cut off, or not \w+ data to its end"):
             read(tmp_path / "damaged")
 
 

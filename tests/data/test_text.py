@@ -52,6 +52,11 @@ def test_documents_of_text(tmp_path, text, documents):
         (b'{\n "text": "a"\n}\n', "is JSON, but not one value per line; .*--column ''"),
         (b'{"text": "a",\n "id": 1}\n', "is JSON, but not one value per line"),
         (b'{"text": "a"},\n{"text": "b"},\n', "is JSON, but not one value per line"),
+        (b'{"text": "a"\n}\n{"text": "b"}\n', "is JSON, but not one value per line"),
+        (b'{"text":\n"a"}\n', "is JSON, but not one value per line"),
+        (b'{"text": "a"} {"text": "b"}\n', "is JSON, but not one value per line"),
+        (b'["a", "b"]\n', "is JSON, but not one value per line"),
+        (b'[\n "a",\n "b"\n]\n', "is JSON, but not one value per line"),
     ],
 )
 def test_records_that_are_refused(tmp_path, content, complaint):

@@ -137,6 +137,8 @@ def test_before_the_first_step(tmp_path):
     figures = {"generator_loss": 9.0, "generator_accuracy": 0.0, "residual_drift": 0.0}
     rows = [{"step": 0, "kind": kind, **figures} for kind in ("valid", "replay")]
     assert PROBLEM not in [finding.level for finding in examine(make_run(tmp_path, rows))]
+    rows.append({"step": 60, "kind": "train", "loss": 9.0})  # and no evaluation since
+    assert PROBLEM not in [finding.level for finding in examine(make_run(tmp_path, rows))]
 
 
 @pytest.mark.parametrize("is_fresh", [True, False])

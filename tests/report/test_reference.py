@@ -26,6 +26,7 @@ def make_run(seed: int, factor: float = 1.0, **others) -> RunRecord:
         losses = {
             "generator_loss": factor * (6 - step / 1000 + seed / 100),
             "discriminator_auc": factor * 0.6,
+            "discriminator_rarity_auc": 0.5 * factor**9,  # a baseline, not what was learned
         }
         rows.append({"kind": "valid", "step": step, **losses, "generator_accuracy": 0.1})
     return RunRecord(
@@ -84,6 +85,14 @@ def test_another_model_or_text_is_not_compared(folder):
     run.rows[-1]["text_sha256"] = "0" * 64
     with pytest.raises(ConfigError, match=r"another valid\.txt than the reference's"):
         compare_with_reference(run, folder)
+
+
+def test_curves_are_recorded_again(folder):
+    """With another validation text, they replace those that are there."""
+    run = make_run(1)
+    run.rows[-1]["text_sha256"] = "0" * 64
+    (found,) = compare_with_reference(run, folder, folder / f"{TAG}.csv")
+    assert found == (NOTE, "the reference", "is recorded again: its valid.txt is another")
 
 
 def test_curves_are_recorded_for_the_first_time(tmp_path):

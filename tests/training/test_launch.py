@@ -471,12 +471,13 @@ def test_one_process_is_not_restarted(flags):
     assert "--max_restarts is for several ranks" in run.printed.read_text()
 
 
-def test_nodes_that_start_from_other_weights(flags, tmp_path):
-    """The same path on two nodes, with other content: an error, no mixture."""
+@pytest.mark.parametrize("differing", ["init_discriminator", "resize_vocab"])
+def test_nodes_that_start_from_other_weights(flags, tmp_path, differing):
+    """The same path on two nodes, with other content: an error, no mixture. So with --resize_vocab."""
     config = RTDConfig.from_json(flags["model_config"])
     port, runs = find_free_port(), []
     for node in range(2):
-        torch.manual_seed(node)
+        torch.manual_seed(node if differing == "init_discriminator" else 0)
         model = RTDModel(config)
         folder = tmp_path / f"node-{node}"
         folder.mkdir()
@@ -486,11 +487,15 @@ def test_nodes_that_start_from_other_weights(flags, tmp_path):
         ):
             save_file(part, folder / f"{name}.safetensors")
         weights = {f"init_{name}": folder / f"{name}.safetensors" for name in ("generator", "discriminator")}
+        vocabulary = folder / "spm.model"  # of the same pieces; an empty message of settings changes bytes
+        vocabulary.write_bytes(flags["vocab_path"].read_bytes() + bytes([0x12, 0x00]) * node)
+        if differing == "resize_vocab":
+            weights["resize_vocab"] = vocabulary
         given = flags | weights | {"nproc_per_node": 1, "output_dir": tmp_path / f"run-{node}"}
         runs.append(Command(given, **get_cluster(port, node=node)))
     for run in runs:
         error = run.finish_with_error()
-        assert "ranks 0 and 1 differ in init_discriminator_sha256 (" in error
+        assert f"ranks 0 and 1 differ in {differing}_sha256 (" in error
 
 
 def test_under_torchrun_nothing_is_launched(flags):

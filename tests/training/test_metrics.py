@@ -122,6 +122,7 @@ def test_evaluations_on_another_split_do_not_count(tmp_path, kind):
     for split, steps in (("a", [1, 2]), ("b", [3]), ("c", []), (None, [3])):
         log = MetricsLog(path, 4, TEXTS | {kind: split})
         assert list(log.evaluations[kind]) == steps
+        assert log.has_other_texts == (split in ("a", "c"))  # than that of the last evaluation, "b"
 
 
 def test_without_a_checkpoint_previous_lines_move(tmp_path):
