@@ -99,7 +99,7 @@ def find_sources(inputs: Iterable[Path], is_output: Callable[[Path], bool] = lam
 
 
 def _list_files(path: Path, visited: set[Path]) -> list[Path]:
-    """Return a file itself, or the files below a directory, except in directories of `visited`.
+    """Return a file itself, or the files below a directory that is not visited yet.
 
     Links can form circles, and name a directory twice.
     """

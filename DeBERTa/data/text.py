@@ -1,6 +1,7 @@
 """Blocks of raw text, and the documents and lines in them."""
 
 import codecs
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -88,14 +89,21 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
             return JSON_LINES  # reading the record raises an error that names the place
         except ValueError as error:
             is_record = LONG_RECORD.match(first)
-            if is_record and isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                if error.doc[error.pos :].startswith("{"):  # another record on the line
-                    raise refusal from error
+            if is_record and _has_several_objects(first):
+                raise refusal from error
             if not end and is_record:  # longer than a block
                 return JSON_LINES
     if not has_documents:
         return TEXT
     return PARAGRAPHS if BLANK_LINE.search(beginning) else LINES
+
+
+def _has_several_objects(line: bytes) -> bool:
+    with contextlib.suppress(ValueError):
+        text = line.decode()
+        _, end = json.JSONDecoder().raw_decode(text)
+        return text[end:].lstrip().startswith("{")
+    return False
 
 
 def refuse_binary(path: Path | str, beginning: bytes) -> None:
