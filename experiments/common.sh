@@ -8,7 +8,7 @@ imports_all() {
   local python=$1 modules
   shift
   modules=$(sed -E 's/[[:space:]]*#.*//; s/[=<>!~;[].*//; /^[[:space:]]*$/d; s/-/_/g' "$@" \
-    | sed 's/^codespell$/codespell_lib/; s/^scikit_learn$/sklearn/; s/^/import /')
+    | sed 's/^codespell$/codespell_lib/; s/^scikit_learn$/sklearn/; s/^pytest_xdist$/xdist/; s/^/import /')
   "$python" -c "$modules" >/dev/null 2>&1
 }
 

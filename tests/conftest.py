@@ -5,6 +5,7 @@ import faulthandler
 import itertools
 import json
 import lzma
+import os
 import re
 import shutil
 from collections import Counter
@@ -40,8 +41,12 @@ TINY = {
 
 
 def pytest_unconfigure() -> None:
-    """Fail, and say where, when a thread or a process keeps the interpreter from exiting."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    """Fail, and say where, when a thread or a process keeps the interpreter from exiting.
+
+    A worker of pytest-xdist waits for the others; the process that started it ends it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        faulthandler.dump_traceback_later(120, exit=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

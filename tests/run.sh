@@ -11,12 +11,21 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m codespell_lib
 "$PYTHON" -m mypy
-if (($#)) || [ -z "${COVERAGE-}" ]; then
+if (($#)); then
   exec "$PYTHON" -m pytest "$@"
 fi
-COVERAGE_FILE=$(mktemp -d)/data  # and a file like it per process
-export COVERAGE_FILE
-trap 'rm -rf "${COVERAGE_FILE%/*}" || true' EXIT
-"$PYTHON" -m coverage run -m pytest
-"$PYTHON" -m coverage combine -q
-"$PYTHON" -m coverage report
+run=("$PYTHON" -m)
+if [ -n "${COVERAGE-}" ]; then
+  COVERAGE_FILE=$(mktemp -d)/data  # and a file like it per process
+  export COVERAGE_FILE
+  trap 'rm -rf "${COVERAGE_FILE%/*}" || true' EXIT
+  run+=(coverage run -m)
+fi
+# A process per core, each with one thread: threads of several would wait for each other. Tests of threads set their number.
+export OMP_NUM_THREADS=1
+"${run[@]}" pytest -n auto --maxprocesses 8 --dist worksteal --ignore tests/gpu
+"${run[@]}" pytest tests/gpu  # apart: they measure and fill the memory of the GPU
+if [ -n "${COVERAGE-}" ]; then
+  "$PYTHON" -m coverage combine -q
+  "$PYTHON" -m coverage report
+fi
