@@ -1,11 +1,13 @@
 """The command line: help, versions, and flags that are wrong."""
 
+import subprocess
+import sys
+
 import pytest
 
 from DeBERTa import __version__
 from DeBERTa.train import main
-from tests.conftest import strip_times
-from tests.test_train import train
+from tests.conftest import ROOT, strip_times
 
 
 @pytest.mark.parametrize(
@@ -36,8 +38,13 @@ def test_wrong_flags_are_usage_errors(wrong, named, capsys):
     assert named in error
 
 
+def run_with(flag: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "DeBERTa.train", flag]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 def test_help_and_version():
-    result = train("--help")
+    result = run_with("--help")
     assert result.returncode == 0
     assert not result.stderr
     text = " ".join(result.stdout.split())
@@ -51,6 +58,6 @@ def test_help_and_version():
         assert f"\n{group}\n" in result.stdout
     for alias in ("--fp16", "--vocab_type"):
         assert alias not in result.stdout
-    result = train("--version")
+    result = run_with("--version")
     assert result.returncode == 0
     assert __version__ in result.stdout

@@ -23,7 +23,8 @@ from tests.conftest import ROOT, TINY, strip_times, tiny_model, tiny_rtd
 from tests.hub.exported import VOCABULARY
 from tests.hub.server import run_hub
 from tests.hub.test_published import disturb
-from tests.test_train import assert_refused, build_arguments, flags, read_metrics, train  # noqa: F401
+from tests.runs import build_arguments
+from tests.test_train import assert_refused, assert_trained, flags, read_metrics, train  # noqa: F401
 
 CONFIG = ModelConfig.from_dict(TINY)
 
@@ -199,19 +200,18 @@ def test_continuing_from_the_hub(flags, tmp_path):  # noqa: F811
         hub.files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
         environment = hub.build_environment(tmp_path / "hub")
         assert_refused(
-            train(*build_arguments(preset), **environment),
+            train(preset, **environment),
             f"hf:{repository} has no pytorch_model.generator.bin; give --init_generator from-discriminator",
         )
         hub.files["pytorch_model.generator.bin"] = (tmp_path / "pytorch_model.generator.bin").read_bytes()
-        result = train(*build_arguments(preset), **environment)
-        assert result.returncode == 0, result.stderr
+        output = assert_trained(preset, **environment)
         assert re.search(
-            rf"from \(discriminator\)  \d+ tensors of {tmp_path}/hub/.*/pytorch_model.bin", result.stderr
+            rf"from \(discriminator\)  \d+ tensors of {tmp_path}/hub/.*/pytorch_model.bin", output
         )
         hub.files["config.json"] = json.dumps(TINY | {"hidden_act": "relu"}).encode()
         shutil.rmtree(tmp_path / "hub")
         shutil.rmtree(flags["output_dir"])
-        assert_refused(train(*build_arguments(preset), **environment), "hidden_act (relu there, gelu here)")
+        assert_refused(train(preset, **environment), "hidden_act (relu there, gelu here)")
 
 
 FIND_GENERATOR = """
