@@ -1,5 +1,6 @@
 """What all commands share: messages and exit status."""
 
+import io
 import logging
 import os
 import sys
@@ -22,6 +23,9 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     """
     if sys.stdout is None or sys.stderr is None:  # closed when Python started
         secure_console()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of the text
+            stream.reconfigure(errors="backslashreplace")
     set_up_logging()
     try:
         with raise_interrupts(), translate_memory_errors("raise its limit (`ulimit -v`, a container)"):

@@ -43,11 +43,16 @@ def format_lines(tokens: list[TokenProbability], is_terminal: bool) -> str:
     return "\n".join([*lines, colored] if is_terminal else lines) + "\n"
 
 
+def escape(text: str) -> str:
+    """Return text as HTML in ASCII, which is right in every encoding of the output."""
+    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
+
+
 def format_page(tokens: list[TokenProbability]) -> str:
     """Return an HTML page of the text: probabilities are backgrounds and tooltips."""
     spans = [
         f'<span style="background: rgba(220, 30, 30, {token.probability:.3f})" '
-        f'title="{token.probability:.2%}">{html.escape(token.text)}</span>'
+        f'title="{token.probability:.2%}">{escape(token.text)}</span>'
         for token in tokens
     ]
     return (

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from DeBERTa.errors import StorageError
 from DeBERTa.packages import PACKAGES, find_missing
@@ -123,13 +124,18 @@ def check_network() -> Iterator[Check]:
         if parts.scheme not in PORTS or not parts.hostname:
             yield "network", url, "it is not a URL: write https:// before the host in HF_ENDPOINT"
             continue
+        peer, found = parts, parts.hostname
+        proxy = getproxies().get(parts.scheme)
+        if proxy and not proxy_bypass(parts.hostname):
+            peer = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            found += f" by the proxy {peer.hostname}"
         try:
-            port = parts.port or PORTS[parts.scheme]
-            socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+            port = peer.port or PORTS.get(peer.scheme, PORTS["http"])
+            socket.create_connection((peer.hostname, port), timeout=CONNECT_SECONDS).close()
         except (OSError, ValueError) as error:  # ValueError: a port that is no number
             advice = f"it cannot be reached ({error}): the tiny presets do without; mirrors go into "
             advice += "DEBERTA_WIKITEXT_URL and HF_ENDPOINT"
-        yield "network", parts.hostname, advice
+        yield "network", found, advice
 
 
 if __name__ == "__main__":

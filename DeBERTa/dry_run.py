@@ -7,6 +7,7 @@ peak of memory is the run's. Nothing is written.
 import math
 import shutil
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from DeBERTa.training.metrics import measure_peak_memory
 from DeBERTa.training.run_dir import check_disk_space
 from DeBERTa.training.trainer import Run, take_snapshot
 
+DRY_RUN = ".dry-run"  # what is appended to the run directory
 WARM_UP, MEASURED = 2, 3  # steps; the first allocate, compile and fill caches
 
 
@@ -30,7 +32,8 @@ def describe_dry_run(run: Run) -> str:
     Collective: every rank calls it. Raises `StorageError` if the disk is too small.
     """
     config, device, steps = run.config, run.training.device, run.training.total_steps
-    folder = next(path for path in run.run_dir.absolute().parents if path.is_dir())
+    run_dir = Path(str(run.run_dir).removesuffix(DRY_RUN)).resolve()  # it can be a mount point, or a link
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     evaluations = math.ceil(steps / config.dump_interval)
     disk = check_disk_space(folder, run.model, evaluations, config.keep_last)
     step_seconds, length = time_steps(run)

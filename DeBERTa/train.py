@@ -31,7 +31,7 @@ from DeBERTa.data.loader import BYTES_PER_TOKEN, translate_worker_errors
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import TokenStore, open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.dry_run import describe_dry_run
+from DeBERTa.dry_run import DRY_RUN, describe_dry_run
 from DeBERTa.errors import ConfigError, DataError, DebertaError, LaunchError
 from DeBERTa.files import hash_file
 from DeBERTa.flags import parse_flags
@@ -95,7 +95,7 @@ def start(argv: Sequence[str]) -> int:
     set_up_logging(config.log_level)
     config.validate()
     if config.dry_run:  # ranks have logs, which must not be in the run directory
-        config = dataclasses.replace(config, output_dir=f"{config.run_dir}.dry-run")
+        config = dataclasses.replace(config, output_dir=f"{config.run_dir}{DRY_RUN}")
     try:
         job = find_job(config)
         if job is not None:

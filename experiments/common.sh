@@ -9,7 +9,8 @@ imports_all() {
   shift
   modules=$(sed -E 's/[[:space:]]*#.*//; s/[=<>!~;[].*//; /^[[:space:]]*$/d; s/-/_/g' "$@" \
     | sed 's/^codespell$/codespell_lib/; s/^scikit_learn$/sklearn/; s/^pytest_xdist$/xdist/; s/^/import /')
-  "$python" -c "$modules" >/dev/null 2>&1
+  # Not from the current directory, which Python puts first.
+  "$python" -c "import sys; sys.path[:] = filter(None, sys.path)"$'\n'"$modules" >/dev/null 2>&1
 }
 
 # has_gpu: whether there is an NVIDIA GPU.
@@ -63,6 +64,7 @@ train() {
   local task=$1
   shift
   trap '' USR1  # requests a save: until there is something to save, it must end neither this script nor its children
+  export PYTHONSAFEPATH=1  # no modules of the current directory (from Python 3.11 on), such as another package DeBERTa
   set_up_python "$ROOT/requirements.txt"
   export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
   set -- --task_name "$task" ${DATA:+--corpus "$DATA"} --preset "$@"

@@ -3,7 +3,7 @@
 # Arguments go to pytest, without coverage: bash tests/run.sh -k masking
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(unset CDPATH; cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 source "$ROOT/experiments/common.sh"
 set_up_python "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
 cd "$ROOT"

@@ -1,6 +1,9 @@
 """The command that shows replaced tokens."""
 
+import io
+import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -45,6 +48,18 @@ def test_control_characters_of_a_vocabulary():
     assert format_lines([token], is_terminal=False) == "  0.00%   \\x1b[31m\\u202e\n"
     assert format_lines([token], is_terminal=True).count("\x1b[31m") == 0
     assert "\x1b" not in format_page([token])
+
+
+@pytest.mark.parametrize("flags", [[], ["--html"]])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_in_another_encoding(discriminator, capfd, monkeypatch, encoding, flags):
+    """The page is the same; lines have escapes for what the encoding lacks."""
+    with io.TextIOWrapper(io.FileIO(os.dup(1), "w"), encoding=encoding) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main([str(discriminator), "größten 漢", *flags]) == 0
+    printed = capfd.readouterr().out
+    assert ("&#28450;" if flags else "\\u6f22") in printed or "[UNK]" in printed
+    assert not flags or printed.isascii()
 
 
 def test_page(discriminator, capsys):

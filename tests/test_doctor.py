@@ -55,10 +55,13 @@ def test_what_is_missing():
         mirror = f"http://127.0.0.1:{server.getsockname()[1]}"
         program = "doctor.LITTLE_DISK = 1e9; doctor.SHARED_MEMORY = '/missing'"
         found = run(program=program, DEBERTA_CACHE="/proc/cache", HF_ENDPOINT=mirror)
+        proxy = mirror.removeprefix("http://")
+        other = run(HF_ENDPOINT="http://mirror.example", http_proxy=proxy, no_proxy="localhost")
     assert found["cache"][1].endswith("it cannot be written: name another directory in DEBERTA_CACHE")
     assert "make room, or give --output_dir on another disk" in found["disk"][1]
     assert found["shared memory"][1].startswith("shared memory: 0.0 MB; data workers need 1 MB for locks: ")
     assert found["network"] == ("ok", "network: 127.0.0.1")
+    assert other["network"] == ("ok", "network: mirror.example by the proxy 127.0.0.1")
     found = run(HF_ENDPOINT="mirror.example", CXX="/nowhere/g++")
     assert found["kernels"][1].endswith("; set CXX to a C++ compiler, or unset it")
     assert found["network"][1].startswith("network: mirror.example; it is not a URL: write https://")

@@ -85,6 +85,15 @@ def test_report(tmp_path, prepared):
     ]
 
 
+def test_disk_of_a_linked_run_directory(tmp_path, prepared):
+    """It is the disk that the run would be on."""
+    if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("/dev/shm is on the same disk")
+    flags = make_preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")
+    Path(flags["output_dir"]).symlink_to("/dev/shm")
+    assert read_rows(train(flags))["disk"].endswith(" GB free in /dev/shm")
+
+
 def test_compute_of_short_lines(tmp_path, prepared):
     """Batches are padded to their longest line: 5 tokens up to a multiple of 8."""
     flags = make_preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")

@@ -98,6 +98,28 @@ def test_a_removed_directory(command, tmp_path):
     assert done.stderr.splitlines()[-1] == "error: the current directory was removed: change to another"
 
 
+@pytest.mark.parametrize("script", ["rtd.sh", "mlm.sh"])
+def test_scripts_from_any_directory(tmp_path, script):
+    """By a link, with CDPATH, and where the directory has modules of the same names as ours and Python's."""
+    (tmp_path / "link").symlink_to(ROOT / script)
+    if sys.version_info >= (3, 11):
+        (tmp_path / "DeBERTa").mkdir()
+        (tmp_path / "DeBERTa" / "__init__.py").touch()
+        (tmp_path / "random.py").write_text("raise ImportError('not of Python')\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in ("./link", f"bash {os.path.relpath(ROOT, tmp_path)}/{script}"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --help"],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path, "CDPATH": "."},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--train_batch_size" in done.stdout
+
+
 def test_a_full_disk(tmp_path, prepared):
     """A limit of the size of files, which the token store is below, and the checkpoint is not."""
     line = f"ulimit -f 2000; exec {TRAIN} {D}".format(prepared=prepared, folder=tmp_path)

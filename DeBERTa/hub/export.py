@@ -61,10 +61,12 @@ def list_models(model: MaskedLanguageModel | RTDModel) -> list[ExportedModel]:
 def build_config(model: ExportedModel) -> dict[str, Any]:
     """Return the content of `config.json`.
 
-    All sizes are resolved: transformers takes a size of 0 literally.
+    All sizes are resolved: transformers takes a size of 0 literally. It scales scores by the number of terms
+    in `pos_att_type`, also where `relative_attention` is false.
     """
     config = model.config
     return config.to_dict() | {
+        "pos_att_type": config.pos_att_type if config.position_terms else "none",
         "attention_head_size": config.head_size,
         "embedding_size": config.embedding_width,
         "max_relative_positions": config.max_distance,
@@ -87,7 +89,7 @@ def write_model(
     Raises `ConfigError` or `VocabularyError` where transformers has no such model or vocabulary, and
     `OSError` when the directory cannot be written.
     """
-    if problem := model.config.describe_unusual_heads():
+    if problem := model.config.describe_unusual_heads() or _describe_clamped_distances(model.config):
         raise ConfigError(f"cannot export to transformers, which has no such model: {problem}")
     config, max_length = build_config(model), model.config.max_position_embeddings
     tokenizer_json, modeling = build_tokenizer_json(tokenizer), f"{model.head_class.partition('.')[0]}.py"
@@ -104,6 +106,15 @@ def write_model(
         _write_files(temporary, {"model.safetensors": model.weights}, tokenizer.path, texts)
         if has_onnx:
             write_encoder(model.weights, model.config, temporary / "model.onnx")
+
+
+def _describe_clamped_distances(config: ModelConfig) -> str:
+    """Return which distances transformers does not clamp: those with buckets, or ""."""
+    length = config.max_position_embeddings
+    if not config.position_terms or config.position_buckets <= 0 or config.max_distance >= length:
+        return ""
+    what = f"position_buckets with max_relative_positions {config.max_distance} below"
+    return f"{what} max_position_embeddings {length}; omit max_relative_positions"
 
 
 def write_plain_model(model: ExportedModel, directory: Path, vocabulary: Path) -> None:

@@ -80,7 +80,8 @@ def write_encoder(weights: dict[str, torch.Tensor], config: ModelConfig, path: P
     for noisy in ("torch.onnx", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             encoder,
             EXAMPLE,

@@ -22,6 +22,7 @@ from DeBERTa.model.sharing import OwnTable, ResidualTable
 
 FROM_DISCRIMINATOR = "from-discriminator"  # in place of a generator's file
 HEADS = {LM_HEAD: "LM head", "mask_predictions.": "RTD head", f"{POSITION}.": "position table"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that are loaded
 OTHER_ROWS = (
     "--resize_vocab is for another vocabulary; for weights of a run give its config.json as --model_config"
 )
@@ -289,8 +290,10 @@ def check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor, file: 
     if tensor.shape != expected.shape:
         hint = f" ({OTHER_ROWS})" if name == f"{WORD}.weight" else ""
         problems = [describe_shapes(name, tensor, expected) + hint]
-    elif not tensor.is_floating_point() or tensor.layout != torch.strided:
-        problems = [f"{name} is not a dense tensor of real values ({tensor.dtype}, {tensor.layout})"]
+    elif tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        problems = [
+            f"{name} is not a dense tensor of 16, 32 or 64-bit floats ({tensor.dtype}, {tensor.layout})"
+        ]
     raise_misfits(file.path, problems, file.target)
     check_finite(tensor, name, file.path)
 

@@ -138,6 +138,8 @@ def _find_obstacle(tokenizer: Tokenizer, pieces: list[dict], trainer: dict, norm
     for index, piece in enumerate(pieces):
         if index not in tokenizer.special_ids and piece.get(KIND, NORMAL_PIECE) != NORMAL_PIECE:
             return f"piece {index} is not of the normal kind"
+        if WORD_MARK in tokenizer.pieces[index].lstrip(WORD_MARK):
+            return f"piece {index} has a space after other characters"
     return None
 
 

@@ -1,6 +1,7 @@
 """Summary at the end of a run: how it went, where things are, what to do next."""
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,5 +34,5 @@ def describe_end(run_dir: Path, models: Sequence[Path]) -> dict[str, str]:
     rows["final models"] = ", ".join(map(str, models))
     if (report := run_dir / "report.html").is_file():  # a failed write was logged
         rows["report"] = str(report)
-    rows["next"] = NEXT[models[-1].name].format(models[-1])
+    rows["next"] = NEXT[models[-1].name].format(shlex.quote(str(models[-1])))
     return rows

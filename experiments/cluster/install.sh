@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The build steps of the Dockerfile: a C++ compiler for kernels and torch.compile, and the packages. Run as root in /deberta.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+unset CDPATH
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 if ! command -v g++ >/dev/null; then
   apt-get update -q
   apt-get install -y -q --no-install-recommends g++

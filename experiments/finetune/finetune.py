@@ -135,6 +135,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if bool(flags.train) != bool(flags.test):
         parser.error("--train and --test belong together")
+    if len(flags.text) > 2:
+        parser.error(f"--text: one or two columns, not {len(flags.text)}")
     if flags.output and not flags.output.parent.is_dir():
         parser.error(f"--output: there is no directory {flags.output.parent}")
     # A shorter path may be the name of a model on the hub, too.
@@ -190,7 +192,7 @@ def is_number(text: str) -> bool:
 def read_rows(path: Path, texts: list[str], label: str) -> list[Row]:
     """Read JSON lines, or TSV with a header."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix in (".jsonl", ".json"):
                 values = [dict(json.loads(line)) for line in file if line.strip()]
             else:
@@ -257,10 +259,12 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
     ).float()  # files may be in half precision
     model.to(device)
 
+    max_length = min(flags.max_length, tokenizer.model_max_length)
+
     def encode(rows: list[Row]) -> dict[str, torch.Tensor]:
         texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
         return tokenizer(
-            *texts, padding=True, truncation=True, max_length=flags.max_length, return_tensors="pt"
+            *texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(device)
 
     steps = flags.epochs * -(-len(task.train) // flags.batch_size)

@@ -4,7 +4,7 @@
 # refused (--reference) in place of the curves that are there.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+ROOT=$(unset CDPATH; cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.." && pwd)
 source "$ROOT/experiments/common.sh"
 name=${1:-}
 case $name in

@@ -70,6 +70,16 @@ def test_half_precision_weights_are_trained_in_full(model, tmp_path, capsys):
     assert float(capsys.readouterr().out.partition("seed 1: accuracy ")[2].split()[0]) > 0.9
 
 
+def test_texts_longer_than_the_positions(tmp_path, capsys):
+    """Of a model with absolute positions; and a file with a byte order mark, as spreadsheets write it."""
+    write_model(list_models(build_model("bert"))[1], tmp_path / "model", Tokenizer(VOCABULARY), None)
+    rows = tmp_path / "rows.tsv"
+    lines = [f"{'film ' * 400}{word}\t{word}\n" for word in ("good", "bad") * 2]
+    rows.write_text(HEAD + "".join(lines), encoding="utf-8-sig")
+    flags = ["--train", str(rows), "--test", str(rows), "--epochs", "1", "--seeds", "1"]
+    assert main([str(tmp_path / "model"), *flags, "--max_length", "512"]) == 0, capsys.readouterr().err
+
+
 def test_the_directory_of_a_run(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(SystemExit, match="2"):
@@ -117,6 +127,7 @@ def test_labels_that_training_does_not_have(tmp_path, capsys):
     ("flags", "complaint"),
     [
         (["--epochs", "0"], "--epochs: expected a number from 1, not '0'"),
+        (["--text", "a", "b", "c"], "--text: one or two columns, not 3"),
         (["--output", "none/scores.json"], "--output: there is no directory none"),
     ],
 )

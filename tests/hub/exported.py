@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict] = {
         "type_vocab_size": 2,
     },
     "biased-and-relative": {"position_biased_input": True},
+    "terms-without-relative": {"relative_attention": False, "position_biased_input": True},
 }
 PROMPTS = [
     "The state of the Union is [MASK].",

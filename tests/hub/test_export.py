@@ -1,14 +1,17 @@
 """Model directories: content, atomic replacement, what cannot be exported; published files."""
 
+import io
 import itertools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file
 
@@ -17,6 +20,7 @@ from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.errors import ConfigError, VocabularyError
 from DeBERTa.hub.export import list_models, replace_directory, write_model, write_published
 from DeBERTa.hub.published import load_masked_lm
+from DeBERTa.hub.tokenizer_json import build_tokenizer_json
 from tests.conftest import tiny_model, tiny_rtd
 from tests.hub.exported import VOCABULARY
 from tests.kill_at_call.sitecustomize import kill_at_call
@@ -160,6 +164,30 @@ def test_head_sizes_that_transformers_lacks(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot export .*attention_head_size 64 makes 2 heads 128 wide"):
         write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), None)
     assert not [*tmp_path.iterdir()]
+
+
+def test_distances_that_transformers_does_not_clamp(tmp_path):
+    config = ModelConfig.from_dict(tiny_model() | {"max_relative_positions": 20})
+    (exported,) = list_models(MaskedLanguageModel(config))
+    with pytest.raises(ConfigError, match=r"position_buckets with max_relative_positions 20 below max_pos"):
+        write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), None)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("options", [{"split_by_whitespace": False}, {"treat_whitespace_as_suffix": True}])
+def test_pieces_with_spaces_that_transformers_splits(tmp_path, options):
+    """Its pre-tokenizer begins a word at each space."""
+    words = ["the", "people", "of", "the", "United", "States", "and", "the", "Senate"]
+    sentences = [" ".join(random.Random(seed).choices(words, k=20)) for seed in range(200)]
+    model, special = io.BytesIO(), {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    pieces = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=60, hard_vocab_limit=False,
+        unk_piece="[UNK]", minloglevel=2, **special, **pieces, **options,
+    )  # fmt: skip
+    (tmp_path / "spm.model").write_bytes(model.getvalue())
+    with pytest.raises(VocabularyError, match=r"piece \d+ has a space after other characters"):
+        build_tokenizer_json(Tokenizer(tmp_path / "spm.model"))
 
 
 @pytest.mark.parametrize("sharing", ["gdes", "es", "nes"])

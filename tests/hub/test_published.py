@@ -351,8 +351,9 @@ def test_weights_that_do_not_fit_are_named(published):
         ({f"{WORD}.weight": None}, r"word_embeddings\.weight is missing"),
         ({f"{WORD}.weight": torch.zeros(7, 32)}, r"\[7, 32\], the model needs \[2008, 32\]"),
         ({query: torch.zeros(16, 32)}, rf"{query} has shape \[16, 32\], the model needs \[32, 32\]"),
-        ({query: torch.zeros(32, 32, dtype=torch.int8)}, rf"{query} is not a dense tensor of real values"),
-        ({query: torch.zeros(32, 32).to_sparse()}, rf"{query} is not a dense tensor of real values"),
+        ({query: torch.zeros(32, 32, dtype=torch.int8)}, rf"{query} is not a dense tensor of 16, 32"),
+        ({query: torch.zeros(32, 32).to(torch.float8_e4m3fn)}, rf"{query} is not a dense tensor of 16, 32"),
+        ({query: torch.zeros(32, 32).to_sparse()}, rf"{query} is not a dense tensor of 16, 32"),
         (
             {query: not_finite},
             rf"pytorch_model\.bin cannot be used: 32 of 1024 values of {query} are NaN",

@@ -13,9 +13,9 @@ from tests.runs import run, tiny_flags
 
 @pytest.mark.parametrize(("task", "module"), [("RTD", "detect"), ("MLM", "fill_mask")])
 def test_summary(tmp_path, prepared, task, module):
-    status, output = run(tiny_flags(tmp_path, prepared, task))
+    run_dir = tmp_path / "a run"  # the command that is named next is quoted
+    status, output = run(tiny_flags(tmp_path, prepared, task) | {"output_dir": run_dir})
     assert status == 0, output
-    run_dir = tmp_path / "run"
     rows = dict(re.findall(r"^ *([a-z ]+)  (.+)$", output, re.MULTILINE))
     assert re.fullmatch(r"6 steps in 0:00:\d\d", rows["trained"])
     step, path = re.fullmatch(r"step (\d), validation [a-z ]+ [\d.]+: (.+)", rows["best"]).groups()
