@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,34 @@ def test_a_detector_that_knows_one_verb(corpus):
         model.mask_predictions.dense.weight.copy_(torch.eye(32))
         model.mask_predictions.classifier.weight[0, 0] = 1.0
     assert probe.probe_pairs(model, corpus, tokenizer)["pair_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(("favors_right", "expected"), [(True, 1.0), (False, 0.0)])
+@pytest.mark.parametrize("kind", [MaskedLanguageModel, ReplacedTokenDetectionModel])
+def test_a_model_that_knows_all_verbs(corpus, monkeypatch, kind, favors_right, expected):
+    """The LM head prefers the verb and sees [MASK] there; the detector finds the other one replaced."""
+    tokenizer, model = Tokenizer(VOCABULARY), build(kind)
+    sentences = {tuple(ids) for ids, _, _ in probe.list_pairs(corpus, tokenizer)}
+    sign = 1.0 if favors_right else -1.0
+
+    def forward(ids, mask, labels):
+        assert (ids[labels > 0] == tokenizer.mask_id).all()
+        restored = torch.where(labels > 0, labels, ids)
+        assert all(tuple(row[m > 0].tolist()) in sentences for row, m in zip(restored, mask, strict=True))
+        right = labels[labels > 0]
+        logits = torch.zeros(len(right), model.config.vocab_size)
+        logits[torch.arange(len(right)), right] = sign
+        return SimpleNamespace(logits=logits)
+
+    def compute_logits(ids, mask, _):
+        known = [tuple(row[m > 0].tolist()) in sentences for row, m in zip(ids, mask, strict=True)]
+        return -sign * torch.tensor(known, dtype=torch.float32)[:, None].expand(ids.shape)
+
+    if kind is MaskedLanguageModel:
+        monkeypatch.setattr(model, "forward", forward)
+    else:
+        monkeypatch.setattr(model, "compute_logits", compute_logits)
+    assert probe.probe_pairs(model, corpus, tokenizer)["pair_accuracy"] == expected
 
 
 def test_command(prepared, tmp_path, monkeypatch, capsys):

@@ -148,6 +148,17 @@ def test_mlm_run_and_evaluation_of_its_checkpoint(flags):
     assert read_metrics(run)[-1]["loss"] == trained["valid"]["loss"]
 
 
+def test_spans_of_several_words(flags, tmp_path):
+    """`--max_ngram` changes what is masked."""
+    losses = set()
+    for max_ngram in (1, 3):
+        given = {"task_name": "MLM", "model_config": tmp_path / "mlm.json", "num_training_steps": 1}
+        given |= {"output_dir": tmp_path / str(max_ngram), "max_ngram": max_ngram}
+        assert_trained(flags | given)
+        losses.add(read_metrics(given["output_dir"])[0]["loss"])
+    assert len(losses) == 2
+
+
 @pytest.mark.parametrize("task", ["MLM", "RTD"])
 def test_same_command_resumes_from_the_last_checkpoint(flags, task, tmp_path):
     """A run that lost everything after step 3 ends with the weights of one that did not, bit for bit."""

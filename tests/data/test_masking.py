@@ -67,9 +67,10 @@ def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
     A span of up to three words reaches those less often.
     """
     masked = mask(Masker(tokenizer, 3, is_always_masked=True), lines).labels > 0
-    hits, totals = np.zeros(40), np.zeros(40)
+    hits, totals, last = np.zeros(40), np.zeros(40), []
     for row, kinds in zip(masked, tokenizer.piece_kinds[lines], strict=True):
         words = list_words(kinds)[:40]
+        last.append(row[list_words(kinds)[-1][0]])
         hits[: len(words)] += [row[word[0]] for word in words]
         totals[: len(words)] += 1
     share, error = hits / totals, np.sqrt(0.15 * 0.85 / totals)
@@ -77,6 +78,7 @@ def test_ngrams_are_spread_evenly_but_for_the_ends(tokenizer, lines):
     assert (np.abs(middle - np.average(middle, weights=totals[2:])) < 4.5 * error[2:]).all()
     assert 0.08 < share[0] < share[1] < 0.16
     assert abs(share[0] - 0.15 / (18 / 11) / 0.85) < 0.01  # only a span that begins there
+    assert abs(np.mean(last) - share[0]) < 0.02  # only a span that ends there
 
 
 def test_span_lengths_and_word_boundaries(tokenizer, lines):
@@ -153,7 +155,7 @@ def test_same_uniforms_same_masks_for_any_slice(tokenizer, lines, max_ngram):
         assert (a != d).any()
 
 
-@pytest.mark.parametrize("words", [0, 1, 2, 5])
+@pytest.mark.parametrize("words", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("max_ngram", [1, 3])
 def test_short_lines(tokenizer, max_ngram, words):
     """Lines of a few words, or of special tokens only, are masked at 15 % on average."""

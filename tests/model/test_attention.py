@@ -21,6 +21,7 @@ VARIANTS = [
 ]
 CASES = [(variant, LENGTH) for variant in VARIANTS]
 CASES += [(variant, LONG) for variant in VARIANTS if variant["pos_att_type"] == "p2c|c2p"]
+CASES += [({"pos_att_type": "p2c|c2p", "position_buckets": -1}, 12)]  # all distances below the longest, 16
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
 
 

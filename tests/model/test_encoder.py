@@ -1,9 +1,12 @@
-"""The last layer at selected positions against the same layer at every position."""
+"""The last layer at selected positions, and the convolution, against plain formulas."""
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from DeBERTa import MaskedLanguageModel, ModelConfig
+from DeBERTa import MaskedLanguageModel, ModelConfig, ReplacedTokenDetectionModel
+from DeBERTa.model.encoder import ConvLayer
 from tests.conftest import select_path, tiny_model
 from tests.training.batches import random_batch
 
@@ -49,3 +52,29 @@ def test_too_long_a_sequence_is_reported():
     batch = random_batch(length=65)
     with pytest.raises(ValueError, match="sequence length 65: max_position_embeddings is 64"):
         model.deberta(batch.input_ids, batch.input_mask)
+
+
+def test_epsilon_of_all_layer_norms():
+    for model in (MaskedLanguageModel, ReplacedTokenDetectionModel):
+        config = ModelConfig.from_dict(tiny_model() | {"layer_norm_eps": 0.01, "conv_kernel_size": 3})
+        norms = [module for module in model(config).modules() if isinstance(module, nn.LayerNorm)]
+        assert len(norms) >= 7
+        assert {norm.eps for norm in norms} == {0.01}
+
+
+def test_dropout_in_the_convolution():
+    """It comes before the activation, as in the published code: a dropped value is activation(0)."""
+    torch.manual_seed(0)
+    values = {"conv_kernel_size": 3, "conv_act": "tanh", "hidden_dropout_prob": 0.5}
+    layer = ConvLayer(ModelConfig.from_dict(tiny_model() | values)).train()
+    with torch.no_grad():
+        layer.conv.bias.fill_(-3.0)
+    embeddings, first, mask = torch.randn(2, 9, 32), torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 5:] = False
+    torch.manual_seed(1)
+    found = layer(embeddings, first, mask)
+    torch.manual_seed(1)
+    x = F.conv1d(embeddings.transpose(1, 2), layer.conv.weight, layer.conv.bias, padding=1).transpose(1, 2)
+    x = torch.tanh(F.dropout(x.masked_fill(~mask[..., None], 0), 0.5))
+    expected = F.layer_norm(first + x, (32,)) * mask[..., None]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -11,6 +11,7 @@ from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
+from DeBERTa.model.pretraining import is_replaced
 from DeBERTa.train import count_tokens
 from DeBERTa.training.evaluation import (
     compute_detection_metrics,
@@ -127,6 +128,30 @@ def test_masked_lm_is_a_mean_over_tokens_for_any_batch_size(store, tokenizer):
 
 def build_step(model: RTDModel) -> ReplacedTokenStep:
     return ReplacedTokenStep(model, train_config(task_name="RTD"), "fp32", CPU, total_steps=10)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_detection_loss_is_a_mean_over_tokens(tokenizer, sample_ids, tmp_path, size):
+    """Padding does not count, whatever the batch size."""
+    generator, first, text = np.random.default_rng(0), 0, ""
+    for length in generator.integers(3, 61, 40):
+        text += " ".join(tokenizer.pieces[i] for i in sample_ids[first : first + length]) + "\n"
+        first += length
+    (tmp_path / "valid.txt").write_text(text, encoding="utf-8")
+    batches = list(make_batches(open_store(tmp_path / "valid.txt", tokenizer, 62), tokenizer, True, size))
+    torch.manual_seed(0)
+    model = RTDModel(RTDConfig.from_dict(tiny_rtd())).eval()
+    found = evaluate(build_step(model), batches, num_counted=-(-40 // size))
+    losses, tokens, shared = 0.0, 0, model.get_shared_tables()
+    with torch.no_grad():
+        for batch in (batch.to(CPU) for batch in batches):
+            (_, corrupted_ids), _ = model(batch)
+            real = batch.input_mask > 0
+            labels = is_replaced(corrupted_ids, batch.labels)[real].float()
+            logits = model.discriminator.compute_logits(corrupted_ids, batch.input_mask, shared)
+            losses += F.binary_cross_entropy_with_logits(logits[real], labels, reduction="sum").item()
+            tokens += int(real.sum())
+    assert found["discriminator_loss"] == pytest.approx(losses / tokens, rel=1e-4)
 
 
 def test_rarity_of_tokens_alone(prepared, store, tokenizer):

@@ -17,7 +17,7 @@ from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.distributed import get_rank
-from DeBERTa.training.guard import MIN_WINDOW, SIGMAS, WINDOW, UpdateGuard
+from DeBERTa.training.guard import MIN_WINDOW, WINDOW, UpdateGuard
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.signals import Signals
 from DeBERTa.training.steps import MaskedLMStep, ReplacedTokenStep
@@ -191,6 +191,16 @@ def make_sums(loss: float) -> Sums:
     return {"loss": torch.tensor(loss * 4), "targets": torch.tensor(4)}
 
 
+@pytest.mark.parametrize(("deviations", "is_spike"), [(5.9, False), (6.1, True)])
+def test_the_bound_of_spikes(deviations, is_spike):
+    guard = UpdateGuard(train_config(), CPU)
+    for loss in [2.5, 3.5] * 64 + [3.0 + deviations * 0.5]:  # mean 3, standard deviation 0.5
+        guard.begin_step()
+        guard.allows_update(make_sums(loss), ("loss",), torch.tensor(1.0))
+        guard.end_step()
+    assert bool(guard.spikes) == is_spike
+
+
 @pytest.mark.parametrize("skip_spikes", [False, True])
 def test_spikes(skip_spikes):
     """A loss above mean + 6 sigma of the last 128, once there are 32; the rule by hand on 400 losses."""
@@ -205,7 +215,7 @@ def test_spikes(skip_spikes):
         allowed = guard.allows_update(make_sums(loss), ("loss",), torch.tensor(1.0))
         guard.end_step()
         window = np.array(window_losses[-WINDOW:])
-        by_hand = len(window_losses) >= MIN_WINDOW and loss > window.mean() + SIGMAS * window.std()
+        by_hand = len(window_losses) >= MIN_WINDOW and loss > window.mean() + 6 * window.std()
         assert bool(guard.spikes) == by_hand
         assert allowed == (math.isfinite(loss) and not (by_hand and skip_spikes))
         if math.isfinite(loss):

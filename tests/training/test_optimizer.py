@@ -180,3 +180,5 @@ def test_warmup_in_steps_or_as_a_proportion():
     assert count_warmup_steps(10000.0, 1_000_000) == 10000
     assert count_warmup_steps(0.05, 1000) == 50
     assert count_warmup_steps(0.0, 1000) == 0
+    assert count_warmup_steps(1.0, 1000) == 1
+    assert count_warmup_steps(0.999, 1000) == 999

@@ -38,6 +38,19 @@ def assert_same(ours: dict, theirs: dict, **tolerance) -> None:
         torch.testing.assert_close(tensor, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
+@pytest.mark.parametrize("changed", [{"decoupled_training": False}, {}], ids=["joint", "es"])
+def test_rates_of_a_joint_update(changed):
+    """One optimizer, in which each model has its own rate."""
+    model = build_rtd() if changed else RTDModel(RTDConfig.from_dict(tiny_rtd("es")))
+    config = train_config(task_name="RTD", learning_rate=1e-2, discriminator_learning_rate=2e-3, **changed)
+    training = ReplacedTokenStep(model, config, "fp32", CPU, total_steps=10)
+    (optimizer,) = training.optimizers.values()
+    rates = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    generator = {id(parameter) for parameter in model.generator.parameters()}
+    assert {rate for number, rate in rates.items() if number in generator} == {1e-2}
+    assert {rate for number, rate in rates.items() if number not in generator} == {2e-3}
+
+
 def test_decoupled_step_by_hand():
     """Generator update, then the discriminator on samples from before it and tables from after it."""
     model = build_rtd()
