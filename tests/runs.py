@@ -19,7 +19,8 @@ from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps
 from tests.conftest import ROOT, read_equal_metrics, strip_times, tiny_model, tiny_rtd
 from tests.kill_at_call.sitecustomize import kill_at_call
 
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the server
+# For the server. An empty entry would be the current directory.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 PATIENCE = 600  # seconds until a test fails whose run takes a few
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["DeBERTa.train", "torch._dynamo", "tests.conftest"])

@@ -455,7 +455,7 @@ def test_fresh_and_a_restart_before_the_run_is_opened(flags, tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     again = flags | {"num_training_steps": 4, "dump_interval": 2, "fresh": True, "max_restarts": 1}
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
     run = Command(again, PYTHONPATH=path)
     assert run.finish() == 0, run.printed.read_text()
     printed = run.printed.read_text()
