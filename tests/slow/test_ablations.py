@@ -41,6 +41,8 @@ def wait_until(process, is_done):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint(tmp_path, number):
     """Also when it reaches the command alone, not all processes of the terminal."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(tmp_path, "stopped", steps=1600)
     work = tmp_path / "stopped"
     wait_until(process, lambda: any('"valid"' in p.read_text() for p in work.glob("*/metrics.jsonl")))
