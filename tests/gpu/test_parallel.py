@@ -28,7 +28,8 @@ def train(mode: str, flags: dict) -> list[float]:
     """Return the losses of four steps."""
     torch.manual_seed(0)
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | SIZE)).to(DEVICE)
-    config = train_config(sharding=mode or "none", tf32=False, **flags)  # tf32 is of the process: of other tests, too
+    # TF32 is a setting of the process: also of the tests that follow.
+    config = train_config(sharding=mode or "none", tf32=False, **flags)
     set_execution(model, config, DEVICE)
     objective: torch.nn.Module = Objective(model)
     if mode == "none":
