@@ -76,22 +76,18 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
     Without `has_documents`, text is not split into documents. Raises `DataError` for JSON that is not one
     value per line.
     """
-    advice = "convert it, for example with jq -c '.[]', or pass --column '' to read it as plain text"
-    refusal = DataError(f"{path} is JSON, but not one value per line; {advice}")
-    if column and JSON_VALUE.match(beginning):
-        raise refusal
     first, end, _ = beginning.lstrip().partition(b"\n")
+    if column and (JSON_VALUE.match(beginning) or _has_several_objects(first)):
+        advice = "convert it, for example with jq -c '.[]', or pass --column '' to read it as plain text"
+        raise DataError(f"{path} is JSON, but not one value per line; {advice}")
     if column and first.startswith(b"{"):
         try:
             json.loads(first)  # an object
             return JSON_LINES
         except RecursionError:
             return JSON_LINES  # reading the record raises an error that names the place
-        except ValueError as error:
-            is_record = LONG_RECORD.match(first)
-            if is_record and _has_several_objects(first):
-                raise refusal from error
-            if not end and is_record:  # longer than a block
+        except ValueError:
+            if not end and LONG_RECORD.match(first):  # longer than a block
                 return JSON_LINES
     if not has_documents:
         return TEXT
@@ -99,7 +95,9 @@ def find_kind(path: Path, beginning: bytes, column: str, has_documents: bool) ->
 
 
 def _has_several_objects(line: bytes) -> bool:
-    with contextlib.suppress(ValueError):
+    if not LONG_RECORD.match(line):
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
         text = line.decode()
         _, end = json.JSONDecoder().raw_decode(text)
         return text[end:].lstrip().startswith("{")

@@ -158,18 +158,19 @@ def test_a_parent_directory_that_was_moved_is_not_created_again(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_head_sizes_that_transformers_lacks(tmp_path):
-    config = ModelConfig.from_dict(tiny_model() | {"attention_head_size": 64})
-    (exported,) = list_models(MaskedLanguageModel(config))
-    with pytest.raises(ConfigError, match=r"cannot export .*attention_head_size 64 makes 2 heads 128 wide"):
-        write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), None)
-    assert not [*tmp_path.iterdir()]
-
-
-def test_distances_that_transformers_does_not_clamp(tmp_path):
-    config = ModelConfig.from_dict(tiny_model() | {"max_relative_positions": 20})
-    (exported,) = list_models(MaskedLanguageModel(config))
-    with pytest.raises(ConfigError, match=r"position_buckets with max_relative_positions 20 below max_pos"):
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"attention_head_size": 64}, "attention_head_size 64 makes 2 heads 128 wide"),
+        (
+            {"max_relative_positions": 20},
+            "position_buckets with max_relative_positions 20 below",
+        ),
+    ],
+)
+def test_models_that_transformers_lacks(tmp_path, changed, problem):
+    (exported,) = list_models(MaskedLanguageModel(ModelConfig.from_dict(tiny_model() | changed)))
+    with pytest.raises(ConfigError, match=f"cannot export .*{problem}"):
         write_model(exported, tmp_path / "model", Tokenizer(VOCABULARY), None)
     assert not [*tmp_path.iterdir()]
 
