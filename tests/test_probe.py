@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import one_hot
@@ -110,6 +111,63 @@ def test_the_test_part_decides_no_tie(corpus, monkeypatch):
         found.append(probe.probe_tags(build(MaskedLanguageModel), some))
     assert [figures["tag_layer"] for figures in found] == [0, 0]
     assert found[0]["tag_accuracy"] > found[1]["tag_accuracy"]
+
+
+def solve_ridge(states, targets, penalty):
+    """Return weights [h, tags] and offset of a ridge regression, by least squares over added rows."""
+    center, mean = states.mean(0), targets.mean(0)
+    centered = states - center
+    scale = (penalty * (centered**2).sum() / states.shape[1]) ** 0.5  # relative to the mean eigenvalue
+    rows = np.concatenate([centered, scale * np.eye(states.shape[1])])
+    right = np.concatenate([targets - mean, np.zeros((states.shape[1], targets.shape[1]))])
+    weights = np.linalg.lstsq(rows, right, rcond=None)[0]
+    return weights, mean - center @ weights
+
+
+@pytest.mark.parametrize(("fitted", "penalty"), [(110, 1e-2), (300, 1e-5)])
+def test_ridge_regression(corpus, monkeypatch, fitted, penalty):
+    """Layer, penalty and accuracy are those of a naive search: few words, many noisy states, far from 0."""
+    some = take(corpus, 10)
+    words = list(some.parts)
+    tags = sorted({tag for _, tag in some.words})
+    numbers = np.array([tags.index(tag) for _, tag in some.words])
+    generator = np.random.default_rng(5)
+    codes = generator.normal(size=(2, len(tags), 96))
+    noise = generator.normal(size=(2, len(some.words), 96)) * np.linspace(0.1, 6, 96)
+    noise[0] *= 1.2
+    layers = torch.from_numpy(3 * (codes[:, numbers] + noise + 5)).half()
+    monkeypatch.setattr(probe, "compute_word_states", lambda *_: layers)
+    fit, choose, test = ([w for w in words if some.parts[w] == part] for part in (0, 1, 2))
+    fit = fit[:fitted]
+    some = some._replace(parts={word: some.parts[word] for word in (*fit, *choose, *test)})
+    targets, best = np.eye(len(tags))[numbers[fit]], (-1.0, 0.0, 0, 0.0)
+    for layer, states in enumerate(layers.double().numpy()):
+        for each in (10.0**power for power in range(-5, 2)):
+            weights, offset = solve_ridge(states[fit], targets, each)
+            chosen, tested = (
+                ((states[part] @ weights + offset).argmax(1) == numbers[part]).mean()
+                for part in (choose, test)
+            )
+            best = max(best, (chosen, tested, layer, each), key=lambda found: found[0])
+    assert best[2:] == (1, penalty)
+    figures = probe.probe_tags(build(MaskedLanguageModel), some)
+    assert figures["tag_layer"] == best[2]
+    assert figures["tag_accuracy"] == pytest.approx(best[1], abs=2.5 / len(test))  # float32 scores
+
+
+def test_most_frequent_tag_per_word(corpus):
+    """Of the first part of the documents; words that it lacks are nouns. A naive count of both."""
+    some = take(corpus, 10)
+    seen = [corpus.words[word] for word, part in some.parts.items() if part == probe.FIT]
+    right = []
+    for word, part in some.parts.items():
+        if part == probe.TEST:
+            text, tag = corpus.words[word]
+            tags = [other for spelled, other in seen if spelled == text]
+            # Of equally frequent ones, the first in the text.
+            right.append(tag == (max(dict.fromkeys(tags), key=tags.count) if tags else "nn"))
+    found = probe.probe_tags(build(MaskedLanguageModel), some)["word_tag_accuracy"]
+    assert found == pytest.approx(sum(right) / len(right))
 
 
 def test_pairs_are_balanced(corpus):

@@ -199,6 +199,14 @@ def test_replay_mixes_exactly(store, tokenizer, masker, prepared, share):
         ]
 
 
+def test_replayed_lines_have_an_order_of_their_own(store, tokenizer, masker):
+    """Of two texts of the same length, a batch does not pair the lines of the same numbers."""
+    mixed = TrainingBatches(store, tokenizer, masker, PLAN, Replay(store, Fraction(1, 2)))
+    own, old = (np.concatenate(part) for part in zip(*map(mixed.select_global_lines, range(50)), strict=True))
+    assert sorted(own) == sorted(old) == list(range(600))
+    assert (own == old).sum() < 10  # one is expected
+
+
 def test_without_replay_nothing_is_replayed(store, tokenizer, masker):
     batches = open_training(store, tokenizer, masker)
     assert not batches.is_replayed(5, np.arange(24)).any()

@@ -1,6 +1,7 @@
 """Faults that people make, seeded in real runs, are named; a run without them has none."""
 
 import json
+import math
 import random
 import shutil
 import string
@@ -8,6 +9,7 @@ import string
 import pytest
 
 from DeBERTa.data.tokenizer import Tokenizer
+from DeBERTa.presets import PRESETS
 from DeBERTa.report.health import NOTE, PROBLEM, USUAL, examine
 from DeBERTa.report.read import RunRecord, read_run
 from tests.conftest import GOLDEN
@@ -154,3 +156,102 @@ def test_rows_with_nothing(tmp_path):
     for row in ({}, {"loss": None}, {"discriminator_auc": None}, {string.ascii_letters: 1}):
         rows = [{"step": 1, "kind": kind, **row} for kind in ("train", "valid", "spike", "old")]
         assert [finding.title for finding in examine(make_run(tmp_path, rows))] == ["Stability"]
+
+
+DETECTED = {
+    "discriminator_loss": 0.3,
+    "discriminator_auc": 0.7,
+    "discriminator_recall": 0.1,
+    "discriminator_replaced_entropy": 0.38,
+}
+TINY_RATE = PRESETS["deberta-v3-tiny"].flags["learning_rate"]
+
+
+def examine_row(tmp_path, row, kind, settings=None):
+    """Return titles and levels for a run of one step out of 100,000, where RTD begins to learn at 2,000."""
+    rows = [{"step": 1, "kind": "train", "generator_loss": 2.0}, {"step": 3000, "kind": kind, **row}]
+    run = make_run(tmp_path, rows, num_training_steps=100_000, **(settings or {}))
+    return {finding.title: finding.level for finding in examine(run)}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "title", "level"),
+    [
+        ({"generator_accuracy": 0.96}, "train", "Masking", USUAL),
+        ({"generator_accuracy": 0.98}, "train", "Masked tokens are visible", PROBLEM),
+        ({"discriminator_replaced": 0.004}, "valid", "Replaced tokens", PROBLEM),
+        ({"discriminator_replaced": 0.006}, "valid", "Replaced tokens", USUAL),
+        ({"discriminator_replaced": 0.15}, "valid", "Replaced tokens", USUAL),
+        ({"discriminator_replaced": 0.17}, "valid", "Replaced tokens", PROBLEM),
+        ({"residual_drift": 0.9}, "valid", "Drift of the GDES residual", USUAL),
+        ({"residual_drift": 1.1}, "valid", "Drift of the GDES residual", NOTE),
+        ({"residual_drift": 0.0}, "valid", "Drift of the GDES residual", PROBLEM),
+        (DETECTED, "valid", "The discriminator learns", USUAL),
+        (DETECTED | {"discriminator_auc": 0.56}, "valid", "The discriminator learns", USUAL),
+        (DETECTED | {"discriminator_auc": 0.54}, "valid", "The discriminator is at chance", PROBLEM),
+        (DETECTED | {"discriminator_loss": 0.39}, "valid", "The discriminator is at chance", PROBLEM),
+        (DETECTED | {"discriminator_recall": 0.012}, "valid", "The discriminator learns", USUAL),
+        (
+            DETECTED | {"discriminator_recall": 0.008},
+            "valid",
+            "The discriminator predicts “original” alone",
+            NOTE,
+        ),
+    ],
+)
+def test_bounds_of_metrics(tmp_path, row, kind, title, level):
+    assert examine_row(tmp_path, row, kind)[title] == level
+
+
+@pytest.mark.parametrize(("factor", "level"), [(0.18, PROBLEM), (0.22, USUAL), (4.8, USUAL), (5.2, PROBLEM)])
+def test_bounds_of_the_learning_rate(tmp_path, factor, level):
+    settings = {"tag": "deberta-v3-tiny", "learning_rate": factor * TINY_RATE}
+    assert examine_row(tmp_path, {}, "train", settings)["Learning rate"] == level
+
+
+@pytest.mark.parametrize(("last", "is_problem"), [(3.25, False), (3.35, True)])
+def test_bound_of_divergence(tmp_path, last, is_problem):
+    """More than a tenth above the lowest median of five lines."""
+    losses = [3.0] * 5 + [last] * 5
+    rows = [{"step": n, "kind": "train", "loss": loss} for n, loss in enumerate(losses)]
+    titles = [finding.title for finding in examine(make_run(tmp_path, rows))]
+    assert ("Training diverges" in titles) == is_problem
+
+
+@pytest.mark.parametrize(("share", "is_problem"), [(0.88, False), (0.92, True)])
+def test_bound_of_the_first_loss(tmp_path, share, is_problem):
+    rows = [{"step": 1, "kind": "train", "loss": share * math.log(8064)}]
+    run = make_run(tmp_path, rows, init_model="x.bin")
+    run.settings["model"] = {"vocab_size": 8064}
+    titles = [finding.title for finding in examine(run)]
+    assert ("The vocabulary does not fit the weights" in titles) == is_problem
+
+
+@pytest.mark.parametrize(
+    ("measured", "title", "level"),
+    [
+        ((7.0, 0.009, 0.59), "Vocabulary", USUAL),
+        ((7.0, 0.011, 0.59), "The vocabulary does not fit the text", PROBLEM),
+        ((7.0, 0.009, 0.61), "The vocabulary does not fit the text", PROBLEM),
+        ((2.10, 0.0, 0.0), "The generator learns", USUAL),  # its loss is 2.0
+        ((2.04, 0.0, 0.0), "The generator is at chance", PROBLEM),
+    ],
+)
+def test_bounds_of_the_text(tmp_path, monkeypatch, measured, title, level):
+    monkeypatch.setattr("DeBERTa.report.health.measure_text", lambda *_: measured)
+    assert examine_row(tmp_path, {}, "train")[title] == level
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "onset"),
+    [(100_000, 500, 2000), (100_000, 1500, 3000), (100_000, 0.05, 10_000), (3000, 100, 1500)],
+)
+def test_until_when_chance_is_usual(tmp_path, total, warmup, onset):
+    """Twice the warm-up, at least 2,000 steps, at most half of the run."""
+    levels = []
+    for step in (onset, onset + 1):
+        rows = [{"step": 1, "kind": "train", "generator_loss": 2.0}]
+        rows.append({"step": step, "kind": "valid", **DETECTED, "discriminator_auc": 0.5})
+        found = examine(make_run(tmp_path, rows, num_training_steps=total, warmup=warmup))
+        levels += [finding.level for finding in found if finding.title.startswith("The discriminator")]
+    assert levels == [NOTE, PROBLEM]

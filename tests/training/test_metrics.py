@@ -93,6 +93,7 @@ def test_lines_of_any_shape(tmp_path, caplog):
 
 
 def test_random_damage(tmp_path):
+    """Undamaged lines remain, others can be read, and the best checkpoint is one that is there."""
     path, generator = tmp_path / "metrics.jsonl", random.Random(3)
     log = MetricsLog(path, 0, TEXTS | {"valid": "a"})
     for step in (1, 2, 3):
@@ -106,7 +107,16 @@ def test_random_damage(tmp_path):
             content[generator.randrange(len(content))] = generator.randrange(256)
         path.write_bytes(content)
         log = MetricsLog(path, 3, TEXTS | {"valid": "a"})
+        undamaged = [line for line in bytes(content).split(b"\n") if line and line in valid.split(b"\n")]
+        remaining = path.read_bytes().splitlines()
+        assert [line for line in remaining if line in undamaged] == undamaged
+        assert all(line["step"] <= 3 for line in read(path))
+        evaluations = [json.loads(line) for line in undamaged]
+        for line in (line for line in evaluations if line["kind"] == "valid"):
+            assert log.evaluations["valid"][line["step"]]["loss"] == line["loss"]
         record_best(tmp_path, log.evaluations["valid"])
+        best = tmp_path / "checkpoints" / "best.json"
+        assert not best.exists() or json.loads(best.read_text())["step"] in log.evaluations["valid"]
 
 
 @pytest.mark.parametrize("kind", ["valid", "replay"])

@@ -4,11 +4,15 @@ import json
 import math
 import shutil
 from datetime import datetime
+from statistics import median
 
 import pytest
 import torch
 
-from DeBERTa import MaskedLanguageModel, ModelConfig
+from DeBERTa import MaskedLanguageModel, ModelConfig, TrainConfig
+from DeBERTa.data.dataset import BatchPlan, TrainingBatches, derive_step_seed
+from DeBERTa.data.masking import Masker
+from DeBERTa.data.token_store import open_store
 from DeBERTa.errors import NonFiniteError
 from DeBERTa.training.checkpoint import get_checkpoint_path
 from DeBERTa.training.trainer import check_finite_weights
@@ -71,6 +75,47 @@ def test_only_rank_0_writes_to_the_console(tmp_path, prepared):
     log = (flags["output_dir"] / "logs" / "rank-0001.log").read_text()
     assert "step 6/6" in log
     assert "saved" not in log
+
+
+def test_every_rank_draws_dropout_masks_of_its_own(tmp_path, prepared, tokenizer):
+    """The loss of the first step is that of both halves of the batch, each with its rank's seed."""
+    flags = tiny_flags(tmp_path, prepared, "MLM") | {"num_training_steps": 1, "kernels": "off"}
+    status, output = run_pair(flags, find_free_port())
+    assert status == 0, output
+    logged = read_metrics_log(flags["output_dir"])[0]["loss"]
+    store = open_store(prepared / "train.txt", tokenizer, max_tokens=62)
+    masker = Masker(tokenizer, TrainConfig().max_ngram, is_always_masked=False)
+    torch.manual_seed(42)
+    model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
+    halves = [TrainingBatches(store, tokenizer, masker, BatchPlan(42, 8, 64, rank, 2))[0] for rank in (0, 1)]
+
+    @torch.no_grad()
+    def compute_loss(*seeds: int) -> float:
+        losses = []
+        for seed, batch in zip(seeds, halves, strict=True):
+            torch.manual_seed(seed)
+            losses.append(model.compute_masked_loss(batch, is_sampled=False).loss)
+        return float(torch.cat(losses).double().mean())
+
+    seeds = [derive_step_seed(42, 1, rank) for rank in (0, 1)]
+    assert logged == pytest.approx(compute_loss(*seeds), rel=2e-6)
+    assert logged != pytest.approx(compute_loss(seeds[0], seeds[0]), rel=2e-6)
+
+
+def test_evaluation_does_not_count_as_training_time(tmp_path, prepared):
+    """Throughput after an evaluation of 2,000 lines is that of other steps of 8 lines."""
+    data = shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("*.ids*"))
+    (data / "valid.txt").write_text((data / "valid.txt").read_text() * 50)
+    flags = tiny_flags(tmp_path, data, "MLM") | {"num_training_steps": 40, "dump_interval": 10}
+    status, output = run(flags | {"log_interval": 1})
+    assert status == 0, output
+    lines = {line["step"]: line for line in read_metrics_log(flags["output_dir"]) if line["kind"] == "train"}
+    rates = [lines[step]["tokens_per_second"] for step in sorted(lines)]
+    after = [lines[step]["tokens_per_second"] for step in (11, 21, 31)]
+    seconds = [lines[step]["elapsed_seconds"] - lines[step - 1]["elapsed_seconds"] for step in (11, 21, 31)]
+    assert max(after) > median(rates) / 4
+    # What counting it would give.
+    assert 4 * TOKENS_PER_STEP / median(rates) < min(seconds)
 
 
 def test_at_level_warning_a_run_is_silent(tmp_path, prepared):
