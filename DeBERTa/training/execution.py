@@ -19,7 +19,7 @@ from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Encoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_GRAPHS = 64  # of torch.compile, per function
+MAX_GRAPHS = 512  # of torch.compile, per function: more than 64 lengths of two widths in two modes
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +33,24 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
     is_compiled = resolve_compile(config, device)
     if is_compiled:
         check_compiler(device)
-        # Graphs of all layers count together, by width, mode and length (static, then dynamic). With the
-        # default of 8, generators of another width run eagerly at some lengths, and recomputed layers fail.
+        # Graphs of all layers count together, by width, mode and length. With the default of 8, generators of
+        # another width run eagerly at some lengths, and recomputed layers fail.
         torch.compiler.config.recompile_limit = MAX_GRAPHS
+        torch.compiler.config.accumulated_recompile_limit = MAX_GRAPHS
     if device.type == "cuda":  # before the first matmul
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
             torch.use_deterministic_algorithms(True)
     resolved = select_kernels(model, config, device)
+    # One graph serves all layers of a width and length, or all further lengths. Not with sdpa: for a symbolic
+    # length its views take minutes to trace, and torch 2.11 fails.
+    is_dynamic = False if resolved["attention"] == "sdpa" else None
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
         encoder.gradient_checkpointing = config.gradient_checkpointing
         if is_compiled:
             for layer in encoder.layer:
-                layer.compile()  # one graph serves all layers of a shape
+                layer.compile(dynamic=is_dynamic)
     return resolved
 
 

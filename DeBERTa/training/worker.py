@@ -130,6 +130,7 @@ class Failure:
     exit_status: int = 1
     is_retryable: bool = False
     is_consequence: bool = False  # of the failure of another rank
+    is_abort: bool = False  # SIGABRT, by which NCCL ends ranks that lost another one
     is_explained: bool = False  # the message is written for users and needs no log
     node: int = 0
     time: float = field(default_factory=time.time)  # seconds since the epoch
@@ -140,7 +141,8 @@ class Failure:
         if not isinstance(error, DebertaError):
             return Failure(f"{type(error).__name__}: {error}")
         is_consequence = error.is_consequence
-        return Failure(str(error), error.exit_status, error.is_retryable, is_consequence, not is_consequence)
+        values = {"is_consequence": is_consequence, "is_explained": not is_consequence}
+        return Failure(str(error), error.exit_status, error.is_retryable, **values)
 
     @staticmethod
     def from_exit_code(code: int, record: Path | None = None) -> "Failure":
@@ -153,7 +155,8 @@ class Failure:
             return Failure(f"stopped by {signal.Signals(stop_signal).name}", 128 + stop_signal)
         if code < 0:
             names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
-            return Failure(f"killed by {names.get(-code, f'signal {-code}')}", is_retryable=True)
+            message = f"killed by {names.get(-code, f'signal {-code}')}"
+            return Failure(message, is_retryable=True, is_abort=code == -signal.SIGABRT)
         text = record.read_bytes() if record and record.is_file() else b""
         return _parse(text) or Failure(f"exited with status {code}", is_retryable=True)
 
@@ -178,8 +181,8 @@ class Failure:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Return the sort key: causes before stops before consequences, then by time."""
-        return (2 if self.is_consequence else 1 if self.is_stop else 0), self.time
+        """Return the sort key: causes, aborts, stops, consequences, each by time."""
+        return (3 if self.is_consequence else 2 if self.is_stop else int(self.is_abort)), self.time
 
 
 def _parse(text: str | bytes) -> Failure | None:

@@ -51,7 +51,8 @@ def train(mode: str, flags: dict) -> list[float]:
 
 @pytest.mark.usefixtures("_one_rank")
 @pytest.mark.parametrize(
-    ("mode", "flags"), [("none", {"compile": False}), ("zero2", {"compile": False}), ("fsdp", {})]
+    ("mode", "flags"),
+    [("none", {}), ("none", {"compile": False}), ("zero2", {"compile": False}), ("fsdp", {})],
 )
 def test_one_rank(mode, flags):
     # FSDP rounds the weights of LayerNorm to bfloat16; matmuls round every product.

@@ -21,6 +21,7 @@ from DeBERTa.training.execution import (
 )
 from tests.conftest import PATHS, TINY
 from tests.training.batches import random_batch, train_config
+from tests.training.compilation import compile_layers, require_compiler
 
 CPU = torch.device("cpu")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -111,22 +112,12 @@ def test_evaluation_stores_no_checkpoints(monkeypatch):
         model.compute_masked_loss(random_batch(vocabulary=200), is_sampled=False)
 
 
-def require_compiler() -> None:
-    """Skip a test where `torch.compile` has no C++ compiler."""
-    try:
-        check_compiler(CPU)
-    except ConfigError as error:
-        pytest.skip(str(error))
-
-
 def compile_copy(model: nn.Module, backend: str, **flags: bool | str) -> nn.Module:
     """Return a copy with every layer compiled by `backend`, as one graph each: a break raises."""
     require_compiler()
     model = copy.deepcopy(model)
-    set_execution(model, train_config(compile=True, **flags), CPU)
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.compile(backend=backend, fullgraph=True)
+    with compile_layers(backend):
+        set_execution(model, train_config(compile=True, **flags), CPU)
     return model
 
 
@@ -142,17 +133,17 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("task", "backend", "change", "flags", "other_lengths"),
+    ("task", "backend", "change", "flags"),
     [
-        ("MLM", "inductor", {}, {}, (40, 48)),
-        ("RTD", "aot_eager", {"pos_att_type": "c2p", "share_att_key": False}, {"attention": "sdpa"}, ()),
-        ("RTD", "aot_eager", {}, {}, ()),
-        ("RTD", "aot_eager", {}, {"gradient_checkpointing": True}, ()),
-        ("RTD", "aot_eager", {}, {"kernels": "off"}, ()),
+        ("MLM", "inductor", {}, {}),
+        ("RTD", "aot_eager", {"pos_att_type": "c2p", "share_att_key": False}, {"attention": "sdpa"}),
+        ("RTD", "aot_eager", {}, {}),
+        ("RTD", "aot_eager", {}, {"gradient_checkpointing": True}),
+        ("RTD", "aot_eager", {}, {"kernels": "off"}),
     ],
 )
-def test_compiled_layers_compute_the_same(task, backend, change, flags, other_lengths):
-    """No graph break, one graph for all layers, and one more for other lengths; names stay."""
+def test_compiled_layers_compute_the_same(task, backend, change, flags):
+    """No graph break, and one graph for all layers; names stay."""
     torch.compiler.reset()
     counters.clear()
     plain = build_small_model(task, NO_DROPOUT | change)
@@ -160,9 +151,27 @@ def test_compiled_layers_compute_the_same(task, backend, change, flags, other_le
     assert list(fast.state_dict()) == list(plain.state_dict())
     assert_close(compute_losses_and_gradients(fast), compute_losses_and_gradients(plain))
     assert counters["stats"]["unique_graphs"] == 1
-    for length in other_lengths:
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags", "graphs"),
+    [
+        ("inductor", {}, (1, 2, 2, 2, 2, 2)),
+        # Blocks of 64 rows where the length is a multiple of 64.
+        ("aot_eager", {"attention": "sdpa"}, (1, 2, 3, 4, 5, 5)),
+        ("aot_eager", {"attention": "sdpa", "gradient_checkpointing": True}, (1, 2, 3, 4, 5, 5)),
+    ],
+)
+def test_compiled_layers_at_other_lengths(backend, flags, graphs):
+    """One more graph for all of them; with sdpa one per length."""
+    torch.compiler.reset()
+    counters.clear()
+    plain = build_small_model("MLM", NO_DROPOUT | {"max_position_embeddings": 128})
+    fast = compile_copy(plain, backend, **flags)
+    for length, number in zip((32, 40, 64, 48, 128, 64), graphs, strict=True):
         assert_close(compute_losses_and_gradients(fast, length), compute_losses_and_gradients(plain, length))
-        assert counters["stats"]["unique_graphs"] == 2
+        assert counters["stats"]["unique_graphs"] == number
     assert not counters["graph_break"]
 
 

@@ -75,7 +75,10 @@ def test_stop_signals(code, number):
 
 
 def test_causes_come_before_stops_before_consequences():
+    """Of ranks that ended at once, one that was killed comes before one that NCCL aborted for it."""
     lost = Failure.from_error(PeerLostError("connection lost"))
     stopped = Failure.from_exit_code(143)
+    aborted, killed = (Failure.from_exit_code(-number) for number in (signal.SIGABRT, signal.SIGKILL))
     first, second = Failure("first", time=1.0), Failure("second", time=2.0)
-    assert sorted([lost, stopped, second, first], key=lambda one: one.order) == [first, second, stopped, lost]
+    ordered = [first, second, killed, aborted, stopped, lost]
+    assert sorted([lost, stopped, aborted, killed, second, first], key=lambda one: one.order) == ordered
