@@ -43,11 +43,27 @@ set_up_python() {
   imports_all "$PYTHON" "$@" && return
 
   local venv=$ROOT/.venv
+  if ! { [[ -x $venv/bin/python ]] && imports_all "$venv/bin/python" "$@"; }; then
+    (: >>"$venv.lock") 2>/dev/null || die "$ROOT cannot be written to; activate a Python with the packages of: $*"
+    fill_venv "$venv" "$@" 9>>"$venv.lock"
+  fi
+  PYTHON=$venv/bin/python
+}
+
+# fill_venv VENV FILE...: makes VENV with PYTHON if need be, and installs what it lacks. File descriptor 9 is the lock:
+# tasks of a job that start together share a checkout.
+fill_venv() {
+  local venv=$1
+  shift
+  if command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
+    log "another process may be filling $venv: waiting for it"
+    flock 9 2>/dev/null || log "this file system has no locks"
+  fi
   if [[ ! -x $venv/bin/python ]]; then
     log "$PYTHON lacks some of: $(basename -a "$@" | xargs); making $venv"
     "$PYTHON" -m venv "$venv" || die "$PYTHON cannot make virtual environments; install its venv module, or use another"
   fi
-  PYTHON=$venv/bin/python
+  local PYTHON=$venv/bin/python
   imports_all "$PYTHON" "$@" && return
   log "installing into $venv (once): $(basename -a "$@" | xargs); up to 5.5 GB with PyTorch for NVIDIA GPUs, else 1 GB"
   "$PYTHON" -c "import torch" >/dev/null 2>&1 || [[ $(uname -s) != Linux ]] || has_gpu || install_cpu_torch
@@ -56,6 +72,24 @@ set_up_python() {
   "$PYTHON" -m pip install --disable-pip-version-check -q "${arguments[@]}" \
     || die "installing the requirements failed; run the same command again, or install them yourself and activate that Python"
   imports_all "$PYTHON" "$@" || die "installed, but not importable: $*; remove $venv and try again"
+}
+
+# run_with_signals COMMAND...: runs a command, which a signal to this shell alone ends, too. As the first process of a
+# container, a shell without traps would ignore the signal.
+run_with_signals() {
+  local child status stopped=
+  "$@" &
+  child=$!
+  trap 'stopped=129; kill -HUP "$child" || :' HUP
+  trap 'stopped=130; kill -TERM "$child" || :' INT  # the command ignores SIGINT, as all that a script starts with &
+  trap 'stopped=143; kill -TERM "$child" || :' TERM
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break  # else a signal has interrupted the wait
+  done
+  trap - HUP INT TERM
+  return "${stopped:-$status}"
 }
 
 # train TASK [NAME] [FLAG...]: prepares what is missing and trains the preset. FLAGs override it. Python reads them all:
@@ -68,7 +102,7 @@ train() {
   set_up_python "$ROOT/requirements.txt"
   export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
   set -- --task_name "$task" ${DATA:+--corpus "$DATA"} --preset "$@"
-  "$PYTHON" "$ROOT/prepare_data.py" "$@" || exit
+  run_with_signals "$PYTHON" "$ROOT/prepare_data.py" "$@" || exit
   # glibc's cache of small blocks would pin the edges of freed tensors, so that these fit no other: see memory.py.
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.tcache_count=0
   exec "$PYTHON" -m DeBERTa.train "$@"

@@ -271,8 +271,10 @@ def test_what_is_prepared_for_a_preset(flags, expected, tmp_path, monkeypatch):
             assert config.vocab_path == str(tmp_path / folder / "spm.model")
 
 
-def test_a_request_to_save_while_data_is_prepared_does_nothing(tmp_path):
-    """SIGUSR1 to the script and all it has started, as Slurm sends it; then SIGTERM, which ends them."""
+@pytest.mark.parametrize("send", [os.killpg, os.kill])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_while_data_is_prepared(tmp_path, send, number):
+    """SIGUSR1 does nothing; others end the script and its children, also if the script alone gets them."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"DEBERTA_CACHE": str(tmp_path), "PATH": path, "DATA": "sample"}
     with open_partial(tmp_path / "sample" / "text" / "source.json"):  # which the preparation waits for
@@ -284,7 +286,8 @@ def test_a_request_to_save_while_data_is_prepared_does_nothing(tmp_path):
             start_new_session=True,
         )
         assert "waiting for another process" in run.stderr.readline()
-        os.killpg(run.pid, signal.SIGUSR1)
-        os.killpg(run.pid, signal.SIGTERM)
-        assert run.wait() == -signal.SIGTERM, run.stderr.read()
+        send(run.pid, signal.SIGUSR1)
+        send(run.pid, number)
+        assert run.wait() == 128 + number, run.stderr.read()
+        assert "Traceback" not in run.stderr.read()  # until all that hold its end have ended
         run.stderr.close()

@@ -68,8 +68,8 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def set_up(checkout: Path, address: str, **environment: str) -> tuple[str, str]:
-    """Run `set_up_python`; return the version of torch in the new environment, and the messages."""
+def start_set_up(checkout: Path, address: str, **environment: str) -> subprocess.Popen:
+    """Start `set_up_python`, and then printing the version of torch in the new environment."""
     script = (
         'set -euo pipefail; source "$ROOT/experiments/common.sh"; set_up_python "$ROOT/requirements.txt"; '
     )
@@ -77,16 +77,24 @@ def set_up(checkout: Path, address: str, **environment: str) -> tuple[str, str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     variables |= {"ROOT": str(checkout), "PATH": f"{checkout / 'plain' / 'bin'}{os.pathsep}/usr/bin:/bin"}
     variables |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": f"{address}/ordinary", "no_proxy": "*"}
-    done = subprocess.run(
+    return subprocess.Popen(
         ["bash", "-c", script],
         env=variables | {"TORCH_CPU_INDEX": f"{address}/cpu"} | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=PATIENCE,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """Return the version of torch, and the messages."""
+    printed, messages = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, messages
+    return printed.strip(), messages
+
+
+def set_up(checkout: Path, address: str, **environment: str) -> tuple[str, str]:
+    return finish(start_set_up(checkout, address, **environment))
 
 
 def test_cpu_build_without_a_gpu(checkout, address):
@@ -114,3 +122,13 @@ def test_ordinary_build_with_a_gpu(checkout, address):
     version, messages = set_up(checkout, address)
     assert version == "2.13.0"
     assert "CPU build" not in messages
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock, of util-linux, is not installed")
+def test_tasks_that_start_together_share_a_checkout(checkout, address):
+    """The first one makes the environment, and the others wait for it and use it."""
+    processes = [start_set_up(checkout, address) for _ in range(3)]
+    results = [finish(process) for process in processes]
+    assert [version for version, _ in results] == ["2.13.0+cpu"] * 3
+    assert sum("installing into" in messages for _, messages in results) == 1
+    assert sum("another process may be filling" in messages for _, messages in results) == 2

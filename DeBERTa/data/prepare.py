@@ -90,6 +90,9 @@ def prepare_outputs(
                 for writer, text in zip(writers, block.texts, strict=True):
                     writer.write(text)
         _check_outputs(writers, sources, recipe.vocabulary, is_part)
+        prepared = _find_prepared(outputs, origin, encoder)  # without file locks, by another node meanwhile
+        if prepared:
+            return prepared
         for writer in writers:
             writer.commit(origin | {"input_bytes": input_bytes})
     seconds = time.perf_counter() - start

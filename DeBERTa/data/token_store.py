@@ -49,7 +49,7 @@ from DeBERTa.files import (
 
 FORMAT = 3
 BLOCK_TOKENS = 16 << 10
-VERIFIED_AT_OPEN = 65536  # blocks, 4 GB, verified when a store is opened; the others are on first use
+VERIFIED_AT_OPEN = 65536  # blocks, 4 GB, verified when a text is opened; the others are on first use
 TRAILER_BYTES = 32 + 8
 FORMAT_1 = {"meta.json", "tokens.int32", "offsets.int64"}  # a directory of these files
 MAX_LINE_BYTES = 16 << 20  # no sequence is that long
@@ -140,9 +140,9 @@ class StoreFile:
             )
         return self.tokens[start:end]
 
-    def has_valid_ids(self) -> bool:
-        """Return whether the ids are those written, up to `VERIFIED_AT_OPEN` blocks."""
-        return all(map(self._verify, range(min(len(self._checksums), VERIFIED_AT_OPEN))))
+    def has_valid_ids(self, num_blocks: int) -> bool:
+        """Return whether the first blocks of ids are those written."""
+        return all(map(self._verify, range(min(len(self._checksums), num_blocks))))
 
     def _verify(self, block: int) -> bool:
         """Return whether a block of ids has its checksum."""
@@ -167,17 +167,21 @@ def _get_cached_path(text: Path) -> Path:
     return get_cache_dir() / "token-stores" / f"{name}.ids"
 
 
-def find_store(text: Path, vocabulary_sha256: str | None = None) -> StoreFile | None:
+def find_store(
+    text: Path, vocabulary_sha256: str | None = None, verified_blocks: int | None = None
+) -> StoreFile | None:
     """Return the valid store that matches a file and a vocabulary, if there is one.
 
-    With `vocabulary_sha256` None, the vocabulary is not compared.
+    With `vocabulary_sha256` None, the vocabulary is not compared. `verified_blocks`: how many blocks of ids
+    are verified at most, by default `VERIFIED_AT_OPEN`.
     """
+    limit = VERIFIED_AT_OPEN if verified_blocks is None else verified_blocks
     for path in (get_store_path(text), _get_cached_path(text)):
         # Missing or damaged.
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
             store = StoreFile(path)
             is_fitting = vocabulary_sha256 in (None, store.meta.vocabulary_sha256)
-            if is_fitting and store.meta.text == get_state(text.stat()) and store.has_valid_ids():
+            if is_fitting and store.meta.text == get_state(text.stat()) and store.has_valid_ids(limit):
                 return store
     return None
 
@@ -312,16 +316,22 @@ def open_store(text: Path, tokenizer: Tokenizer, max_tokens: int, has_progress: 
     `VocabularyError` if it was prepared with another vocabulary or more than 1 % of its pieces are unknown,
     `StorageError` if the store cannot be written.
     """
-    store = TokenStore(
-        [_open_file(part, tokenizer, max_tokens, has_progress) for part in list_parts(Path(text))]
-    )
+    files: list[StoreFile] = []
+    for part in list_parts(Path(text)):
+        verified_blocks = max(
+            VERIFIED_AT_OPEN - sum(_count_blocks(file.meta.num_tokens) for file in files), 0
+        )
+        files.append(_open_file(part, tokenizer, max_tokens, has_progress, verified_blocks))
+    store = TokenStore(files)
     if len(store) == 0:
         raise DataError(f"{text} has no lines of tokens: it is empty; prepare it again")
     return store
 
 
-def _open_file(text: Path, tokenizer: Tokenizer, max_tokens: int, has_progress: bool) -> StoreFile:
-    store = find_store(text, tokenizer.fingerprint)
+def _open_file(
+    text: Path, tokenizer: Tokenizer, max_tokens: int, has_progress: bool, verified_blocks: int
+) -> StoreFile:
+    store = find_store(text, tokenizer.fingerprint, verified_blocks)
     if store is None:
         try:
             _write_from_text(get_store_path(text), text, tokenizer, has_progress)
@@ -378,7 +388,10 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, has_progress:
                 f"{meta.unknown / meta.num_tokens:.2%} of its pieces are not in it, or [PAD], for example "
                 f"{', '.join(lookup.examples)}; pass the --vocab_path of the text, or prepare it again"
             )
-        writer.commit()
+        if (
+            find_store(text, tokenizer.fingerprint) is None
+        ):  # without file locks, another node may have been first
+            writer.commit()
 
 
 def _read_lines(text: Path, file: BinaryIO, has_progress: bool) -> Iterator[bytes]:

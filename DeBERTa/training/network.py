@@ -4,25 +4,40 @@ Checks its address, finds the network interface that leads to it, and explains w
 """
 
 import fcntl
+import logging
 import socket
 import struct
+import time
 
 from DeBERTa.errors import LaunchError
 
+logger = logging.getLogger(__name__)
+
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 PROBE_SECONDS = 1
+RESOLVE_SECONDS = 2  # between two attempts
 
 
-def check_host(address: str) -> None:
-    """Raise `LaunchError` if this machine cannot resolve the host."""
-    try:
-        socket.getaddrinfo(address, None)
-    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: an empty or long part of a name
-        reason = getattr(error, "strerror", None) or "not the name of a host"
-        raise LaunchError(
-            f"MASTER_ADDR {address}: no such host is known here ({reason}); "
-            "export the name or address of node 0"
-        ) from None
+def wait_for_host(address: str, timeout: float) -> None:
+    """Wait until this machine can resolve the name of a host.
+
+    A cluster may make the name when it starts node 0. Raises `LaunchError` after `timeout` seconds, and at
+    once if no host can have the name.
+    """
+    deadline, has_waited = time.monotonic() + timeout, False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (socket.gaierror, UnicodeError) as error:  # UnicodeError: an empty or long part of a name
+            reason = getattr(error, "strerror", None) or "not the name of a host"
+            unknown = f"MASTER_ADDR {address}: no such host is known here ({reason})"
+            if isinstance(error, UnicodeError) or time.monotonic() >= deadline:
+                raise LaunchError(f"{unknown}; export the name or address of node 0") from None
+        if not has_waited:
+            logger.warning("%s: waiting up to %.0f s for it", unknown, timeout)
+        has_waited = True
+        time.sleep(RESOLVE_SECONDS)
 
 
 def describe_silence(address: str, port: int, timeout: int) -> str:

@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from DeBERTa.errors import LaunchError
-from DeBERTa.training.network import check_host, describe_silence, find_own_address
+from DeBERTa.training.network import describe_silence, find_own_address, wait_for_host
 from DeBERTa.training.worker import STORE_THREAD, Failure
 
 POLL_SECONDS = 0.1
@@ -82,7 +82,7 @@ class Coordinator:
         self.job, self.timeout, self.port = job, timeout, job.port
         self._is_answering = True
         self._is_over = threading.Event()  # ends the watcher of an attempt
-        check_host(job.address)
+        wait_for_host(job.address, timeout if job.node else 0)
         # Bounded: the connection waits forever for a server that sends nothing.
         root = self._serve() if job.node == 0 else self._call(self._connect, timeout)
         if root is None:

@@ -1,8 +1,11 @@
 """Lock of a run directory: one process at a time writes there."""
 
 import fcntl
+import logging
+import math
 import os
 import socket
+import time
 from pathlib import Path
 
 from DeBERTa.errors import ConfigError, StorageError
@@ -10,13 +13,17 @@ from DeBERTa.files import open_regular
 
 LOCK = ".lock"
 MAX_HOLDER_BYTES = 200
+LEASE_SECONDS = 120  # NFS 4.0 releases the locks of a machine that does not answer after 90, by default
+
+logger = logging.getLogger(__name__)
 
 
 class RunLock:
     """A lock of a run directory that this process holds until `close` or its end.
 
     It is a record lock: data workers do not inherit it, and it excludes other machines on a network file
-    system. Without file locks nothing is locked. A process loses a record lock when it closes the file, even
+    system. There, the lock of a machine that has failed ends some time later: it is waited for. Without file
+    locks nothing is locked. A process loses a record lock when it closes the file, even
     if it opened it twice.
     """
 
@@ -26,6 +33,7 @@ class RunLock:
         Raises `ConfigError` when another process trains there.
         """
         self.run_dir = run_dir
+        deadline = None
         while True:
             self._file = open(run_dir / LOCK, "a+", errors="replace", opener=open_regular)  # noqa: SIM115
             try:
@@ -34,9 +42,16 @@ class RunLock:
                 self._file.seek(0)
                 holder = "".join(filter(str.isprintable, self._file.read(MAX_HOLDER_BYTES)))
                 self._file.close()
-                raise ConfigError(
-                    f"another process ({holder}) is training in {run_dir}: stop it, or give another --tag"
-                ) from None
+                busy = f"another process ({holder}) is training in {run_dir}"
+                if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > (
+                    deadline or math.inf
+                ):
+                    raise ConfigError(f"{busy}: stop it, or give another --tag") from None
+                if deadline is None:
+                    deadline = time.monotonic() + LEASE_SECONDS
+                    logger.warning("%s, or its machine failed: waiting up to %d s", busy, LEASE_SECONDS)
+                time.sleep(1)
+                continue
             except OSError:
                 pass  # a file system without locks
             if self.is_held():

@@ -75,12 +75,17 @@ class Signals:
             if self._is_deferred:
                 os._exit(128 + number)
         self.stop_signal, self._stop_time = number, time.monotonic()
+        if self._is_deferred:
+            # Not the logger: the signal may have arrived while it held its lock.
+            message = "finishing the step, then saving; a second signal exits at once"
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+        # A duplicate is handled while this sleeps. Later, its handler might have to wait for the end of a
+        # long operation of PyTorch, and take it for a second signal.
+        time.sleep(DUPLICATE_SECONDS)
+        self._stop_time = time.monotonic()
         if not self._is_deferred:
             raise RunInterrupted(number)
-        # Not the logger: the signal may have arrived while it held its lock.
-        message = "finishing the step, then saving; a second signal exits at once"
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
         if self._is_waiting:
             signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
 

@@ -1,5 +1,6 @@
 """Preparing text: the published bytes, unusual input, interruption, memory."""
 
+import errno
 import gzip
 import hashlib
 import itertools
@@ -495,3 +496,27 @@ def test_full_disks_of_many_sizes(tmp_path):
             assert run.stdout.split() == ["train.txt", "train.txt.ids"]
     assert statuses[0] == 1
     assert statuses[-1] == 0
+
+
+def test_without_file_locks_the_first_output_remains(tmp_path, monkeypatch):
+    """Two nodes prepare the same text on a file system without locks: readers have the first one mapped."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    source, output = tmp_path / "raw.txt", tmp_path / "train.txt"
+    source.write_text("A few words of text.\n" * 50)
+    monkeypatch.setattr("fcntl.flock", fail)
+    encode, first = preparation.encode_blocks, []
+
+    def encode_while_another_finishes(*arguments):
+        yield from encode(*arguments)
+        monkeypatch.setattr(preparation, "encode_blocks", encode)
+        prepare(source, output, VOCABULARY, 64, workers=1)
+        first.extend(path.stat() for path in (output, get_store_path(output)))
+
+    monkeypatch.setattr(preparation, "encode_blocks", encode_while_another_finishes)
+    assert prepare(source, output, VOCABULARY, 64, workers=1).meta.lines
+    now = [path.stat() for path in (output, get_store_path(output))]
+    assert [(s.st_ino, s.st_mtime_ns) for s in now] == [(s.st_ino, s.st_mtime_ns) for s in first]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw.txt", "train.txt", "train.txt.ids"]

@@ -312,6 +312,27 @@ def test_ids_that_change_after_the_start_end_the_run(text, monkeypatch):
     assert list_pieces(open_store(text, TOKENIZER, 62)) == expected
 
 
+def test_parts_are_verified_at_open_like_one_text(text, tmp_path, monkeypatch):
+    """The limit is that of all parts: one within it is built again, one past it fails when it is read."""
+    monkeypatch.setattr("DeBERTa.data.token_store.BLOCK_TOKENS", 500)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    paths = [parts / get_part_name(number, 3) for number in range(3)]
+    for path in paths:
+        shutil.copy(text, path)
+    store = open_store(parts, TOKENIZER, 62)
+    intact = get_store_path(paths[0]).read_bytes()
+    monkeypatch.setattr(
+        "DeBERTa.data.token_store.VERIFIED_AT_OPEN", -(-store.meta.num_tokens // 3 // 500) + 2
+    )
+    for path in paths[::2]:
+        overwrite(get_store_path(path), 4 * 100, b"\1\0\0\0")
+    store = open_store(parts, TOKENIZER, 62)
+    assert get_store_path(paths[0]).read_bytes()[:-200] == intact[:-200]
+    with pytest.raises(DamagedStoreError, match=rf"{paths[2].name}\.ids is damaged"):
+        list_pieces(store)
+
+
 @pytest.mark.parametrize("value", [-1, 0, 61, 10**6, 2**62])
 def test_line_ends_that_change_during_a_run_end_it(text, value):
     store = open_store(text, TOKENIZER, 62)

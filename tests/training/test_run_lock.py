@@ -1,14 +1,18 @@
 """The lock of a run directory: a run that lost its directory stops and harms nothing."""
 
 import os
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from DeBERTa.errors import StorageError
+from DeBERTa.errors import ConfigError, StorageError
 from DeBERTa.training.checkpoint import get_checkpoint_path, list_steps, verify
 from DeBERTa.training.run_lock import LOCK, RunLock
 from tests.runs import ForkedRun, run, tiny_flags
@@ -69,6 +73,46 @@ def test_a_file_system_that_changes_inode_numbers(tmp_path, monkeypatch):
     lock = RunLock(tmp_path)
     lock.check()
     lock.close()
+
+
+HOLD = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    file.write(f"process 1 on {sys.argv[2]}\\n")
+    file.flush()
+    print("locked", flush=True)
+    time.sleep(2)
+"""
+
+
+@pytest.mark.parametrize("host", ["another-machine", socket.gethostname()])
+def test_a_lock_of_another_machine_is_waited_for(tmp_path, host, caplog):
+    """A network file system releases that of a machine that failed after some time, here 2 seconds."""
+    command = [sys.executable, "-c", HOLD, tmp_path / LOCK, host]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        busy = (
+            rf"another process \(process 1 on {re.escape(host)}\) is training in {re.escape(str(tmp_path))}"
+        )
+        if host == socket.gethostname():
+            with pytest.raises(ConfigError, match=f"{busy}: stop it"):
+                RunLock(tmp_path)
+            assert process.poll() is None
+        else:
+            RunLock(tmp_path).close()
+            assert re.match(
+                f"{busy}, or its machine failed: waiting up to 120 s", caplog.text.split("py:")[1][3:]
+            )
+
+
+def test_a_lock_that_is_not_released(tmp_path, monkeypatch):
+    monkeypatch.setattr("DeBERTa.training.run_lock.LEASE_SECONDS", 0.5)
+    command = [sys.executable, "-c", HOLD, tmp_path / LOCK, "another-machine"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ConfigError, match="stop it, or give another --tag"):
+            RunLock(tmp_path)
 
 
 def test_a_directory_that_returns_is_locked_again(tmp_path):

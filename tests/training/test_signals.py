@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -228,6 +230,35 @@ def _receive_twice() -> None:
             os._exit(1)
         signal.raise_signal(signal.SIGTERM)
         os._exit(0)
+
+
+def _work_without_python() -> None:
+    """Receive SIGTERM twice within 50 ms, of which the second comes during two seconds of one call."""
+
+    def send() -> None:
+        for pause in (0.2, 0.05):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work(rounds: int) -> float:
+        started = time.monotonic()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+        return time.monotonic() - started
+
+    rounds = int(2 * 100_000 / work(100_000))
+    with Signals() as signals, signals.defer_stop():
+        threading.Thread(target=send).start()
+        while not signals.stop_signal:
+            time.sleep(0.001)
+        os._exit(0 if work(rounds) > 1.1 else 2)
+
+
+def test_a_signal_that_comes_twice_during_a_long_operation_counts_once():
+    """The handler of the second one runs after the operation, in Python."""
+    process = CONTEXT.Process(target=_work_without_python)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_signal_that_comes_twice_during_an_evaluation_counts_once():
