@@ -23,8 +23,8 @@ Generated from `DeBERTa/config.py` by `python docs/generate_configuration.py`; a
 `./mlm.sh NAME`, `./rtd.sh NAME` and `python -m DeBERTa.train` take these flags. Those given override
 those of `--preset NAME` or `--config FILE` (the `config.json` of a run), and these the defaults below.
 `True` and `False` are the values of a switch; the flag alone means `True`. "May change": whether a
-resumed run may have another value. "Per node": whether nodes may have different values. Paths may change
-and differ, but not what is read from them.
+resumed run may have another value; `--num_training_steps` may grow. "Per node": whether nodes may have
+different values. Paths may change and differ, but not what is read from them.
 """
 MODEL = """
 ## Model config

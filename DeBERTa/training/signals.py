@@ -4,9 +4,9 @@ The first three end the run after the step and a checkpoint. SIGUSR1 requests a 
 
 Outside `defer_stop` the first three raise `RunInterrupted` immediately, as Ctrl-C does in any Python program.
 Inside, the first one takes effect after the step, and a second one exits at once. A signal to all processes
-of a job reaches a worker twice, directly and through its launcher. Within a second it counts once. SIGHUP is
-never a second signal: a closed terminal and its shell both send it, and systemd sends it after SIGTERM. What
-follows it within a second is none either: session managers send SIGTERM then.
+of a job reaches a worker twice, directly and through its launcher. Within two seconds it counts once. SIGHUP
+is never a second signal: a closed terminal and its shell both send it, and systemd sends it after SIGTERM.
+What follows it within two seconds is none either: session managers send SIGTERM then.
 """
 
 import contextlib

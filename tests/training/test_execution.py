@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from DeBERTa.training.execution import (
 )
 from tests.conftest import PATHS, TINY
 from tests.training.batches import random_batch, train_config
-from tests.training.compilation import compile_layers, require_compiler
 
 CPU = torch.device("cpu")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -112,11 +112,20 @@ def test_evaluation_stores_no_checkpoints(monkeypatch):
         model.compute_masked_loss(random_batch(vocabulary=200), is_sampled=False)
 
 
+def require_compiler() -> None:
+    """Skip a test where `torch.compile` has no C++ compiler."""
+    try:
+        check_compiler(CPU)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
 def compile_copy(model: nn.Module, backend: str, **flags: bool | str) -> nn.Module:
     """Return a copy with every layer compiled by `backend`, as one graph each: a break raises."""
     require_compiler()
     model = copy.deepcopy(model)
-    with compile_layers(backend):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layer, "compile", partialmethod(nn.Module.compile, backend=backend, fullgraph=True))
         set_execution(model, train_config(compile=True, **flags), CPU)
     return model
 

@@ -26,7 +26,6 @@ from DeBERTa.training.parallel import (
 )
 from tests.conftest import tiny_model, tiny_rtd
 from tests.training.batches import random_batch, train_config
-from tests.training.compilation import compile_layers, require_compiler
 from tests.training.ranks import make_step, run_ranks, select_rows
 
 RESUMED = ("gdes-in-2", "es")
@@ -82,9 +81,9 @@ def test_order_of_gradients():
         assert not any(".layer." in name for name in own[table:])
 
 
-def train(case: str, first: int, last: int, state: dict | None = None, **flags: bool) -> dict:
+def train(case: str, first: int, last: int, state: dict | None = None) -> dict:
     """Take steps `first` to `last` - 1 with DDP; return weights and training state."""
-    model, training = make_step(case, **flags)
+    model, training = make_step(case)
     if first:
         load_full_weights(model, state["weights"] if state else None)
         training.load_state_dict(state["training"] if state else None)
@@ -115,22 +114,6 @@ def test_three_ranks_resume_with_the_same_bits(tmp_path):
             assert later.keys() == optimizer["state"].keys()
             for index, moments in optimizer["state"].items():
                 assert torch.equal(later[index]["exp_avg"], moments["exp_avg"])
-
-
-def train_compiled(folder: Path) -> None:
-    with compile_layers("aot_eager"):
-        found = [train("mlm-in-2", 0, STEPS, compile=is_compiled)["weights"] for is_compiled in (False, True)]
-    if is_rank_zero():
-        torch.save(found, folder / "weights.pt")
-
-
-def test_compiled_layers(tmp_path):
-    """DDP reduces the gradients of compiled layers, too."""
-    require_compiler()
-    run_ranks(2, tmp_path, train_compiled, tmp_path)
-    plain, compiled = torch.load(tmp_path / "weights.pt", weights_only=True)
-    for name, weight in plain.items():
-        torch.testing.assert_close(compiled[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def train_without_masked(folder: Path) -> None:
