@@ -284,10 +284,14 @@ def test_signals_while_data_is_prepared(tmp_path, send, number):
             text=True,
             env=environment,
             start_new_session=True,
+            # Ignored where the tests themselves run in the background.
+            preexec_fn=lambda: [
+                signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)
+            ],
         )
         assert "waiting for another process" in run.stderr.readline()
         send(run.pid, signal.SIGUSR1)
         send(run.pid, number)
-        assert run.wait() == 128 + number, run.stderr.read()
+        assert run.wait(60) == 128 + number, run.stderr.read()
         assert "Traceback" not in run.stderr.read()  # until all that hold its end have ended
         run.stderr.close()
