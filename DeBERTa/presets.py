@@ -98,6 +98,18 @@ def find_preset(name: str, task_name: str | None = None) -> Preset:
     raise UsageError(f"no preset {name!r}{hint}; {usage}")
 
 
+def guess_preset(train: Mapping[str, Any]) -> str | None:
+    """Return the name of the preset that a run was started from, or None.
+
+    It is the tag, as by default. Under another tag it is the first preset with the model config in `train`.
+    """
+    if train.get("tag") in PRESETS:
+        return train["tag"]
+    is_continued = bool(train.get("init_model") or train.get("init_discriminator"))
+    kind = (train.get("model_config"), is_continued)
+    return next((name for name, p in PRESETS.items() if (p.model_config, p.is_continued) == kind), None)
+
+
 def read_preset(name: str, corpus: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the `TrainConfig` fields that a preset sets.
 

@@ -14,7 +14,7 @@ import numpy as np
 from DeBERTa.data.token_store import find_store
 from DeBERTa.data.tokenizer import CONTINUES_WORD, STARTS_WORD, Tokenizer
 from DeBERTa.errors import DebertaError
-from DeBERTa.presets import PRESETS
+from DeBERTa.presets import PRESETS, guess_preset
 from DeBERTa.report.read import RunRecord, format_duration, format_number
 
 TEXT_TOKENS = 10_000_000  # of the training text that are counted
@@ -43,15 +43,19 @@ def examine(run: RunRecord) -> list[Finding]:
     return sorted(found, key=lambda finding: (PROBLEM, NOTE, USUAL).index(finding.level))
 
 
-def judge_chance(run: RunRecord, who: str, shown: str) -> Finding:
-    """Return the finding for a model at chance.
+def compute_onset(run: RunRecord) -> int:
+    """Return the step until which it is usual that a model has learned little.
 
-    Until which step that is usual is a rule of thumb: twice the warm-up, at least 2,000 steps, at most half
-    of the run.
+    A rule of thumb: twice the warm-up, at least 2,000 steps, at most half of the run.
     """
     warmup = run.train.get("warmup") or 0
     steps = warmup if warmup >= 1 else warmup * run.total_steps
-    onset = int(min(max(2 * steps, 2000), run.total_steps / 2))
+    return int(min(max(2 * steps, 2000), run.total_steps / 2))
+
+
+def judge_chance(run: RunRecord, who: str, shown: str) -> Finding:
+    """Return the finding for a model at chance."""
+    onset = compute_onset(run)
     until = f"{shown} That is usual until about step {onset:,}."
     if run.step <= onset:
         return Finding(NOTE, f"{who} is still at chance", until)
@@ -153,7 +157,10 @@ def check_discriminator(run: RunRecord) -> Finding | None:
     if auc < 0.55 or loss >= entropy:
         return judge_chance(run, "The discriminator", shown)
     if recall < 0.01:
-        return Finding(NOTE, "The discriminator predicts “original” alone", f"{shown} It ranks them already.")
+        onset = compute_onset(run)
+        shown += f" It ranks them already. That is usual until about step {onset:,}."
+        level = NOTE if run.step <= onset else PROBLEM
+        return Finding(level, "The discriminator predicts “original” alone", shown)
     return Finding(USUAL, "The discriminator learns", shown)
 
 
@@ -182,13 +189,13 @@ def check_residual(run: RunRecord) -> Finding | None:
 
 
 def check_rate(run: RunRecord) -> Finding | None:
-    """Compare the peak learning rate with that of the preset of the same tag."""
-    rate, preset = run.train.get("learning_rate"), PRESETS.get(run.train.get("tag", ""))
-    if preset is None or not rate:
+    """Compare the peak learning rate with that of the preset."""
+    rate, name = run.train.get("learning_rate"), guess_preset(run.train)
+    if name is None or not rate:
         return None
-    usual = preset.flags["learning_rate"]
+    usual = PRESETS[name].flags["learning_rate"]
     level = USUAL if 0.2 < rate / usual < 5 else PROBLEM
-    return Finding(level, "Learning rate", f"Its peak is {rate:g}; that of the preset is {usual:g}.")
+    return Finding(level, "Learning rate", f"Its peak is {rate:g}; that of {name} is {usual:g}.")
 
 
 def check_stability(run: RunRecord) -> Finding:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from DeBERTa.config import FREE_TO_CHANGE, ModelConfig, RTDConfig, TrainConfig, find_experiments
 from DeBERTa.errors import ConfigError
-from DeBERTa.presets import PRESETS
+from DeBERTa.presets import PRESETS, guess_preset
 from DeBERTa.report.health import NOTE, PROBLEM, USUAL, Finding
 from DeBERTa.report.read import RunRecord, format_number
 
@@ -30,10 +30,11 @@ def find_reference(run: RunRecord, folder: Path = FOLDER) -> Path:
 
     It need not exist yet. Raises `ConfigError` if the run is not of a tiny preset as it is.
     """
-    tag = run.train.get("tag", "")
-    if tag not in PRESETS or PRESETS[tag].corpus != "sample":
-        raise ConfigError(f"{run.path}: no reference curves for {tag!r}; train one of {', '.join(TINY)}")
-    preset = PRESETS[tag]
+    name = guess_preset(run.train)
+    if name not in TINY:
+        what = name or f"{run.train.get('tag')!r}"
+        raise ConfigError(f"{run.path}: no reference curves for {what}; train one of {', '.join(TINY)}")
+    preset = PRESETS[name]
     usual = TrainConfig(preset.task_name, max_seq_length=preset.max_seq_length, **preset.flags).to_dict()
     names = [name for name in usual if name in preset.flags or name not in FREE_TO_CHANGE]
     differing = [
@@ -44,8 +45,8 @@ def find_reference(run: RunRecord, folder: Path = FOLDER) -> Path:
     if run.settings.get("model", model) != model:
         differing.append("the model config")
     if differing:
-        raise ConfigError(f"{run.path}: {', '.join(differing)} differ from {tag}; train the preset as it is")
-    return folder / f"{tag}.csv"
+        raise ConfigError(f"{run.path}: {', '.join(differing)} differ from {name}; train the preset as it is")
+    return folder / f"{name}.csv"
 
 
 def compare_with_reference(

@@ -51,7 +51,12 @@ MLM: tuple[Column, ...] = (
     ("tags, random weights", "probe", "model_random_tag_accuracy"),
     ("tags, most frequent", "probe", "model_word_tag_accuracy"),
 )
-CURVES = {"generator_loss": "generator loss", "loss": "MLM loss", "discriminator_auc": "ROC AUC"}
+CURVES = {
+    "generator_loss": "generator loss",
+    "discriminator_loss": "discriminator loss",
+    "loss": "MLM loss",
+    "discriminator_auc": "ROC AUC",
+}
 Result = dict[str, Any]
 SHOWN = ("steps", "commit")  # which should be the same in all runs of a column
 KEYS = {"arm", "seed", "flops", "model_sha256", "steps", "final", "probe", "cosines", "curve"}
@@ -154,7 +159,7 @@ def draw_curves(results: list[Result], path: Path) -> None:
     except ImportError:
         raise ConfigError("--png: the package matplotlib is missing; pip install matplotlib") from None
     arms = list(dict.fromkeys(result["arm"] for result in results))
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(18, 4.5), layout="constrained")
     for number, (name, title) in enumerate(CURVES.items(), start=1):
         axes = figure.add_subplot(1, len(CURVES), number, title=title, xlabel="FLOPs")
         for result in results:

@@ -10,7 +10,7 @@ name=${1:-}
 case $name in
   deberta-v3-tiny) script=rtd.sh ;;
   deberta-tiny | bert-tiny) script=mlm.sh ;;
-  *) die "no reference curves for '$name': give deberta-v3-tiny, deberta-tiny or bert-tiny" ;;
+  *) die "no reference curves for '$name': usage: $0 NAME [flags], with NAME one of deberta-v3-tiny, deberta-tiny, bert-tiny" ;;
 esac
 shift
 runs=$ROOT/output/reference/$name

@@ -195,7 +195,7 @@ def examine_row(tmp_path, row, kind, settings=None):
             DETECTED | {"discriminator_recall": 0.008},
             "valid",
             "The discriminator predicts “original” alone",
-            NOTE,
+            PROBLEM,
         ),
     ],
 )
@@ -203,10 +203,39 @@ def test_bounds_of_metrics(tmp_path, row, kind, title, level):
     assert examine_row(tmp_path, row, kind)[title] == level
 
 
+@pytest.mark.parametrize("tag", ["deberta-v3-tiny", "hot"])
 @pytest.mark.parametrize(("factor", "level"), [(0.18, PROBLEM), (0.22, USUAL), (4.8, USUAL), (5.2, PROBLEM)])
-def test_bounds_of_the_learning_rate(tmp_path, factor, level):
-    settings = {"tag": "deberta-v3-tiny", "learning_rate": factor * TINY_RATE}
+def test_bounds_of_the_learning_rate(tmp_path, factor, level, tag):
+    settings = {"tag": tag, "model_config": "rtd_tiny.json", "learning_rate": factor * TINY_RATE}
     assert examine_row(tmp_path, {}, "train", settings)["Learning rate"] == level
+
+
+@pytest.mark.parametrize(
+    ("rows", "level", "text"),
+    [
+        ([], USUAL, "0 spikes, 0 skipped updates, 0 losses that are null."),
+        ([{"step": 2, "kind": "spike", "loss": 9.0}], NOTE, "1 spikes, 0 skipped updates, "),
+        (
+            [{"step": 2, "kind": "train", "loss": 3.0, "skipped_steps": 4}],
+            NOTE,
+            "0 spikes, 4 skipped updates, ",
+        ),
+    ],
+)
+def test_stability(tmp_path, rows, level, text):
+    rows = [{"step": 1, "kind": "train", "loss": 3.0}, *rows]
+    (found,) = (finding for finding in examine(make_run(tmp_path, rows)) if finding.title == "Stability")
+    assert found.level == level
+    assert found.text.startswith(text)
+
+
+def test_cost(tmp_path):
+    """250 of 1,000 steps took an hour on four processes: three more are left."""
+    rows = [{"step": 250, "kind": "train", "elapsed_seconds": 3600.0, "tokens_seen": 12_000_000}]
+    run = make_run(tmp_path, rows, num_training_steps=1000)
+    run.environment["processes"] = 4
+    (found,) = (finding for finding in examine(run) if finding.title == "Cost")
+    assert found.text == "1:00:00 so far (4 process-hours), 3:00:00 to go; 12,000,000 tokens seen."
 
 
 @pytest.mark.parametrize(("last", "is_problem"), [(3.25, False), (3.35, True)])
@@ -246,12 +275,16 @@ def test_bounds_of_the_text(tmp_path, monkeypatch, measured, title, level):
     ("total", "warmup", "onset"),
     [(100_000, 500, 2000), (100_000, 1500, 3000), (100_000, 0.05, 10_000), (3000, 100, 1500)],
 )
-def test_until_when_chance_is_usual(tmp_path, total, warmup, onset):
-    """Twice the warm-up, at least 2,000 steps, at most half of the run."""
+@pytest.mark.parametrize("change", [{"discriminator_auc": 0.5}, {"discriminator_recall": 0.0}])
+def test_until_when_chance_is_usual(tmp_path, total, warmup, onset, change):
+    """Also that it finds no token. Twice the warm-up, at least 2,000 steps, at most half of the run."""
     levels = []
     for step in (onset, onset + 1):
         rows = [{"step": 1, "kind": "train", "generator_loss": 2.0}]
-        rows.append({"step": step, "kind": "valid", **DETECTED, "discriminator_auc": 0.5})
+        rows.append({"step": step, "kind": "valid", **DETECTED})
+        rows[1] |= change
         found = examine(make_run(tmp_path, rows, num_training_steps=total, warmup=warmup))
-        levels += [finding.level for finding in found if finding.title.startswith("The discriminator")]
+        found = [finding for finding in found if finding.title.startswith("The discriminator")]
+        assert f"usual until about step {onset:,}." in found[0].text
+        levels += [finding.level for finding in found]
     assert levels == [NOTE, PROBLEM]

@@ -107,6 +107,16 @@ def test_curves_are_recorded_for_the_first_time(tmp_path):
             compare_with_reference(make_run(1), tmp_path, other)
 
 
+def test_a_run_with_another_tag(folder):
+    """The model config names the preset."""
+    run = make_run(1, tag="seed-1", model_config=PRESETS[TAG].model_config)
+    assert {finding.level for finding in compare_with_reference(run, folder)} == {USUAL}
+    with pytest.raises(ConfigError, match=f"learning_rate differ from {TAG}; train the preset as it is"):
+        compare_with_reference(
+            make_run(1, tag="hot", model_config=PRESETS[TAG].model_config, learning_rate=1.0), folder
+        )
+
+
 @pytest.mark.parametrize("tag", ["", "deberta-v3-large", "../reference/x"])
 def test_no_reference(folder, tag):
     with pytest.raises(
