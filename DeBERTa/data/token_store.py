@@ -388,9 +388,8 @@ def _write_from_text(path: Path, text: Path, tokenizer: Tokenizer, has_progress:
                 f"{meta.unknown / meta.num_tokens:.2%} of its pieces are not in it, or [PAD], for example "
                 f"{', '.join(lookup.examples)}; pass the --vocab_path of the text, or prepare it again"
             )
-        if (
-            find_store(text, tokenizer.fingerprint) is None
-        ):  # without file locks, another node may have been first
+        # Without file locks, another node may have been first.
+        if find_store(text, tokenizer.fingerprint) is None:
             writer.commit()
 
 

@@ -33,7 +33,7 @@ class RunLock:
         Raises `ConfigError` when another process trains there.
         """
         self.run_dir = run_dir
-        deadline = None
+        deadline = math.inf
         while True:
             self._file = open(run_dir / LOCK, "a+", errors="replace", opener=open_regular)  # noqa: SIM115
             try:
@@ -43,11 +43,10 @@ class RunLock:
                 holder = "".join(filter(str.isprintable, self._file.read(MAX_HOLDER_BYTES)))
                 self._file.close()
                 busy = f"another process ({holder}) is training in {run_dir}"
-                if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > (
-                    deadline or math.inf
-                ):
+                is_here = holder.endswith(f" on {socket.gethostname()}")
+                if is_here or time.monotonic() > deadline:
                     raise ConfigError(f"{busy}: stop it, or give another --tag") from None
-                if deadline is None:
+                if deadline == math.inf:
                     deadline = time.monotonic() + LEASE_SECONDS
                     logger.warning("%s, or its machine failed: waiting up to %d s", busy, LEASE_SECONDS)
                 time.sleep(1)
