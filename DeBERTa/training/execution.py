@@ -43,8 +43,8 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
             torch.use_deterministic_algorithms(True)
     resolved = select_kernels(model, config, device)
-    # One graph serves all layers of a width and length, or all further lengths. Not with sdpa: for a symbolic
-    # length its views take minutes to trace, and torch 2.11 fails.
+    # By default, one graph serves the first length, and a second one all others. With sdpa each length has
+    # its own: for a symbolic length its views take minutes to trace, and torch 2.11 fails.
     is_dynamic = False if resolved["attention"] == "sdpa" else None
     for encoder in (module for module in model.modules() if isinstance(module, Encoder)):
         encoder.gradient_checkpointing = config.gradient_checkpointing

@@ -23,8 +23,8 @@ class RunLock:
 
     It is a record lock: data workers do not inherit it, and it excludes other machines on a network file
     system. There, the lock of a machine that has failed ends some time later: it is waited for. Without file
-    locks nothing is locked. A process loses a record lock when it closes the file, even
-    if it opened it twice.
+    locks nothing is locked. A process loses a record lock when it closes the file, even if it opened it
+    twice.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -141,8 +141,9 @@ class Failure:
         if not isinstance(error, DebertaError):
             return Failure(f"{type(error).__name__}: {error}")
         is_consequence = error.is_consequence
-        values = {"is_consequence": is_consequence, "is_explained": not is_consequence}
-        return Failure(str(error), error.exit_status, error.is_retryable, **values)
+        return Failure(
+            str(error), error.exit_status, error.is_retryable, is_consequence, is_explained=not is_consequence
+        )
 
     @staticmethod
     def from_exit_code(code: int, record: Path | None = None) -> "Failure":
