@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from DeBERTa.files import (
+    CHUNK_BYTES,
     find_unused_path,
     open_atomic,
     open_regular,
     raise_storage_errors,
-    read_file,
     sync,
 )
 from DeBERTa.report.read import parse_line
@@ -103,17 +103,20 @@ class MetricsLog:
         self._append("")
 
     def _remove_later_lines(self, first_step: int) -> None:
-        lines = read_file(self._path).decode(errors="replace").splitlines()
-        parsed = [(line, values) for line in lines if (values := parse_line(line))]
-        if len(parsed) < len(lines):
-            logger.warning("%s: %d damaged lines removed", self._path, len(lines) - len(parsed))
-        valid = [(line, values) for line, values in parsed if values["step"] <= first_step]
-        with open_atomic(self._path) as file:
-            file.writelines(f"{line}\n".encode() for line, _ in valid)
+        damaged, evaluations = 0, []
+        with open(self._path, "rb", opener=open_regular) as old, open_atomic(self._path) as new:
+            while content := old.readline(CHUNK_BYTES):  # lines of a long run may not fit the memory
+                line = content.decode(errors="replace").rstrip("\n")
+                values = parse_line(line)
+                damaged += values is None
+                if values and values["step"] <= first_step:
+                    new.write(f"{line}\n".encode())
+                    evaluations += [values] if values.get("kind") in list(self._texts) else []
+        if damaged:
+            logger.warning("%s: %d damaged lines removed", self._path, damaged)
         for split, text in self._texts.items():
-            self.evaluations[split] = select_evaluations([values for _, values in valid], split, text)
-        for split, there in self.evaluations.items():
-            last = next((values for _, values in reversed(valid) if values.get("kind") == split), None)
+            self.evaluations[split] = there = select_evaluations(evaluations, split, text)
+            last = next((values for values in reversed(evaluations) if values["kind"] == split), None)
             self.has_other_texts |= last is not None and there.get(last["step"]) != last
 
     def _append(self, text: str) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import tracemalloc
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from DeBERTa.errors import StorageError
+from DeBERTa.files import append_line
 from DeBERTa.training.checkpoint import find_best, get_checkpoint_path, record_best
 from DeBERTa.training.metrics import (
     MetricsLog,
@@ -43,16 +45,27 @@ def test_lines_carry_the_time(tmp_path):
     assert -1 <= age.total_seconds() < 60
 
 
-def test_a_pipe_or_a_huge_file_does_not_block_a_resumed_run(tmp_path):
+def test_a_pipe_does_not_block_a_resumed_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     os.mkfifo(path)
     with pytest.raises(OSError, match="not a regular file: "):
         MetricsLog(path, 4, TEXTS)
-    path.unlink()
-    path.touch()
-    os.truncate(path, 20 << 30)  # without data
-    with pytest.raises(OSError, match="more than 1024 MB: "):
-        MetricsLog(path, 4, TEXTS)
+
+
+def test_a_resumed_run_reads_lines_one_by_one(tmp_path, caplog):
+    """The file may be larger than the memory: of a long run, or with a gap that a crash left."""
+    path = tmp_path / "metrics.jsonl"
+    first, last = '{"step": 1, "kind": "valid", "loss": 2.0}\n', '{"step": 4, "kind": "train"}\n'
+    path.write_text(first)
+    os.truncate(path, 200_000_000)  # without data
+    append_line(path, last.strip())
+    tracemalloc.start()
+    log = MetricsLog(path, 4, TEXTS)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert path.read_text() == first + last
+    assert list(log.evaluations["valid"]) == [1]
+    assert "damaged lines removed" in caplog.text
 
 
 def test_lines_after_the_checkpoint_are_removed(tmp_path):
