@@ -30,6 +30,13 @@ from typing import NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from DeBERTa.command import run_command, write_output
+from DeBERTa.errors import ConfigError, DataError, DebertaError, NonFiniteError
+from DeBERTa.files import raise_data_errors, raise_storage_errors
+from DeBERTa.flags import FlagParser
+
 GLUE = {  # text columns, and the test part: the labels of "test" are not public
     "cola": (["sentence"], "validation"),
     "sst2": (["sentence"], "validation"),
@@ -70,47 +77,51 @@ class Task(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    flags = parse_arguments(argv)
+    return run_command(lambda: run(parse_arguments(argv)))
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Compare the scores.
+
+    Raises `ConfigError` where a package is missing, and for what transformers and its optimizer refuse.
+    """
     try:
         import_module("transformers")
         import_module("sklearn")
         compare_scores(flags)
     except ModuleNotFoundError as error:
         package = {"sklearn": "scikit-learn"}.get(str(error.name), error.name)
-        sys.stderr.write(f"error: a package is missing; pip install {package}\n")
-        return 1
-    except (OSError, ValueError) as error:  # of transformers, too: a model that it does not find
-        has_file = isinstance(error, OSError) and error.filename
-        sys.stderr.write(f"error: {f'{error.filename}: {error.strerror}' if has_file else error}\n")
-        return 1
-    return 0
+        raise ConfigError(f"the package {package} is missing: pip install {package}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, DebertaError) or (isinstance(error, OSError) and error.filename):
+            raise
+        raise ConfigError(str(error)) from error
 
 
 def compare_scores(flags: argparse.Namespace) -> None:
     """Print a line per seed, mean and spread, and the baseline."""
     task = open_task(flags)
     kind = f"{len(task.labels)} classes" if task.labels else "regression"
-    print(f"{len(task.train):,} training rows, {len(task.test):,} test rows, {kind}")
+    write_output(f"{len(task.train):,} training rows, {len(task.test):,} test rows, {kind}\n")
     results = []
     for seed in flags.seeds:
         results.append(score(task, fine_tune(task, flags, seed)))
-        print(f"seed {seed}: {format_scores(results[-1])}", flush=True)
+        write_output(f"seed {seed}: {format_scores(results[-1])}\n")
     scores = {name: [result[name] for result in results] for name in results[0]}
     if len(results) > 1:
         spread = (f"{name} {mean(values):.4f} ± {stdev(values):.4f}" for name, values in scores.items())
-        print(f"mean ± standard deviation over {len(results)} seeds: {'  '.join(spread)}")
+        write_output(f"mean ± standard deviation over {len(results)} seeds: {'  '.join(spread)}\n")
     baseline = score(task, fit_words(task))
-    print(f"words only: {format_scores(baseline)}")
+    write_output(f"words only: {format_scores(baseline)}\n")
     if flags.output:
         values = {"command": sys.argv, "seeds": flags.seeds, "scores": scores, "words_only": baseline}
-        flags.output.write_text(json.dumps(values, indent=2) + "\n")
+        with raise_storage_errors(flags.output):
+            flags.output.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model directory, such as output/TAG/discriminator")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--train", type=Path, metavar="FILE", help="training rows; needs --test")
@@ -146,6 +157,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"{flags.model} is the directory of a run; give that of its model, such as its discriminator"
         )
+    if Path(flags.model).is_dir() and not (Path(flags.model) / "config.json").is_file():
+        parser.error(f"{flags.model} holds no model, whose directory has a config.json")
     return flags
 
 
@@ -167,17 +180,17 @@ def open_task(flags: argparse.Namespace) -> Task:
         train, test = (read_rows(path, flags.text, flags.label) for path in (flags.train, flags.test))
     labels = [] if is_regression else sorted({row.label for row in train})
     if unknown := {row.label for row in test} - set(labels) if labels else set():
-        raise ValueError(
+        raise DataError(
             f"labels {sorted(unknown)[:5]} of the test rows are not among those of the training rows"
         )
     if is_regression and (wrong := [row.label for row in train + test if not is_number(row.label)]):
-        raise ValueError(f"{wrong[0]!r} is no number to predict; omit --task regression, or give --label")
+        raise DataError(f"{wrong[0]!r} is no number to predict; omit --task regression, or give --label")
     if len(labels) == 1:
-        raise ValueError(f"all training rows are labeled {labels[0]}; give two classes, or --task regression")
+        raise DataError(f"all training rows are labeled {labels[0]}; give two classes, or --task regression")
     if not any(re.search(r"\w\w", text) for row in train for text in row.texts):
-        raise ValueError("the training rows have no word of two letters; give texts, or another --text")
+        raise DataError("the training rows have no word of two letters; give texts, or another --text")
     if max(Counter(row.label for row in train).values() if labels else [len(train)]) < 2:
-        raise ValueError("the baseline needs two training rows, of the same class; give more rows")
+        raise DataError("the baseline needs two training rows, of the same class; give more rows")
     return Task(train, test, labels)
 
 
@@ -192,19 +205,19 @@ def is_number(text: str) -> bool:
 def read_rows(path: Path, texts: list[str], label: str) -> list[Row]:
     """Read JSON lines, or TSV with a header."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with raise_data_errors(path), path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix in (".jsonl", ".json"):
                 values = [dict(json.loads(line)) for line in file if line.strip()]
             else:
                 values = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: neither TSV nor JSON lines in UTF-8 ({error})") from error
+        raise DataError(f"{path}: neither TSV nor JSON lines in UTF-8 ({error})") from error
     if not values:
-        raise ValueError(f"{path}: no rows; TSV has a header and a line per row")
+        raise DataError(f"{path}: no rows; TSV has a header and a line per row")
     for number, value in enumerate(values, start=1):
         if missing := [name for name in (*texts, label) if value.get(name) is None]:
             known = ", ".join(map(str, value))
-            raise ValueError(
+            raise DataError(
                 f"{path}: row {number} has no {missing[0]} (but {known}); give --text and --label"
             )
     return [Row(tuple(str(value[name]) for name in texts), str(value[label])) for value in values]
@@ -225,7 +238,8 @@ def read_movies(archive: Path, is_regression: bool) -> tuple[list[Row], list[Row
 
     A hash of its text decides whether a sentence is in the test part, so that no text is in both.
     """
-    inner = read_member(archive.open("rb"), MOVIES[0])
+    with raise_data_errors(archive), archive.open("rb") as file:
+        inner = read_member(file, MOVIES[0])
     lines = read_member(io.BytesIO(inner), MOVIES[1]).decode("utf-8", "replace").splitlines()
     parts: tuple[list[Row], list[Row]] = ([], [])
     for _, rating, text in (line.split("\t", 2) for line in lines):
@@ -243,8 +257,8 @@ def read_member(file: io.BufferedIOBase, name: str) -> bytes:
                 if member.name.endswith(name) and (content := archive.extractfile(member)):
                     return content.read()
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"--movies: not a complete archive ({error}); fetch it again") from error
-    raise ValueError(f"--movies: no {name} in the archive; give vaderSentiment-3.3.1.tar.gz")
+        raise DataError(f"--movies: not a complete archive ({error}); fetch it again") from error
+    raise DataError(f"--movies: no {name} in the archive; give vaderSentiment-3.3.1.tar.gz")
 
 
 def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
@@ -279,7 +293,7 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
             targets = torch.tensor(task.encode_targets(batch), device=device)
             loss = model(**encode(batch), labels=targets.long() if task.labels else targets).loss
             if not loss.isfinite():
-                raise ValueError("training diverged: the loss is not finite; give a lower --learning_rate")
+                raise NonFiniteError("the loss is not finite: training diverged; lower --learning_rate")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -291,7 +305,7 @@ def fine_tune(task: Task, flags: argparse.Namespace, seed: int) -> list[float]:
         for start in range(0, len(task.test), flags.batch_size):
             logits = model(**encode(task.test[start : start + flags.batch_size])).logits
             if not logits.isfinite().all():
-                raise ValueError("training diverged: scores are not finite; give a lower --learning_rate")
+                raise NonFiniteError("scores are not finite: training diverged; lower --learning_rate")
             predictions += (logits.argmax(1) if task.labels else logits[:, 0]).tolist()
     return predictions
 
