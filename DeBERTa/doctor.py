@@ -80,7 +80,7 @@ def check_device() -> Iterator[Check]:
         return
     from DeBERTa.ops import describe_implementations, triton  # optional
 
-    obstacle = triton.find_obstacle(device, 64, is_default=True) if device.type == "cuda" else None
+    obstacle = triton.find_obstacle(device, 64, precision) if device.type == "cuda" else None
     kernels = describe_implementations(device, resolve_compile(config, device))
     kernels += ", sdpa instead of triton attention" if obstacle else ""
     advice = "set CXX to a C++ compiler, or unset it" if os.environ.get("CXX") else "install g++"

@@ -41,7 +41,7 @@ from benchmarks.training_step import (
 from DeBERTa.config import ModelConfig, read_json
 from DeBERTa.model.encoder import Deberta
 from DeBERTa.ops import select_implementations
-from DeBERTa.ops.triton import HAS_TRITON, find_obstacle
+from DeBERTa.ops.triton import find_obstacle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILED, NOT_COMPILED = {"compile": True}, {"compile": False}
@@ -169,7 +169,7 @@ def run_attention(_out: Path, is_toy: bool) -> dict:
     has_kernels = find_obstacle(torch.device(DEVICE), config.head_size) is None
     for name in ("triton",) * has_kernels + ("sdpa", "eager"):
         model = Deberta(config, "gdes").to(DEVICE)
-        select_implementations(model, torch.device(DEVICE), name, is_compiled=False)
+        select_implementations(model, torch.device(DEVICE), name, "bf16", is_compiled=False)
         attention = model.encoder.layer[0].attention.self
         inputs = (hidden, *attention.parameters())
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
@@ -322,7 +322,7 @@ def main() -> None:
     if any(out.iterdir()):
         parser.error(f"{out} is not empty: give a new folder")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
-    results: dict = describe_machine() | {"device": device, "has_triton": HAS_TRITON, "parts": {}}
+    results: dict = describe_machine() | {"device": device, "parts": {}}
     for part in arguments.parts:
         results["parts"][part] = run_part(part, out, arguments.toy)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

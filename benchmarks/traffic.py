@@ -240,7 +240,7 @@ class _CountedAttention(TritonSelfAttention):
     counter: TrafficCounter
 
     def run_kernels(self, qkv, tables, input_mask, p):  # noqa: ARG002  the method's signature
-        return _CountedKernels.apply(self.counter, qkv, *tables, input_mask)
+        return _CountedKernels.apply(self.counter, qkv, *tables, input_mask).flatten(2)
 
 
 def count_micro_batch(
@@ -251,7 +251,7 @@ def count_micro_batch(
     with META:
         model = RTDModel(RTDConfig.from_json(CONFIGS / config_name))
     is_triton = attention == "triton"
-    select_implementations(model, META, "sdpa" if is_triton else attention, is_compiled=False)
+    select_implementations(model, META, "sdpa" if is_triton else attention, "bf16", is_compiled=False)
     for module in model.modules():
         bases: tuple[type, ...] = (type(module),)
         if is_triton and isinstance(module, SdpaEncoder):

@@ -97,6 +97,18 @@ PATHS = {
 }
 
 
+@contextlib.contextmanager
+def set_tf32(is_used: bool) -> Iterator[None]:
+    """Set whether float32 matmuls on a GPU use TF32: monkeypatch cannot restore these attributes."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = is_used
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def require_kernels() -> None:
     """Skip a test where the C++ kernels cannot be compiled, or DeBERTa/ops was deleted."""
     library = pytest.importorskip("DeBERTa.ops.cpu.library", reason="the package DeBERTa/ops is missing")

@@ -34,6 +34,7 @@ memory.keep_freed_memory()
         (MemoryError("Unable to allocate 3 GiB for an array"), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), True),
         (RuntimeError("Storage size calculation overflowed with sizes=[1099511627776, 9]"), True),
         (OSError(errno.EIO, "Input/output error"), False),

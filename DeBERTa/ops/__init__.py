@@ -28,13 +28,16 @@ from DeBERTa.ops.cpu.losses import CpuChunkOperations
 from DeBERTa.ops.losses import GPU_CHUNK, CompiledChunkOperations
 
 
-def select_implementations(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
+def select_implementations(
+    model: nn.Module, device: torch.device, attention: str, precision: str, is_compiled: bool
+) -> str:
     """Use the faster implementations for `device`, and return the attention in use.
 
-    attention: "auto", "eager", "sdpa" or "triton". is_compiled: `torch.compile` compiles the layers, which
-    then stay plain PyTorch except for attention. Raises ConfigError where the attention cannot run.
+    attention: "auto", "eager", "sdpa" or "triton". precision: fp32, bf16 or fp16.
+    is_compiled: `torch.compile` compiles the layers, which then stay plain PyTorch except for attention.
+    Raises ConfigError where the attention cannot run.
     """
-    attention = _choose_attention(model, device, attention, is_compiled)
+    attention = _choose_attention(model, device, attention, precision, is_compiled)
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
     if not is_compiled:
         subclasses |= modules.SUBCLASSES if device.type == "cpu" else {Layer: AutocastLayer}
@@ -60,13 +63,15 @@ def select_implementations(model: nn.Module, device: torch.device, attention: st
     return attention
 
 
-def _choose_attention(model: nn.Module, device: torch.device, attention: str, is_compiled: bool) -> str:
+def _choose_attention(
+    model: nn.Module, device: torch.device, attention: str, precision: str, is_compiled: bool
+) -> str:
     """Return the attention that `attention` selects for `model` on `device`."""
     if attention not in ("auto", "triton"):
         return attention
-    is_default = attention == "auto"
+    default_in = precision if attention == "auto" else None
     sizes = {m.head_size for m in model.modules() if isinstance(m, DisentangledSelfAttention)}
-    found = [triton.find_obstacle(device, size, is_default) for size in sorted(sizes)]
+    found = [triton.find_obstacle(device, size, default_in) for size in sorted(sizes)]
     obstacles = [obstacle for obstacle in found if obstacle is not None]
     if attention == "triton" and obstacles:
         raise ConfigError(f"--attention triton: {obstacles[0]}; use --attention auto")

@@ -6,6 +6,7 @@ special case.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from DeBERTa.errors import PeerLostError
+from DeBERTa.errors import LaunchError, PeerLostError
 from DeBERTa.training.metrics import Sums
 from DeBERTa.training.worker import LAUNCHER_PID, RESTART_COUNT, get_local_rank, is_worker
 
 MAX_ELEMENTS = 2**31  # of a vector that another rank announces
+PEER = re.compile("remote|peer|[Cc]onnect|[Tt]imed? ?out")  # in NCCL's errors about another rank
+NCCL_ADVICE = {  # by a part of NCCL's last error
+    "No space left": "a container needs a larger /dev/shm (docker run --shm-size 1g)",
+    "Duplicate GPU": "start one rank per GPU",
+    "out of memory": "other processes use this GPU (nvidia-smi)",
+}
+NCCL_DEBUG = "NCCL_DEBUG=INFO in the environment shows more"
 ENDING_SECONDS = 15  # for a rank that lost its peers to end, and for the launchers to end all others
 
 
@@ -28,7 +36,7 @@ def join_process_group(timeout: int) -> Iterator[None]:
 
     The backend is Gloo between CPUs and NCCL between GPUs. Ranks have `timeout` seconds to join. The timeout
     of collectives is shorter, so that all have ended `timeout` seconds after a rank was lost. Raises
-    `PeerLostError` then.
+    `PeerLostError` then, and `LaunchError` where this rank has no GPU, or NCCL cannot start.
     """
     if not is_worker() or os.environ["WORLD_SIZE"] == "1":
         yield
@@ -36,6 +44,11 @@ def join_process_group(timeout: int) -> Iterator[None]:
     backend, device = "gloo", None
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", get_local_rank())
+        if device.index >= (count := torch.cuda.device_count()):  # under torchrun
+            raise LaunchError(
+                f"local rank {device.index} has no GPU: it sees {count}; start at most as many ranks per "
+                "node, each of which sees all GPUs of the node"
+            )
         torch.cuda.set_device(device)
     store: dist.Store | None = None  # under torchrun, at MASTER_ADDR:MASTER_PORT
     with translate_peer_errors(timeout):
@@ -43,17 +56,35 @@ def join_process_group(timeout: int) -> Iterator[None]:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, timeout=timedelta(seconds=timeout))
             store = dist.PrefixStore(f"ranks-{os.environ[RESTART_COUNT]}", store)
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3)),
-            device_id=device,
-        )
+        with translate_nccl_errors():
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timedelta(seconds=timeout - min(ENDING_SECONDS, timeout / 3)),
+                device_id=device,
+            )
         yield
         dist.barrier()  # no rank leaves while another one still writes
     dist.destroy_process_group()
+
+
+@contextmanager
+def translate_nccl_errors() -> Iterator[None]:
+    """Raise `LaunchError` where NCCL cannot start on this node.
+
+    Errors about another rank are not changed: that rank has the reason.
+    """
+    try:
+        yield
+    except dist.DistBackendError as error:
+        text = str(error)
+        if "NCCL error" not in text or PEER.search(text):
+            raise
+        reason = text.rpartition("Last error:")[2].strip().partition("\n")[0]
+        advice = next((advice for part, advice in NCCL_ADVICE.items() if part in reason), NCCL_DEBUG)
+        raise LaunchError(f"NCCL cannot start: {reason}; {advice}") from error
 
 
 @contextmanager

@@ -7,13 +7,12 @@ Precision, kernels, attention, checkpointing and compilation follow from the fla
 import importlib.util
 import logging
 import os
-import shutil
-import sys
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from DeBERTa.compilers import find_compiler_obstacle, set_compiler_caches
 from DeBERTa.config import TrainConfig
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Encoder
@@ -38,6 +37,10 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
         torch.compiler.config.recompile_limit = MAX_GRAPHS
         torch.compiler.config.accumulated_recompile_limit = MAX_GRAPHS
     if device.type == "cuda":  # before the first matmul
+        set_compiler_caches()
+        obstacle = find_compiler_obstacle(device)
+        if obstacle and config.compile is None and config.kernels == "auto":
+            logger.warning("layers are not compiled, and attention is slower: %s", obstacle)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -57,16 +60,11 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
 def resolve_compile(config: TrainConfig, device: torch.device) -> bool:
     """Return whether `--compile` applies.
 
-    By default it does on a GPU with Triton, unless `--kernels off`.
+    By default it does on a GPU with Triton and what that needs, unless `--kernels off`.
     """
     if config.compile is not None:
         return config.compile
-    return device.type == "cuda" and config.kernels == "auto" and has_triton()
-
-
-def has_triton() -> bool:
-    """Return whether triton, which torch.compile needs on a GPU, is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and config.kernels == "auto" and find_compiler_obstacle(device) is None
 
 
 def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, str]:
@@ -83,22 +81,15 @@ def select_kernels(model: nn.Module, config: TrainConfig, device: torch.device) 
         return plain
     from DeBERTa.ops import select_implementations  # optional
 
-    attention = select_implementations(model, device, config.attention, resolve_compile(config, device))
+    precision, is_compiled = resolve_precision(config, device), resolve_compile(config, device)
+    attention = select_implementations(model, device, config.attention, precision, is_compiled)
     return {"kernels": "auto", "attention": attention}
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError unless torch.compile has its compiler.
-
-    That is Triton on a GPU and a C++ compiler on a CPU.
-    """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type != "cpu" and not has_triton():
-        raise ConfigError("--compile: a GPU needs the package triton; install it, or omit --compile")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"--compile: there is no C++ compiler {compiler}; install it, name one in CXX, or omit --compile"
-        )
+    """Raise ConfigError unless torch.compile has its compilers."""
+    if obstacle := find_compiler_obstacle(device):
+        raise ConfigError(f"--compile: {obstacle}, or omit --compile")
 
 
 def describe_kernels(kernels: str, attention: str, config: TrainConfig, device: torch.device) -> str:

@@ -25,7 +25,6 @@ from DeBERTa.training.distributed import all_reduce_sum, get_world_size
 
 DUPLICATE_SECONDS = 1.0  # the same signal within this time was sent once and arrived twice
 WAIT_SECONDS = 5  # after a stop signal, for a batch to come
-GPU_STEPS_PER_EXCHANGE = 10  # the all-reduce of requests synchronizes a GPU with its host
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -139,17 +138,15 @@ class Signals:
         if self._is_waiting:
             raise _WaitTimeoutError
 
-    def exchange_requests(self, step: int, device: torch.device) -> tuple[int, bool]:
+    def exchange_requests(self) -> tuple[int, bool]:
         """All-reduce the requests of all ranks after a step.
 
-        Returns, equal on all ranks, the number of the signal to stop for, or 0, and whether to save. With
-        several GPUs this happens every tenth step.
+        Returns, equal on all ranks, the number of the signal to stop for, or 0, and whether to save. Hosts
+        exchange them, without waiting for a GPU.
         """
-        if get_world_size() > 1 and device.type != "cpu" and step % GPU_STEPS_PER_EXCHANGE:
-            return 0, False
         requests = [*(self.stop_signal == number for number in STOP_SIGNALS), self.is_save_requested]
         self.is_save_requested = False
         if get_world_size() > 1:
-            requests = all_reduce_sum(torch.tensor(requests, dtype=torch.float64, device=device)).tolist()
+            requests = all_reduce_sum(torch.tensor(requests, dtype=torch.float64, device="cpu")).tolist()
         stops = [int(number) for number, is_sent in zip(STOP_SIGNALS, requests, strict=False) if is_sent]
         return next(iter(stops), 0), bool(requests[-1])

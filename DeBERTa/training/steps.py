@@ -88,7 +88,9 @@ class TrainingStep:
         """Return `compute_outputs` without gradients and dropout."""
         was_training = self.model.training
         self.model.eval()
-        with autocast(self.precision, self.device):
+        # Not compiled: graphs for other numbers of rows and without dropout would be for a few batches, and
+        # an evaluation before the first step would make the graph of training dynamic.
+        with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             outputs = self.compute_outputs(batch)
         self.model.train(was_training)
         return outputs

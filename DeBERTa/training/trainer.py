@@ -133,7 +133,7 @@ class Trainer:
                 self.report_skipped_update(step)
                 self.progress.advance()
 
-                stop_signal, is_save_requested = self.signals.exchange_requests(step, training.device)
+                stop_signal, is_save_requested = self.signals.exchange_requests()
                 is_due = step % config.dump_interval == 0 or step == self.total_steps
                 if is_due or step == 1 or step % config.log_interval == 0:
                     self.write_metrics(step)
@@ -149,7 +149,7 @@ class Trainer:
             self.report_saved(self.saver.wait())
             # Also for a signal that came while the last checkpoint was written. No rank exits before rank 0
             # has saved: that would end rank 0, too.
-            stop_signal, _ = self.signals.exchange_requests(0, training.device)
+            stop_signal, _ = self.signals.exchange_requests()
             if stop_signal:
                 raise RunInterrupted(stop_signal)
 

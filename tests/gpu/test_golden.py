@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.conftest import set_tf32
 from tests.model.test_golden import (
     MASKED_LANGUAGE_MODELS,
     check_masked_language_model,
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 @pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _full_float32():
+    with set_tf32(False):
+        yield
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from DeBERTa import ModelConfig, RTDConfig, RTDModel, TrainConfig
+from DeBERTa.errors import ConfigError
 from DeBERTa.model.attention import DisentangledSelfAttention
 from DeBERTa.model.encoder import Encoder, Layer
 from DeBERTa.model.heads import LMHead
@@ -16,6 +17,7 @@ from DeBERTa.ops.cpu import library
 from DeBERTa.ops.cpu.losses import CpuChunkOperations
 from DeBERTa.ops.cpu.modules import SUBCLASSES, CpuSelfAttention
 from DeBERTa.ops.losses import GPU_CHUNK, CompiledChunkOperations
+from DeBERTa.ops.triton.launch import CAPABILITIES
 from DeBERTa.training.execution import describe_kernels
 from tests.conftest import tiny_model, tiny_rtd
 
@@ -39,9 +41,36 @@ CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 )
 def test_attention(device, wanted, is_compiled, attention, expected):
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
-    assert select_implementations(model, device, wanted, is_compiled) == attention
+    assert select_implementations(model, device, wanted, "bf16", is_compiled) == attention
     found = {type(m) for m in model.modules() if isinstance(m, DisentangledSelfAttention)}
     assert found == {expected}
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads", "precision", "expected"),
+    [
+        ((9, 0), 1, "bf16", "triton"),
+        ((9, 0), 1, "fp16", "sdpa"),
+        ((9, 0), 1, "fp32", "sdpa"),
+        ((9, 0), 2, "bf16", "sdpa"),  # heads of 32
+        *(((major, minor), 1, "bf16", "sdpa") for major, minor in ((8, 0), (8, 6), (8, 9), (10, 0), (7, 5))),
+    ],
+)
+def test_auto_takes_what_a_gpu_has_shown(monkeypatch, capability, heads, precision, expected):
+    """`--attention triton` runs the kernels on the other GPUs that they were compiled for, too."""
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: capability)
+    model = MaskedLanguageModel(
+        ModelConfig.from_dict(tiny_model() | {"hidden_size": 64, "num_attention_heads": heads})
+    )
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert select_implementations(model, CUDA, "auto", precision, False) == expected
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    if capability in CAPABILITIES:
+        assert select_implementations(model, CUDA, "triton", precision, False) == "triton"
+    else:
+        with pytest.raises(ConfigError, match="--attention triton: its kernels have not been compiled for"):
+            select_implementations(model, CUDA, "triton", precision, False)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -52,7 +81,7 @@ def test_other_modules(device, is_compiled):
     names, parameters = list(model.state_dict()), list(model.parameters())
     before = {name: type(module) for name, module in model.named_modules()}
     for _ in range(2):  # the second selection changes nothing
-        select_implementations(model, device, "eager", is_compiled)
+        select_implementations(model, device, "eager", "bf16", is_compiled)
     subclasses: dict = SUBCLASSES if device == CPU else {Layer: AutocastLayer}
     if is_compiled:
         subclasses = {}
@@ -77,7 +106,7 @@ def test_other_modules(device, is_compiled):
 def test_encoder(attention):
     """Attention by distance has its encoder, which reads an aligned part of the position table."""
     model = MaskedLanguageModel(ModelConfig.from_dict(tiny_model()))
-    select_implementations(model, CPU, attention, False)
+    select_implementations(model, CPU, attention, "fp32", False)
     encoder = model.deberta.encoder
     assert type(encoder) is (SdpaEncoder if attention == "sdpa" else Encoder)
     plain = Encoder.compute_relative_positions(encoder, 5)

@@ -21,7 +21,7 @@ from DeBERTa.data.dataset import BatchPlan, EvaluationBatches
 from DeBERTa.data.masking import Masker
 from DeBERTa.data.token_store import open_store
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import PeerLostError
+from DeBERTa.errors import LaunchError, PeerLostError
 from DeBERTa.model.encoder import Layer
 from DeBERTa.training import optimizer as optimizers
 from DeBERTa.training.distributed import (
@@ -31,6 +31,8 @@ from DeBERTa.training.distributed import (
     gather_vectors,
     get_rank,
     is_rank_zero,
+    join_process_group,
+    translate_nccl_errors,
     translate_peer_errors,
 )
 from DeBERTa.training.evaluation import evaluate_splits
@@ -414,6 +416,56 @@ def test_nothing_from_the_network_is_unpickled():
         }
         unpickling = "(gather|broadcast|scatter|send|recv)_object|pickle|marshal|shelve"
         assert not [name for name in names if re.search(unpickling, name) and name != "_load_pickle"], path
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:93, {}, NCCL version 2.28.9\n{}: what it means.\nLast error:\n{}\n"
+SYSTEM, SYSTEM_NAME = "unhandled system error (run with NCCL_DEBUG=INFO for details)", "ncclSystemError"
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (
+            (SYSTEM, SYSTEM_NAME, "Error while creating shared memory segment: No space left on device (28)"),
+            "NCCL cannot start: Error while creating shared memory segment: No space left on device (28); "
+            "a container needs a larger /dev/shm (docker run --shm-size 1g)",
+        ),
+        (
+            ("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected : rank 1 and rank 0 on 1b000"),
+            "NCCL cannot start: Duplicate GPU detected : rank 1 and rank 0 on 1b000; start one rank per GPU",
+        ),
+        (
+            ("unhandled cuda error", "ncclUnhandledCudaError", "Cuda failure 2 'out of memory'"),
+            "NCCL cannot start: Cuda failure 2 'out of memory'; other processes use this GPU (nvidia-smi)",
+        ),
+        (
+            ("internal error", "ncclInternalError", "no device found"),
+            "NCCL cannot start: no device found; NCCL_DEBUG=INFO in the environment shows more",
+        ),
+        (("remote process exited", "ncclRemoteError", "socketProgress: closed by remote peer"), None),
+        ((SYSTEM, SYSTEM_NAME, "Call to connect to node1 returned Connection refused"), None),
+    ],
+)
+def test_nccl_that_cannot_start(texts, expected):
+    """It is the rank's own error, which a restart does not remove; errors about other ranks stay."""
+    kind = LaunchError if expected else PeerLostError
+    with pytest.raises(kind) as error, translate_peer_errors(600), translate_nccl_errors():
+        raise dist.DistBackendError(NCCL.format(*texts))
+    assert error.value.is_retryable == error.value.is_consequence == (expected is None)
+    assert expected is None or str(error.value) == expected
+
+
+def test_a_rank_without_a_gpu(monkeypatch):
+    """As torchrun starts it with more ranks than GPUs."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(LaunchError, match="local rank 1 has no GPU: it sees 1; start at most as many"),
+        join_process_group(600),
+    ):
+        pass
 
 
 def wait_for_a_silent_peer() -> None:

@@ -1,8 +1,9 @@
 """Gradient checkpointing and compilation change how a step is computed, not what comes out."""
 
+import contextlib
 import copy
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import partialmethod
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.errors import ConfigError
 from DeBERTa.model.encoder import Layer
+from DeBERTa.training import execution
 from DeBERTa.training.execution import (
     check_compiler,
     describe_kernels,
@@ -20,7 +22,8 @@ from DeBERTa.training.execution import (
     select_kernels,
     set_execution,
 )
-from tests.conftest import PATHS, TINY
+from DeBERTa.training.steps import MaskedLMStep
+from tests.conftest import PATHS, TINY, set_tf32
 from tests.training.batches import random_batch, train_config
 
 CPU = torch.device("cpu")
@@ -184,6 +187,22 @@ def test_compiled_layers_at_other_lengths(backend, flags, graphs):
     assert not counters["graph_break"]
 
 
+def test_evaluation_is_not_compiled():
+    """Its graphs would be for a few batches; before the first step it would make that of training dynamic."""
+    torch.compiler.reset()
+    counters.clear()
+    plain = build_small_model("MLM", NO_DROPOUT)
+    fast = compile_copy(plain, "aot_eager")
+    step = MaskedLMStep(fast, train_config(), "fp32", CPU, total_steps=10)
+    batch = random_batch(rows=3, vocabulary=200)
+    expected = plain.eval().compute_masked_loss(batch, is_sampled=False)
+    torch.testing.assert_close(step.evaluate(batch)[0].masked.loss, expected.loss)
+    assert counters["stats"]["unique_graphs"] == 0
+    for length, graphs in ((32, 1), (40, 2), (48, 2)):  # static; another length makes it dynamic
+        compute_losses_and_gradients(fast, length)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_layers_of_many_kinds_are_all_compiled():
     """The compiler counts the graphs of all layers together, and by default has no more than 8."""
     torch.compiler.reset()
@@ -206,24 +225,40 @@ def test_compiled_dropout_is_drawn_again_by_checkpointing():
 
 
 @pytest.mark.parametrize(
-    ("device", "flags", "has_triton", "expected"),
+    ("device", "flags", "obstacle", "expected"),
     [
-        ("cuda", {}, True, True),
-        ("cuda", {}, False, False),
-        ("cuda", {"kernels": "off"}, True, False),
-        ("cuda", {"compile": False}, True, False),
-        ("cuda", {"compile": True, "kernels": "off"}, True, True),
-        ("cpu", {}, True, False),
-        ("cpu", {"compile": True}, True, True),
+        ("cuda", {}, None, True),
+        ("cuda", {}, "no C compiler", False),
+        ("cuda", {"kernels": "off"}, None, False),
+        ("cuda", {"compile": False}, None, False),
+        ("cuda", {"compile": True, "kernels": "off"}, None, True),
+        ("cpu", {}, None, False),
+        ("cpu", {"compile": True}, None, True),
     ],
 )
-def test_compiled_by_default(device, flags, has_triton, expected, monkeypatch, tmp_path):
-    """On GPUs where triton is installed."""
-    if has_triton:
-        (tmp_path / "triton.py").touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "triton", raising=False)
+def test_compiled_by_default(device, flags, obstacle, expected, monkeypatch):
+    """On GPUs where triton is installed, with what it needs."""
+    monkeypatch.setattr(execution, "find_compiler_obstacle", lambda _device: obstacle)
     assert resolve_compile(train_config(**flags), torch.device(device)) == expected
+
+
+def test_a_gpu_without_a_compiler(monkeypatch, caplog):
+    """By default nothing is compiled, with a warning; a flag that asks for it is one error."""
+    pytest.importorskip("DeBERTa.ops.triton", reason="the package DeBERTa/ops is missing")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+    for module in ("training.execution", "ops.triton"):
+        monkeypatch.setattr(f"DeBERTa.{module}.find_compiler_obstacle", lambda _device: "no gcc; install it")
+    model, cuda = (
+        build_small_model("MLM", {"hidden_size": 64, "num_attention_heads": 1}),
+        torch.device("cuda"),
+    )
+    with protect_settings(monkeypatch):
+        assert set_execution(model, train_config(), cuda) == {"kernels": "auto", "attention": "sdpa"}
+        assert "layers are not compiled, and attention is slower: no gcc; install it" in caplog.text
+        with pytest.raises(ConfigError, match=r"^--compile: no gcc; install it, or omit --compile$"):
+            set_execution(model, train_config(compile=True), cuda)
+        with pytest.raises(ConfigError, match=r"^--attention triton: no gcc; install it; use --attention"):
+            set_execution(model, train_config(attention="triton"), cuda)
 
 
 def test_flag_compiles_every_layer_in_place():
@@ -242,15 +277,36 @@ def test_flag_compiles_every_layer_in_place():
 
 def test_missing_compiler_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
-    with pytest.raises(ConfigError, match=r"--compile: there is no C\+\+ compiler .*/c\+\+; install it"):
+    with pytest.raises(ConfigError, match=r"--compile: there is no C\+\+ compiler .*/c\+\+; install it, or"):
         check_compiler(CPU)
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"there is no C\+\+ compiler (g|clang)\+\+"):
-        check_compiler(CPU)
-    compiler = tmp_path / ("clang++" if sys.platform == "darwin" else "g++")
-    compiler.touch(0o755)
-    check_compiler(CPU)
+
+
+@contextlib.contextmanager
+def protect_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore the settings of the process that `set_execution` changes for a GPU."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    is_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        with set_tf32(True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(is_cudnn)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_settings_of_a_gpu(value, monkeypatch):
+    """`--tf32` and `--deterministic` are settings of the process."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+    config = train_config(tf32=value, deterministic=value, compile=False)
+    with protect_settings(monkeypatch), set_tf32(not value):
+        set_execution(build_small_model("MLM", {}), config, torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled() == value
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == value
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if value else None)
+        assert os.environ["TRITON_CACHE_DIR"]
 
 
 def test_triton_needs_a_gpu():

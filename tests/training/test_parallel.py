@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from DeBERTa import MaskedLanguageModel, ModelConfig, RTDConfig, RTDModel
 from DeBERTa.data.batch import Batch
+from DeBERTa.training import parallel
 from DeBERTa.training.distributed import get_rank, is_rank_zero
 from DeBERTa.training.optimizer import build_optimizer
 from DeBERTa.training.parallel import (
@@ -192,6 +193,25 @@ def train_in_bfloat16(mode: str, dtype: torch.dtype | None, first: int, last: in
         "optimizer": gather_to_rank_zero(optimizer.state_dict()),
         "gathered": dict(gathered.total),
     }
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("cuda", "bf16", torch.bfloat16),
+        ("cuda", "fp16", None),
+        ("cuda", "fp32", None),
+        ("cpu", "bf16", None),
+    ],
+)
+def test_dtype_of_gathers(monkeypatch, device, precision, expected):
+    """FSDP all-gathers the layers in bfloat16 on a GPU in bfloat16, and nowhere else."""
+    dtypes = []
+    monkeypatch.setattr(parallel, "is_distributed", lambda: True)
+    monkeypatch.setattr(parallel, "shard", lambda *inputs: dtypes.append(inputs[3]))
+    model, config = MaskedLanguageModel(ModelConfig.from_dict(tiny_model())), train_config(sharding="fsdp")
+    parallel.wrap_parallel(model, {"model": model}, config, torch.device(device), precision)
+    assert dtypes == [expected]
 
 
 def gather_in_bfloat16(folder: Path) -> None:

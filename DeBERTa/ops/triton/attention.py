@@ -7,12 +7,14 @@ W is the length rounded up to full tiles.
 import torch
 import triton
 
+from DeBERTa.errors import ConfigError
 from DeBERTa.ops.dropout import compute_threshold
 from DeBERTa.ops.triton import kernels
 from DeBERTa.ops.triton.launch import HOPPER, SEQUENCES, LaunchTable, get_launch_table
 
+LARGEST_GRID = 65535  # programs in the second dimension (CUDA programming guide)
 
-@torch.compiler.disable  # a compiled layer is compiled around it
+
 def attend(
     qkv: torch.Tensor,
     tables: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -28,6 +30,12 @@ def attend(
     input_mask: bool [B, L]. dropout: the probability, and a seed int64 [1] on the device.
     """
     p, seed = dropout
+    sequences, heads = qkv.size(0), qkv.size(3)
+    if sequences * heads > LARGEST_GRID:
+        raise ConfigError(
+            f"--attention triton: {sequences} sequences in a micro-batch are more than its kernels take with "
+            f"{heads} heads; give a larger --accumulative_update or --attention sdpa"
+        )
     return _Attention.apply(qkv.contiguous(), *tables, input_mask.view(torch.int8), seed, p)
 
 

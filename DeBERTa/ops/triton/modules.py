@@ -29,8 +29,9 @@ class TritonSelfAttention(SdpaSelfAttention):
         qkv, key_table, query_table = self.project_jointly(hidden_states, positions)
         tables = expand_tables(positions, key_table, query_table)
         p = self.dropout.p if self.training else 0.0
-        return self.run_kernels(qkv, tables, input_mask, p).flatten(2)
+        return self.run_kernels(qkv, tables, input_mask, p)
 
+    @torch.compiler.disable  # a compiled layer is compiled around it, in two graphs
     def run_kernels(
         self,
         qkv: torch.Tensor,
@@ -38,9 +39,9 @@ class TritonSelfAttention(SdpaSelfAttention):
         input_mask: torch.Tensor,
         p: float,
     ) -> torch.Tensor:
-        """Return the context [B, L, H, D].
+        """Return the context [B, L, H * D].
 
         qkv: [B, L, 3, H, D]. tables: by distance, [H, 2W, D].
         """
         seed = torch.randint(2**62, (1,), device=qkv.device)
-        return attend(qkv, tables, input_mask, (p, seed))
+        return attend(qkv, tables, input_mask, (p, seed)).flatten(2)
