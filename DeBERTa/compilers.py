@@ -1,4 +1,7 @@
-"""The compilers that torch.compile and Triton need: of C++ for a CPU, Triton and of C for a GPU."""
+"""The compilers that torch.compile and Triton need.
+
+That is C++ for a CPU, and Triton, which needs one of C, for a GPU.
+"""
 
 import importlib.util
 import os
@@ -16,7 +19,10 @@ OLDEST_CAPABILITY = (7, 0)  # that Triton compiles for
 
 
 def find_compiler_obstacle(device: torch.device) -> str | None:
-    """Return why nothing can be compiled for `device`, with what to do, or None if it can."""
+    """Return why nothing can be compiled for `device`, or None if it can.
+
+    The reason ends with what to do.
+    """
     if device.type != "cuda":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         is_missing = shutil.which(compiler) is None
@@ -37,9 +43,9 @@ def find_compiler_obstacle(device: torch.device) -> str | None:
 
 
 def set_compiler_caches() -> None:
-    """Set where Triton and torch.compile store what they compile, unless the environment does.
+    """Set where Triton and torch.compile store what they compile.
 
-    By default, Triton takes a directory in the home directory, and torch.compile one with the user's name. In
+    What the environment says stays. By default, Triton takes a directory in the home directory, and torch.compile one with the user's name. In
     a container, a user may have neither.
     """
     os.environ.setdefault("TRITON_CACHE_DIR", str(get_cache_dir() / "triton"))

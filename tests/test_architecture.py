@@ -15,7 +15,6 @@ TESTED_ELSEWHERE = {
     "ops/autocast.py": "against plain layers on a GPU: gpu/test_triton.py; where: ops/test_selection.py",
     "ops/cpu/modules.py": "golden figures on every path: model/test_golden.py; where: ops/test_selection.py",
     "ops/triton/launch.py": "every entry of its tables is compiled: ops/triton/test_kernels.py",
-    "ops/triton/modules.py": "against plain models on a GPU: gpu/test_triton.py",
 }
 
 
