@@ -45,8 +45,8 @@ def find_compiler_obstacle(device: torch.device) -> str | None:
 def set_compiler_caches() -> None:
     """Set where Triton and torch.compile store what they compile.
 
-    What the environment says stays. By default, Triton takes a directory in the home directory, and torch.compile one with the user's name. In
-    a container, a user may have neither.
+    What the environment says stays. By default, Triton takes a directory in the home directory, and
+    torch.compile one with the user's name. In a container, a user may have neither.
     """
     os.environ.setdefault("TRITON_CACHE_DIR", str(get_cache_dir() / "triton"))
     temporary = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")

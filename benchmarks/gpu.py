@@ -8,6 +8,7 @@ others. `--toy` takes small sizes, and the CPU where there is no GPU: a dry run 
 """
 
 import argparse
+import contextlib
 import filecmp
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import tarfile
 import time
 import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -74,22 +76,29 @@ PARTS = {  # seconds at most
     "correctness": 115,
     "runs": 100,
     "attention": 30,
-    "steps": 170,
+    "steps": 160,
     "synchronization": 25,
     "profile": 35,
 }
 LARGEST_ARCHIVE = 16 * 2**20
 
 
-def run_correctness(_out: Path, _is_toy: bool) -> dict:
-    """Run tests/gpu, which are skipped on a CPU.
+def run_correctness(out: Path, _is_toy: bool) -> dict:
+    """Run tests/gpu, which are skipped on a CPU, and return how many passed, failed and were skipped.
 
     Golden figures in float32 with TF32 off, with kernels, and kernels against float64.
     """
-    command = [sys.executable, "-m", "pytest", "-v", "-rA", "tests/gpu"]  # names while it runs, and last
+    report = out / "correctness.xml"
+    command = [sys.executable, "-m", "pytest", "-v", "-rA", f"--junitxml={report}", "tests/gpu"]
     if importlib.util.find_spec("xdist"):  # most of the time is compilation
         command += ["-n", "8"]
-    return {"passed": subprocess.run(command, check=False, cwd=ROOT).returncode == 0}
+    status = subprocess.run(command, check=False, cwd=ROOT).returncode
+    if not report.exists():
+        sys.exit(f"pytest ended with status {status}: pip install -r tests/requirements.txt")
+    (suite,) = ElementTree.parse(report).getroot()
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return {"passed": passed, "failed": counts["failures"] + counts["errors"], "skipped": counts["skipped"]}
 
 
 def start_tiny(run_dir: Path, cache: Path, steps: int, flags: list[str]) -> subprocess.Popen:
@@ -155,6 +164,8 @@ def run_runs(out: Path, is_toy: bool) -> dict:
     for kind, process in resumed.items():
         result[kind]["statuses"].append(process.wait())
         result[kind]["resumed_same_bits"] = is_same(f"{kind}-1", f"{kind}-resumed")
+    for checkpoints in runs.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
     return result
 
 
@@ -264,7 +275,10 @@ def run_part(part: str, out: Path, is_toy: bool) -> dict:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the processes that the part started, too
+            pass
+        finally:  # also the processes that it started: they would take time from the next part
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     file = out / f"{part}.result.json"
     try:
@@ -323,14 +337,17 @@ def main() -> None:
         parser.error(f"{out} is not empty: give a new folder")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
     results: dict = describe_machine() | {"device": device, "parts": {}}
-    for part in arguments.parts:
-        results["parts"][part] = run_part(part, out, arguments.toy)
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(part, results["parts"][part]["status"], flush=True)
-    archive = write_archive(out)
-    size = archive.stat().st_size
-    print(f"{archive}: {size / 2**20:.1f} MiB{', too large' if size >= LARGEST_ARCHIVE else ''}")
-    print_table(results)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for part in arguments.parts:
+            results["parts"][part] = run_part(part, out, arguments.toy)
+            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            print(part, results["parts"][part]["status"], flush=True)
+    finally:  # stopped as well: what there is
+        archive = write_archive(out)
+        size = archive.stat().st_size
+        print(f"{archive}: {size / 2**20:.1f} MiB{', too large' if size >= LARGEST_ARCHIVE else ''}")
+        print_table(results)
 
 
 if __name__ == "__main__":
