@@ -12,7 +12,8 @@ import torch
 from DeBERTa.command import run_command
 from DeBERTa.config import ModelConfig, RTDConfig, read_json
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import ConfigError, StorageError, VocabularyError, describe_os_error
+from DeBERTa.errors import ConfigError, VocabularyError
+from DeBERTa.files import raise_storage_errors
 from DeBERTa.flags import FlagParser
 from DeBERTa.hub.export import list_models, write_model, write_published
 from DeBERTa.hub.model_card import read_record
@@ -57,7 +58,7 @@ def export(arguments: argparse.Namespace) -> None:
     tokenizer = find_vocabulary(run_dir, settings)
     output: Path = arguments.output or run_dir / "export" / f"step-{step:08d}"
     run = read_record(run_dir, step)
-    try:
+    with raise_storage_errors(output, "the export", "give another --output", "--output"):
         if arguments.published_format:
             directory: Path = arguments.output or output / "published"
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -68,11 +69,6 @@ def export(arguments: argparse.Namespace) -> None:
         for exported in list_models(model):
             write_model(exported, output / exported.name, tokenizer, run, arguments.onnx)
             logger.info("%s: %s", exported.name, output / exported.name)
-    except OSError as error:
-        error.filename = error.filename or str(output)
-        raise StorageError(
-            f"cannot write the export: {describe_os_error(error, 'give another --output', '--output')}"
-        ) from error
 
 
 def find_step(run_dir: Path, step: int | None) -> int:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from DeBERTa.errors import DataError, StorageError, describe_os_error
 
 CHUNK_BYTES = 1 << 20
+HASH_BYTES = 16 << 20  # hashed at a time: fewer calls take the GIL less often from other threads
 MAX_BYTES = 1 << 30  # of a file that is read at once
 
 logger = logging.getLogger(__name__)
@@ -47,19 +48,21 @@ def get_partial_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def raise_storage_errors(path: Path) -> Iterator[None]:
+def raise_storage_errors(
+    path: Path, what: str = "", advice: str = "choose a directory that can be written", other: str = "path"
+) -> Iterator[None]:
     """Raise `StorageError` in place of `OSError`, naming the file.
 
-    It names `path` where a directory is missing.
+    It names `path` where a directory is missing. `what` cannot be written; see `describe_os_error`.
     """
     try:
         yield
     except OSError as error:
-        is_partial = str(error.filename) == str(get_partial_path(path))
+        is_partial = str(error.filename) == f"{path}.part"
         if not error.filename or (is_partial and error.errno == errno.ENOENT):
             error.filename = str(path)
-        advice = "choose a directory that can be written"
-        raise StorageError(f"cannot write {describe_os_error(error, advice)}") from error
+        text = describe_os_error(error, advice, other)
+        raise StorageError(f"cannot write {what}{': ' if what else ''}{text}") from error
 
 
 @contextlib.contextmanager
@@ -220,14 +223,11 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
         return False
 
 
-def hash_file(path: Path, chunk_bytes: int = CHUNK_BYTES) -> str:
-    """Return the SHA-256 of a file in hexadecimal.
-
-    Larger chunks take the GIL less often from other threads.
-    """
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb", opener=open_regular) as file:
-        for chunk in read_chunks(file, chunk_bytes):
+        for chunk in read_chunks(file, HASH_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -27,8 +27,8 @@ def show_predictions(argv: Sequence[str] | None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.top_k < 1:
         parser.error(f"--top_k must be at least 1, not {arguments.top_k}")
-    model, encoder = open_model(arguments.model, MaskedLanguageModel)
-    blocks = fill_masks(model, encoder, arguments.text, arguments.top_k)
+    model, tokenizer = open_model(arguments.model, MaskedLanguageModel)
+    blocks = fill_masks(model, tokenizer, arguments.text, arguments.top_k)
     lines = ("\n".join(f"{token.probability:7.2%}  {token.text}" for token in block) for block in blocks)
     write_output("\n\n".join(lines) + "\n")
 

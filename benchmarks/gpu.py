@@ -86,7 +86,8 @@ LARGEST_ARCHIVE = 16 * 2**20
 def run_correctness(out: Path, _is_toy: bool) -> dict:
     """Run tests/gpu, and return how many passed, failed and were skipped.
 
-    All are skipped on a CPU. Golden figures in float32 with TF32 off, with kernels, and kernels against float64.
+    All are skipped on a CPU. Golden figures in float32 with TF32 off, with kernels, and kernels against
+    float64.
     """
     report = out / "correctness.xml"
     command = [sys.executable, "-m", "pytest", "-v", "-rA", f"--junitxml={report}", "tests/gpu"]

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import sentencepiece
 import torch
 from torch import nn
 
@@ -27,8 +26,6 @@ HEADS: dict[type[nn.Module], tuple[str, str]] = {
     ReplacedTokenDetectionModel: ("mask_predictions.classifier.bias", "python -m DeBERTa.fill_mask"),
 }
 SPECIAL = re.compile(f"({'|'.join(map(re.escape, (*SPECIAL_PIECES, MASK_PIECE)))})")
-# As NO_PREFIX in data/tokenizer.py; spaces at both ends stay, too.
-NO_PREFIX_ALL_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class TokenProbability(NamedTuple):
@@ -46,36 +43,22 @@ class TokenProbability(NamedTuple):
         return escape_control(self.piece.replace(WORD_MARK, " "))
 
 
-class PromptEncoder:
-    """Encodes text with special pieces, as the exported `tokenizer.json` does.
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of `text` between `[CLS]` and `[SEP]`.
 
-    One such piece is `[MASK]`.
+    It may have special pieces such as `[MASK]`. The ids are those of the exported `tokenizer.json`: text after a special piece starts a word only if it
+    starts with a space.
     """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        model = tokenizer.path.read_bytes() + NO_PREFIX_ALL_SPACES
-        self.tokenizer, self._spaces = tokenizer, sentencepiece.SentencePieceProcessor(model_proto=model)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` between `[CLS]` and `[SEP]`."""
-        ids = [self.tokenizer.cls_id]
-        for number, part in enumerate(SPECIAL.split(text)):  # text and special pieces in turn
-            ids += (
-                [self.tokenizer.piece_to_id[part]] if number % 2 else self._encode_segment(part, number == 0)
-            )
-        return [*ids, self.tokenizer.sep_id]
-
-    def _encode_segment(self, segment: str, is_first: bool) -> list[int]:
-        """Return the ids of text without special pieces.
-
-        After a special piece it starts a word only if it starts with a space.
-        """
-        if is_first or self._spaces.normalize(segment).startswith((" ", WORD_MARK)):
-            return self.tokenizer.encode_lines([segment])[0]
-        return self.tokenizer.encode_inside(segment)
+    first, *others = SPECIAL.split(text)  # text and special pieces in turn
+    ids = [tokenizer.cls_id, *tokenizer.encode_lines([first])[0]]
+    for piece, segment in zip(others[::2], others[1::2], strict=True):
+        starts_word = tokenizer.normalize(f"a{segment}").startswith("a ")
+        ids.append(tokenizer.piece_to_id[piece])
+        ids += tokenizer.encode_lines([segment])[0] if starts_word else tokenizer.encode_inside(segment)
+    return [*ids, tokenizer.sep_id]
 
 
-def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, PromptEncoder]:
+def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Tokenizer]:
     """Open an exported model.
 
     Raises `ConfigError` if `directory` is not that of a model, or is that of a model with another head.
@@ -87,13 +70,13 @@ def open_model(directory: Path, model_class: type[Model]) -> tuple[Model, Prompt
         models = ", ".join(str(path.parent) for path in sorted(directory.glob("*/model.safetensors")))
         hint = f"give one of {models}" if models else "python -m DeBERTa.export writes one from a run"
         raise ConfigError(f"{directory} is not the directory of a model: {reason}; {hint}")
-    encoder = PromptEncoder(Tokenizer(directory / "spm.model"))
-    check_same_vocabulary(encoder.tokenizer, directory / "tokenizer.json")
+    tokenizer = Tokenizer(directory / "spm.model")
+    check_same_vocabulary(tokenizer, directory / "tokenizer.json")
     config, weights = ModelConfig.from_json(directory / "config.json"), read_weights(path)
     head, other = HEADS[model_class]
     if head not in weights:
         raise ConfigError(f"{directory}: the model has another head ({head} is missing); try {other}")
-    return build_from_weights(model_class, config, weights, path), encoder
+    return build_from_weights(model_class, config, weights, path), tokenizer
 
 
 def build_from_weights(
@@ -138,19 +121,19 @@ def check_same_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
 
 @torch.no_grad()
 def fill_masks(
-    model: MaskedLanguageModel, encoder: PromptEncoder, text: str, top_k: int
+    model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, top_k: int
 ) -> list[list[TokenProbability]]:
     """Return the `top_k` most probable pieces for every `[MASK]` in `text`.
 
     Raises `ConfigError` for a text without one, or one that is too long.
     """
-    input_ids = _encode_batch(encoder, text, model.config)
-    is_mask = input_ids == encoder.tokenizer.mask_id
+    input_ids = _encode_batch(tokenizer, text, model.config)
+    is_mask = input_ids == tokenizer.mask_id
     if not is_mask.any():
         raise ConfigError(f"no {MASK_PIECE} in the text: nothing to fill; put it in place of a word")
     # The labels say only which positions to predict.
     logits = model(input_ids, torch.ones_like(input_ids), input_ids * is_mask).logits
-    pieces = encoder.tokenizer.pieces
+    pieces = tokenizer.pieces
     # The word table may have more rows than there are pieces.
     top = logits.softmax(-1)[:, : len(pieces)].topk(min(top_k, len(pieces)))
     return [
@@ -161,27 +144,27 @@ def fill_masks(
 
 @torch.no_grad()
 def detect_replaced(
-    model: ReplacedTokenDetectionModel, encoder: PromptEncoder, text: str
+    model: ReplacedTokenDetectionModel, tokenizer: Tokenizer, text: str
 ) -> list[TokenProbability]:
     """Return every piece of `text` with the probability that it was replaced.
 
     `[CLS]` and `[SEP]` at the ends are omitted. Raises `ConfigError` for a text without pieces, or one that
     is too long.
     """
-    input_ids = _encode_batch(encoder, text, model.config)
+    input_ids = _encode_batch(tokenizer, text, model.config)
     if input_ids.size(1) == 2:
         raise ConfigError("the text is blank: nothing to look at; give a sentence")
     logits = model.compute_logits(input_ids, torch.ones_like(input_ids), None)
     probabilities = logits[0].sigmoid().tolist()
-    pieces = [encoder.tokenizer.pieces[i] for i in input_ids[0].tolist()]
+    pieces = [tokenizer.pieces[i] for i in input_ids[0].tolist()]
     return [TokenProbability(*pair) for pair in zip(pieces, probabilities, strict=True)][1:-1]
 
 
-def _encode_batch(encoder: PromptEncoder, text: str, config: ModelConfig) -> torch.Tensor:
+def _encode_batch(tokenizer: Tokenizer, text: str, config: ModelConfig) -> torch.Tensor:
     """Return the ids int64 [1, L]."""
     if any("\ud800" <= character <= "\udfff" for character in text):  # a byte of an argument
         raise ConfigError("the text is not valid UTF-8: some bytes are no characters; give it in UTF-8")
-    ids = encoder.encode(text)
+    ids = encode_prompt(tokenizer, text)
     if len(ids) > config.max_position_embeddings:
         raise ConfigError(
             f"the text has {len(ids)} tokens: the model takes {config.max_position_embeddings}; shorten it"

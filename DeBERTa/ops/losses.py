@@ -3,31 +3,12 @@
 Chunks are larger, and passes are compiled to one kernel each.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
 
 from DeBERTa.model.losses import GROUP, ChunkOperations
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 GPU_CHUNK = 32768  # tokens: fewer launches; 32 x 512 tokens take 0.5 GB for the logits of a chunk
-
-
-compile_once = functools.cache(functools.partial(torch.compile, dynamic=True))  # for any number of rows
-
-
-def compile_when_called(function: Callable[..., Pair]) -> Callable[..., Pair]:
-    """Return `function` compiled at its first call.
-
-    The compiler takes seconds to load.
-    """
-
-    def call(*inputs: torch.Tensor) -> Pair:
-        return compile_once(function)(*inputs)
-
-    return call
 
 
 class CompiledChunkOperations(ChunkOperations):
@@ -36,24 +17,26 @@ class CompiledChunkOperations(ChunkOperations):
     None stores a copy of the logits in float32.
     """
 
-    @staticmethod
-    @compile_when_called
-    def sum_exponentials(logits_MC: torch.Tensor) -> Pair:
+    def __init__(self, chunk: int) -> None:
+        super().__init__(chunk)
+        for name in ("sum_exponentials", "differentiate_logits"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))  # for any number of rows
+
+    def sum_exponentials(self, logits_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the largest logit [M] and sums of exp(logit - largest) by group [M, S]."""
         largest_M = logits_MC.amax(1).float()
         exps_MC = (logits_MC.float() - largest_M[:, None]).exp()
         padded_MC = F.pad(exps_MC, (0, -logits_MC.size(1) % GROUP))
         return largest_M, padded_MC.unflatten(1, (-1, GROUP)).sum(2)
 
-    @staticmethod
-    @compile_when_called
     def differentiate_logits(
+        self,
         logits_MC: torch.Tensor,
         shift_M: torch.Tensor,
         size_M: torch.Tensor,
         column_M: torch.Tensor,
         sign_M: torch.Tensor,
-    ) -> Pair:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return unsigned gradients of the logits [M, C], and those of the bias [C]."""
         is_target_MC = torch.arange(logits_MC.size(1), device=logits_MC.device) == column_M[:, None]
         target_MC = torch.where(is_target_MC, size_M[:, None], 0.0)

@@ -47,7 +47,6 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 BEST_BY = ("discriminator_loss", "loss")  # the first that an evaluation has
 NICENESS = 10  # of the thread that writes, of -20 to 19
-HASH_CHUNK_BYTES = 16 << 20
 MAX_JSON_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
 def write_manifest(folder: Path, step: int) -> None:
     """Record size and SHA-256 of the files in `folder`, for `verify`."""
     entries = [
-        {"name": name, "size": (folder / name).stat().st_size, "sha256": _hash(folder / name)}
+        {"name": name, "size": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
         for name in FILES
     ]
     with name_file(folder / MANIFEST) as path:
@@ -179,7 +178,7 @@ def verify(folder: Path) -> None:
             found = _get_size(path)
             if found != size:
                 raise DamagedCheckpointError(f"{path} has {found} bytes, but {size} were written")
-            if _hash(path) != sha256:
+            if hash_file(path) != sha256:
                 raise DamagedCheckpointError(f"{path} differs from what was written (SHA-256)")
         path = folder / "state.json"
         _check_step(path, json.loads(path.read_bytes()))
@@ -208,10 +207,6 @@ def _get_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise DamagedCheckpointError(f"{path} is not a file")
     return status.st_size
-
-
-def _hash(path: Path) -> str:
-    return hash_file(path, HASH_CHUNK_BYTES)
 
 
 def find_newest_valid(run_dir: Path) -> tuple[int, list[DamagedCheckpointError]]:

@@ -15,14 +15,8 @@ from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, read_json
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import (
-    ConfigError,
-    DamagedCheckpointError,
-    StorageError,
-    VocabularyError,
-    describe_os_error,
-)
-from DeBERTa.files import find_unused_path, open_atomic, read_file, remove
+from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError, VocabularyError
+from DeBERTa.files import find_unused_path, open_atomic, raise_storage_errors, read_file, remove
 from DeBERTa.hub.export import list_models, write_model, write_plain_model
 from DeBERTa.hub.model_card import read_record
 from DeBERTa.model.pretraining import MaskedLanguageModel, RTDModel
@@ -64,7 +58,8 @@ def open_run_dir(
     when the directory cannot be written, and `ConfigError` when another process trains in it, its run has
     other settings, or none of its checkpoints is valid.
     """
-    try:
+    what = f"the run directory {run_dir}"
+    with raise_storage_errors(run_dir, what, "give another --output_dir", "--output_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         check_file_types(run_dir)
         lock = RunLock(run_dir)
@@ -87,12 +82,6 @@ def open_run_dir(
             logger.warning("resuming from step %d instead; step %d is now %s", step, newer, renamed)
         write_json(run_dir / "config.json", settings)
         write_json(run_dir / "environment.json", environment)
-    except OSError as error:
-        error.filename = error.filename or str(run_dir)
-        raise StorageError(
-            f"cannot write the run directory {run_dir}: "
-            f"{describe_os_error(error, 'give another --output_dir', '--output_dir')}"
-        ) from error
     return step, lock
 
 
@@ -270,7 +259,8 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
     when the disk is full; the same command then writes them again.
     """
     models, tokenizer, run = list_models(model), Tokenizer(vocabulary), read_record(run_dir)
-    try:
+    advice = "make it writable, then the same command writes it without training again"
+    with raise_storage_errors(run_dir, "the final model", advice):
         for exported in models:
             directory = run_dir / exported.name
             try:
@@ -278,10 +268,4 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
             except (ConfigError, VocabularyError) as error:
                 logger.warning("%s; %s is for this package alone", error, directory)
                 write_plain_model(exported, directory, vocabulary)
-    except OSError as error:
-        error.filename = error.filename or str(run_dir)
-        raise StorageError(
-            f"cannot write the final model: {describe_os_error(error, 'make it writable')}, then the same "
-            "command writes it without training again"
-        ) from error
     return [run_dir / exported.name for exported in models]

@@ -15,7 +15,7 @@ from DeBERTa import MaskedLanguageModel, ReplacedTokenDetectionModel, RTDConfig,
 from DeBERTa.data.batch import MaskedPositions
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.hub.export import list_models, write_model
-from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_model
+from DeBERTa.hub.inference import detect_replaced, fill_masks, open_model
 from tests.conftest import GOLDEN, ROOT
 
 VOCABULARY = GOLDEN / "prepare" / "spm.model"
@@ -163,10 +163,9 @@ def write_variant(variant: str, folder: Path) -> None:
 def write_predictions(folder: Path) -> None:
     """Write `predictions.json`: our masked and replaced tokens for the prompts."""
     model, tokenizer = build_model("deberta-v3"), Tokenizer(VOCABULARY)
-    encoder = PromptEncoder(tokenizer)
-    filled = {text: fill_masks(model.generator, encoder, text, 5) for text in PROMPTS}
+    filled = {text: fill_masks(model.generator, tokenizer, text, 5) for text in PROMPTS}
     detector, _ = open_model(folder / "deberta-v3" / "discriminator", ReplacedTokenDetectionModel)
-    detected = {text: [p for _, p in detect_replaced(detector, encoder, text)] for text in PROMPTS}
+    detected = {text: [p for _, p in detect_replaced(detector, tokenizer, text)] for text in PROMPTS}
     (folder / "predictions.json").write_text(json.dumps({"filled": filled, "detected": detected}))
     (folder / "texts.json").write_text(
         json.dumps({"texts": list_texts(), "ids": tokenizer.encode_lines(list_texts())})

@@ -11,7 +11,7 @@ from DeBERTa import MaskedLanguageModel, ReplacedTokenDetectionModel
 from DeBERTa.data.tokenizer import Tokenizer, train_vocabulary
 from DeBERTa.errors import ConfigError
 from DeBERTa.hub.export import list_models, write_model
-from DeBERTa.hub.inference import PromptEncoder, detect_replaced, fill_masks, open_model
+from DeBERTa.hub.inference import detect_replaced, encode_prompt, fill_masks, open_model
 from DeBERTa.hub.weights import write_tensors
 from tests.hub.exported import VOCABULARY, build_model
 
@@ -30,7 +30,6 @@ def exported(tmp_path_factory):
 def test_text_after_a_special_piece():
     """It starts a word only after a space; without special pieces, ids are those of the tokenizer."""
     tokenizer = Tokenizer(VOCABULARY)
-    encoder = PromptEncoder(tokenizer)
     cases = {
         "[MASK].": ["[MASK]", "."],
         "[MASK] .": ["[MASK]", "\u2581", "."],
@@ -39,37 +38,37 @@ def test_text_after_a_special_piece():
         "": [],
     }
     for text, pieces in cases.items():
-        ids = encoder.encode(text)
+        ids = encode_prompt(tokenizer, text)
         assert [tokenizer.pieces[i] for i in ids] == ["[CLS]", *pieces, "[SEP]"], text
     line = "The Congress of the United States, 1790."
-    assert encoder.encode(line)[1:-1] == tokenizer.encode_lines([line])[0]
+    assert encode_prompt(tokenizer, line)[1:-1] == tokenizer.encode_lines([line])[0]
 
 
 def test_fill_masks(exported):
     """The most probable tokens first; probabilities of all tokens sum to 1."""
     folder, model = exported
-    opened, encoder = open_model(folder / "generator", MaskedLanguageModel)
-    (predictions,) = fill_masks(opened, encoder, TEXT, top_k=3)
+    opened, tokenizer = open_model(folder / "generator", MaskedLanguageModel)
+    (predictions,) = fill_masks(opened, tokenizer, TEXT, top_k=3)
     assert len(predictions) == 3
-    ids = torch.tensor([encoder.encode(TEXT)])
-    labels = torch.where(ids == encoder.tokenizer.mask_id, 7, 0)
+    ids = torch.tensor([encode_prompt(tokenizer, TEXT)])
+    labels = torch.where(ids == tokenizer.mask_id, 7, 0)
     logits = model.generator(ids, torch.ones_like(ids), labels).logits[0]
     best = logits.argmax().item()
-    assert predictions[0].piece == encoder.tokenizer.pieces[best]
+    assert predictions[0].piece == tokenizer.pieces[best]
     assert predictions[0].probability == pytest.approx(logits.softmax(0)[best].item(), abs=1e-6)
-    (everything,) = fill_masks(opened, encoder, TEXT, top_k=10_000)
-    assert len(everything) == len(encoder.tokenizer)
+    (everything,) = fill_masks(opened, tokenizer, TEXT, top_k=10_000)
+    assert len(everything) == len(tokenizer)
     assert sum(p for _, p in everything) == pytest.approx(1, abs=0.02)  # 7 rows of the table have no token
-    assert len(fill_masks(opened, encoder, "[MASK] [MASK]", top_k=1)) == 2
+    assert len(fill_masks(opened, tokenizer, "[MASK] [MASK]", top_k=1)) == 2
 
 
 def test_detect_replaced(exported):
     folder, model = exported
-    opened, encoder = open_model(folder / "discriminator", ReplacedTokenDetectionModel)
-    tokens = detect_replaced(opened, encoder, TEXT)
-    ids = torch.tensor([encoder.encode(TEXT)])
+    opened, tokenizer = open_model(folder / "discriminator", ReplacedTokenDetectionModel)
+    tokens = detect_replaced(opened, tokenizer, TEXT)
+    ids = torch.tensor([encode_prompt(tokenizer, TEXT)])
     expected = model.discriminate(ids, torch.ones_like(ids), ids).logits[0].sigmoid()[1:-1]
-    assert [piece for piece, _ in tokens] == [encoder.tokenizer.pieces[i] for i in ids[0, 1:-1]]
+    assert [piece for piece, _ in tokens] == [tokenizer.pieces[i] for i in ids[0, 1:-1]]
     torch.testing.assert_close(torch.tensor([p for _, p in tokens]), expected, atol=1e-6, rtol=0)
 
 
@@ -119,11 +118,11 @@ def test_errors(exported):
         open_model(folder / "discriminator", MaskedLanguageModel)
     with pytest.raises(ConfigError, match="another head"):
         open_model(folder / "generator", ReplacedTokenDetectionModel)
-    opened, encoder = open_model(folder / "generator", MaskedLanguageModel)
+    opened, tokenizer = open_model(folder / "generator", MaskedLanguageModel)
     with pytest.raises(ConfigError, match=r"no \[MASK\]"):
-        fill_masks(opened, encoder, "nothing", 1)
+        fill_masks(opened, tokenizer, "nothing", 1)
     with pytest.raises(ConfigError, match="the model takes 320"):
-        fill_masks(opened, encoder, "[MASK] " * 400, 1)
+        fill_masks(opened, tokenizer, "[MASK] " * 400, 1)
     (folder / "mixed").mkdir()
     for name, source in (
         ("config.json", "generator"),
