@@ -46,15 +46,15 @@ class TokenProbability(NamedTuple):
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of `text` between `[CLS]` and `[SEP]`.
 
-    It may have special pieces such as `[MASK]`. The ids are those of the exported `tokenizer.json`: text after a special piece starts a word only if it
-    starts with a space.
+    It may have special pieces such as `[MASK]`. The ids are those of the exported `tokenizer.json`: text
+    after a special piece starts a word only if it starts with a space.
     """
     first, *others = SPECIAL.split(text)  # text and special pieces in turn
     ids = [tokenizer.cls_id, *tokenizer.encode_lines([first])[0]]
     for piece, segment in zip(others[::2], others[1::2], strict=True):
-        starts_word = tokenizer.normalize(f"a{segment}").startswith("a ")
+        is_word_start = tokenizer.normalize(f"a{segment}").startswith("a ")
         ids.append(tokenizer.piece_to_id[piece])
-        ids += tokenizer.encode_lines([segment])[0] if starts_word else tokenizer.encode_inside(segment)
+        ids += tokenizer.encode_lines([segment])[0] if is_word_start else tokenizer.encode_inside(segment)
     return [*ids, tokenizer.sep_id]
 
 
