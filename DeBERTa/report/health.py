@@ -9,9 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import numpy as np
-
-from DeBERTa.data.token_store import find_store
+from DeBERTa.data.token_store import StoreFile, TokenStore, find_store, list_parts
 from DeBERTa.data.tokenizer import CONTINUES_WORD, STARTS_WORD, Tokenizer
 from DeBERTa.errors import DebertaError
 from DeBERTa.presets import PRESETS, guess_preset
@@ -68,17 +66,22 @@ def measure_text(data_dir: str, vocab_path: str) -> tuple[float, float, float] |
     """Return statistics of the training text, or None where it is not on this machine.
 
     They are the entropy of the distribution of tokens (nats), and the shares of [UNK] and of pieces that
-    continue a word.
+    continue a word, in its first `TEXT_TOKENS` tokens.
     """
     try:
         tokenizer = Tokenizer(vocab_path)
+        parts = list_parts(Path(data_dir) / "train.txt")
     except DebertaError:
         return None
-    store = find_store(Path(data_dir) / "train.txt", tokenizer.fingerprint)
-    if store is None:
-        return None
-    tokens = store.tokens[:TEXT_TOKENS]
-    shares = np.bincount(tokens, minlength=len(tokenizer)) / len(tokens)
+    files: list[StoreFile] = []
+    for part in parts:
+        if (file := find_store(part, tokenizer.fingerprint)) is None:
+            return None
+        files.append(file)
+        if sum(file.meta.num_tokens for file in files) >= TEXT_TOKENS:
+            break
+    counts = TokenStore(files).count_ids(len(tokenizer), TEXT_TOKENS)
+    shares = counts / counts.sum()
     starts, cut = (float(shares[tokenizer.piece_kinds == k].sum()) for k in (STARTS_WORD, CONTINUES_WORD))
     entropy = sum(share * math.log(1 / share) for share in shares.tolist() if share)
     # Scripts without spaces have no pieces that start a word.

@@ -8,9 +8,10 @@ import string
 
 import pytest
 
+from DeBERTa.data.token_store import get_part_name, open_store
 from DeBERTa.data.tokenizer import Tokenizer
 from DeBERTa.presets import PRESETS
-from DeBERTa.report.health import NOTE, PROBLEM, USUAL, examine
+from DeBERTa.report.health import NOTE, PROBLEM, USUAL, examine, measure_text
 from DeBERTa.report.read import RunRecord, read_run
 from tests.conftest import GOLDEN
 from tests.data.texts import prepare
@@ -77,6 +78,30 @@ def test_a_vocabulary_for_other_text(tmp_path):
     shutil.copy(vocabulary, text / "spm.model")
     run = train(tmp_path / "run", text, num_training_steps=4, dump_interval=4)
     assert list_titles(run, PROBLEM)[0] == "The vocabulary does not fit the text"
+
+
+def test_a_text_in_parts(text, tmp_path, monkeypatch):
+    """It is measured as one file; without its ids, and without a part, it is not."""
+    vocabulary, parts = text / "spm.model", tmp_path / "train.txt"
+    parts.mkdir()
+    lines = (text / "train.txt").read_text().splitlines(keepends=True)
+    for number in range(2):
+        part = "".join(lines[number * len(lines) // 2 : (number + 1) * len(lines) // 2])
+        (parts / get_part_name(number, 2)).write_text(part)
+
+    def measure(directory):
+        measure_text.cache_clear()
+        return measure_text(str(directory), str(vocabulary))
+
+    assert measure(tmp_path) is None
+    store = open_store(parts, Tokenizer(vocabulary), 1000)
+    whole = measure(text)
+    assert measure(tmp_path) == pytest.approx(whole)
+    monkeypatch.setattr("DeBERTa.report.health.TEXT_TOKENS", store.files[0].meta.num_tokens)
+    assert measure(tmp_path) == pytest.approx(measure(text))
+    assert measure(tmp_path) != pytest.approx(whole)
+    (parts / get_part_name(1, 2)).unlink()
+    assert measure(tmp_path) is None
 
 
 def test_a_vocabulary_for_other_weights(text, healthy, tmp_path):
