@@ -94,7 +94,7 @@ def test_a_text_in_parts(text, tmp_path, monkeypatch):
         return measure_text(str(directory), str(vocabulary))
 
     assert measure(tmp_path) is None
-    store = open_store(parts, Tokenizer(vocabulary), 1000)
+    store, _ = (open_store(path, Tokenizer(vocabulary), 1000) for path in (parts, text / "train.txt"))
     whole = measure(text)
     assert measure(tmp_path) == pytest.approx(whole)
     monkeypatch.setattr("DeBERTa.report.health.TEXT_TOKENS", store.files[0].meta.num_tokens)
