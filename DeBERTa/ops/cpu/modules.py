@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from DeBERTa.model.attention import DisentangledSelfAttention, RelativePositions
+from DeBERTa.model.attention import DisentangledSelfAttention, Keys, RelativePositions
 from DeBERTa.model.encoder import AddNorm, Layer
 from DeBERTa.ops.attention import JointSelfAttention
 from DeBERTa.ops.cpu.attention import BlockedAttention
@@ -64,9 +64,7 @@ class CpuSelfAttention(JointSelfAttention):
         self, hidden_states: torch.Tensor, input_mask: torch.Tensor, positions: RelativePositions | None
     ) -> torch.Tensor:
         """Return the context [B, L, H * D] of `hidden_states` [B, L, h], zero at padding."""
-        joined = self.join_projections(self.query_proj, self.key_proj, self.value_proj)
-        qkv = apply_linear(hidden_states, *joined).unflatten(-1, (3, self.num_heads, self.head_size))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind()
+        q, k, v = self.project(hidden_states, self.query_proj, self.key_proj, self.value_proj)
         key_table = query_table = None
         if positions is not None:
             key_table, query_table = self.project_positions(positions.table)
@@ -75,6 +73,27 @@ class CpuSelfAttention(JointSelfAttention):
             query_table = _expand(query_table, positions.distance_slots.flip(0))
         p = self.dropout.p if self.training else 0.0
         return BlockedAttention.apply(q, k, v, key_table, query_table, input_mask, p).flatten(2)
+
+    def project(self, x: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
+        """Return [B, H, L, D] of `x` [B, L, h] per projection, with queries scaled."""
+        shape = (len(projections), self.num_heads, self.head_size)
+        joined = apply_linear(x, *self.join_projections(*projections)).unflatten(-1, shape)
+        return joined.permute(2, 0, 3, 1, 4).contiguous().unbind()
+
+    def project_queries(self, query_states: torch.Tensor) -> torch.Tensor:
+        """Return scaled queries [B, H, M, D] of `query_states` [B, M, h]."""
+        return self.project(query_states, self.query_proj)[0]
+
+    def project_keys(
+        self,
+        hidden_states: torch.Tensor,
+        input_mask: torch.Tensor,
+        positions: RelativePositions | None,
+        query_positions: torch.Tensor | None = None,
+    ) -> Keys:
+        """Project keys, values and relative positions, contiguous for `bmm`."""
+        keys = super().project_keys(hidden_states, input_mask, positions, query_positions)
+        return keys._replace(k=keys.k.contiguous(), v=keys.v.contiguous())
 
 
 def _expand(table_HSD: torch.Tensor | None, slots_W: torch.Tensor) -> torch.Tensor | None:
