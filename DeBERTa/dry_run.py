@@ -63,6 +63,8 @@ def time_steps(run: Run) -> tuple[float, int]:
     """
     training, number = run.training, WARM_UP + MEASURED + 1
     training.set_learning_rate(1)
+    # Its usual scale overflows at first. A skipped update would leave out moments, and the optimizer's time.
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 1.0})
     run.model.train()
     snapshot, started, seconds, lengths = None, 0.0, 0.0, 0
     batches = load_batches(run.train_batches, range(number), run.config.workers)

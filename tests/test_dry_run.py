@@ -11,6 +11,7 @@ import pytest
 
 from DeBERTa import RTDConfig
 from DeBERTa.model.flops import count_flops_per_token
+from DeBERTa.train import main
 from tests.commands import find_free_port
 from tests.conftest import ROOT, strip_times
 from tests.runs import PATIENCE, build_arguments, tiny_flags
@@ -83,6 +84,20 @@ def test_report(tmp_path, prepared):
     assert [path.name for path in sorted(tmp_path.iterdir()) if path not in before] == [
         f"{Path(flags['output_dir']).name}.dry-run"
     ]
+
+
+def test_updates_in_float16(tmp_path, prepared, monkeypatch):
+    """None is skipped: the optimizer's state is a part of the peak. A real run begins with skipped ones."""
+    states: list[dict] = []
+    monkeypatch.setattr("DeBERTa.train.keep_freed_memory", lambda: None)  # it would last for this process
+    monkeypatch.setattr(
+        "DeBERTa.dry_run.time_evaluation",
+        lambda run: states.extend(optimizer.state for optimizer in run.training.optimizers.values()) or 1.0,
+    )
+    flags = make_preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")
+    assert main(build_arguments(flags | {"precision": "fp16", "rtd_lambda": 3000})) == 0
+    assert len(states) == 2
+    assert all({int(values["step"]) for values in state.values()} == {6} for state in states)
 
 
 def test_disk_of_a_linked_run_directory(tmp_path, prepared):
