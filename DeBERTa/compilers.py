@@ -1,6 +1,6 @@
 """The compilers that torch.compile and Triton need.
 
-That is C++ for a CPU, and Triton, which needs one of C, for a GPU.
+They are a C++ compiler for a CPU, and for a GPU Triton and a C compiler.
 """
 
 import importlib.util
@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-from DeBERTa.files import get_cache_dir
 
 OLDEST_CAPABILITY = (7, 0)  # that Triton compiles for
 
@@ -31,23 +29,34 @@ def find_compiler_obstacle(device: torch.device) -> str | None:
         return "the package triton is not installed; install it"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
-        return "Triton compiles for GPUs of compute capability {}.{} and newer".format(*OLDEST_CAPABILITY)
-    # What launches a kernel is compiled on the machine, as a module of Python.
+        oldest = "{}.{}".format(*OLDEST_CAPABILITY)
+        return f"Triton compiles for GPUs of compute capability {oldest} and newer; take such a GPU"
+    # What launches a kernel is compiled on the machine, as a module of Python. CC is one word for Triton.
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
-        return f"Triton needs a C compiler ({' or '.join(compilers)}); install it, or name one in CC"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
-    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
+        names = " or ".join(compilers)
+        return f"Triton needs a C compiler, and there is no {names}; install it, or name one in CC"
+    if not find_python_header():
         return "Triton needs the headers of Python; install them (python3-dev)"
     return None
 
 
-def set_compiler_caches() -> None:
-    """Set where Triton and torch.compile store what they compile.
+def find_python_header() -> Path | None:
+    """Return the Python.h that a C compiler called by Triton finds, if any."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    directories = [sysconfig.get_path("include", scheme)]
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        directories += os.environ.get(name, "").split(":")
+    paths = (Path(directory, "Python.h") for directory in directories)
+    return next((path for path in paths if path.is_file()), None)
 
-    What the environment says stays. By default, Triton takes a directory in the home directory, and
-    torch.compile one with the user's name. In a container, a user may have neither.
+
+def set_compiler_caches() -> None:
+    """Set what Triton and torch.compile need for their caches.
+
+    The first takes the home directory and the second the user's name, of which a container may have none.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", str(get_cache_dir() / "triton"))
-    temporary = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary))
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111  Path's raises without a home
+        directory = Path(tempfile.gettempdir(), f"triton_{os.getuid()}")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(directory))
+    os.environ.setdefault("USER", str(os.getuid()))

@@ -488,8 +488,8 @@ class TrainConfig(Config):
     tf32: bool = _flag(True, "on a GPU: multiply float32 matrices in TF32")
     compile: bool | None = _flag(  # compared on resume as resolved
         None,
-        "compile layers, and on a GPU the LM head; default: on GPUs with Triton and a C compiler; CPUs need "
-        "one of C++",
+        "compile layers, and on a GPU the LM head; default: on GPUs with Triton and a C compiler; on CPUs "
+        "it needs a C++ compiler",
     )
 
     nproc_per_node: int = _flag(

@@ -12,7 +12,8 @@ from DeBERTa.errors import MemoryLimitError
 
 # PyTorch has a class for this error on a GPU only. The texts are of the system, PyTorch, CUDA and cuBLAS.
 OUT_OF_MEMORY = re.compile(
-    "can(no|')t allocate memory|out of memory|ALLOC_FAILED|cublasCreate|bad_alloc|size calculation overflow",
+    "can(no|')t allocate memory|out of memory|ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate|bad_alloc|"
+    "size calculation overflow",
     re.IGNORECASE,
 )
 REQUEST = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)

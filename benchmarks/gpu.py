@@ -81,6 +81,7 @@ PARTS = {  # seconds at most
     "profile": 35,
 }
 LARGEST_ARCHIVE = 16 * 2**20
+STOP_SIGNALS: list[int] = []  # that this process has received: it ends with what there is
 
 
 def run_correctness(out: Path, _is_toy: bool) -> dict:
@@ -99,7 +100,8 @@ def run_correctness(out: Path, _is_toy: bool) -> dict:
     (suite,) = ElementTree.parse(report).getroot()
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    return {"passed": passed, "failed": counts["failures"] + counts["errors"], "skipped": counts["skipped"]}
+    failed = counts["failures"] + counts["errors"]
+    return {"passed": passed, "failed": failed, "skipped": counts["skipped"], "pytest_status": status}
 
 
 def start_tiny(run_dir: Path, cache: Path, steps: int, flags: list[str]) -> subprocess.Popen:
@@ -270,17 +272,17 @@ def run_part(part: str, out: Path, is_toy: bool) -> dict:
     command = [sys.executable, "-m", "benchmarks.gpu", str(out), "--one", "--parts", part]
     command += ["--toy"] * is_toy
     limit = PARTS[part] * (5 if is_toy else 1)  # on a CPU that others may use
-    status: int | str = "out of time"
     with (out / f"{part}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:  # also the processes that it started: they would take time from the next part
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        while process.poll() is None and time.perf_counter() < started + limit and not STOP_SIGNALS:
+            time.sleep(0.2)
+        status: int | str = "stopped" if STOP_SIGNALS else "out of time"
+        if process.returncode is not None:
+            status = process.returncode
+        # Also the processes that it started: they would take time from the next part.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     file = out / f"{part}.result.json"
     try:
         result = json.loads(file.read_text())
@@ -338,18 +340,20 @@ def main() -> None:
         parser.error(f"{out} is not empty: give a new folder")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
     results: dict = describe_machine() | {"device": device, "parts": {}}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        for part in arguments.parts:
-            results["parts"][part] = run_part(part, out, arguments.toy)
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            print(part, results["parts"][part]["status"], flush=True)
-    finally:  # stopped as well: what there is
-        archive = write_archive(out)
-        size = archive.stat().st_size
-        print(f"{archive}: {size / 2**20:.1f} MiB{', too large' if size >= LARGEST_ARCHIVE else ''}")
-        print_table(results)
+    for part in arguments.parts:
+        if STOP_SIGNALS:
+            break
+        results["parts"][part] = run_part(part, out, arguments.toy)
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(part, results["parts"][part]["status"], flush=True)
+    archive = write_archive(out)
+    size = archive.stat().st_size
+    print(f"{archive}: {size / 2**20:.1f} MiB{', too large' if size >= LARGEST_ARCHIVE else ''}")
+    print_table(results)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: STOP_SIGNALS.append(number))
     main()
+    sys.exit(128 + STOP_SIGNALS[0] if STOP_SIGNALS else 0)

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import itertools
 import json
+import logging
 import lzma
 import os
 import re
@@ -59,6 +60,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("seconds per test file")
         for path, duration in seconds.most_common():
             terminalreporter.line(f"{duration:8.1f}  {path}")
+
+
+@pytest.fixture(autouse=True)
+def _propagate_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `caplog` see the package's messages: a command that an earlier test called has turned this off."""
+    monkeypatch.setattr(logging.getLogger("DeBERTa"), "propagate", True)
 
 
 def strip_times(text: str) -> str:

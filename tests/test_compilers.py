@@ -1,14 +1,16 @@
 """What torch.compile and Triton need on a machine, and what is missing."""
 
 import os
+import shutil
+import subprocess
 import sys
 import sysconfig
-from pathlib import Path
+import tempfile
 
 import pytest
 import torch
 
-from DeBERTa.compilers import find_compiler_obstacle, set_compiler_caches
+from DeBERTa.compilers import find_compiler_obstacle, find_python_header, set_compiler_caches
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,7 +40,10 @@ def test_another_c_compiler(machine, monkeypatch):
     (machine / "gcc").rename(machine / "clang")
     assert find_compiler_obstacle(CUDA) is None
     monkeypatch.setenv("CC", "icx")
-    assert find_compiler_obstacle(CUDA) == "Triton needs a C compiler (icx); install it, or name one in CC"
+    assert (
+        find_compiler_obstacle(CUDA)
+        == "Triton needs a C compiler, and there is no icx; install it, or name one in CC"
+    )
     (machine / "icx").touch(0o755)
     assert find_compiler_obstacle(CUDA) is None
 
@@ -47,7 +52,7 @@ def test_another_c_compiler(machine, monkeypatch):
     ("missing", "expected"),
     [
         ("packages/triton.py", "the package triton is not installed; install it"),
-        ("gcc", "Triton needs a C compiler (gcc or clang); install it, or name one in CC"),
+        ("gcc", "Triton needs a C compiler, and there is no gcc or clang; install it, or name one in CC"),
         ("Python.h", "Triton needs the headers of Python; install them (python3-dev)"),
     ],
 )
@@ -59,7 +64,7 @@ def test_what_is_missing(machine, missing, expected):
 @pytest.mark.usefixtures("machine")
 def test_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (6, 1))
-    expected = "Triton compiles for GPUs of compute capability 7.0 and newer"
+    expected = "Triton compiles for GPUs of compute capability 7.0 and newer; take such a GPU"
     assert find_compiler_obstacle(CUDA) == expected
 
 
@@ -74,24 +79,48 @@ def test_the_compiler_for_a_cpu(machine, monkeypatch):
     assert find_compiler_obstacle(CPU) == complaint.format("none")
 
 
-def test_headers_of_this_python():
-    """What the check looks for is where a Python that can compile has it."""
-    includes = Path(sysconfig.get_path("include"))
-    if not includes.is_dir():
-        pytest.skip("the headers of this Python are not installed")
-    assert (includes / "Python.h").is_file()
+def test_the_header_of_python(tmp_path, monkeypatch):
+    """It is found where a C compiler finds it, also by the compiler's own variables."""
+    source = tmp_path / "module.c"
+    source.write_text("#include <Python.h>\n")
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    if compiler:
+        command = [compiler, "-fsyntax-only", f"-I{sysconfig.get_path('include')}", source]
+        is_found = subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+        assert (find_python_header() is not None) == is_found
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setenv("CPATH", "")
+    assert find_python_header() is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "Python.h").touch()
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, f"/none:{tmp_path / 'other'}")
+            assert find_python_header() == tmp_path / "other" / "Python.h"
 
 
-def test_caches(monkeypatch, tmp_path):
-    """Where the environment names none, they depend on neither the home nor the name of the user."""
-    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that it is restored
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("DEBERTA_CACHE", str(tmp_path))
-    monkeypatch.setenv("HOME", "/")
+@pytest.mark.parametrize("home", ["/none", None])
+def test_a_user_without_a_home(monkeypatch, home):
+    """Nor a name: Triton gets a directory for its cache, and torch.compile a name for its own."""
+    for name in ("TRITON_CACHE_DIR", "USER", "HOME"):
+        monkeypatch.setenv(name, home or "")  # so that it is restored
+        if not home or name != "HOME":
+            monkeypatch.delenv(name)
+    if home is None:  # nor an entry in /etc/passwd
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     set_compiler_caches()
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith(f"/torchinductor_{os.getuid()}")
+    assert os.environ["USER"] == str(os.getuid())
+    assert os.environ["TRITON_CACHE_DIR"] == f"{tempfile.gettempdir()}/triton_{os.getuid()}"
     monkeypatch.setenv("TRITON_CACHE_DIR", "given")
     set_compiler_caches()
     assert os.environ["TRITON_CACHE_DIR"] == "given"
+
+
+def test_a_user_with_a_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is restored
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USER", "name")
+    set_compiler_caches()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert os.environ["USER"] == "name"

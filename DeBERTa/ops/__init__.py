@@ -74,7 +74,8 @@ def _choose_attention(
     found = [triton.find_obstacle(device, size, default_in) for size in sorted(sizes)]
     obstacles = [obstacle for obstacle in found if obstacle is not None]
     if attention == "triton" and obstacles:
-        raise ConfigError(f"--attention triton: {obstacles[0]}; use --attention auto")
+        advice = f"{', or' if ';' in obstacles[0] else ';'} use --attention auto"
+        raise ConfigError(f"--attention triton: {obstacles[0]}{advice}")
     if device.type == "cpu":
         return "eager" if is_compiled else "blocked"
     if device.type == "cuda":

@@ -71,7 +71,7 @@ def measure_text(data_dir: str, vocab_path: str) -> tuple[float, float, float] |
     try:
         tokenizer = Tokenizer(vocab_path)
         parts = list_parts(Path(data_dir) / "train.txt")
-    except DebertaError:
+    except (DebertaError, OSError):
         return None
     files: list[StoreFile] = []
     for part in parts:

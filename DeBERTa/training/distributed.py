@@ -20,7 +20,8 @@ from DeBERTa.training.metrics import Sums
 from DeBERTa.training.worker import LAUNCHER_PID, RESTART_COUNT, get_local_rank, is_worker
 
 MAX_ELEMENTS = 2**31  # of a vector that another rank announces
-PEER = re.compile("remote|peer|[Cc]onnect|[Tt]imed? ?out")  # in NCCL's errors about another rank
+# In NCCL's errors about another rank.
+PEER = re.compile("remote p|by peer|[Cc]onnection|[Cc]all to connect|[Tt]imed? ?out")
 NCCL_ADVICE = {  # by a part of NCCL's last error
     "No space left": "a container needs a larger /dev/shm (docker run --shm-size 1g)",
     "Duplicate GPU": "start one rank per GPU",
@@ -82,7 +83,8 @@ def translate_nccl_errors() -> Iterator[None]:
         text = str(error)
         if "NCCL error" not in text or PEER.search(text):
             raise
-        reason = text.rpartition("Last error:")[2].strip().partition("\n")[0]
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Last error:")]
+        reason = lines[-1].strip()
         advice = next((advice for part, advice in NCCL_ADVICE.items() if part in reason), NCCL_DEBUG)
         raise LaunchError(f"NCCL cannot start: {reason}; {advice}") from error
 

@@ -40,7 +40,7 @@ def set_execution(model: nn.Module, config: TrainConfig, device: torch.device) -
         set_compiler_caches()
         obstacle = find_compiler_obstacle(device)
         if obstacle and config.compile is None and config.kernels == "auto":
-            logger.warning("layers are not compiled, and attention is slower: %s", obstacle)
+            logger.warning("layers are not compiled, and Triton attention is not used: %s", obstacle)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts

@@ -111,7 +111,8 @@ class MetricsLog:
                 damaged += values is None
                 if values and values["step"] <= first_step:
                     new.write(f"{line}\n".encode())
-                    evaluations += [values] if values.get("kind") in list(self._texts) else []
+                    is_evaluation = values.get("kind") in list(self._texts)  # of any type in a damaged line
+                    evaluations += [values] if is_evaluation else []
         if damaged:
             logger.warning("%s: %d damaged lines removed", self._path, damaged)
         for split, text in self._texts.items():

@@ -259,13 +259,15 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
     when the disk is full; the same command then writes them again.
     """
     models, tokenizer, run = list_models(model), Tokenizer(vocabulary), read_record(run_dir)
-    advice = "make it writable, then the same command writes it without training again"
-    with raise_storage_errors(run_dir, "the final model", advice):
-        for exported in models:
-            directory = run_dir / exported.name
-            try:
-                write_model(exported, directory, tokenizer, run)
-            except (ConfigError, VocabularyError) as error:
-                logger.warning("%s; %s is for this package alone", error, directory)
-                write_plain_model(exported, directory, vocabulary)
+    try:
+        with raise_storage_errors(run_dir, "the final model", "make it writable"):
+            for exported in models:
+                directory = run_dir / exported.name
+                try:
+                    write_model(exported, directory, tokenizer, run)
+                except (ConfigError, VocabularyError) as error:
+                    logger.warning("%s; %s is for this package alone", error, directory)
+                    write_plain_model(exported, directory, vocabulary)
+    except StorageError as error:
+        raise StorageError(f"{error}, then the same command writes it without training again") from error
     return [run_dir / exported.name for exported in models]

@@ -35,7 +35,7 @@ def test_dry_run(tmp_path):
     expected = {"statuses": [0, 0, 0], "twice_same_bits": True, "resumed_same_bits": True}
     assert results["runs"]["eager"] == expected
     counts = results["correctness"]
-    assert (counts["passed"], counts["failed"]) == (0, 0)
+    assert (counts["passed"], counts["failed"], counts["pytest_status"]) == (0, 0, 0)
     assert counts["skipped"] > 40
     assert "SKIPPED" in (out / "correctness.log").read_text()  # there is no GPU
     for name in ("sdpa", "eager"):
@@ -77,18 +77,19 @@ def test_a_stopped_script_leaves_what_there_is(tmp_path):
     """The archive and the table of the parts that are done, and no process."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.gpu", str(out), "--toy", "--parts", "attention", "runs"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    parts: list[int] = []
-    while not parts and process.poll() is None:
-        time.sleep(0.1)
-        parts = list_children(process.pid) if (out / "runs.log").exists() else []
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        parts: list[int] = []
+        while not parts:
+            assert process.poll() is None
+            time.sleep(0.1)
+            parts = list_children(process.pid) if (out / "runs.log").exists() else []
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert parts
     for part in parts:
         wait_for_end(part)
     assert "attention (" in output
+    assert '"status": "stopped"' in output
     with tarfile.open(tmp_path / "out.tar.gz") as archive:
         assert {"out/results.json", "out/attention.log"} <= set(archive.getnames())
 

@@ -95,13 +95,14 @@ def test_a_text_in_parts(text, tmp_path, monkeypatch):
 
     assert measure(tmp_path) is None
     store, _ = (open_store(path, Tokenizer(vocabulary), 1000) for path in (parts, text / "train.txt"))
-    whole = measure(text)
-    assert measure(tmp_path) == pytest.approx(whole)
+    full = measure(text)
+    assert measure(tmp_path) == pytest.approx(full)
     monkeypatch.setattr("DeBERTa.report.health.TEXT_TOKENS", store.files[0].meta.num_tokens)
     assert measure(tmp_path) == pytest.approx(measure(text))
-    assert measure(tmp_path) != pytest.approx(whole)
+    assert measure(tmp_path) != pytest.approx(full)
     (parts / get_part_name(1, 2)).unlink()
     assert measure(tmp_path) is None
+    assert measure(tmp_path / ("long" * 100)) is None  # whatever the system says of it
 
 
 def test_a_vocabulary_for_other_weights(text, healthy, tmp_path):

@@ -442,6 +442,20 @@ SYSTEM, SYSTEM_NAME = "unhandled system error (run with NCCL_DEBUG=INFO for deta
             ("internal error", "ncclInternalError", "no device found"),
             "NCCL cannot start: no device found; NCCL_DEBUG=INFO in the environment shows more",
         ),
+        (
+            (
+                "unhandled cuda error",
+                "ncclUnhandledCudaError",
+                "Cuda failure 217 'no peer access'",
+            ),
+            "NCCL cannot start: Cuda failure 217 'no peer access'; "
+            "NCCL_DEBUG=INFO in the environment shows more",
+        ),
+        (
+            ("internal error", "ncclInternalError", ""),
+            "NCCL cannot start: ncclInternalError: what it means.; "
+            "NCCL_DEBUG=INFO in the environment shows more",
+        ),
         (("remote process exited", "ncclRemoteError", "socketProgress: closed by remote peer"), None),
         ((SYSTEM, SYSTEM_NAME, "Call to connect to node1 returned Connection refused"), None),
     ],

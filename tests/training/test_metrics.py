@@ -60,9 +60,11 @@ def test_a_resumed_run_reads_lines_one_by_one(tmp_path, caplog):
     os.truncate(path, 200_000_000)  # without data
     append_line(path, last.strip())
     tracemalloc.start()
-    log = MetricsLog(path, 4, TEXTS)
-    assert tracemalloc.get_traced_memory()[1] < 20e6
-    tracemalloc.stop()
+    try:
+        log = MetricsLog(path, 4, TEXTS)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
     assert path.read_text() == first + last
     assert list(log.evaluations["valid"]) == [1]
     assert "damaged lines removed" in caplog.text

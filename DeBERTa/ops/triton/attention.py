@@ -34,7 +34,8 @@ def attend(
     if sequences * heads > LARGEST_GRID:
         raise ConfigError(
             f"--attention triton: {sequences} sequences in a micro-batch are more than its kernels take with "
-            f"{heads} heads; give a larger --accumulative_update or --attention sdpa"
+            f"{heads} heads; give a larger --accumulative_update, a smaller --eval_batch_size if it is an "
+            "evaluation, or --attention sdpa"
         )
     return _Attention.apply(qkv.contiguous(), *tables, input_mask.view(torch.int8), seed, p)
 

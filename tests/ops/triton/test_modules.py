@@ -37,6 +37,7 @@ def test_compiled_layers_are_two_graphs(monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count_calls))
     values = tiny_model() | {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3}
     model = MaskedLanguageModel(ModelConfig.from_dict(values))
+    monkeypatch.setattr("DeBERTa.training.execution.find_compiler_obstacle", lambda _device: None)
     torch.compiler.reset()
     set_execution(model, train_config(compile=True, attention="sdpa"), torch.device("cpu"))
     kinds = {SdpaSelfAttention: TritonSelfAttention, SdpaEncoder: TritonEncoder}
