@@ -30,8 +30,8 @@ def find_compiler_obstacle(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         oldest = "{}.{}".format(*OLDEST_CAPABILITY)
-        return f"Triton compiles for GPUs of compute capability {oldest} and newer; take such a GPU"
-    # What launches a kernel is compiled on the machine, as a module of Python. CC is one word for Triton.
+        return f"Triton compiles for GPUs of compute capability {oldest} and newer; use a newer GPU"
+    # Triton compiles the launcher of its kernels as a Python extension module. It takes CC as one command.
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         names = " or ".join(compilers)
@@ -46,7 +46,7 @@ def find_python_header() -> Path | None:
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
     directories = [sysconfig.get_path("include", scheme)]
     for name in ("CPATH", "C_INCLUDE_PATH"):
-        directories += os.environ.get(name, "").split(":")
+        directories += filter(None, os.environ.get(name, "").split(":"))
     paths = (Path(directory, "Python.h") for directory in directories)
     return next((path for path in paths if path.is_file()), None)
 
@@ -54,7 +54,8 @@ def find_python_header() -> Path | None:
 def set_compiler_caches() -> None:
     """Set what Triton and torch.compile need for their caches.
 
-    The first takes the home directory and the second the user's name, of which a container may have none.
+    By default, that of Triton is in the home directory, and that of torch.compile has the user's name. A
+    container may have neither.
     """
     if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111  Path's raises without a home
         directory = Path(tempfile.gettempdir(), f"triton_{os.getuid()}")

@@ -40,10 +40,8 @@ def test_another_c_compiler(machine, monkeypatch):
     (machine / "gcc").rename(machine / "clang")
     assert find_compiler_obstacle(CUDA) is None
     monkeypatch.setenv("CC", "icx")
-    assert (
-        find_compiler_obstacle(CUDA)
-        == "Triton needs a C compiler, and there is no icx; install it, or name one in CC"
-    )
+    expected = "Triton needs a C compiler, and there is no icx; install it, or name one in CC"
+    assert find_compiler_obstacle(CUDA) == expected
     (machine / "icx").touch(0o755)
     assert find_compiler_obstacle(CUDA) is None
 
@@ -64,7 +62,7 @@ def test_what_is_missing(machine, missing, expected):
 @pytest.mark.usefixtures("machine")
 def test_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (6, 1))
-    expected = "Triton compiles for GPUs of compute capability 7.0 and newer; take such a GPU"
+    expected = "Triton compiles for GPUs of compute capability 7.0 and newer; use a newer GPU"
     assert find_compiler_obstacle(CUDA) == expected
 
 
@@ -89,10 +87,12 @@ def test_the_header_of_python(tmp_path, monkeypatch):
         is_found = subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
         assert (find_python_header() is not None) == is_found
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
-    monkeypatch.setenv("CPATH", "")
+    monkeypatch.delenv("CPATH", raising=False)
     assert find_python_header() is None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "Python.h").touch()
+    monkeypatch.chdir(tmp_path / "other")
+    assert find_python_header() is None
     for name in ("CPATH", "C_INCLUDE_PATH"):
         with monkeypatch.context() as patch:
             patch.setenv(name, f"/none:{tmp_path / 'other'}")

@@ -95,6 +95,7 @@ def test_updates_in_float16(tmp_path, prepared, monkeypatch):
         lambda run: states.extend(optimizer.state for optimizer in run.training.optimizers.values()) or 1.0,
     )
     flags = make_preset_flags(tmp_path, prepared, "rtd_tiny.json", train_batch_size=8, dry_run="True")
+    # A large loss, which overflows at the usual scale.
     assert main(build_arguments(flags | {"precision": "fp16", "rtd_lambda": 3000})) == 0
     assert len(states) == 2
     assert all({int(values["step"]) for values in state.values()} == {6} for state in states)

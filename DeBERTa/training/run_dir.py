@@ -15,7 +15,13 @@ from torch import nn
 
 from DeBERTa.config import FREE_TO_CHANGE, read_json
 from DeBERTa.data.tokenizer import Tokenizer
-from DeBERTa.errors import ConfigError, DamagedCheckpointError, StorageError, VocabularyError
+from DeBERTa.errors import (
+    ConfigError,
+    DamagedCheckpointError,
+    StorageError,
+    VocabularyError,
+    describe_os_error,
+)
 from DeBERTa.files import find_unused_path, open_atomic, raise_storage_errors, read_file, remove
 from DeBERTa.hub.export import list_models, write_model, write_plain_model
 from DeBERTa.hub.model_card import read_record
@@ -260,14 +266,17 @@ def save_models(run_dir: Path, model: MaskedLanguageModel | RTDModel, vocabulary
     """
     models, tokenizer, run = list_models(model), Tokenizer(vocabulary), read_record(run_dir)
     try:
-        with raise_storage_errors(run_dir, "the final model", "make it writable"):
-            for exported in models:
-                directory = run_dir / exported.name
-                try:
-                    write_model(exported, directory, tokenizer, run)
-                except (ConfigError, VocabularyError) as error:
-                    logger.warning("%s; %s is for this package alone", error, directory)
-                    write_plain_model(exported, directory, vocabulary)
-    except StorageError as error:
-        raise StorageError(f"{error}, then the same command writes it without training again") from error
+        for exported in models:
+            directory = run_dir / exported.name
+            try:
+                write_model(exported, directory, tokenizer, run)
+            except (ConfigError, VocabularyError) as error:
+                logger.warning("%s; %s is for this package alone", error, directory)
+                write_plain_model(exported, directory, vocabulary)
+    except OSError as error:
+        error.filename = error.filename or str(run_dir)
+        raise StorageError(
+            f"cannot write the final model: {describe_os_error(error, 'make it writable')}, then the same "
+            "command writes it without training again"
+        ) from error
     return [run_dir / exported.name for exported in models]

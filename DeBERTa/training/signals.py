@@ -141,8 +141,8 @@ class Signals:
     def exchange_requests(self) -> tuple[int, bool]:
         """All-reduce the requests of all ranks after a step.
 
-        Returns, equal on all ranks, the number of the signal to stop for, or 0, and whether to save. Hosts
-        exchange them, without waiting for a GPU.
+        Returns, equal on all ranks, the number of the signal to stop for, or 0, and whether to save. The
+        tensor is in host memory, so that no GPU synchronizes.
         """
         requests = [*(self.stop_signal == number for number in STOP_SIGNALS), self.is_save_requested]
         self.is_save_requested = False

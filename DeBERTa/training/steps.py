@@ -88,8 +88,8 @@ class TrainingStep:
         """Return `compute_outputs` without gradients and dropout."""
         was_training = self.model.training
         self.model.eval()
-        # Not compiled: graphs for other numbers of rows and without dropout would be for a few batches, and
-        # an evaluation before the first step would make the graph of training dynamic.
+        # Without compiled layers: graphs for other batch sizes and without dropout would serve a few batches,
+        # and an evaluation before the first step would make the graph of training dynamic.
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             outputs = self.compute_outputs(batch)
         self.model.train(was_training)
